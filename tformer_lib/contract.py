@@ -1,0 +1,74 @@
+"""The attention contract in code: what every attention form checks at its door.
+
+Every form is a function ``attend(q, k, v, *, mask=None, causal=False, scale=None) -> out``:
+
+- ``q``: (batch, heads, T, head_dim); ``k``, ``v``: (batch, kv_heads, S, head_dim), ``heads`` a multiple of ``kv_heads``.
+- ``mask``: boolean, broadcastable to (batch, heads, T, S), True where a query may look.
+- ``causal`` is aligned to the bottom right: the last query sees the last key.
+- A query that may look at nothing gets zeros. ``out`` has the shape and dtype of ``q``.
+"""
+
+import torch
+from torch import Tensor
+
+ATTENTION_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
+    """Raise a ValueError that names what was expected and what came, if the inputs break the contract.
+
+    Args:
+        q: (batch, heads, T, head_dim).
+        k: (batch, kv_heads, S, head_dim).
+        v: (batch, kv_heads, S, value_dim); ``value_dim`` may differ from ``head_dim`` where a form allows it.
+        mask: None, or boolean and broadcastable to (batch, heads, T, S).
+    """
+    check_tensors(q, k, v)
+    check_shapes(q, k, v)
+    if mask is not None:
+        check_mask(mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]), q.device)
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse inputs that are not floating-point tensors of one dtype on one device."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in ATTENTION_DTYPES:
+            raise ValueError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse shapes that do not fit the contract."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, head_dim), got shape {tuple(x.shape)}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k and v must agree in batch, kv_heads and length, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"q has batch {q.shape[0]}, k and v have batch {k.shape[0]}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q has head_dim {q.shape[3]}, k has head_dim {k.shape[3]}")
+    check_heads(q.shape[1], k.shape[1])
+
+
+def check_heads(heads: int, kv_heads: int) -> None:
+    """Refuse a number of kv heads that does not divide the number of query heads."""
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"q has {heads} heads, which {kv_heads} kv heads do not divide")
+
+
+def check_mask(mask: Tensor, target: tuple[int, int, int, int], device: torch.device) -> None:
+    """Refuse a mask that is not boolean, not on the device of q, or not broadcastable to ``target``."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask must be a boolean tensor, True where a query may look, got {came}")
+    if mask.device != device:
+        raise ValueError(f"mask must be on the device of q, {device}, got {mask.device}")
+    fits = mask.dim() <= 4 and all(m in (1, t) for m, t in zip(reversed(mask.shape), reversed(target), strict=False))
+    if not fits:
+        raise ValueError(f"mask must broadcast to (batch, heads, T, S) = {target}, got {tuple(mask.shape)}")
