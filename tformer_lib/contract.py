@@ -46,7 +46,9 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Refuse shapes that do not fit the contract."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, head_dim), got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must have 4 dimensions (batch, heads, length, head_dim), got shape {tuple(x.shape)}"
+            )
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"k and v must agree in batch, kv_heads and length, got {tuple(k.shape)} and {tuple(v.shape)}")
     if q.shape[0] != k.shape[0]:

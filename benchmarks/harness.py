@@ -1,0 +1,308 @@
+"""The one harness that every measurement of the course uses.
+
+A benchmark is three steps: :func:`measure` times a function, a :class:`Report` collects the rows with the limit
+beside each, and ``report.finish()`` prints a table and writes one JSON with the hardware, the versions, the commit and
+the command that made it.
+
+How the time is taken, so that two runs agree:
+
+- On a GPU, device events around each call; on a CPU, ``perf_counter``. Both after a warm-up.
+- The median of many calls, with the 10th and 90th percentile beside it: a difference inside that spread is noise.
+- Inputs rotate through several copies that together are larger than the last-level cache, unless the caller says that
+  the data is meant to stay in the cache.
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: the median, the 10th and 90th percentile, and how many calls were timed."""
+
+    median: float
+    p10: float
+    p90: float
+    calls: int
+
+    @property
+    def spread(self) -> float:
+        """Width of the middle 80 % of the calls, as a share of the median."""
+        return (self.p90 - self.p10) / self.median
+
+
+def measure(
+    fn: Callable,
+    inputs: Sequence[tuple] = ((),),
+    *,
+    device: torch.device | str = "cpu",
+    seconds: float = 0.5,
+    warmup: float = 0.1,
+    min_calls: int = 5,
+    max_calls: int = 1000,
+) -> Timing:
+    """Time ``fn(*inputs[i])``, rotating through ``inputs``.
+
+    Args:
+        fn: the function to time.
+        inputs: one tuple of arguments per set; several sets keep repeated calls from finding their data in the cache.
+        device: where the work happens; a CUDA device is timed with device events.
+        seconds: how long to go on timing, within ``min_calls`` and ``max_calls``.
+        warmup: seconds of calls before the clock starts (at least one call of each input set).
+    """
+    device = torch.device(device)
+    warm_up(fn, inputs, device, warmup)
+    timer = time_cuda if device.type == "cuda" else time_cpu
+    times = timer(fn, inputs, seconds, min_calls, max_calls)
+    p10, *_, p90 = quantiles(times, n=10) if len(times) > 1 else (times[0], times[0])
+    return Timing(median(times), p10, p90, len(times))
+
+
+def warm_up(fn: Callable, inputs: Sequence[tuple], device: torch.device, seconds: float) -> None:
+    """Call ``fn`` on every input set once, then until ``seconds`` have passed."""
+    for args in inputs:
+        fn(*args)
+    synchronize(device)
+    start, i = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        fn(*inputs[i % len(inputs)])
+        synchronize(device)
+        i += 1
+
+
+def time_cpu(fn: Callable, inputs: Sequence[tuple], seconds: float, min_calls: int, max_calls: int) -> list[float]:
+    """Seconds of each call by the host's clock."""
+    times, begin = [], time.perf_counter()
+    while len(times) < max_calls and (len(times) < min_calls or time.perf_counter() - begin < seconds):
+        args = inputs[len(times) % len(inputs)]
+        start = time.perf_counter()
+        fn(*args)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def time_cuda(fn: Callable, inputs: Sequence[tuple], seconds: float, min_calls: int, max_calls: int) -> list[float]:
+    """Seconds of each call by device events, which leave the host's launch overhead out when the queue is full."""
+    times, begin, done = [], time.perf_counter(), 0
+    while done < max_calls and (done < min_calls or time.perf_counter() - begin < seconds):
+        batch = min(max(min_calls, 10), max_calls - done)
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(batch)]
+        for i, (start, end) in enumerate(events):
+            args = inputs[(done + i) % len(inputs)]
+            start.record()
+            fn(*args)
+            end.record()
+        torch.cuda.synchronize()
+        times += [start.elapsed_time(end) / 1e3 for start, end in events]
+        done += batch
+    return times
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it (nothing to do on a CPU)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def copies_past_cache(make: Callable[[], tuple], device: torch.device | str, *, most: int = 64) -> list[tuple]:
+    """Call ``make()`` for enough input sets that together they are twice the last-level cache.
+
+    Args:
+        make: returns one tuple of arguments; the bytes of its tensors are counted.
+        most: the most sets to make, for inputs that are tiny.
+    """
+    first = make()
+    size = sum(x.numel() * x.element_size() for x in first if isinstance(x, torch.Tensor))
+    count = min(most, max(1, -(-2 * last_level_cache(torch.device(device)) // max(size, 1))))
+    return [first, *(make() for _ in range(count - 1))]
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the device's last-level cache (32 MiB is assumed for a CPU that does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(p.read_text().rstrip("K\n")) * 1024 for p in sizes), default=32 * 2**20)
+
+
+def matmul_rate(device: torch.device | str, dtype: torch.dtype, *, size: int | None = None) -> float:
+    """The device's measured matrix-product rate in FLOP/s: the ceiling that shares of compute are taken of."""
+    device = torch.device(device)
+    n = size or (8192 if device.type == "cuda" else 1024)
+    make = lambda: (torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype))  # noqa: E731
+    return 2 * n**3 / measure(torch.matmul, [make(), make()], device=device).median
+
+
+def copy_rate(device: torch.device | str, *, size: int | None = None) -> float:
+    """The device's measured copy rate in bytes/s, read plus written: the ceiling for shares of bandwidth."""
+    device = torch.device(device)
+    n = size or (2**32 if device.type == "cuda" else 2**28)
+    source = torch.randint(0, 255, (n,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * n / measure(target.copy_, [(source,)], device=device).median
+
+
+@dataclass
+class Row:
+    """One measurement: what was run, how long it took, what it did, and what the limit is.
+
+    ``flops`` and ``bytes`` are what one call must do at least; ``limit`` is the rate to compare with
+    (FLOP/s if flops are given, else bytes/s).
+    """
+
+    name: str
+    seconds: float
+    p10: float
+    p90: float
+    calls: int
+    flops: float | None = None
+    bytes: float | None = None
+    limit: float | None = None
+    extra: dict = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float | None:
+        """FLOP/s or bytes/s reached."""
+        work = self.flops if self.flops is not None else self.bytes
+        return None if work is None else work / self.seconds
+
+    @property
+    def share(self) -> float | None:
+        """The share of the limit reached."""
+        return None if self.rate is None or self.limit is None else self.rate / self.limit
+
+    @property
+    def rate_text(self) -> str:
+        """The rate with its unit."""
+        if self.rate is None:
+            return ""
+        return f"{self.rate / 1e12:.3f} {'TFLOP/s' if self.flops is not None else 'TB/s'}"
+
+
+class Report:
+    """The rows of one benchmark, written as one JSON that says where, when and how they were made.
+
+    Args:
+        topic: the topic's word, which names the file.
+        device: what was measured; names the folder under ``benchmarks/results/``.
+        out: another folder to write to, instead of ``benchmarks/results/<device>/``.
+    """
+
+    def __init__(self, topic: str, device: torch.device | str = "cpu", out: Path | str | None = None):
+        self.topic = topic
+        self.device = torch.device(device)
+        self.out = Path(out or os.environ.get("TFORMER_RESULTS") or RESULTS / device_name(self.device))
+        self.rows: list[Row] = []
+        self.facts: dict = {}
+
+    def add(
+        self,
+        name: str,
+        timing: Timing,
+        *,
+        flops: float | None = None,
+        bytes: float | None = None,
+        limit: float | None = None,
+        **extra,
+    ) -> Row:
+        """Add a timed row; ``extra`` is kept beside it (sizes, settings, a peer's figure)."""
+        row = Row(name, timing.median, timing.p10, timing.p90, timing.calls, flops, bytes, limit, extra)
+        self.rows.append(row)
+        print(format_row(row), flush=True)
+        return row
+
+    def note(self, **facts) -> None:
+        """Keep facts that are no timing: ceilings, losses, counts."""
+        self.facts.update(facts)
+        for name, value in facts.items():
+            print(f"  {name}: {value}", flush=True)
+
+    def as_dict(self) -> dict:
+        """All that the JSON holds."""
+        rows = [{**asdict(r), "rate": r.rate, "share": r.share} for r in self.rows]
+        return {"topic": self.topic, **environment(self.device), "facts": self.facts, "rows": rows}
+
+    def finish(self) -> Path:
+        """Print the table, write ``<out>/<topic>.json`` atomically, and return its path."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / f"{self.topic}.json"
+        temporary = path.with_suffix(".json.part")
+        temporary.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        temporary.replace(path)
+        print(f"\n{self.topic} on {device_label(self.device)}")
+        print("\n".join(format_row(row) for row in self.rows))
+        print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+        return path
+
+
+def format_row(row: Row) -> str:
+    """One line of the table: name, median time with its spread, rate, share of the limit."""
+    share = "" if row.share is None else f"{row.share:6.1%} of limit"
+    spread = (row.p90 - row.p10) / row.seconds
+    return f"  {row.name:<48} {row.seconds * 1e3:10.3f} ms  ±{spread / 2:4.0%}  {row.rate_text:>16}  {share}".rstrip()
+
+
+def environment(device: torch.device) -> dict:
+    """The hardware, the versions, the commit, the date and the command of this run."""
+    return {
+        "device": device_label(device),
+        "machine": {"processor": cpu_name(), "threads": torch.get_num_threads(), "platform": platform.platform()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command(),
+    }
+
+
+def device_label(device: torch.device) -> str:
+    """The device's name as a person reads it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name as a folder: 'nvidia-h200', or 'cpu'."""
+    return "cpu" if device.type == "cpu" else device_label(device).lower().replace(" ", "-")
+
+
+def cpu_name() -> str:
+    """The processor's model name and how many cores this process may use."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
+
+
+def commit() -> str | None:
+    """The commit that is checked out, with '+changes' where the tree differs from it; None outside a checkout."""
+    root = Path(__file__).parent
+    run = lambda *words: subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)  # noqa: E731
+    head = run("rev-parse", "--short=12", "HEAD")
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("+changes" if run("status", "--porcelain", "-uno").stdout.strip() else "")
+
+
+def command() -> str:
+    """The command line as one would type it: ``python -m benchmarks.topic --flags``."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    program = ["-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
+    return shlex.join(["python", *program, *sys.argv[1:]])
