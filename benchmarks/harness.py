@@ -260,7 +260,11 @@ def environment(device: torch.device) -> dict:
     """The hardware, the versions, the commit, the date and the command of this run."""
     return {
         "device": device_label(device),
-        "machine": {"processor": cpu_name(), "threads": torch.get_num_threads(), "platform": platform.platform()},
+        "machine": {
+            "processor": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "platform": f"{platform.system()} {platform.machine()}",
+        },
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -2,10 +2,11 @@
 
 Every form is a function ``attend(q, k, v, *, mask=None, causal=False, scale=None) -> out``:
 
-- ``q``: (batch, heads, T, head_dim); ``k``, ``v``: (batch, kv_heads, S, head_dim), ``heads`` a multiple of ``kv_heads``.
+- ``q``: (batch, heads, T, head_dim); ``k``, ``v``: (batch, kv_heads, S, head_dim); ``kv_heads`` divides ``heads``.
 - ``mask``: boolean, broadcastable to (batch, heads, T, S), True where a query may look.
 - ``causal`` is aligned to the bottom right: the last query sees the last key.
-- A query that may look at nothing gets zeros. ``out`` has the shape and dtype of ``q``.
+- A query that may look at nothing gets zeros. ``out`` has the shape and dtype of ``q`` (with v's last dimension, where a
+  form takes one that differs from head_dim).
 """
 
 import torch
@@ -71,6 +72,23 @@ def check_mask(mask: Tensor, target: tuple[int, int, int, int], device: torch.de
         raise ValueError(f"mask must be a boolean tensor, True where a query may look, got {came}")
     if mask.device != device:
         raise ValueError(f"mask must be on the device of q, {device}, got {mask.device}")
-    fits = mask.dim() <= 4 and all(m in (1, t) for m, t in zip(reversed(mask.shape), reversed(target), strict=False))
-    if not fits:
+    if not broadcasts_to(mask.shape, target):
         raise ValueError(f"mask must broadcast to (batch, heads, T, S) = {target}, got {tuple(mask.shape)}")
+
+
+def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> None:
+    """Refuse an additive bias that is not floating-point, not on the device of q, or not broadcastable to the scores."""
+    if not isinstance(bias, Tensor) or not bias.is_floating_point():
+        came = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+        raise ValueError(f"bias must be a floating-point tensor that is added to the scores, got {came}")
+    if bias.device != q.device:
+        raise ValueError(f"bias must be on the device of q, {q.device}, got {bias.device}")
+    target = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if not broadcasts_to(bias.shape, target):
+        raise ValueError(f"bias must broadcast to (batch, heads, T, S) = {target}, got {tuple(bias.shape)}")
+
+
+def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether a tensor of ``shape`` broadcasts to ``target`` without enlarging it."""
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(size in (1, wanted) for size, wanted in pairs)
