@@ -1,0 +1,229 @@
+"""Attention: each query gathers from the values, weighted by how well the keys match (Vaswani et al., arXiv:1706.03762).
+
+``attend`` is the reference that every faster form is compared with: four lines of mathematics under the contract of
+``tformer_lib.contract``. ``attend_sdpa`` is the same function by PyTorch's fused kernels. ``MultiHeadAttention`` is the layer:
+it makes queries, keys and values from tokens, and takes any such function.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tformer_lib import masks
+from tformer_lib.contract import check_bias, check_heads, check_inputs
+
+Attend = Callable[..., Tensor]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T + bias) v, over the keys that each query may look at.
+
+    Args:
+        q: (batch, heads, T, head_dim).
+        k: (batch, kv_heads, S, head_dim); query heads in consecutive groups of heads / kv_heads share a kv head.
+        v: (batch, kv_heads, S, value_dim).
+        mask: boolean, broadcastable to (batch, heads, T, S), True where a query may look.
+        causal: hide the future; the last query sees the last key.
+        scale: what the scores are multiplied by; 1 / sqrt(head_dim) if not given.
+        bias: added to the scaled scores, broadcastable to (batch, heads, T, S) (ALiBi, T5).
+
+    Returns:
+        (batch, heads, T, value_dim) in the dtype of q; zeros where a query may look at nothing.
+
+    Raises:
+        ValueError: the inputs break the contract.
+    """
+    check_inputs(q, k, v, mask)
+    scores = scaled_scores(q, k, scale)  # (batch, heads, T, S)
+    if bias is not None:
+        check_bias(bias, q, k)
+        scores = scores + bias.to(scores.dtype)
+    weights = masked_softmax(scores, allowed_pairs(q, k, mask, causal))
+    return gather(weights.to(v.dtype), v)
+
+
+def scaled_scores(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """How well each query matches each key, in float32 or better.
+
+    The scale is applied to q, before the product: in float16 the unscaled product could overflow.
+    The heads of a group become more rows of one matrix, so that k is never copied for them.
+
+    Returns:
+        (batch, heads, T, S).
+    """
+    batch, heads, T, head_dim = q.shape
+    kv_heads, S = k.shape[1], k.shape[2]
+    scale = head_dim**-0.5 if scale is None else scale
+    rows = (q * scale).reshape(batch, kv_heads, heads // kv_heads * T, head_dim)  # the group's queries, stacked
+    scores = rows @ k.transpose(-2, -1)  # (batch, kv_heads, group * T, S)
+    return at_least_float32(scores.view(batch, heads, T, S))
+
+
+def masked_softmax(scores: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Softmax over the keys that may be seen; a row with none of them is all zeros, and so are its gradients.
+
+    A softmax over a row of -inf is NaN, in the result and in the gradient. Such a row is given harmless scores before the softmax,
+    and its weights are set to zero after it, so that no NaN is ever made.
+
+    Args:
+        scores: (..., T, S).
+        allowed: boolean, broadcastable to scores, True where a query may look.
+    """
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    blind = (scores == float("-inf")).all(-1, keepdim=True)  # (..., T, 1)
+    return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+
+
+def gather(weights: Tensor, v: Tensor) -> Tensor:
+    """Mix the values: (batch, heads, T, S) weights and (batch, kv_heads, S, value_dim) -> (batch, heads, T, value_dim)."""
+    batch, heads, T, S = weights.shape
+    kv_heads, value_dim = v.shape[1], v.shape[3]
+    rows = weights.reshape(batch, kv_heads, heads // kv_heads * T, S)
+    return (rows @ v).view(batch, heads, T, value_dim)
+
+
+def allowed_pairs(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
+    """The mask and causality in one boolean tensor that broadcasts to (batch, heads, T, S); None if all is allowed."""
+    future_hidden = masks.causal(q.shape[2], k.shape[2], device=q.device) if causal else None  # (T, S)
+    return masks.combine(mask, future_hidden)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """float16 and bfloat16 become float32; float32 and float64 stay."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def attend_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``attend`` by ``torch.nn.functional.scaled_dot_product_attention``: its kernels, under this library's contract.
+
+    PyTorch's own ``is_causal`` is aligned to the top left, so it serves only where T == S and nothing else is masked,
+    which is where it is fast; everywhere else the mask is given as a tensor. Arguments and result are those of ``attend``.
+    """
+    check_inputs(q, k, v, mask)
+    T, S = q.shape[2], k.shape[2]
+    if q.numel() == 0 or k.numel() == 0:
+        return attend(q, k, v, mask=mask, causal=causal, scale=scale, bias=bias)
+    fused = partial(F.scaled_dot_product_attention, q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    hides_something = causal and T > 1  # a single query is the last one, which sees every key
+    if mask is None and bias is None and (T == S or not hides_something):
+        return fused(is_causal=hides_something)
+    allowed = allowed_pairs(q, k, mask, hides_something)
+    blind = None if allowed is None else ~allowed.any(-1, keepdim=True)  # (..., T, 1)
+    seen = None if allowed is None else allowed | blind  # kernels differ in what they give a blind query
+    out = fused(attn_mask=additive(bias, seen, q, k) if bias is not None else four_dimensional(seen))
+    return out if blind is None else out.masked_fill(blind, 0.0)
+
+
+def additive(bias: Tensor, allowed: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+    """The bias with -inf where a query may not look, as SDPA takes it: four dimensions, in the dtype of q."""
+    check_bias(bias, q, k)
+    bias = bias.to(q.dtype)
+    return four_dimensional(bias if allowed is None else bias.masked_fill(~allowed, float("-inf")))
+
+
+def four_dimensional(x: Tensor) -> Tensor:
+    """Put dimensions of size 1 in front until there are four."""
+    return x[(None,) * (4 - x.dim())]
+
+
+class MultiHeadAttention(nn.Module):
+    """Several attentions side by side, each in its own learned subspace of the tokens (section 3.2.2 of the paper).
+
+    Args:
+        width: the width of a token's vector, in and out.
+        heads: number of query heads.
+        kv_heads: number of key and value heads, a divisor of heads; heads if not given.
+        head_dim: width of a head; width / heads if not given.
+        bias: whether the projections have one.
+        attend: the attention form, any function under the contract.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = True,
+        attend: Attend = attend,
+    ) -> None:
+        super().__init__()
+        if head_dim is None and width % heads:
+            raise ValueError(f"width {width} is not divisible by {heads} heads; give head_dim, or change one of them")
+        self.heads = heads
+        self.kv_heads = heads if kv_heads is None else kv_heads
+        self.head_dim = width // heads if head_dim is None else head_dim
+        check_heads(self.heads, self.kv_heads)
+        self.attend = attend
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.out_proj = nn.Linear(self.heads * self.head_dim, width, bias=bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        bias: Tensor | None = None,
+        rotate: Callable[[Tensor], Tensor] | None = None,
+        cache=None,
+    ) -> Tensor:
+        """Each token of x gathers from the tokens of context.
+
+        Args:
+            x: (batch, T, width), what the queries are made from.
+            context: (batch, S, width), what keys and values are made from; x if not given (self-attention).
+            mask: boolean, broadcastable to (batch, heads, T, S), True where a query may look.
+            causal: hide the future. With a cache this always holds, by the cache's own lengths.
+            bias: added to the scores, broadcastable to (batch, heads, T, S).
+            rotate: turns (batch, heads, T, head_dim) by its positions (RoPE); applied to queries and keys.
+            cache: one layer of a KV cache, which stores the new keys and values and attends over all it holds.
+
+        Returns:
+            (batch, T, width).
+        """
+        context = x if context is None else context
+        q = self.split(self.q_proj(x), self.heads)  # (batch, heads, T, head_dim)
+        k = self.split(self.k_proj(context), self.kv_heads)  # (batch, kv_heads, S, head_dim)
+        v = self.split(self.v_proj(context), self.kv_heads)  # (batch, kv_heads, S, head_dim)
+        if rotate is not None:
+            q, k = rotate(q), rotate(k)
+        attend = self.attend if bias is None else partial(self.attend, bias=bias)
+        if cache is not None:
+            return self.out_proj(merge(cache.attend(q, k, v, attend=attend, mask=mask)))
+        return self.out_proj(merge(attend(q, k, v, mask=mask, causal=causal)))
+
+    def split(self, x: Tensor, heads: int) -> Tensor:
+        """(batch, T, heads * head_dim) -> (batch, heads, T, head_dim): one matmul made every head, a view takes them apart."""
+        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+
+
+def merge(x: Tensor) -> Tensor:
+    """(batch, heads, T, head_dim) -> (batch, T, heads * head_dim)."""
+    return x.transpose(1, 2).flatten(2)
