@@ -1,8 +1,8 @@
-"""Attention: each query gathers from the values, weighted by how well the keys match (Vaswani et al., arXiv:1706.03762).
+"""Attention: a query gathers values, weighted by how well their keys match it (Vaswani et al., arXiv:1706.03762).
 
-``attend`` is the reference that every faster form is compared with: four lines of mathematics under the contract of
-``tformer_lib.contract``. ``attend_sdpa`` is the same function by PyTorch's fused kernels. ``MultiHeadAttention`` is the layer:
-it makes queries, keys and values from tokens, and takes any such function.
+``attend`` is the reference that every faster form is compared with: the mathematics, under the contract of
+``tformer_lib.contract``. ``attend_sdpa`` is the same function by PyTorch's fused kernels. ``MultiHeadAttention`` is the
+layer: it makes queries, keys and values from tokens, and takes any such function.
 """
 
 from collections.abc import Callable
@@ -74,8 +74,8 @@ def scaled_scores(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
 def masked_softmax(scores: Tensor, allowed: Tensor | None = None) -> Tensor:
     """Softmax over the keys that may be seen; a row with none of them is all zeros, and so are its gradients.
 
-    A softmax over a row of -inf is NaN, in the result and in the gradient. Such a row is given harmless scores before the softmax,
-    and its weights are set to zero after it, so that no NaN is ever made.
+    A softmax over a row of -inf is NaN, in the result and in the gradient. Such a row is given harmless scores before
+    the softmax, and its weights are set to zero after it, so that no NaN is ever made.
 
     Args:
         scores: (..., T, S).
@@ -88,7 +88,15 @@ def masked_softmax(scores: Tensor, allowed: Tensor | None = None) -> Tensor:
 
 
 def gather(weights: Tensor, v: Tensor) -> Tensor:
-    """Mix the values: (batch, heads, T, S) weights and (batch, kv_heads, S, value_dim) -> (batch, heads, T, value_dim)."""
+    """Mix the values by the weights.
+
+    Args:
+        weights: (batch, heads, T, S).
+        v: (batch, kv_heads, S, value_dim).
+
+    Returns:
+        (batch, heads, T, value_dim).
+    """
     batch, heads, T, S = weights.shape
     kv_heads, value_dim = v.shape[1], v.shape[3]
     rows = weights.reshape(batch, kv_heads, heads // kv_heads * T, S)
@@ -119,7 +127,7 @@ def attend_sdpa(
     """``attend`` by ``torch.nn.functional.scaled_dot_product_attention``: its kernels, under this library's contract.
 
     PyTorch's own ``is_causal`` is aligned to the top left, so it serves only where T == S and nothing else is masked,
-    which is where it is fast; everywhere else the mask is given as a tensor. Arguments and result are those of ``attend``.
+    which is where it is fast; everywhere else the mask is given as a tensor. Arguments and result are ``attend``'s.
     """
     check_inputs(q, k, v, mask)
     T, S = q.shape[2], k.shape[2]
@@ -171,6 +179,8 @@ class MultiHeadAttention(nn.Module):
         attend: Attend = attend,
     ) -> None:
         super().__init__()
+        if heads < 1:
+            raise ValueError(f"heads must be at least 1, got {heads}")
         if head_dim is None and width % heads:
             raise ValueError(f"width {width} is not divisible by {heads} heads; give head_dim, or change one of them")
         self.heads = heads
@@ -220,7 +230,7 @@ class MultiHeadAttention(nn.Module):
         return self.out_proj(merge(attend(q, k, v, mask=mask, causal=causal)))
 
     def split(self, x: Tensor, heads: int) -> Tensor:
-        """(batch, T, heads * head_dim) -> (batch, heads, T, head_dim): one matmul made every head, a view takes them apart."""
+        """(batch, T, heads * head_dim) -> (batch, heads, T, head_dim): one matmul made all heads, a view parts them."""
         return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
 
 

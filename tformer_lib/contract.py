@@ -5,8 +5,8 @@ Every form is a function ``attend(q, k, v, *, mask=None, causal=False, scale=Non
 - ``q``: (batch, heads, T, head_dim); ``k``, ``v``: (batch, kv_heads, S, head_dim); ``kv_heads`` divides ``heads``.
 - ``mask``: boolean, broadcastable to (batch, heads, T, S), True where a query may look.
 - ``causal`` is aligned to the bottom right: the last query sees the last key.
-- A query that may look at nothing gets zeros. ``out`` has the shape and dtype of ``q`` (with v's last dimension, where a
-  form takes one that differs from head_dim).
+- A query that may look at nothing gets zeros. ``out`` has the shape and dtype of ``q`` (with v's last dimension, where
+  a form takes one that differs from head_dim).
 """
 
 import torch
@@ -77,7 +77,7 @@ def check_mask(mask: Tensor, target: tuple[int, int, int, int], device: torch.de
 
 
 def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> None:
-    """Refuse an additive bias that is not floating-point, not on the device of q, or not broadcastable to the scores."""
+    """Refuse a bias that is not floating-point, not on the device of q, or not broadcastable to the scores."""
     if not isinstance(bias, Tensor) or not bias.is_floating_point():
         came = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
         raise ValueError(f"bias must be a floating-point tensor that is added to the scores, got {came}")

@@ -1,9 +1,9 @@
 """Masks: who may look at whom.
 
 One convention everywhere: a mask is a boolean tensor that broadcasts to (batch, heads, T, S), and True means "this
-query may look at this key". The T queries are the last T of the S positions (aligned to the bottom right), so the mask of
-a single new token over a cache of S keys is the last row of the mask of a full pass. With T > S the first T - S queries
-stand before every key, and a causal mask shows them nothing.
+query may look at this key". The T queries are the last T of the S positions (aligned to the bottom right), so the mask
+of a single new token over a cache of S keys is the last row of the mask of a full pass. With T > S the first T - S
+queries stand before every key, and a causal mask shows them nothing.
 """
 
 from functools import reduce
