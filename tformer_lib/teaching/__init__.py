@@ -1,0 +1,15 @@
+"""What the chapters need to show things: figures, interactive figures, library source, measured results, exercises.
+
+A notebook opens with::
+
+    from tformer_lib import teaching
+    teaching.setup()
+
+This is the only package of the library that imports matplotlib, ipywidgets or IPython.
+"""
+
+from tformer_lib.teaching.display import results, show_source
+from tformer_lib.teaching.exercises import progress
+from tformer_lib.teaching.style import measured, setup, show
+
+__all__ = ["measured", "progress", "results", "setup", "show", "show_source"]

@@ -1,0 +1,8 @@
+"""Exercises with checks that explain: ``check("masks.causal", my_function)`` and ``hint("masks.causal")``.
+
+A chapter's checks are imported when one of them is first called by name; nothing of a chapter is needed before.
+"""
+
+from tformer_lib.teaching.exercises.engine import check, hint, progress
+
+__all__ = ["check", "hint", "progress"]

@@ -1,0 +1,273 @@
+"""Exercises that answer: a check tests the learner's function on many inputs and says in words what failed.
+
+A chapter's checks stand in ``tformer_lib/teaching/exercises/<topic>.py``::
+
+    from tformer_lib.teaching.exercises.engine import exercise, require
+
+    @exercise("masks.causal", title="A causal mask", hints=("Compare two ranges.", "Which index is the query's?"))
+    def check_causal(fn):
+        mask = fn(4, 6)
+        require_shape(mask, (4, 6), "the mask")
+        require(not mask[0, 5], "row 0 attends to position 5: the future leaks")
+
+The check of an exercise raises :class:`NotYet` through the ``require`` functions. :func:`check`, which a notebook calls,
+never raises: it prints one line, ``passed: ...`` or ``not yet: ...``.
+"""
+
+import importlib
+import pkgutil
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tformer_lib.teaching.display import show_markdown
+from tformer_lib.teaching.exercises import record
+
+FOLDER = Path(__file__).parent
+PACKAGE = __name__.rpartition(".")[0]
+
+LONGEST = 400
+"""Characters of a message; a longer one is cut."""
+
+
+class NotYet(Exception):
+    """The learner's answer fails in the way that the message says."""
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One exercise: its name ``topic.word``, its title, its hints in the order they help, and its check."""
+
+    name: str
+    title: str
+    hints: tuple[str, ...]
+    check: Callable[[Callable], None]
+
+    @property
+    def topic(self) -> str:
+        """The word before the dot."""
+        return self.name.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check found: ``message`` is empty where the answer passed."""
+
+    passed: bool
+    message: str = ""
+
+
+REGISTRY: dict[str, Exercise] = {}
+HINTS_GIVEN: dict[str, int] = {}
+
+
+def exercise(name: str, *, title: str, hints: Sequence[str]) -> Callable[[Callable], Callable]:
+    """Register the decorated check under ``name``.
+
+    Args:
+        name: ``topic.word``, the topic being the file's name.
+        title: a few words, shown by ``progress()``.
+        hints: from the gentlest to the one that almost tells.
+    """
+    if "." not in name or isinstance(hints, str) or not hints:
+        raise ValueError(f"an exercise needs a name 'topic.word' and a sequence of hints, got {name!r} and {hints!r}")
+
+    def register(check: Callable[[Callable], None]) -> Callable[[Callable], None]:
+        REGISTRY[name] = Exercise(name, title, tuple(hints), check)
+        return check
+
+    return register
+
+
+def find(name: str) -> Exercise:
+    """The exercise called ``name``, importing its chapter's checks.
+
+    Raises:
+        NotYet: there is none; the message lists the chapter's.
+    """
+    topic = str(name).partition(".")[0]
+    if topic.isidentifier() and topic in topics():
+        importlib.import_module(f"{PACKAGE}.{topic}")
+    if name in REGISTRY:
+        return REGISTRY[name]
+    known = ", ".join(sorted(n for n in REGISTRY if n.startswith(f"{topic}."))) or "none"
+    raise NotYet(f"there is no exercise {name!r}; those of {topic!r}: {known}")
+
+
+def topics() -> list[str]:
+    """The chapters that have checks."""
+    own = {"engine", "record"}
+    return sorted(m.name for m in pkgutil.iter_modules([str(FOLDER)]) if m.name not in own)
+
+
+def all_exercises() -> list[Exercise]:
+    """Every exercise of every chapter, in the order of the files."""
+    for topic in topics():
+        importlib.import_module(f"{PACKAGE}.{topic}")
+    return sorted(REGISTRY.values(), key=lambda e: e.topic)
+
+
+def examine(name: str, answer: Callable) -> Outcome:
+    """Run the check of ``name`` on ``answer``; random inputs are the same on every call, the caller's generators stay put.
+
+    Args:
+        name: the exercise.
+        answer: the learner's function.
+    """
+    before = np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(0)
+            np.random.seed(0)
+            find(name).check(answer)
+        return Outcome(True)
+    except NotYet as failure:
+        return Outcome(False, one_line(str(failure)))
+    except (Exception, SystemExit) as error:
+        return Outcome(False, one_line(explain(error, answer)))
+    finally:
+        np.random.set_state(before)
+
+
+def check(name: str, answer: Callable) -> None:
+    """Test an answer and print one line: ``passed: ...`` or ``not yet: ...`` with the reason.
+
+    An answer whose name starts with ``solution`` is the book's own, and is not counted in ``progress()``.
+
+    Args:
+        name: the exercise, such as ``"masks.causal"``.
+        answer: your function.
+    """
+    outcome = examine(name, answer)
+    if not outcome.passed:
+        print(f"not yet: {outcome.message}")
+        return
+    if not getattr(answer, "__name__", "").startswith("solution"):
+        record.add(name)
+    print(f"passed: {REGISTRY[name].title}")
+
+
+def hint(name: str) -> None:
+    """Print the next hint of an exercise; the first call gives the gentlest.
+
+    Args:
+        name: the exercise, such as ``"masks.causal"``.
+    """
+    try:
+        hints = find(name).hints
+    except NotYet as failure:
+        print(failure)
+        return
+    given = HINTS_GIVEN.get(name, 0)
+    HINTS_GIVEN[name] = given + 1
+    if given < len(hints):
+        print(f"hint {given + 1} of {len(hints)}: {hints[given]}")
+    else:
+        print("that was the last hint; the solution is folded under the exercise")
+
+
+def progress() -> None:
+    """Show which exercises of each chapter you have passed, as the local progress file has it."""
+    done, known = record.passed(), all_exercises()
+    count = sum(e.name in done for e in known)
+    rows = [f"| `{e.name}` | {e.title} | {'passed' if e.name in done else ''} |" for e in known]
+    show_markdown(
+        "\n".join([f"{count} of {len(known)} exercises passed.", "", "| exercise | | |", "|---|---|---|", *rows])
+    )
+
+
+def explain(error: BaseException, answer: Callable) -> str:
+    """Put an exception that came while checking into words for the learner."""
+    if not callable(answer):
+        return f"expected a function, got {type(answer).__name__}"
+    if isinstance(error, NotImplementedError):
+        return "the function is still to be written: it raises NotImplementedError"
+    if "NoneType" in str(error) and not raised_inside(error, answer):
+        return "your function returns None: is a return missing?"
+    words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    line = raised_inside(error, answer)
+    if line:
+        return f"your function raises {words} (in its line {line})"
+    return f"the result cannot be used: {words}"
+
+
+def raised_inside(error: BaseException, answer: Callable) -> int:
+    """The line of the answer, counted from its ``def``, that the exception passed through; 0 if it passed through none."""
+    code = getattr(answer, "__code__", None)
+    if code is None:
+        return 0
+    frames = [f for f, _ in traceback.walk_tb(error.__traceback__) if f.f_code is code]
+    lines = [n for f, n in traceback.walk_tb(error.__traceback__) if f in frames]
+    return lines[-1] - code.co_firstlineno + 1 if lines else 0
+
+
+def one_line(text: str) -> str:
+    """The text on one line, cut where it is very long."""
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+
+
+def require(condition, message: str) -> None:
+    """Fail with ``message`` unless ``condition`` holds.
+
+    Args:
+        condition: a boolean, or a tensor or array with one element.
+        message: what is wrong with the answer, in words that lead on.
+    """
+    if not bool(condition):
+        raise NotYet(message)
+
+
+def require_tensor(x, name: str = "the result") -> None:
+    """Fail unless ``x`` is a tensor."""
+    if x is None:
+        raise NotYet(f"{name} is None: is a return missing?")
+    require(isinstance(x, torch.Tensor), f"{name} should be a tensor, and is a {type(x).__name__}")
+
+
+def require_shape(x, shape: Sequence[int], name: str = "the result") -> None:
+    """Fail unless ``x`` is a tensor of this shape."""
+    require_tensor(x, name)
+    require(tuple(x.shape) == tuple(shape), f"{name} should have shape {tuple(shape)}, and has {tuple(x.shape)}")
+
+
+def require_dtype(x, dtype: torch.dtype, name: str = "the result") -> None:
+    """Fail unless ``x`` is a tensor of this dtype."""
+    require_tensor(x, name)
+    require(x.dtype == dtype, f"{name} should be {dtype}, and is {x.dtype}")
+
+
+def require_finite(x, name: str = "the result") -> None:
+    """Fail where ``x`` holds NaN or infinity, saying where the first one is."""
+    require_tensor(x, name)
+    bad = ~torch.isfinite(x)
+    if bad.any():
+        where = tuple(bad.nonzero()[0].tolist())
+        raise NotYet(f"{name} holds {x[where].item()} at index {list(where)}")
+
+
+def require_close(
+    x, expected: torch.Tensor, message: str, *, tolerance: float = 1e-4, name: str = "the result"
+) -> None:
+    """Fail unless ``x`` has the shape of ``expected``, is finite where it is, and differs by at most ``tolerance``.
+
+    Args:
+        x: the answer's tensor.
+        expected: the true one.
+        message: what a difference means; the largest difference and its place are added.
+        tolerance: absolute, plus as much relative to ``expected``.
+        name: what ``x`` is, for messages about its shape.
+    """
+    require_shape(x, expected.shape, name)
+    if torch.isfinite(expected).all():
+        require_finite(x, name)
+    actual, wanted = x.detach().double(), expected.detach().double()
+    wrong = ~torch.isclose(actual, wanted, rtol=tolerance, atol=tolerance, equal_nan=True)
+    if wrong.any():
+        where = tuple(wrong.nonzero()[0].tolist())
+        place = f"at index {list(where)} " if where else ""
+        raise NotYet(f"{message} ({place}it is {actual[where].item():.4g}, expected {wanted[where].item():.4g})")

@@ -1,0 +1,227 @@
+"""One family of figures: one palette, one size system, two ways of drawing an axes full of numbers.
+
+The colours are Okabe and Ito's (2008), which readers with the common forms of colour blindness can tell apart. Where a
+figure has several lines, :func:`lines` changes the dash and the marker with the colour, so that it reads in black and
+white too. Figures have a white background of their own; the book lays them on a card in the dark theme.
+
+Figures are SVG by default, and the same bytes on every run, so that the tests compare them. A figure of times or of
+float32 numerics differs from machine to machine: draw it inside :func:`measured`, which gives PNG, and is not compared.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, YELLOW, INK, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#1B1F24", "#8A9099"
+PALETTE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+WEIGHTS = LinearSegmentedColormap.from_list("weights", ["#FFFFFF", "#9CC9E3", BLUE, "#00304D"])
+"""White for nothing, dark blue for much: attention weights, probabilities, masks."""
+
+SIGNED = LinearSegmentedColormap.from_list("signed", ["#8A3D00", VERMILION, "#FFFFFF", BLUE, "#00304D"])
+"""Vermilion below zero, white at zero, blue above: embeddings, biases, differences."""
+
+WIDTH = 7.0
+"""Inches of a figure as wide as the text."""
+
+PARAMETERS = {
+    "figure.figsize": (WIDTH, 3.2),
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "savefig.facecolor": "white",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10.5,
+    "axes.titlesize": 11.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.labelsize": 10.5,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#E3E6EA",
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "lines.linewidth": 2.0,
+    "lines.markersize": 5.0,
+    "image.cmap": "weights",
+    "svg.hashsalt": "tformer-lab",
+    "svg.fonttype": "path",
+}
+
+
+def setup(seed: int = 0) -> None:
+    """Make a notebook repeatable and its figures one family: call it in the first cell.
+
+    Seeds Python, numpy and torch, uses two threads (so that sums are added in the same order on every machine with at
+    least two cores), and asks for reproducible SVG figures.
+
+    Args:
+        seed: the seed of all three generators.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.set_num_threads(2)
+    torch.set_printoptions(precision=4, sci_mode=False)
+    apply_style()
+    use_format("svg")
+
+
+def apply_style() -> None:
+    """Give matplotlib the sizes, fonts and colours of the course."""
+    for cmap, name in ((WEIGHTS, "weights"), (SIGNED, "signed")):
+        plt.colormaps.register(cmap, name=name, force=True)
+    plt.rcParams.update(PARAMETERS)
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=PALETTE)
+
+
+def use_format(name: str) -> None:
+    """Ask the notebook for figures as ``"svg"`` or ``"retina"`` (PNG at twice the size); nothing outside a notebook."""
+    if not in_notebook():
+        return
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+    facts = {"Date": None, "Creator": None} if name == "svg" else {"Software": None}
+    set_matplotlib_formats(name, metadata=facts, bbox_inches="tight")
+
+
+def in_notebook() -> bool:
+    """Whether figures go into a notebook's cell."""
+    return "inline" in plt.get_backend().lower()
+
+
+@contextmanager
+def measured() -> Iterator[None]:
+    """Show the figures drawn inside as PNG: for times, and for numbers whose last digits differ between machines.
+
+    ::
+
+        with teaching.measured():
+            plots.flash.speed(times)
+    """
+    show()
+    use_format("retina")
+    try:
+        yield
+        show()
+    finally:
+        use_format("svg")
+
+
+def show() -> None:
+    """Show every open figure and close it: the last line of a function that draws."""
+    if in_notebook():
+        plt.show()
+    plt.close("all")
+
+
+def figure(
+    rows: int = 1, columns: int = 1, *, height: float = 3.2, width: float = WIDTH, **options
+) -> tuple[Figure, Axes]:
+    """A figure of the course's width with ``rows`` x ``columns`` axes.
+
+    Args:
+        rows: rows of axes.
+        columns: columns of axes; three is the most that reads on a phone.
+        height: inches.
+        width: inches; the text is 7 wide.
+        options: passed on to ``plt.subplots`` (``sharey``, ``width_ratios``, ...).
+    """
+    return plt.subplots(rows, columns, figsize=(width, height), **options)
+
+
+def heatmap(
+    ax: Axes,
+    matrix,
+    *,
+    rows: Sequence | None = None,
+    columns: Sequence | None = None,
+    signed: bool = False,
+    values: str | None = None,
+    limit: float | None = None,
+) -> AxesImage:
+    """Draw a matrix with a line between its cells, row 0 on top.
+
+    Args:
+        ax: where.
+        matrix: (rows, columns), a tensor or array; booleans are drawn as 0 and 1.
+        rows: labels of the rows.
+        columns: labels of the columns (above the matrix).
+        signed: colours for positive and negative values around zero, instead of from zero upwards.
+        values: a format such as ``".2f"`` to write each value into its cell.
+        limit: the value of the darkest colour; by default the largest in the matrix.
+    """
+    matrix = np.asarray(matrix.detach().cpu() if isinstance(matrix, torch.Tensor) else matrix).astype(float)
+    if matrix.ndim != 2:
+        raise ValueError(f"heatmap needs a matrix, got shape {matrix.shape}")
+    top = limit or float(np.nanmax(np.abs(np.where(np.isfinite(matrix), matrix, 0.0)))) or 1.0
+    image = ax.imshow(matrix, cmap=SIGNED if signed else WEIGHTS, vmin=-top if signed else 0.0, vmax=top, aspect="auto")
+    label_cells(ax, matrix.shape, rows, columns)
+    if values:
+        write_values(ax, matrix, values, top)
+    return image
+
+
+def label_cells(ax: Axes, shape: tuple[int, int], rows: Sequence | None, columns: Sequence | None) -> None:
+    """Ticks with the given labels, and thin white lines between the cells of a small matrix."""
+    ax.grid(False)
+    ax.tick_params(length=0)
+    if rows is not None:
+        ax.set_yticks(range(shape[0]), [str(r) for r in rows])
+    if columns is not None:
+        ax.set_xticks(range(shape[1]), [str(c) for c in columns])
+        ax.xaxis.tick_top()
+        ax.xaxis.set_label_position("top")
+    if max(shape) <= 40:
+        ax.set_xticks(np.arange(1, shape[1]) - 0.5, minor=True)
+        ax.set_yticks(np.arange(1, shape[0]) - 0.5, minor=True)
+        ax.grid(which="minor", color="#C9CED6", linewidth=0.6)
+        ax.tick_params(which="minor", length=0)
+
+
+def write_values(ax: Axes, matrix: np.ndarray, form: str, top: float) -> None:
+    """Write each finite value into its cell, white on dark."""
+    for (row, column), value in np.ndenumerate(matrix):
+        colour = "white" if abs(value) > 0.55 * top else INK
+        ax.text(column, row, format(value, form), ha="center", va="center", color=colour, fontsize=8.5)
+
+
+def lines(ax: Axes, x: Sequence, ys: dict[str, Sequence], *, markers: bool = True, **options) -> list[Line2D]:
+    """Draw one line per entry of ``ys``, each with a colour, a dash and a marker of its own, and a legend.
+
+    Args:
+        ax: where.
+        x: the common abscissa.
+        ys: label -> ordinates.
+        markers: draw a marker at each point (leave out for long curves).
+        options: passed on to ``ax.plot``.
+    """
+    drawn = []
+    for i, (label, y) in enumerate(ys.items()):
+        look = {"color": PALETTE[i % 6], "linestyle": DASHES[i % 6], "marker": MARKERS[i % 6] if markers else None}
+        drawn += ax.plot(x, y, label=label, **(look | options))
+    if len(ys) > 1:
+        ax.legend()
+    return drawn
