@@ -315,7 +315,7 @@ class Yarn(Scaling):
 
 @dataclass(frozen=True)
 class Llama3(Scaling):
-    """Llama 3.1: pairs with under low_freq_factor turns per trained context are interpolated, over high_freq_factor kept."""
+    """Llama 3.1: pairs under low_freq_factor turns a trained context are interpolated, over high_freq_factor kept."""
 
     factor: float
     low_freq_factor: float = 1.0

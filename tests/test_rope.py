@@ -1,0 +1,377 @@
+"""RoPE: what the mathematics promises, and transformers as an oracle for every scaling that it offers."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tformer_lib.rope import (
+    LAYOUTS,
+    NTK,
+    SCALINGS,
+    DynamicNTK,
+    Linear,
+    Llama3,
+    LongRope,
+    Proportional,
+    Rope,
+    Yarn,
+    convert_layout,
+    rotate,
+    scaling_from,
+)
+
+HEAD_DIM = 64
+PARAMETERS = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 256},
+    "yarn, its own sharpening": {"factor": 4.0, "original_max_position_embeddings": 256, "attention_factor": 0.9},
+    "yarn, mscale": {"factor": 40.0, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 1.0},
+    "yarn, exact ramp": {
+        "factor": 4.0,
+        "original_max_position_embeddings": 256,
+        "truncate": False,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+    },
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    },
+    "longrope": {
+        "factor": 4.0,
+        "short_factor": [1 + i / 50 for i in range(HEAD_DIM // 2)],
+        "long_factor": [1 + i / 5 for i in range(HEAD_DIM // 2)],
+        "original_max_position_embeddings": 256,
+    },
+    "proportional": {"partial_rotary_factor": 0.25},
+}
+
+
+def rope_parameters(name: str, **more) -> dict:
+    return {"rope_type": name.split(",")[0], **PARAMETERS[name], **more}
+
+
+def pairs_as_complex(x, layout, rotary_dim):
+    """An independent reading of the layouts: each pair as one complex number, in float64."""
+    x = x[..., :rotary_dim].double()
+    half = rotary_dim // 2
+    if layout == "half":
+        return torch.complex(x[..., :half], x[..., half:])
+    return torch.view_as_complex(x.unflatten(-1, (half, 2)).contiguous())
+
+
+# What the mathematics promises
+
+
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    positions=st.lists(st.integers(-2000, 2000), min_size=1, max_size=6),
+    head_dim=st.sampled_from([2, 6, 16, 64]),
+    base=st.sampled_from([100.0, 10000.0, 500000.0]),
+)
+@settings(max_examples=50, deadline=None)
+def test_rotation_is_multiplication_by_a_unit_complex_number(layout, positions, head_dim, base):
+    x = torch.randn(2, 3, len(positions), head_dim)
+    rotated = Rope(head_dim, base=base, layout=layout).at(torch.tensor(positions))(x)
+    theta = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.tensor(positions, dtype=torch.float64)[:, None] * theta
+    expected = pairs_as_complex(x, layout, head_dim) * torch.polar(torch.ones_like(angles), angles)
+    assert torch.allclose(pairs_as_complex(rotated, layout, head_dim), expected, atol=2e-3)  # float32 angles near 2,000
+    assert torch.allclose(rotated.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
+
+
+@given(
+    m=st.integers(0, 500),
+    n=st.integers(0, 500),
+    shift=st.integers(-500, 3000),
+    layout=st.sampled_from(LAYOUTS),
+    rotary_dim=st.sampled_from([8, 16, 32]),
+)
+@settings(max_examples=50, deadline=None)
+def test_scores_depend_on_the_distance_alone(m, n, shift, layout, rotary_dim):
+    rope = Rope(32, layout=layout, rotary_dim=rotary_dim)
+    q, k = torch.randn(2, 1, 4, 1, 32)
+
+    def score(i, j):
+        return (rope.at(torch.tensor([i]))(q) * rope.at(torch.tensor([j]))(k)).sum(-1)
+
+    assert torch.allclose(score(m, n), score(m + shift, n + shift), atol=1e-2)
+    assert torch.allclose(score(m, m), (q * k).sum(-1), atol=1e-4)
+
+
+@given(m=st.integers(-300, 300), n=st.integers(-300, 300), layout=st.sampled_from(LAYOUTS))
+@settings(max_examples=30, deadline=None)
+def test_rotations_compose_and_have_inverses(m, n, layout):
+    rope, x = Rope(16, layout=layout), torch.randn(1, 2, 1, 16)
+    twice = rope.at(torch.tensor([n]))(rope.at(torch.tensor([m]))(x))
+    assert torch.allclose(twice, rope.at(torch.tensor([m + n]))(x), atol=1e-3)
+    assert torch.allclose(rope.at(torch.tensor([-m]))(rope.at(torch.tensor([m]))(x)), x, atol=1e-5)
+    assert torch.equal(rope.at(torch.tensor([0]))(x), x)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_partial_rotation_leaves_the_rest_alone(layout):
+    x, positions = torch.randn(2, 2, 5, 24), torch.arange(3, 8)
+    rotated = Rope(24, layout=layout, rotary_dim=10).at(positions)(x)
+    assert torch.equal(rotated[..., 10:], x[..., 10:])
+    assert torch.equal(rotated[..., :10], Rope(10, layout=layout).at(positions)(x[..., :10]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_positions_are_explicit_offsets_ragged_rows_and_packed_documents(layout):
+    rope, x = Rope(16, layout=layout), torch.randn(2, 3, 12, 16)
+    whole = rope.at(torch.arange(12))(x)
+    assert torch.equal(rope.at(torch.arange(9, 12))(x[:, :, 9:]), whole[:, :, 9:])
+    ragged = rope.at(torch.tensor([[4, 5], [8, 9]]))(torch.stack((x[0, :, 4:6], x[1, :, 8:10])))
+    assert torch.equal(ragged, torch.stack((whole[0, :, 4:6], whole[1, :, 8:10])))
+    packed = rope.at(torch.tensor([*range(7), *range(5)]))(torch.cat((x[:1, :, :7], x[1:, :, :5]), dim=2))
+    assert torch.equal(packed, torch.cat((whole[:1, :, :7], whole[1:, :, :5]), dim=2))
+    assert torch.equal(rope.at(torch.arange(12)[None])(x), whole)  # one row of positions serves the batch
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rotation_takes_non_contiguous_and_empty_inputs_and_sends_gradients(layout):
+    rope = Rope(8, layout=layout)
+    x = torch.randn(2, 5, 3, 8, dtype=torch.float64, requires_grad=True)
+    turned = rope.at(torch.arange(5))(x.transpose(1, 2))
+    assert torch.equal(turned, rope.at(torch.arange(5))(x.transpose(1, 2).contiguous()))
+    assert rope.at(torch.arange(0))(torch.zeros(1, 2, 0, 8)).shape == (1, 2, 0, 8)
+    assert torch.autograd.gradcheck(lambda t: rope.at(torch.arange(5))(t.transpose(1, 2)), (x,))
+
+
+# The two layouts
+
+
+@pytest.mark.parametrize("rotary_dim", [16, 12])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_converted_projections_give_the_same_scores(rotary_dim, kv_heads):
+    torch.manual_seed(0)
+    heads, head_dim, width, T = 4, 16, 24, 9
+    hidden = torch.randn(2, T, width)
+    weights = {n: (torch.randn(n * head_dim, width), torch.randn(n * head_dim)) for n in {heads, kv_heads}}
+
+    def project(n, to=None):
+        weight, bias = weights[n]
+        if to is not None:
+            weight, bias = (convert_layout(p, n, to=to, rotary_dim=rotary_dim) for p in (weight, bias))
+        return (hidden @ weight.T + bias).unflatten(-1, (n, head_dim)).transpose(1, 2)
+
+    def scores(layout, to=None):
+        rotate_at = Rope(head_dim, layout=layout, rotary_dim=rotary_dim).at(torch.arange(T) + 5)
+        q, k = rotate_at(project(heads, to)), rotate_at(project(kv_heads, to))
+        return q @ k.repeat_interleave(heads // kv_heads, dim=1).mT
+
+    assert torch.allclose(scores("half", to="half"), scores("interleaved"), atol=1e-3)
+    assert torch.allclose(scores("interleaved", to="interleaved"), scores("half"), atol=1e-3)
+    assert not torch.allclose(scores("half"), scores("interleaved"), atol=1.0)  # the bug that raises no error
+
+
+@given(heads=st.integers(1, 5), pairs=st.integers(1, 8), rest=st.integers(0, 4))
+@settings(max_examples=30, deadline=None)
+def test_conversions_undo_each_other(heads, pairs, rest):
+    weight = torch.randn(heads * (2 * pairs + rest), 3)
+    there = convert_layout(weight, heads, to="half", rotary_dim=2 * pairs)
+    assert torch.equal(convert_layout(there, heads, to="interleaved", rotary_dim=2 * pairs), weight)
+
+
+def test_conversion_to_half_is_the_permutation_of_the_llama_conversion_script():
+    heads, head_dim, width = 4, 8, 32
+    weight = torch.randn(heads * head_dim, width)
+    permuted = weight.view(heads, head_dim // 2, 2, width).transpose(1, 2).reshape(heads * head_dim, width)
+    assert torch.equal(convert_layout(weight, heads, to="half"), permuted)
+
+
+def test_half_layout_is_transformers_llama_and_interleaved_its_gptj():
+    from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as gptj
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama
+
+    x, positions = torch.randn(2, 3, 7, 16), torch.arange(40, 47)
+    cos, sin = Rope(16)(positions)
+    doubled = [torch.cat((t, t), dim=-1)[None] for t in (cos, sin)]
+    assert torch.allclose(rotate(x, cos, sin, "half"), llama(x, x, *doubled)[0], atol=1e-6)
+    interleaved = gptj(x.transpose(1, 2), sin[None], cos[None]).transpose(1, 2)
+    assert torch.allclose(rotate(x, cos, sin, "interleaved"), interleaved, atol=1e-6)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_angles_stay_float32_in_a_half_precision_model_at_position_100k(dtype, layout):
+    rope = Rope(64, layout=layout)
+    positions = torch.arange(100_000, 100_016)
+    x = torch.randn(1, 2, 16, 64).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cos, sin = rope(positions)
+        rotated = rope.at(positions)(x)
+    assert cos.dtype == sin.dtype == torch.float32
+    assert rotated.dtype == dtype
+    assert torch.equal(rotated, rope.at(positions)(x.float()).to(dtype))
+    angles = positions.double()[:, None] * 10000.0 ** (-torch.arange(32, dtype=torch.float64) / 32)
+    assert (cos - angles.cos()).abs().max() < 0.02  # float32 itself; bfloat16 angles would be wrong by up to 2
+    wrong = (positions.to(dtype)[:, None] * rope.frequencies().to(dtype)).cos()
+    assert not (wrong.double() - angles.cos()).abs().max() < 1.0
+
+
+def test_frequencies_made_in_inference_mode_serve_training():
+    rope, x = Rope(8), torch.randn(1, 1, 3, 8, requires_grad=True)
+    with torch.inference_mode():
+        rope.at(torch.arange(3))(x)
+    rope.at(torch.arange(3))(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_rotation_compiles_without_a_graph_break():
+    rope, x = Rope(16, scaling=DynamicNTK(2.0), max_length=8), torch.randn(1, 2, 12, 16)
+    compiled = torch.compile(lambda p, t: rope.at(p)(t), backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(torch.arange(12), x), rope.at(torch.arange(12))(x))
+
+
+# Scalings
+
+
+@pytest.mark.parametrize("length", [100, 257, 1024, 1025, 5000])
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_angles_are_transformers_llama_rotary(name, theta, length):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(
+        hidden_size=2 * HEAD_DIM,
+        num_attention_heads=2,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=1024,
+        rope_parameters=rope_parameters(name, rope_theta=theta),
+    )
+    positions = torch.stack((torch.arange(length), torch.randint(length, (length,))))
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
+    rope = Rope.from_parameters(HEAD_DIM, config.rope_parameters, max_length=1024)
+    for ours, theirs in zip(rope(positions), (cos, sin), strict=True):
+        assert torch.allclose(torch.cat((ours, ours), dim=-1), theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if name not in ("default", "longrope", "proportional")])
+def test_partial_rotation_with_scaling_is_transformers(name):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = rope_parameters(name, rope_theta=10000.0, partial_rotary_factor=0.5)
+    config = LlamaConfig(
+        hidden_size=128, num_attention_heads=2, max_position_embeddings=1024, rope_parameters=dict(parameters)
+    )
+    theirs, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config)
+    rope = Rope.from_parameters(HEAD_DIM, parameters, max_length=1024)
+    assert rope.rotary_dim == 32
+    assert torch.allclose(rope.frequencies(), theirs, rtol=1e-6, atol=0)
+    assert rope.attention_factor == pytest.approx(factor, abs=1e-9)
+
+
+def test_default_partial_rotation_is_transformers_neox():
+    from transformers import GPTNeoXConfig
+    from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
+
+    config = GPTNeoXConfig(hidden_size=128, num_attention_heads=2)
+    cos, _ = GPTNeoXRotaryEmbedding(config)(torch.zeros(1), torch.arange(50)[None])
+    rope = Rope.from_parameters(64, config.rope_parameters, max_length=2048)
+    assert rope.rotary_dim < 64
+    assert torch.allclose(torch.cat([rope(torch.arange(50))[0]] * 2, dim=-1), cos[0], atol=1e-6)
+
+
+def test_every_scaling_that_transformers_offers_is_here():
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    assert set(ROPE_INIT_FUNCTIONS) <= set(SCALINGS)
+    assert {name.split(",")[0] for name in PARAMETERS} >= set(ROPE_INIT_FUNCTIONS)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, 8.0])
+def test_ntk_keeps_the_fastest_pair_and_slows_the_slowest_by_the_factor(factor):
+    plain, scaled = Rope(64).frequencies().double(), Rope(64, scaling=NTK(factor)).frequencies().double()
+    assert scaled[0] == plain[0] == 1
+    assert plain[-1] / scaled[-1] == pytest.approx(factor, rel=1e-5)
+    ratio = plain / scaled
+    assert (ratio.diff() >= -1e-6).all()
+
+
+def test_dynamic_ntk_with_factor_one_is_ntk_by_the_stretch_of_the_present_length():
+    dynamic = Rope(64, scaling=DynamicNTK(1.0), max_length=256)
+    assert torch.equal(dynamic.frequencies(200), Rope(64).frequencies())
+    assert torch.allclose(dynamic.frequencies(1024), Rope(64, scaling=NTK(4.0)).frequencies(), rtol=1e-5)
+
+
+def test_an_explicit_length_keeps_the_frequencies_of_a_growing_sequence():
+    rope, x = Rope(16, scaling=DynamicNTK(2.0), max_length=8), torch.randn(1, 1, 20, 16)
+    whole = rope.at(torch.arange(20), length=32)(x)
+    for t in range(20):
+        assert torch.equal(rope.at(torch.tensor([t]), length=32)(x[:, :, t : t + 1]), whole[:, :, t : t + 1])
+    assert not torch.allclose(rope.at(torch.arange(10, 20))(x[:, :, 10:]), whole[:, :, 10:], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "scaling", [Linear(4.0), NTK(4.0), Yarn(4.0), Llama3(4.0), DynamicNTK(2.0), Proportional(0.5, 2.0)]
+)
+def test_scaled_frequencies_lie_between_the_plain_and_the_interpolated_ones(scaling):
+    plain = Rope(64).frequencies()
+    scaled = Rope(64, scaling=scaling, max_length=256).frequencies(1024)
+    turning = scaled > 0
+    assert (scaled[turning] <= plain[turning] * (1 + 1e-6)).all()
+    assert (scaled[turning] >= plain[turning] / (8 if isinstance(scaling, DynamicNTK) else 4) * (1 - 1e-6)).all()
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_a_dict_and_a_dataclass_say_the_same(kind):
+    parameters = next(rope_parameters(name) for name in [*PARAMETERS, "ntk"] if name == kind) if kind != "ntk" else None
+    if kind == "ntk":
+        assert scaling_from({"rope_type": "ntk", "factor": 2}) == NTK(2)
+        return
+    parameters.pop("original_max_position_embeddings", None)
+    scaling = scaling_from(parameters)
+    assert type(scaling) is SCALINGS[kind]
+    assert scaling_from(scaling) is scaling
+    assert Rope(HEAD_DIM, scaling=parameters, max_length=256).scaling == scaling
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Rope(7), "even .* got 7"),
+        (lambda: Rope(8, rotary_dim=10), "at most head_dim, got 10 and 8"),
+        (lambda: Rope(8, layout="neox"), "half, interleaved, got 'neox'"),
+        (lambda: Rope(8, scaling={"rope_type": "magic"}), "one of default, linear, .* got 'magic'"),
+        (lambda: Rope(8, scaling={"rope_type": "linear", "beta": 1}), "linear scaling takes factor, got beta"),
+        (lambda: Rope(8, scaling=Linear(0.5)), "factor of at least 1, got 0.5"),
+        (lambda: Rope(8, scaling=Linear(math.nan)), "got nan"),
+        (lambda: Rope(8, scaling=Yarn(4.0)), "Yarn must know the trained context"),
+        (lambda: Rope(8, scaling=Yarn(4.0, beta_fast=1, beta_slow=2), max_length=8), "got 1 and 2"),
+        (lambda: Rope(8, scaling=Llama3(4.0, 4.0, 1.0), max_length=8), "got 1.0 and 4.0"),
+        (lambda: Rope(2, scaling=NTK(4.0)), "at least 4, got 2"),
+        (lambda: Rope(8, scaling=LongRope(2.0, (1.0,) * 4, (1.0,) * 3), max_length=8), "long_factor .* 4 .* got 3"),
+        (lambda: Rope(8).at(torch.arange(3))(torch.zeros(1, 2, 4, 8)), "4 tokens, .* 3 positions"),
+        (lambda: Rope(8).at(torch.arange(3))(torch.zeros(1, 2, 3, 6)), r"head_dim 8, got shape \(1, 2, 3, 6\)"),
+        (lambda: Rope(8).at(torch.arange(3))(torch.zeros(2, 3, 8)), r"got shape \(2, 3, 8\)"),
+        (lambda: Rope(8).at(torch.zeros(3, 2))(torch.zeros(2, 1, 2, 8)), "batch 2, .* batch of 3"),
+        (lambda: Rope(8)(torch.zeros(1, 2, 3)), r"\(batch, T\), got shape \(1, 2, 3\)"),
+        (lambda: Rope(8)([0, 1]), "got list"),
+        (lambda: convert_layout(torch.zeros(9, 4), 2, to="half"), "2 heads do not divide the 9 rows"),
+        (lambda: convert_layout(torch.zeros(8, 4), 2, to="neox"), "got 'neox'"),
+    ],
+)
+def test_errors_name_what_was_expected_and_what_came(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_import_is_light():
+    code = "import sys, tformer_lib.rope; print([m for m in ('transformers', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
