@@ -86,6 +86,16 @@ HERE = [(form, device) for form in FORMS for device in DEVICES if form.exists an
 IDS = [f"{form.name}-{device}" for form, device in HERE]
 over_forms = pytest.mark.parametrize(("form", "device"), HERE, ids=IDS)
 
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The tensors are tiny: threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 LENGTHS = [(1, 1), (1, 7), (7, 7), (7, 33), (33, 7), (1, 257), (33, 33), (33, 257), (257, 257)]
 HEADS = [(6, 6), (6, 3), (6, 2), (6, 1)]
 

@@ -1,0 +1,236 @@
+"""The reference attention against loops and PyTorch, and the multi-head layer against torch.nn.MultiheadAttention."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tformer_lib import masks
+from tformer_lib.attention import MultiHeadAttention, attend, attend_sdpa, masked_softmax, scaled_scores
+
+FORMS = pytest.mark.parametrize("form", [attend, attend_sdpa])
+
+
+def attention_by_loops(q, k, v, mask, scale, bias):
+    """The formula for one query after another, in Python numbers; mask and bias are (batch, heads, T, S)."""
+    batch, heads, T, _ = q.shape
+    out = torch.zeros(batch, heads, T, v.shape[3], dtype=torch.float64)
+    group = heads // k.shape[1]
+    for b, h, t in torch.cartesian_prod(*map(torch.arange, (batch, heads, T))).tolist():
+        seen = [s for s in range(k.shape[2]) if mask[b, h, t, s]]
+        scores = [scale * sum(q[b, h, t] * k[b, h // group, s]) + bias[b, h, t, s] for s in seen]
+        total = sum(math.exp(score) for score in scores)
+        for s, score in zip(seen, scores, strict=True):
+            out[b, h, t] += math.exp(score) / total * v[b, h // group, s]
+    return out
+
+
+@FORMS
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_equals_loops_over_every_pair(form, data):
+    T, S, group, kv_heads = (data.draw(st.integers(low, 4)) for low in (0, 0, 1, 1))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    random = partial(torch.randn, generator=generator, dtype=torch.float64)
+    q, k, v = random(2, group * kv_heads, T, 3), random(2, kv_heads, S, 3), random(2, kv_heads, S, 2)
+    mask, bias = random(2, group * kv_heads, T, S) < 0.5, random(2, group * kv_heads, T, S)
+    found = form(q, k, v, mask=mask, scale=0.7, bias=bias)
+    torch.testing.assert_close(found, attention_by_loops(q, k, v, mask, 0.7, bias))
+
+
+@FORMS
+def test_keys_and_values_are_a_set(form):
+    """Attention without positions does not know the order of its keys."""
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8)
+    order = torch.randperm(9)
+    torch.testing.assert_close(form(q, k, v), form(q, k[:, :, order], v[:, :, order]))
+
+
+@FORMS
+def test_a_constant_bias_changes_nothing_and_one_of_its_heads_is_its_own(form):
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    torch.testing.assert_close(form(q, k, v, bias=torch.tensor(3.0)), form(q, k, v))
+    bias = torch.zeros(4, 1, 9)
+    bias[1, :, 0] = 100.0
+    out = form(q, k, v, bias=bias)
+    torch.testing.assert_close(out[:, 1], v[:, 0, :1].expand(-1, 5, -1))  # head 1 looks at key 0 alone
+    torch.testing.assert_close(out[:, [0, 2, 3]], form(q, k, v)[:, [0, 2, 3]])
+
+
+@FORMS
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_bias_has_a_gradient(form, causal):
+    q, k, v = (torch.randn(1, 2, 4, 8, dtype=torch.float64) for _ in range(3))
+    bias = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda b: form(q, k, v, bias=b, causal=causal), bias)
+
+
+@FORMS
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (torch.ones(4, 5, dtype=torch.bool), "floating-point tensor that is added to the scores, got torch.bool"),
+        (1.0, "got float"),
+        (torch.zeros(5, 4), r"broadcast to .* = \(1, 2, 4, 5\), got \(5, 4\)"),
+        (torch.zeros(4, 5, device="meta"), "on the device of q, cpu, got meta"),
+    ],
+)
+def test_wrong_biases_are_refused_by_name(form, bias, message):
+    q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 5, 8)
+    with pytest.raises(ValueError, match=message):
+        form(q, k, k, bias=bias)
+
+
+def test_gradients_by_finite_differences():
+    q, k, v = (torch.randn(1, h, n, 4, dtype=torch.float64, requires_grad=True) for h, n in ((2, 5), (1, 3), (1, 3)))
+    assert torch.autograd.gradcheck(partial(attend, causal=True), (q, k, v))  # two blind queries among them
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_no_nan_is_made_on_the_way():
+    """Anomaly detection looks at every step of the backward pass, where a NaN could hide behind a mask."""
+    q, k, v = (torch.randn(1, 2, n, 8, requires_grad=True) for n in (5, 3, 3))
+    with torch.autograd.detect_anomaly(check_nan=True):
+        attend(q, k, v, causal=True).sum().backward()
+
+
+def test_the_softmax_of_low_precision_is_taken_in_float32():
+    q, k = torch.randn(1, 1, 4, 16).bfloat16(), torch.randn(1, 1, 600, 16).bfloat16()
+    assert scaled_scores(q, k).dtype == torch.float32
+    weights = masked_softmax(scaled_scores(q, k))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 1, 4))
+
+
+def test_scores_do_not_overflow_in_float16():
+    q = torch.full((1, 1, 1, 64), 50.0).half()  # the plain product is 160,000, and float16 ends at 65,504
+    assert scaled_scores(q, q).item() == 20_000
+
+
+def test_a_row_of_minus_infinity_is_a_blind_row():
+    scores = torch.tensor([[-torch.inf, -torch.inf], [0.0, -torch.inf]], requires_grad=True)
+    weights = masked_softmax(scores)
+    assert weights.tolist() == [[0.0, 0.0], [1.0, 0.0]]
+    weights.square().sum().backward()
+    assert (scores.grad == 0).all()
+
+
+@pytest.mark.parametrize("T", [1, 6])
+def test_sdpa_takes_the_fast_path_only_where_it_is_right(T, monkeypatch):
+    """torch's is_causal is aligned to the top left: over 6 keys it would show one query the first key alone."""
+    calls = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    spy = lambda *args, **options: calls.append(options) or fused(*args, **options)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    q, k, v = torch.randn(1, 4, T, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
+    torch.testing.assert_close(attend_sdpa(q, k, v, causal=True), attend(q, k, v, causal=True))
+    assert calls[0].get("attn_mask") is None
+    assert calls[0]["is_causal"] == (T == 6)
+
+
+def copied_from(theirs, width, heads):
+    """Our layer with the weights of a torch.nn.MultiheadAttention."""
+    ours = MultiHeadAttention(width, heads, bias=theirs.in_proj_bias is not None)
+    state = {"out_proj.weight": theirs.out_proj.weight}
+    parts = dict(zip(("q_proj", "k_proj", "v_proj"), theirs.in_proj_weight.chunk(3), strict=True))
+    state |= {f"{name}.weight": weight for name, weight in parts.items()}
+    if theirs.in_proj_bias is not None:
+        state["out_proj.bias"] = theirs.out_proj.bias
+        state |= {f"{n}.bias": b for n, b in zip(parts, theirs.in_proj_bias.chunk(3), strict=True)}
+    ours.load_state_dict(state)
+    return ours
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_parity_with_torch_multihead_attention(bias):
+    torch.manual_seed(0)
+    theirs = torch.nn.MultiheadAttention(48, 6, bias=bias, batch_first=True)
+    if bias:
+        torch.nn.init.normal_(theirs.in_proj_bias)
+        torch.nn.init.normal_(theirs.out_proj.bias)
+    ours = copied_from(theirs, 48, 6)
+    x, context = torch.randn(3, 7, 48), torch.randn(3, 9, 48)
+    real = masks.padding(torch.tensor([9, 4, 1]), 9)  # (3, 1, 1, 9)
+    pairs = [
+        (ours(x), theirs(x, x, x)),
+        (ours(x, causal=True), theirs(x, x, x, attn_mask=~masks.causal(7))),
+        (ours(x, context), theirs(x, context, context)),
+        (ours(x, context, mask=real), theirs(x, context, context, key_padding_mask=~real[:, 0, 0])),
+    ]
+    for found, (expected, _) in pairs:
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_agree_with_torch_multihead_attention():
+    torch.manual_seed(0)
+    theirs = torch.nn.MultiheadAttention(48, 6, batch_first=True)
+    ours = copied_from(theirs, 48, 6)
+    x = torch.randn(2, 7, 48)
+    ours(x, causal=True).square().sum().backward()
+    theirs(x, x, x, attn_mask=~masks.causal(7))[0].square().sum().backward()
+    found = torch.cat([ours.q_proj.weight.grad, ours.k_proj.weight.grad, ours.v_proj.weight.grad])
+    torch.testing.assert_close(found, theirs.in_proj_weight.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_shared_kv_heads_equal_repeated_ones():
+    torch.manual_seed(0)
+    grouped, full = MultiHeadAttention(32, 8, kv_heads=2), MultiHeadAttention(32, 8)
+    state = grouped.state_dict()
+    for name in ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"):
+        per_head = state[name].unflatten(0, (2, 4))  # (kv_heads, head_dim, ...)
+        state[name] = per_head.repeat_interleave(4, 0).flatten(0, 1)
+    full.load_state_dict(state)
+    x = torch.randn(2, 5, 32)
+    torch.testing.assert_close(grouped(x, causal=True), full(x, causal=True))
+    assert grouped.k_proj.weight.numel() * 4 == full.k_proj.weight.numel()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_any_form_can_be_given_to_the_layer(kv_heads):
+    torch.manual_seed(0)
+    ours = MultiHeadAttention(32, 4, kv_heads=kv_heads, head_dim=16)
+    fast = MultiHeadAttention(32, 4, kv_heads=kv_heads, head_dim=16, attend=attend_sdpa)
+    fast.load_state_dict(ours.state_dict())
+    x, mask, bias = torch.randn(2, 5, 32), masks.padding(torch.tensor([5, 2]), 5), torch.randn(4, 5, 5)
+    expected = ours(x, mask=mask, causal=True, bias=bias)
+    torch.testing.assert_close(fast(x, mask=mask, causal=True, bias=bias), expected)
+    assert expected.shape == x.shape
+
+
+def test_rotate_turns_queries_and_keys_and_leaves_values():
+    layer = MultiHeadAttention(32, 4)
+    x = torch.randn(2, 5, 32)
+    seen = []
+    expected = layer(x)
+    turned = layer(x, rotate=lambda heads: seen.append(heads.shape) or -heads)
+    assert seen == [(2, 4, 5, 8), (2, 4, 5, 8)]
+    torch.testing.assert_close(turned, expected)  # both signs change, so their product does not
+
+
+def test_a_cache_is_asked_in_place_of_the_form():
+    class Cache:
+        def attend(self, q, k, v, *, attend, mask=None):
+            assert q.shape == (2, 4, 5, 8)
+            assert k.shape == v.shape == (2, 2, 5, 8)
+            return attend(q, k, v, mask=mask, causal=True)
+
+    layer = MultiHeadAttention(32, 4, kv_heads=2)
+    x, bias = torch.randn(2, 5, 32), torch.randn(4, 5, 5)
+    assert torch.equal(layer(x, cache=Cache()), layer(x, causal=True))
+    assert torch.equal(layer(x, cache=Cache(), bias=bias), layer(x, causal=True, bias=bias))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((30, 4), {}, "width 30 is not divisible by 4 heads"),
+        ((32, 0), {}, "heads must be at least 1, got 0"),
+        ((32, 4), {"kv_heads": 3}, "q has 4 heads, which 3 kv heads do not divide"),
+        ((32, 4), {"kv_heads": 0}, "which 0 kv heads do not divide"),
+    ],
+)
+def test_wrong_layers_are_refused_by_name(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        MultiHeadAttention(*arguments, **options)
