@@ -1,0 +1,319 @@
+"""Every cache, in every chunking and raggedness, gives the uncached logits; and what cannot fit is refused by name."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tformer_lib import masks
+from tformer_lib.kv_cache import CacheShape, GrowingCache, PreallocatedCache, RingCache
+from tformer_lib.transformer import Decoder, ModelConfig
+
+WINDOW, SINKS = 5, 2
+CACHES = {
+    "growing": lambda shape: GrowingCache(shape),
+    "preallocated": lambda shape: PreallocatedCache(shape, 40),
+    "ring": lambda shape: RingCache(shape, WINDOW, SINKS),
+}
+MODELS = {
+    "gpt2-like": {"positions": "learned", "kv_heads": None},
+    "llama-like": {"positions": "rope", "kv_heads": 2, "norm": "rmsnorm", "feed_forward": "swiglu", "bias": False},
+    "multi-query": {"positions": "rope", "kv_heads": 1, "attention": "attention"},
+}
+
+
+def make_model(name="llama-like", dtype=torch.float64):
+    torch.manual_seed(7)
+    config = ModelConfig(vocab_size=23, max_length=48, width=32, layers=2, heads=4, **MODELS[name])
+    return Decoder(config).to(dtype).eval()
+
+
+MODEL = {name: make_model(name) for name in MODELS}
+
+
+def tokens_of(batch, length, seed=0):
+    return torch.randint(23, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def uncached(model, tokens, cache_name):
+    """The oracle: one pass over everything, under the mask that the cache promises to be equal to."""
+    T = tokens.shape[1]
+    mask = None
+    if cache_name == "ring":
+        mask = masks.sliding_window(T, window=WINDOW) | (masks.causal(T) & (torch.arange(T) < SINKS))
+    return model(tokens, mask=mask)
+
+
+def feed(model, cache, tokens, counts):
+    """Append counts[b] tokens of each row, padded on the right; returns each row's logits for its real tokens."""
+    T = max(counts)
+    batch = torch.full((len(counts), T), 22)
+    for row, count in enumerate(counts):
+        start = cache.host_lengths[row]
+        batch[row, :count] = tokens[row, start : start + count]
+    if any(count != T for count in counts):
+        cache.expect(counts)
+    logits = model(batch, cache=cache)
+    return [logits[row, :count] for row, count in enumerate(counts)]
+
+
+@pytest.mark.parametrize("model_name", MODELS)
+@pytest.mark.parametrize("name", CACHES)
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_cached_logits_equal_uncached_for_any_split_and_raggedness(name, model_name, data):
+    model, rows = MODEL[model_name], data.draw(st.integers(1, 3), "rows")
+    chunk = st.lists(st.integers(0, 9), min_size=rows, max_size=rows).filter(any)
+    even = st.integers(1, 9).map(lambda n: [n] * rows)
+    passes = data.draw(st.lists(st.one_of(chunk, even, st.just([1] * rows)), min_size=1, max_size=6), "passes")
+    lengths = [sum(column) for column in zip(*passes, strict=True)]
+    if max(lengths) > 40:
+        return
+    tokens = tokens_of(rows, max(lengths))
+    cache = CACHES[name](CacheShape.of(model, rows))
+    with torch.no_grad():
+        wanted = uncached(model, tokens, name)
+        got = [feed(model, cache, tokens, counts) for counts in passes]
+    for row in range(rows):
+        torch.testing.assert_close(torch.cat([p[row] for p in got]), wanted[row, : lengths[row]], rtol=0, atol=1e-12)
+    assert cache.lengths.tolist() == cache.host_lengths == lengths
+
+
+@pytest.mark.parametrize("name", CACHES)
+@torch.no_grad()
+def test_float32_decode_equals_uncached_at_every_step(name):
+    model, tokens = make_model(dtype=torch.float32), tokens_of(2, 30)
+    cache = CACHES[name](CacheShape.of(model, 2))
+    wanted = uncached(model, tokens, name)
+    got = torch.cat([model(tokens[:, i : i + 1], cache=cache) for i in range(30)], dim=1)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+def test_padding_is_never_seen_whatever_it_holds(name, poison):
+    shape = CacheShape(layers=1, batch=2, kv_heads=1, head_dim=4, dtype=torch.float64)
+    k, v, q = torch.randn(3, 2, 1, 12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for hostile in (False, True):
+        cache = CACHES[name](shape)
+        outs = []
+        for start, counts in ((0, [8, 3]), (8, [1, 1]), (9, [0, 3])):
+            T = max(counts)
+            parts = [x[:, :, start : start + T].clone() for x in (q, k, v)]
+            for row, count in enumerate(counts):
+                for x in parts:
+                    x[row, :, count:] = poison if hostile else 0.0
+            cache.expect(counts)
+            out = cache.layer(0).attend(*parts, attend=reference)
+            cache.advance(T)
+            outs += [out[row, :, :count] for row, count in enumerate(counts)]
+            assert all((out[row, :, count:] == 0).all() for row, count in enumerate(counts))
+        outputs.append(torch.cat([x.flatten() for x in outs]))
+    assert outputs[0].isfinite().all()
+    assert torch.equal(*outputs)
+
+
+def reference(q, k, v, **options):
+    from tformer_lib.attention import attend
+
+    return attend(q, k, v, **options)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_every_attention_form_may_be_given(name):
+    from tformer_lib.attention import attend, attend_sdpa
+
+    shape = CacheShape(layers=1, batch=2, kv_heads=2, head_dim=8, dtype=torch.float64)
+    q, (k, v) = torch.randn(2, 4, 20, 8, dtype=torch.float64), torch.randn(2, 2, 2, 20, 8, dtype=torch.float64)
+    results = []
+    for form in (attend, attend_sdpa):
+        cache = CACHES[name](shape)
+        outs = []
+        for start, stop in ((0, 6), (6, 7), (7, 19), (19, 20)):
+            part = slice(start, stop)
+            outs.append(cache.layer(0).attend(q[:, :, part], k[:, :, part], v[:, :, part], attend=form))
+            cache.advance(stop - start)
+        results.append(torch.cat(outs, dim=2))
+    torch.testing.assert_close(*results)
+
+
+@torch.no_grad()
+def test_a_mask_on_top_of_causality_is_obeyed():
+    model, tokens = MODEL["llama-like"], tokens_of(2, 12)
+    mask = torch.rand(12, 12, generator=torch.Generator().manual_seed(3)) < 0.6
+    cache = PreallocatedCache(CacheShape.of(model, 2), 16)
+    got = [model(tokens[:, :7], mask=mask[:7, :7], cache=cache), model(tokens[:, 7:], mask=mask[7:], cache=cache)]
+    torch.testing.assert_close(torch.cat(got, dim=1), model(tokens, mask=mask))
+
+
+# Memory
+
+
+@pytest.mark.parametrize(("kv_heads", "dtype", "expected"), [(4, torch.float32, 512), (1, torch.bfloat16, 64)])
+def test_bytes_per_token_are_what_the_formula_says_and_what_is_allocated(kv_heads, dtype, expected):
+    shape = CacheShape(layers=2, batch=3, kv_heads=kv_heads, head_dim=8, dtype=dtype)
+    assert shape.bytes_per_token == 2 * 2 * kv_heads * 8 * dtype.itemsize == expected
+    assert PreallocatedCache(shape, 10).nbytes == 3 * 10 * expected
+    assert RingCache(shape, 5, 2).nbytes == 3 * 7 * expected
+    growing = GrowingCache(shape)
+    new = torch.zeros(3, kv_heads, 4, 8, dtype=dtype)
+    for tokens in (4, 8):
+        for layer in range(2):
+            growing.layer(layer).attend(new, new, new, attend=reference)
+        growing.advance(4)
+        assert growing.nbytes == 3 * tokens * expected
+
+
+def test_the_ring_never_grows():
+    shape = CacheShape(layers=1, batch=1, kv_heads=1, head_dim=2)
+    cache = RingCache(shape, WINDOW, SINKS)
+    address, size = cache.keys.data_ptr(), cache.nbytes
+    new = torch.randn(1, 1, 3, 2)
+    for _ in range(50):
+        cache.layer(0).attend(new, new, new, attend=reference)
+        cache.advance(3)
+    assert (cache.keys.data_ptr(), cache.nbytes, cache.host_lengths) == (address, size, [150])
+
+
+def test_the_cache_returns_views_of_its_memory_not_copies():
+    cache = PreallocatedCache(CacheShape(1, 2, 1, 4), 16)
+    seen = []
+    new = torch.randn(2, 1, 3, 4)
+    cache.layer(0).attend(new, new, new, attend=lambda q, k, v, **_: seen.extend([k, v]) or q)
+    assert [x.untyped_storage().data_ptr() for x in seen] == [
+        x.untyped_storage().data_ptr() for x in (cache.keys, cache.values)
+    ]
+
+
+# Editing
+
+
+@pytest.mark.parametrize("name", ["growing", "preallocated"])
+@torch.no_grad()
+def test_truncated_rows_go_on_as_if_the_rest_had_never_been(name):
+    model, tokens, other = MODEL["llama-like"], tokens_of(3, 12), tokens_of(3, 12, seed=9)
+    cache = CACHES[name](CacheShape.of(model, 3))
+    feed(model, cache, tokens, [9, 4, 12])
+    cache.truncate([5, 4, 0])
+    edited = torch.stack([torch.cat([tokens[b, :n], other[b, n:]]) for b, n in enumerate((5, 4, 0))])
+    for counts in ([3, 1, 2], [1, 1, 1], [2, 6, 4]):
+        before = list(cache.host_lengths)
+        for row, logits in enumerate(feed(model, cache, edited, counts)):
+            wanted = model(edited)[row, before[row] : before[row] + counts[row]]
+            torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CACHES)
+@torch.no_grad()
+def test_reordered_and_forked_rows_carry_their_past(name):
+    model, tokens = MODEL["llama-like"], tokens_of(2, 14)
+    cache = CACHES[name](CacheShape.of(model, 2))
+    feed(model, cache, tokens, [9, 6])
+    cache.reorder([1, 0, 1])
+    moved = tokens[[1, 0, 1]]
+    got = feed(model, cache, moved, [1, 1, 1])
+    wanted = uncached(model, moved, name)
+    for row, place in enumerate((6, 9, 6)):
+        torch.testing.assert_close(got[row][0], wanted[row, place], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CACHES)
+@torch.no_grad()
+def test_reset_is_as_good_as_new_even_after_nan(name):
+    model, tokens = MODEL["llama-like"], tokens_of(2, 9)
+    shape = CacheShape.of(model, 2)
+    cache = CACHES[name](shape)
+    nan = torch.full((2, shape.kv_heads, 9, shape.head_dim), float("nan"), dtype=shape.dtype)
+    cache.layer(0).attend(nan.repeat(1, 2, 1, 1), nan, nan, attend=reference)
+    cache.advance(9)
+    cache.reset()
+    got = feed(model, cache, tokens, [9, 2])
+    torch.testing.assert_close(got[1], uncached(model, tokens, name)[1, :2], rtol=0, atol=1e-12)
+
+
+def test_a_ring_that_lost_tokens_refuses_to_be_truncated():
+    cache = RingCache(CacheShape(1, 1, 1, 2), WINDOW, SINKS)
+    new = torch.randn(1, 1, 8, 2)
+    cache.layer(0).attend(new, new, new, attend=reference)
+    cache.advance(8)
+    with pytest.raises(ValueError, match="has lost some"):
+        cache.truncate([3])
+
+
+@torch.no_grad()
+def test_a_pass_that_failed_half_way_leaves_the_cache_usable():
+    model, tokens = MODEL["llama-like"], tokens_of(1, 8)
+    for name in CACHES:
+        cache = CACHES[name](CacheShape.of(model, 1))
+        feed(model, cache, tokens, [4])
+        half = torch.randn(1, 2, 3, 8, dtype=torch.float64)
+        cache.layer(0).attend(half.repeat(1, 2, 1, 1), half, half, attend=reference)  # no advance: the pass died
+        got = feed(model, cache, tokens, [3])
+        if name != "ring":  # a ring may have evicted for the failed pass what it cannot bring back
+            torch.testing.assert_close(got[0], model(tokens)[0, 4:7], rtol=0, atol=1e-12)
+
+
+# Static shapes
+
+
+@pytest.mark.parametrize("name", ["preallocated", "ring"])
+@torch.no_grad()
+def test_static_passes_equal_ordinary_ones_on_ragged_rows(name):
+    model, tokens = MODEL["llama-like"], tokens_of(3, 30)
+    caches = [CACHES[name](CacheShape.of(model, 3)) for _ in range(2)]
+    for cache in caches:
+        feed(model, cache, tokens, [5, 2, 8])
+    for _ in range(15):
+        ordinary = torch.stack(feed(model, caches[0], tokens, [1, 1, 1]))
+        new = torch.stack([tokens[b, n : n + 1] for b, n in enumerate(caches[1].host_lengths)])
+        with caches[1].static_shapes():
+            static = model(new, cache=caches[1])
+        caches[1].replayed()
+        torch.testing.assert_close(static, ordinary, rtol=0, atol=1e-12)
+    assert caches[0].lengths.tolist() == caches[1].lengths.tolist() == caches[1].host_lengths
+
+
+# Refusals
+
+
+def refused(match, k=(2, 1, 3, 4), dtype=torch.float32, device="cpu", cache=None):
+    cache = cache or PreallocatedCache(CacheShape(layers=1, batch=2, kv_heads=1, head_dim=4), 8)
+    new = torch.zeros(k, dtype=dtype, device=device)
+    with pytest.raises(ValueError, match=match):
+        cache.layer(0).attend(new, new, new, attend=reference)
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    refused("made for batch 2, the keys came with batch 3", k=(3, 1, 3, 4))
+    refused("made for kv_heads 1, the keys came with kv_heads 2", k=(2, 2, 3, 4))
+    refused("made for head_dim 4, the keys came with head_dim 8", k=(2, 1, 3, 8))
+    refused("holds torch.float32, the keys came in torch.float16", dtype=torch.float16)
+    refused("the cache is on cpu, the keys came on meta", device="meta")
+    refused("the cache is full: row 0 holds 0 of 8 tokens, and 9 more came", k=(2, 1, 9, 4))
+
+
+def test_a_full_row_among_others_is_named():
+    cache = PreallocatedCache(CacheShape(layers=1, batch=2, kv_heads=1, head_dim=4), 8)
+    new = torch.zeros(2, 1, 8, 4)
+    cache.expect([3, 8])
+    cache.layer(0).attend(new, new, new, attend=reference)
+    cache.advance(8)
+    refused("row 1 holds 8 of 8 tokens, and 1 more came", k=(2, 1, 1, 4), cache=cache)
+
+
+def test_wrong_counts_rows_layers_and_sizes_are_refused():
+    shape = CacheShape(layers=2, batch=2, kv_heads=1, head_dim=4)
+    cache = PreallocatedCache(shape, 8)
+    for call, match in (
+        (lambda: cache.expect([1]), "counts must be 2 numbers"),
+        (lambda: cache.expect([1, -1]), "counts must be 2 numbers"),
+        (lambda: (cache.expect([1, 5]), cache.positions(4)), "expects up to 5 tokens in a row, the pass brings 4"),
+        (lambda: cache.layer(2), "layers 0 to 1, got 2"),
+        (lambda: cache.truncate([1, 0]), "cannot be truncated"),
+        (lambda: cache.reorder([2]), "rows 0 to 1"),
+        (lambda: PreallocatedCache(shape, 0), "at least 1 token"),
+        (lambda: RingCache(shape, 0), "window must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
