@@ -1,0 +1,452 @@
+"""Linear attention: three forms of one sum, features that stand for exp, a state that replaces the cache."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from tformer_lib import linear_attention as la
+
+D = 8
+MAPS = {
+    "elu+1": la.elu_plus_one,
+    "relu": la.relu,
+    "taylor": la.taylor,
+    "favor+": la.RandomFeatures(D, 32, seed=3),
+}
+over_maps = pytest.mark.parametrize("name", MAPS)
+
+
+def naive_weights(name, q, k):
+    """The weights from their formulas in float64, without these maps: (..., T, d), (..., S, d) -> (..., T, S)."""
+    if name == "taylor":
+        x = q @ k.mT
+        return 1 + x + x**2 / 2
+    maps = {"elu+1": lambda x: F.elu(x) + 1, "relu": F.relu, "favor+": plain_favor}
+    return maps[name](q) @ maps[name](k).mT
+
+
+def plain_favor(x):
+    projection = MAPS["favor+"].projection
+    return (x @ projection.T - (x**2).sum(-1, keepdim=True) / 2).exp()
+
+
+def naive(name, q, k, v, *, causal=True, mask=None, scale=None):
+    """Float64, every weight written out, positions counted from the end."""
+    q, k, v = q.double(), k.double(), v.double()
+    group, (T, S) = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2])
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    root = math.sqrt(q.shape[3] ** -0.5 if scale is None else scale)
+    allowed = torch.ones(T, S, dtype=torch.bool)
+    if causal:
+        allowed = torch.arange(S - 1, -1, -1)[None, :] >= torch.arange(T - 1, -1, -1)[:, None]
+    allowed = allowed if mask is None else allowed & mask
+    weights = torch.where(allowed, naive_weights(name, q * root, k * root), 0.0)
+    total = weights.sum(-1, keepdim=True)
+    return torch.where(total > 0, weights @ v / total.where(total > 0, torch.ones(())), 0.0)
+
+
+def make(T=37, S=None, heads=4, kv_heads=2, batch=2, seed=0, dtype=torch.float32, value_dim=D):
+    generator = torch.Generator().manual_seed(seed)
+    S = T if S is None else S
+    shapes = [(batch, heads, T, D), (batch, kv_heads, S, D), (batch, kv_heads, S, value_dim)]
+    return tuple(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
+
+
+# ---- the three forms
+
+
+@over_maps
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 9), (7, 7), (64, 64), (65, 65), (7, 150), (200, 200), (12, 5)])
+def test_the_causal_forms_equal_the_float64_sum(name, T, S):
+    q, k, v = make(T, S, value_dim=5)
+    truth = naive(name, q, k, v)
+    outs = [
+        la.parallel(q, k, v, causal=True, feature_map=MAPS[name]),
+        la.recurrent(q, k, v, feature_map=MAPS[name]),
+        la.chunked(q, k, v, feature_map=MAPS[name], chunk=16),
+        la.attend(q, k, v, causal=True, feature_map=MAPS[name]),
+    ]
+    for out in outs:
+        torch.testing.assert_close(out.double(), truth, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    T=st.integers(1, 40),
+    extra=st.integers(-10, 30),
+    chunk=st.integers(1, 50),
+    kv_heads=st.sampled_from([1, 2, 3, 6]),
+    scale=st.sampled_from([None, 1.0, 0.2]),
+    seed=st.integers(0, 99),
+)
+def test_any_chunk_and_any_lengths_give_the_same_sum(T, extra, chunk, kv_heads, scale, seed):
+    q, k, v = make(T, max(1, T + extra), heads=6, kv_heads=kv_heads, seed=seed)
+    for name in ("elu+1", "relu"):
+        out = la.attend(q, k, v, causal=True, feature_map=MAPS[name], chunk=chunk, scale=scale)
+        torch.testing.assert_close(out.double(), naive(name, q, k, v, scale=scale), atol=1e-5, rtol=1e-5)
+
+
+@over_maps
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_associativity_equals_the_sum_over_all_keys(name, kv_heads):
+    q, k, v = make(33, 50, kv_heads=kv_heads)
+    out = la.attend(q, k, v, feature_map=MAPS[name])
+    torch.testing.assert_close(out.double(), naive(name, q, k, v, causal=False), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out, la.parallel(q, k, v, feature_map=MAPS[name]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("poison", [0.0, 1e4, float("nan")])
+def test_padding_is_as_if_the_keys_were_not_there(causal, poison):
+    q, k, v = make(20)
+    mask = torch.ones(2, 1, 1, 20, dtype=torch.bool)
+    mask[0, ..., 13:] = mask[1, ..., :4] = False
+    truth = naive("elu+1", q, k, v, causal=causal, mask=mask)
+    k, v = (torch.where(mask.mT, x, poison) for x in (k, v))
+    for form in [la.recurrent, la.chunked] if causal else [la.associative]:
+        torch.testing.assert_close(form(q, k, v, mask=mask).double(), truth, atol=1e-5, rtol=1e-5)
+
+
+def test_parallel_takes_any_mask():
+    q, k, v = make(20, 30)
+    mask = torch.rand(2, 4, 20, 30, generator=torch.Generator().manual_seed(1)) < 0.3
+    out = la.parallel(q, k, v, mask=mask, causal=True)
+    torch.testing.assert_close(out.double(), naive("elu+1", q, k, v, mask=mask), atol=1e-5, rtol=1e-5)
+
+
+def test_a_changed_future_token_changes_no_earlier_output():
+    for feature_map in MAPS.values():
+        q, k, v = make(50)
+        before = la.attend(q, k, v, causal=True, feature_map=feature_map, chunk=16)
+        k[:, :, 30:], v[:, :, 30:] = 5.0, -7.0
+        after = la.attend(q, k, v, causal=True, feature_map=feature_map, chunk=16)
+        assert torch.equal(before[:, :, :30], after[:, :, :30])
+        assert not torch.equal(before[:, :, 30:], after[:, :, 30:])
+
+
+# ---- gradients
+
+
+@over_maps
+def test_gradients(name):
+    q, k, v = (x.requires_grad_() for x in make(5, 7, heads=2, kv_heads=1, batch=1, dtype=torch.float64, value_dim=2))
+    for causal in (True, False):
+        form = partial(la.attend, causal=causal, feature_map=MAPS[name], chunk=3)
+        assert torch.autograd.gradcheck(form, (q, k, v), fast_mode=True)
+
+
+def test_gradients_of_the_forms_agree():
+    inputs = make(50)
+    grads = []
+    for form in (lambda *x: la.parallel(*x, causal=True), la.recurrent, lambda *x: la.chunked(*x, chunk=8)):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        grads.append(torch.autograd.grad(form(*leaves).square().sum(), leaves))
+    for other in grads[1:]:
+        for a, b in zip(grads[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+# ---- numerics
+
+
+def test_a_query_with_no_weight_gets_zeros_and_finite_gradients():
+    q, k, v = (x.requires_grad_() for x in make(12, 5))  # causal: the first 7 queries stand before every key
+    relu_q = torch.where(torch.arange(12)[:, None] == 11, -q.abs(), q)  # and relu leaves the last one nothing
+    out = la.attend(relu_q, k, v, causal=True, feature_map=la.relu)
+    assert (out[:, :, :7] == 0).all()
+    assert (out[:, :, 11] == 0).all()
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert all(g.isfinite().all() for g in grads)
+    assert (grads[0][:, :, :7] == 0).all()
+
+
+def test_a_small_denominator_is_still_a_weighted_mean():
+    q, k, v = make(9)
+    q, k = q - 60, k - 20  # elu + 1 is e^-21 and e^-7 after the scale
+    out = la.attend(q, k, v, causal=True)
+    torch.testing.assert_close(out.double(), naive_in_logs(q, k, v), atol=1e-4, rtol=1e-4)
+
+
+def naive_in_logs(q, k, v):
+    """elu + 1 of negative inputs is exp, so its weights are a softmax of their logarithms."""
+    q, k, v = (x.double() for x in (q, k, v))
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    root = D**-0.25
+    log_weights = torch.logsumexp(root * (q.unsqueeze(3) + k.unsqueeze(2)), -1)
+    future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+    return log_weights.masked_fill(future, -torch.inf).softmax(-1) @ v
+
+
+def test_elu_plus_one_is_exp_where_the_sum_would_round_to_zero():
+    x = torch.tensor([-80.0, -20.0, -1.0, 0.0, 3.0], requires_grad=True)
+    assert (F.elu(x.detach())[:2] + 1 == 0).all()
+    torch.testing.assert_close(la.elu_plus_one(x).double(), torch.where(x > 0, x + 1, x.double().exp()))
+    (grad,) = torch.autograd.grad(la.elu_plus_one(x).sum(), x)
+    torch.testing.assert_close(grad, x.detach().clamp(max=0).exp())
+    assert la.elu_plus_one(torch.tensor(500.0, requires_grad=True)).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_long_sums_keep_growing_in_half_precision(dtype):
+    """With equal weights the output is the mean of the values; a sum held in bfloat16 would stop at 256 of 4,096."""
+    T = 4096
+    q, k = torch.zeros(2, 1, 1, T, 4, dtype=dtype)
+    v = torch.linspace(0, 1, T).view(1, 1, T, 1).to(dtype)
+    means = v.double().cumsum(2) / torch.arange(1, T + 1).view(1, 1, T, 1)
+    eps = torch.finfo(dtype).eps
+    for form in (la.recurrent, la.chunked):
+        out = form(q, k, v)
+        assert out.dtype == dtype
+        assert (out.double() - means).abs().max() < eps
+    held = torch.zeros((), dtype=torch.bfloat16)
+    for _ in range(1000):
+        held = held + torch.ones((), dtype=torch.bfloat16)
+    assert held == 256
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [1, 7, 33, 257])
+def test_every_dtype_and_tiny_lengths(dtype, length):
+    q, k, v = make(length, dtype=dtype)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2 * torch.finfo(dtype).eps)
+    for causal in (True, False):
+        out = la.attend(q, k, v, causal=causal)
+        assert out.dtype == dtype
+        assert out.shape == q.shape
+        torch.testing.assert_close(out.double(), naive("elu+1", q, k, v, causal=causal), atol=tolerance, rtol=tolerance)
+
+
+def test_inputs_need_not_be_contiguous_and_may_be_empty():
+    q, k, v = make(33)
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    torch.testing.assert_close(la.attend(*views, causal=True), la.attend(q, k, v, causal=True))
+    for T, S, batch in ((0, 5, 2), (3, 0, 2), (0, 0, 2), (3, 5, 0)):
+        q, k, v = make(T, S, batch=batch)
+        for causal in (True, False):
+            out = la.attend(q, k, v, causal=causal)
+            assert out.shape == q.shape
+            assert (out == 0).all()
+
+
+# ---- features that stand for exp
+
+
+def draw_estimates(features, draws, *, orthogonal):
+    """exp(q·k) and independent estimates of it (pairs, draws), each from its own share of one large projection."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = 0.2 * torch.randn(2, 40, D, generator=generator, dtype=torch.float64)
+    projection = la.RandomFeatures(D, features * draws, seed=1, orthogonal=orthogonal)
+    products = (projection(q) * projection(k)).unflatten(1, (draws, features))  # (pairs, draws, features)
+    return (q * k).sum(-1, keepdim=True).exp(), products.sum(-1) * draws
+
+
+def test_random_features_are_unbiased_and_orthogonal_ones_vary_less():
+    errors = {}
+    for orthogonal in (True, False):
+        truth, estimates = draw_estimates(16, 1000, orthogonal=orthogonal)
+        standard_error = estimates.std(1, keepdim=True) / 1000**0.5
+        assert ((estimates.mean(1, keepdim=True) - truth).abs() < 5 * standard_error).all()
+        errors[orthogonal] = (estimates / truth - 1).square().mean().item()
+    assert errors[True] < 0.95 * errors[False]
+
+
+def test_the_error_of_random_features_falls_as_one_over_their_root():
+    mean_squares = []
+    for features in (16, 256):
+        truth, estimates = draw_estimates(features, 500, orthogonal=False)
+        mean_squares.append((estimates / truth - 1).square().mean().item())
+    assert mean_squares[0] / mean_squares[1] == pytest.approx(16, rel=0.3)
+
+
+def test_attention_with_many_features_approaches_softmax():
+    q, k, v = make(30, dtype=torch.float64)
+    k_all, v_all = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    truth = F.scaled_dot_product_attention(q, k_all, v_all, is_causal=True)
+    errors = [
+        (la.attend(q, k, v, causal=True, feature_map=la.RandomFeatures(D, m)) - truth).abs().mean().item()
+        for m in (8, 128, 2048, 32768)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.2 * errors[0]
+
+
+def test_orthogonal_rows_are_orthogonal_seeded_and_scaled_like_gaussians():
+    projection = la.RandomFeatures(D, 3 * D + 5, seed=7).projection
+    assert projection.shape == (3 * D + 5, D)
+    block = projection[D : 2 * D]
+    torch.testing.assert_close(block @ block.T, torch.diag(block.square().sum(1)), atol=1e-12, rtol=0)
+    assert torch.equal(projection, la.RandomFeatures(D, 3 * D + 5, seed=7).projection)
+    assert not torch.equal(projection, la.RandomFeatures(D, 3 * D + 5, seed=8).projection)
+    lengths = la.RandomFeatures(D, 4000).projection.square().sum(1)
+    assert lengths.mean() == pytest.approx(D, rel=0.05)
+    assert lengths.var() == pytest.approx(2 * D, rel=0.15)
+
+
+def test_random_features_of_large_queries_neither_overflow_nor_vanish():
+    q, k, v = make(20)
+    out = la.attend(300 * q, k, v, causal=True, feature_map=MAPS["favor+"])
+    assert out.isfinite().all()
+    assert (out != 0).any(-1).all()
+
+
+# ---- decoding
+
+
+@over_maps
+@pytest.mark.parametrize("pieces", [(37,), (1,) * 37, (20, 1, 1, 15), (5, 32)])
+def test_a_state_fed_in_pieces_equals_the_full_pass(name, pieces):
+    q, k, v = make(37)
+    full = la.attend(q, k, v, causal=True, feature_map=MAPS[name])
+    state = la.LinearState(feature_map=MAPS[name], chunk=8)
+    outs = [state.attend(*part) for part in zip(*(x.split(pieces, dim=2) for x in (q, k, v)), strict=True)]
+    torch.testing.assert_close(torch.cat(outs, 2), full, atol=1e-5, rtol=1e-5)
+
+
+def test_a_state_keeps_its_size_and_its_float32():
+    q, k, v = make(64, dtype=torch.bfloat16)
+    state, sizes = la.LinearState(), set()
+    for t in range(64):
+        out = state.attend(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1])
+        sizes.add((state.sums.shape, state.sums.dtype))
+        assert out.dtype == torch.bfloat16
+    assert sizes == {((2, 2, D, D + 1), torch.float32)}
+
+
+def test_a_state_refuses_tokens_that_do_not_fit_it():
+    state = la.LinearState()
+    state.attend(*make(5))
+    with pytest.raises(ValueError, match=r"holds .* = \(2, 2, 8, 9\), got \(3, 2, 8, 9\)"):
+        state.attend(*make(5, batch=3))
+    with pytest.raises(ValueError, match="as many queries as keys, got 4 and 5"):
+        state.attend(*make(4, 5))
+    with pytest.raises(ValueError, match=r"state is on cpu.*meta"):
+        state.attend(*(x.to("meta") for x in make(5)))
+
+
+def test_a_model_decodes_from_its_states_as_it_reads():
+    from tformer_lib.attention import MultiHeadAttention
+
+    torch.manual_seed(0)
+    layers = [MultiHeadAttention(32, 4, kv_heads=2, attend=la.attend) for _ in range(2)]
+    x = torch.randn(3, 12, 32)
+    cache, full = la.LinearCache(2, batch=3), x
+    for layer in layers:
+        full = full + layer(full, causal=True)
+    outs = []
+    for part in x.split([7, 1, 1, 3], dim=1):
+        y = part
+        assert torch.equal(cache.positions(y.shape[1])[0], torch.arange(y.shape[1]) + sum(o.shape[1] for o in outs))
+        for i, layer in enumerate(layers):
+            y = y + layer(y, cache=cache.layer(i))
+        cache.advance(y.shape[1])
+        outs.append(y)
+    torch.testing.assert_close(torch.cat(outs, 1), full, atol=1e-5, rtol=1e-5)
+
+
+# ---- decay
+
+
+def gate_shapes():
+    return [(1, 2, 1, 1), (2, 2, 37, 1), (2, 2, 37, D), (1, 1, 37, D), (1, 2, 1, D)]
+
+
+def draw_gates(shape, strength=1.0, seed=0):
+    return -strength * torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def state_space_model(q, k, v, gates, scale):
+    """h_t = A_t h_{t-1} + B_t x_tᵀ, y_t = C_tᵀ h_t in float64, head by head: C = q, B = k, x = v, A = exp(g)."""
+    batch, heads, T, _ = q.shape
+    out = torch.zeros(batch, heads, T, v.shape[-1], dtype=torch.float64)
+    gates = gates.expand(batch, k.shape[1], T, k.shape[3])
+    for b in range(batch):
+        for h in range(heads):
+            kv = h // (heads // k.shape[1])
+            state = torch.zeros(k.shape[3], v.shape[3], dtype=torch.float64)
+            for t in range(T):
+                state = torch.diag(gates[b, kv, t].exp()) @ state + torch.outer(k[b, kv, t], v[b, kv, t])
+                out[b, h, t] = scale * q[b, h, t] @ state
+    return out
+
+
+@pytest.mark.parametrize("shape", gate_shapes(), ids=str)
+@pytest.mark.parametrize("strength", [0.0, 0.1, 5.0, 200.0])
+def test_the_decayed_forms_equal_a_state_space_model(shape, strength):
+    q, k, v = make(37, value_dim=5)
+    gates = draw_gates(shape, strength)
+    truth = state_space_model(*(x.double() for x in (q, k, v)), gates, D**-0.5)
+    outs = [
+        la.gated_parallel(q, k, v, log_decay=gates),
+        la.gated_recurrent(q, k, v, log_decay=gates),
+        la.gated_attend(q, k, v, log_decay=gates),
+        la.gated_attend(q, k, v, log_decay=gates, chunk=5),
+    ]
+    for out in outs:
+        torch.testing.assert_close(out.double(), truth, atol=1e-5, rtol=1e-5)
+
+
+def test_a_gate_of_minus_infinity_starts_a_new_document():
+    q, k, v = make(20, dtype=torch.float64)
+    gates = torch.full((1, 1, 20, 1), -0.1, dtype=torch.float64)
+    gates[:, :, 11] = -torch.inf
+    for form in (la.gated_attend, la.gated_recurrent, la.gated_parallel):
+        whole = form(q, k, v, log_decay=gates)
+        second = form(q[:, :, 11:], k[:, :, 11:], v[:, :, 11:], log_decay=gates[:, :, 11:])
+        torch.testing.assert_close(whole[:, :, 11:], second)
+
+
+def test_gated_gradients():
+    q, k, v = (x.requires_grad_() for x in make(7, heads=2, kv_heads=1, batch=1, dtype=torch.float64, value_dim=2))
+    for width in (1, D):
+        leaves = (q, k, v, draw_gates((1, 1, 7, width)).requires_grad_())
+        assert torch.autograd.gradcheck(
+            lambda *x: la.gated_attend(*x[:3], log_decay=x[3], chunk=3), leaves, fast_mode=True
+        )
+
+
+def test_retention_decays_are_those_of_the_paper():
+    decays = la.retention_log_decay(4).exp().flatten()
+    torch.testing.assert_close(decays, torch.tensor([31 / 32, 63 / 64, 127 / 128, 255 / 256], dtype=torch.float64))
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("form", [la.attend, la.parallel, la.associative, la.recurrent, la.chunked])
+def test_wrong_inputs_are_refused_by_name(form):
+    q, k, v = make(7)
+    with pytest.raises(ValueError, match="q has 3 heads, which 2 kv heads do not divide"):
+        form(q[:, :3], k, v)
+    with pytest.raises(ValueError, match="share a dtype"):
+        form(q, k.double(), v)
+    with pytest.raises(ValueError, match=r"scale must be positive.*got -1"):
+        form(q, k, v, scale=-1.0)
+
+
+def test_a_mask_that_depends_on_the_query_is_refused():
+    q, k, v = make(7)
+    for mask in (torch.ones(7, 7, dtype=torch.bool), torch.ones(2, 4, 1, 7, dtype=torch.bool)):
+        for causal in (True, False):
+            with pytest.raises(ValueError, match=r"expected a mask that broadcasts to \(batch, 1, 1, S\), got"):
+                la.attend(q, k, v, mask=mask, causal=causal)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda q, k, v: la.attend(q, k, v, causal=True, chunk=0), "chunk must be at least 1, got 0"),
+        (lambda q, k, v: la.gated_attend(q, k, v, log_decay=torch.zeros(1, 1, 1, 1), chunk=0), "chunk must be"),
+        (lambda q, k, v: la.gated_attend(q, k, v, log_decay=torch.ones(1, 1, 1, 1)), "at most 0.*got 1"),
+        (lambda q, k, v: la.gated_attend(q[:, :, :3], k, v, log_decay=torch.zeros(1, 1, 1, 1)), "got 3 and 7"),
+        (lambda q, k, v: la.attend(q, k, v, feature_map=la.RandomFeatures(4, 8)), "drawn for head_dim 4, got 8"),
+        (lambda q, k, v: la.RandomFeatures(8, 0), "at least 1, got 8 and 0"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*make(7))
