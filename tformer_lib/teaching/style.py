@@ -16,9 +16,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -35,6 +35,9 @@ SIGNED = LinearSegmentedColormap.from_list("signed", ["#8A3D00", VERMILION, "#FF
 
 WIDTH = 7.0
 """Inches of a figure as wide as the text."""
+
+SMALL = 48
+"""Rows or columns up to which a heatmap is drawn as shapes."""
 
 PARAMETERS = {
     "figure.figsize": (WIDTH, 3.2),
@@ -161,7 +164,7 @@ def heatmap(
     signed: bool = False,
     values: str | None = None,
     limit: float | None = None,
-) -> AxesImage:
+) -> ScalarMappable:
     """Draw a matrix with a line between its cells, row 0 on top.
 
     Args:
@@ -173,19 +176,39 @@ def heatmap(
         values: a format such as ``".2f"`` to write each value into its cell.
         limit: the value of the darkest colour; by default the largest in the matrix.
     """
-    matrix = np.asarray(matrix.detach().cpu() if isinstance(matrix, torch.Tensor) else matrix).astype(float)
+    matrix = np.asarray(matrix.detach().cpu() if isinstance(matrix, torch.Tensor) else matrix)
     if matrix.ndim != 2:
         raise ValueError(f"heatmap needs a matrix, got shape {matrix.shape}")
-    top = limit or float(np.nanmax(np.abs(np.where(np.isfinite(matrix), matrix, 0.0)))) or 1.0
-    image = ax.imshow(matrix, cmap=SIGNED if signed else WEIGHTS, vmin=-top if signed else 0.0, vmax=top, aspect="auto")
+    top = limit or largest(matrix)
+    matrix = matrix.astype(float)
+    low, colours = (-top, SIGNED) if signed else (0.0, WEIGHTS)
+    image = draw_cells(ax, matrix, cmap=colours, vmin=low, vmax=top)
     label_cells(ax, matrix.shape, rows, columns)
     if values:
-        write_values(ax, matrix, values, top)
+        write_values(ax, matrix, values, image)
+    return image
+
+
+def largest(matrix: np.ndarray) -> float:
+    """The value to draw darkest: the largest finite magnitude; above 1 for booleans, so that True is blue, not black."""
+    if matrix.dtype == bool:
+        return 1.5
+    finite = np.abs(matrix[np.isfinite(matrix)])
+    return float(finite.max(initial=0.0)) or 1.0
+
+
+def draw_cells(ax: Axes, matrix: np.ndarray, **colours) -> ScalarMappable:
+    """Colour the cells: as shapes with a thin border where they are few, as one picture where they are many."""
+    if max(matrix.shape) > SMALL:
+        return ax.imshow(matrix, aspect="auto", interpolation="nearest", **colours)
+    edges = [np.arange(n + 1) - 0.5 for n in matrix.shape]
+    image = ax.pcolormesh(edges[1], edges[0], matrix, edgecolors="#C9CED6", linewidth=0.5, **colours)
+    ax.set_ylim(edges[0][-1], edges[0][0])
     return image
 
 
 def label_cells(ax: Axes, shape: tuple[int, int], rows: Sequence | None, columns: Sequence | None) -> None:
-    """Ticks with the given labels, and thin white lines between the cells of a small matrix."""
+    """Ticks with the given labels, the columns' above the matrix."""
     ax.grid(False)
     ax.tick_params(length=0)
     if rows is not None:
@@ -194,18 +217,15 @@ def label_cells(ax: Axes, shape: tuple[int, int], rows: Sequence | None, columns
         ax.set_xticks(range(shape[1]), [str(c) for c in columns])
         ax.xaxis.tick_top()
         ax.xaxis.set_label_position("top")
-    if max(shape) <= 40:
-        ax.set_xticks(np.arange(1, shape[1]) - 0.5, minor=True)
-        ax.set_yticks(np.arange(1, shape[0]) - 0.5, minor=True)
-        ax.grid(which="minor", color="#C9CED6", linewidth=0.6)
-        ax.tick_params(which="minor", length=0)
 
 
-def write_values(ax: Axes, matrix: np.ndarray, form: str, top: float) -> None:
-    """Write each finite value into its cell, white on dark."""
+def write_values(ax: Axes, matrix: np.ndarray, form: str, image: ScalarMappable) -> None:
+    """Write each finite value into its cell, white where the cell is dark."""
     for (row, column), value in np.ndenumerate(matrix):
-        colour = "white" if abs(value) > 0.55 * top else INK
-        ax.text(column, row, format(value, form), ha="center", va="center", color=colour, fontsize=8.5)
+        if np.isfinite(value):
+            lightness = np.dot(image.to_rgba(value)[:3], (0.299, 0.587, 0.114))
+            colour = "white" if lightness < 0.5 else INK
+            ax.text(column, row, format(value, form), ha="center", va="center", color=colour, fontsize=8.5)
 
 
 def lines(ax: Axes, x: Sequence, ys: dict[str, Sequence], *, markers: bool = True, **options) -> list[Line2D]:

@@ -10,8 +10,8 @@ A chapter's checks stand in ``tformer_lib/teaching/exercises/<topic>.py``::
         require_shape(mask, (4, 6), "the mask")
         require(not mask[0, 5], "row 0 attends to position 5: the future leaks")
 
-The check of an exercise raises :class:`NotYet` through the ``require`` functions. :func:`check`, which a notebook calls,
-never raises: it prints one line, ``passed: ...`` or ``not yet: ...``.
+The check of an exercise raises :class:`NotYet` through the ``require`` functions. :func:`check`, which a
+notebook calls, never raises: it prints one line, ``passed: ...`` or ``not yet: ...``.
 """
 
 import importlib
@@ -112,7 +112,7 @@ def all_exercises() -> list[Exercise]:
 
 
 def examine(name: str, answer: Callable) -> Outcome:
-    """Run the check of ``name`` on ``answer``; random inputs are the same on every call, the caller's generators stay put.
+    """Run the check of ``name`` on ``answer``, with the same random inputs on every call, and leave no trace.
 
     Args:
         name: the exercise.
@@ -175,9 +175,8 @@ def progress() -> None:
     done, known = record.passed(), all_exercises()
     count = sum(e.name in done for e in known)
     rows = [f"| `{e.name}` | {e.title} | {'passed' if e.name in done else ''} |" for e in known]
-    show_markdown(
-        "\n".join([f"{count} of {len(known)} exercises passed.", "", "| exercise | | |", "|---|---|---|", *rows])
-    )
+    table = ["| exercise | what | state |", "|---|---|---|", *rows]
+    show_markdown(f"{count} of {len(known)} exercises passed.\n\n" + "\n".join(table))
 
 
 def explain(error: BaseException, answer: Callable) -> str:
@@ -196,7 +195,7 @@ def explain(error: BaseException, answer: Callable) -> str:
 
 
 def raised_inside(error: BaseException, answer: Callable) -> int:
-    """The line of the answer, counted from its ``def``, that the exception passed through; 0 if it passed through none."""
+    """The line of the answer, counted from its ``def``, that the exception passed through; 0 if through none."""
     code = getattr(answer, "__code__", None)
     if code is None:
         return 0

@@ -1,8 +1,8 @@
 """The learner's progress, in one small local file.
 
 The file is ``.tformer-progress.json`` in the working directory (beside the notebooks), or what ``TFORMER_PROGRESS``
-names; set to an empty string, nothing is kept. A test run keeps nothing either. Losing the file, or being unable to write
-it, never stops a notebook.
+names; set to an empty string, nothing is kept. A test run keeps nothing either. Losing the file, or being
+unable to write it, never stops a notebook.
 """
 
 import json

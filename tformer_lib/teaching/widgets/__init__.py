@@ -1,7 +1,7 @@
 """Interactive figures, one Python file and one JavaScript file a chapter.
 
-The data is computed in Python, the drawing is plain JavaScript on SVG, and no kernel is needed to play: a figure works in
-the published page, offline, and in JupyterLab alike. A chapter's ``widgets/<topic>.py`` holds::
+The data is computed in Python, the drawing is plain JavaScript on SVG, and no kernel is needed to play: a figure works
+in the published page, offline, and in JupyterLab alike. A chapter's ``widgets/<topic>.py`` holds::
 
     from tformer_lib.teaching.widgets import Interactive, module
 
@@ -11,9 +11,9 @@ the published page, offline, and in JupyterLab alike. A chapter's ``widgets/<top
     def mask_builder(length):
         return MaskBuilder(label="Mask builder: who sees whom", data={"length": length})
 
-and its ``widgets/<topic>.js`` defines ``function draw(root, data, kit)``, which fills the element ``root``. ``kit`` (see
-``kit.js``) makes elements, SVG, labelled controls and a stepper that work by keyboard and are announced by a screen reader;
-``kit.css`` gives colours that follow the theme of the page.
+and its ``widgets/<topic>.js`` defines ``function draw(root, data, kit)``, which fills the element ``root``. ``kit``
+(see ``kit.js``) makes elements, SVG, labelled controls and a stepper that work by keyboard and are announced by a
+screen reader; ``kit.css`` gives colours that follow the theme of the page.
 """
 
 from pathlib import Path
@@ -30,11 +30,8 @@ def module(file: str) -> str:
     Args:
         file: a JavaScript file in this folder that defines ``function draw(root, data, kit)``.
     """
-    parts = (FOLDER / "kit.js", FOLDER / file)
-    return (
-        "\n".join(part.read_text(encoding="utf-8") for part in parts)
-        + "\nexport default { render: renderWith(draw) };\n"
-    )
+    sources = [(FOLDER / name).read_text(encoding="utf-8") for name in ("kit.js", file)]
+    return "\n".join([*sources, "export default { render: renderWith(draw) };", ""])
 
 
 class Interactive(anywidget.AnyWidget):
