@@ -1,0 +1,66 @@
+# Every target does its own set-up: `make book` or `make test` on a fresh clone is enough.
+#   make book       build the book: book/_build/html/index.html
+#   make test       every test and every notebook
+#   make lab        JupyterLab on the notebooks
+#   make bench      measure (CPU, and the GPU where there is one)
+#   make notebooks  run the notebooks again and keep their outputs (NB=notebooks/04-attention.ipynb for one)
+#   make lint       ruff
+#   make clean      remove what was built; `make distclean` removes the environment too
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+NB ?= $(wildcard notebooks/*.ipynb)
+UV := $(shell command -v uv 2>/dev/null)
+
+# uv does not read pip's settings: hand it the folder of local wheels that pip is configured with.
+export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+# uv warns about a VIRTUAL_ENV that is not the project's own.
+unexport VIRTUAL_ENV
+
+.PHONY: setup book test lab bench notebooks lint clean distclean
+
+setup: $(READY)
+
+# The stamp is the last thing written: a set-up that was interrupted starts over with what is already there.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "TFormer Lab needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+ifneq ($(UV),)
+	uv venv --quiet --allow-existing --python $(PYTHON) $(VENV)
+	uv pip install --python $(BIN)/python --editable '.[test]'
+else
+	@test -x $(BIN)/pip && $(BIN)/python -c '' || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+endif
+	@touch $@
+
+book: $(READY)
+	$(BIN)/python book/vendor.py
+	$(BIN)/jupyter-book build book -n -W --keep-going
+
+test: $(READY)
+	$(BIN)/pytest --nbval
+
+lab: $(READY)
+	$(BIN)/jupyter lab
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+notebooks: $(READY)
+	cd notebooks && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=300 $(notdir $(NB))
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+clean:
+	rm -rf book/_build book/vendor build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) uv.lock *.egg-info
