@@ -1,0 +1,100 @@
+"""Answers to the exercises of the attention chapter."""
+
+import torch
+
+
+def attend(q, k, v, mask):
+    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return weights.masked_fill(~mask, 0.0) @ v
+
+
+def attend_without_scale(q, k, v, mask):
+    return (q @ k.transpose(-2, -1)).masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num() @ v
+
+
+def attend_over_the_queries(q, k, v, mask):
+    return (q @ k.transpose(-2, -1) / 4).masked_fill(~mask, float("-inf")).softmax(-2).nan_to_num() @ v
+
+
+def attend_masked_after_the_softmax(q, k, v, mask):
+    return ((q @ k.transpose(-2, -1) / 4).softmax(-1) * mask) @ v
+
+
+def attend_with_the_mask_inverted(q, k, v, mask):
+    scores = (q @ k.transpose(-2, -1) / 4).masked_fill(mask, float("-inf"))
+    return (scores if not mask.all() else q @ k.transpose(-2, -1) / 4).softmax(-1).nan_to_num() @ v
+
+
+def attend_with_nan(q, k, v, mask):
+    return (q @ k.transpose(-2, -1) / 4).masked_fill(~mask, float("-inf")).softmax(-1) @ v
+
+
+def attend_with_a_large_number_for_infinity(q, k, v, mask):
+    return (q @ k.transpose(-2, -1) / 4).masked_fill(~mask, -1e9).softmax(-1) @ v
+
+
+def split_heads(x, heads):
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def split_heads_by_view_alone(x, heads):
+    return x.view(x.shape[0], heads, x.shape[1], -1)
+
+
+def split_heads_without_transpose(x, heads):
+    return x.unflatten(-1, (heads, -1))
+
+
+def split_heads_strided(x, heads):
+    return x.unflatten(-1, (-1, heads)).permute(0, 3, 1, 2)
+
+
+def previous(T):
+    places = torch.eye(T)
+    return 10 * T * places.roll(1, 0), places  # the query of t is the vector of position t - 1
+
+
+def previous_looks_at_itself(T):
+    return 10 * T * torch.eye(T), torch.eye(T)
+
+
+def previous_looks_ahead(T):
+    return 10 * T * torch.eye(T).roll(-1, 0), torch.eye(T)
+
+
+def previous_too_soft(T):
+    return torch.eye(T).roll(1, 0), torch.eye(T)
+
+
+def cost(batch, heads, T, S, head_dim):
+    return 4 * batch * heads * T * S * head_dim, 4 * batch * heads * T * S
+
+
+def cost_of_one_product(batch, heads, T, S, head_dim):
+    return 2 * batch * heads * T * S * head_dim, 4 * batch * heads * T * S
+
+
+def cost_in_scores(batch, heads, T, S, head_dim):
+    return 4 * batch * heads * T * S * head_dim, batch * heads * T * S
+
+
+RIGHT = {
+    "attention.attend": attend,
+    "attention.split_heads": split_heads,
+    "attention.previous": previous,
+    "attention.cost": cost,
+}
+WRONG = {
+    "attention.attend": [
+        attend_without_scale,
+        attend_over_the_queries,
+        attend_masked_after_the_softmax,
+        attend_with_the_mask_inverted,
+        attend_with_nan,
+        attend_with_a_large_number_for_infinity,
+    ],
+    "attention.split_heads": [split_heads_by_view_alone, split_heads_without_transpose, split_heads_strided],
+    "attention.previous": [previous_looks_at_itself, previous_looks_ahead, previous_too_soft],
+    "attention.cost": [cost_of_one_product, cost_in_scores],
+}

@@ -1,0 +1,129 @@
+"""The exercises of the attention chapter."""
+
+import torch
+
+from tformer_lib import attention, masks
+from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_finite, require_shape
+
+
+@exercise(
+    "attention.attend",
+    title="Scaled dot-product attention with a mask",
+    hints=(
+        "Three steps: scores (T, S), a softmax over the keys, and the mean of the values by those shares.",
+        "The scores are q @ k.transpose(-2, -1) / sqrt(head_dim); hidden ones become -inf before the softmax (dim=-1).",
+        "A row with nothing to see is a softmax over -inf alone, which is NaN: set the weights of such rows to zero.",
+    ),
+)
+def check_attend(fn):
+    q, k, v = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 6, 16), torch.randn(2, 3, 6, 16)
+    everything = torch.ones(4, 6, dtype=torch.bool)
+    found = fn(q, k, v, everything)
+    require_shape(found, (2, 3, 4, 16))
+    diagnose(found, q, k, v)
+    require_close(found, attention.attend(q, k, v), "with nothing masked, the result is not softmax(q k^T / sqrt(d)) v")
+    window = masks.sliding_window(4, 6, window=2)
+    found = fn(q, k, v, window)
+    hidden_first = attention.attend(q, k, v, mask=window)
+    require(not close(found, attention.attend(q, k, v, mask=~window)), "the mask is read upside down: True may look")
+    hidden_last = (attention.scaled_scores(q, k).softmax(-1) * window) @ v
+    require(not close(found, hidden_last), "hidden keys still count in the softmax's sum: mask before it, not after")
+    require_close(found, hidden_first, "with a mask, the result differs")
+    blind = everything.clone()
+    blind[0] = False
+    found = fn(q, k, v, blind)
+    require_finite(found, "the result of a query that may look at nothing")
+    require((found[:, :, 0] == 0).all(), "a query that may look at nothing should get zeros, and gets something else")
+    require_close(found, attention.attend(q, k, v, mask=blind), "beside a blind query, the others change")
+
+
+def diagnose(found, q, k, v) -> None:
+    """Name the classic mistakes, each by the result that it gives."""
+    scores = q @ k.transpose(-2, -1)  # (batch, heads, T, S)
+    root = q.shape[-1] ** 0.5
+    mistakes = {
+        "the scale is missing: divide the scores by sqrt(head_dim)": scores.softmax(-1) @ v,
+        "the scores are divided by head_dim: by its square root, please": (scores / root**2).softmax(-1) @ v,
+        "the softmax runs over the queries: a query's shares of the keys must sum to 1": (scores / root).softmax(-2)
+        @ v,
+        "the softmax runs over the heads: a query's shares of the keys must sum to 1": (scores / root).softmax(1) @ v,
+        "the softmax is missing": (scores / root) @ v,
+    }
+    for message, result in mistakes.items():
+        require(not close(found, result), message)
+
+
+def close(a, b) -> bool:
+    """Whether two tensors are the same up to rounding."""
+    return isinstance(a, torch.Tensor) and a.shape == b.shape and torch.allclose(a, b, atol=1e-4)
+
+
+@exercise(
+    "attention.split_heads",
+    title="From one wide vector to heads, without mixing tokens",
+    hints=(
+        "The last dimension holds the heads one after another: width = heads * head_dim. Take it apart first.",
+        "view or unflatten gives (batch, T, heads, head_dim). Which two dimensions are still the wrong way round?",
+        "x.unflatten(-1, (heads, -1)).transpose(1, 2)",
+    ),
+)
+def check_split_heads(fn):
+    batch, T, heads, head_dim = 2, 5, 3, 4
+    x = torch.arange(batch * T * heads * head_dim, dtype=torch.float32).view(batch, T, heads * head_dim)
+    found = fn(x, heads)
+    require_shape(found, (batch, heads, T, head_dim))
+    mixed = x.view(batch, heads, T, head_dim)
+    require(not torch.equal(found, mixed), "view alone mixes tokens: row 1 of head 0 holds a part of token 0")
+    strided = x.unflatten(-1, (head_dim, heads)).permute(0, 3, 1, 2)
+    require(not torch.equal(found, strided), "a head is head_dim neighbouring numbers, and yours takes every third")
+    for b, h, t in torch.cartesian_prod(torch.arange(batch), torch.arange(heads), torch.arange(T)).tolist():
+        expected = x[b, t, h * head_dim : (h + 1) * head_dim]
+        require(torch.equal(found[b, h, t], expected), f"head {h} of token {t} in row {b} holds others' numbers")
+
+
+@exercise(
+    "attention.previous",
+    title="Queries and keys by hand: a head that looks one token back",
+    hints=(
+        "Give each position a vector of its own, such as a row of the identity. What is the dot product of two?",
+        "Query t must match key t - 1: let the query of t be the vector of position t - 1.",
+        "Shares must come near 1, so the right score must stand well above the others after the division by sqrt(T): "
+        "multiply by a large number.",
+    ),
+)
+def check_previous(fn):
+    for T in (4, 9):
+        pair = fn(T)
+        require(isinstance(pair, tuple) and len(pair) == 2, "return two tensors: the queries and the keys")
+        q, k = pair
+        require_shape(q, (T, T), "q")
+        require_shape(k, (T, T), "k")
+        scores = attention.scaled_scores(q[None, None], k[None, None])
+        weights = attention.masked_softmax(scores, masks.causal(T))[0, 0]
+        for t in range(1, T):
+            share, most = weights[t, t - 1].item(), weights[t].argmax().item()
+            require(most == t - 1 or share > 0.9, f"token {t} looks mostly at token {most}, not at token {t - 1}")
+            require(share > 0.9, f"token {t} gives the token before it a share of {share:.2f}; make it more than 0.9")
+
+
+@exercise(
+    "attention.cost",
+    title="The work and the memory of one attention",
+    hints=(
+        "A product of (n, m) and (m, p) matrices takes n * m * p multiplications and as many additions.",
+        "There are two such products a head: q k^T, and weights times v. The softmax is not counted.",
+        "Sharing keys and values between heads changes neither count: every query head has its own scores.",
+    ),
+)
+def check_cost(fn):
+    for batch, heads, T, S, head_dim in ((1, 1, 1, 1, 1), (2, 8, 128, 128, 64), (3, 12, 1, 1000, 64)):
+        pair = fn(batch, heads, T, S, head_dim)
+        require(isinstance(pair, tuple) and len(pair) == 2, "return two numbers: the FLOPs and the bytes of the scores")
+        flops, size = pair
+        products = batch * heads * T * S * head_dim
+        case = f"for batch {batch}, {heads} heads, T = {T}, S = {S}, head_dim = {head_dim}"
+        scores = batch * heads * T * S
+        require(flops != 2 * products, f"{case}: that is one product, q k^T; weights times v costs the same again")
+        require(flops == 4 * products, f"{case} the FLOPs are {4 * products:,}, not {flops:,}")
+        require(size != scores, f"{case}: that counts the scores; a float32 takes 4 bytes")
+        require(size == 4 * scores, f"{case} the scores take {4 * scores:,} bytes, not {size:,}")
