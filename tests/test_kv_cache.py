@@ -59,7 +59,7 @@ def feed(model, cache, tokens, counts):
 
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("name", CACHES)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_cached_logits_equal_uncached_for_any_split_and_raggedness(name, model_name, data):
     model, rows = MODEL[model_name], data.draw(st.integers(1, 3), "rows")

@@ -1,0 +1,306 @@
+"""Generation: text independent of batching, chunking and cache; filters equal to transformers'; draws by the law."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tformer_lib.generation import (
+    Sampling,
+    StaticStep,
+    cut,
+    distribution,
+    draw,
+    generate,
+    generate_uncached,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalise_repetition,
+    prefill,
+    stream,
+)
+from tformer_lib.kv_cache import CacheShape, GrowingCache, PreallocatedCache, RingCache
+from tformer_lib.transformer import Decoder, ModelConfig
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3], [5, 8, 9, 7, 9]]
+
+
+def make_model(seed=11, **options):
+    torch.manual_seed(seed)
+    config = ModelConfig(vocab_size=29, max_length=64, width=32, layers=2, heads=4, **{"positions": "rope", **options})
+    model = Decoder(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)  # sharper than at initialisation, so that texts differ
+    return model
+
+
+MODEL = make_model()
+CACHES = {
+    "default": lambda batch: None,
+    "growing": lambda batch: GrowingCache(CacheShape.of(MODEL, batch)),
+    "preallocated": lambda batch: PreallocatedCache(CacheShape.of(MODEL, batch), 50),
+    "ring that never wraps": lambda batch: RingCache(CacheShape.of(MODEL, batch), 50),
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("chunk", [None, 1, 3, 100])
+def test_a_ragged_batch_continues_each_prompt_as_if_alone_and_uncached(cache, chunk):
+    alone = [generate_uncached(MODEL, prompt, max_new_tokens=12) for prompt in PROMPTS]
+    assert generate(MODEL, PROMPTS, max_new_tokens=12, cache=CACHES[cache](3), chunk=chunk) == alone
+    assert len({tuple(text) for text in alone}) == 3
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), order=st.permutations(range(3)), chunk=st.integers(1, 9))
+def test_a_seeded_row_does_not_depend_on_its_batch(seed, order, chunk):
+    rules = {"max_new_tokens": 6, "temperature": 1.3, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.2}
+    seeds = [seed, seed + 10, seed + 20]
+    alone = [generate(MODEL, [p], seed=s, **rules)[0] for p, s in zip(PROMPTS, seeds, strict=True)]
+    together = generate(MODEL, [PROMPTS[i] for i in order], seed=[seeds[i] for i in order], chunk=chunk, **rules)
+    assert together == [alone[i] for i in order]
+
+
+def test_seeds_repeat_and_differ_and_a_longer_run_begins_the_same():
+    rules = {"temperature": 2.0}
+    first = generate(MODEL, PROMPTS, max_new_tokens=10, seed=1, **rules)
+    assert first == generate(MODEL, PROMPTS, max_new_tokens=10, seed=1, **rules)
+    assert first != generate(MODEL, PROMPTS, max_new_tokens=10, seed=2, **rules)
+    longer = generate(MODEL, PROMPTS, max_new_tokens=20, seed=1, **rules)
+    assert [row[:10] for row in longer] == first
+    twins = generate(MODEL, [PROMPTS[0]] * 3, max_new_tokens=10, seed=1, **rules)
+    assert len({tuple(row) for row in twins}) == 3
+
+
+def test_stop_tokens_end_their_own_row_alone():
+    free = generate(MODEL, PROMPTS, max_new_tokens=12)
+    stop = free[0][4]
+    stopped = generate(MODEL, PROMPTS, max_new_tokens=12, stop_tokens=[stop])
+    assert stopped == [cut(row, [stop]) for row in free]
+    assert stopped[0][-1] == stop
+    assert stop not in stopped[0][:-1]
+
+
+def test_generation_ends_as_soon_as_all_rows_have_stopped():
+    free = generate(MODEL, [PROMPTS[0]], max_new_tokens=12)[0]
+    calls = []
+    hook = MODEL.register_forward_hook(lambda *_: calls.append(1))
+    generate(MODEL, [PROMPTS[0]], max_new_tokens=12, stop_tokens=[free[2]])
+    hook.remove()
+    assert len(calls) == 1 + free.index(free[2])  # the prefill, and one step for each token before the stop
+
+
+def test_the_stream_yields_what_generate_returns():
+    stop = generate(MODEL, PROMPTS, max_new_tokens=12)[1][3]
+    options = {"max_new_tokens": 12, "stop_tokens": [stop], "temperature": 0.7, "seed": 4}
+    columns = list(stream(MODEL, PROMPTS, **options))
+    rows = [[token for token in row if token is not None] for row in zip(*columns, strict=True)]
+    assert rows == generate(MODEL, PROMPTS, **options)
+
+
+def test_dropout_is_off_while_generating_and_the_mode_comes_back():
+    model = make_model(dropout=0.5)
+    model.train()
+    texts = [generate(model, PROMPTS, max_new_tokens=8) for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_ring_generates_the_text_of_the_windowed_model():
+    from tformer_lib import masks
+
+    window, sinks, prompt = 6, 2, PROMPTS[0]
+    text = list(prompt)
+    for _ in range(20):
+        T = len(text)
+        mask = masks.sliding_window(T, window=window) | (masks.causal(T) & (torch.arange(T) < sinks))
+        with torch.no_grad():
+            text.append(int(MODEL(torch.tensor([text]), mask=mask)[0, -1].argmax()))
+    for chunk in (None, 3):
+        cache = RingCache(CacheShape.of(MODEL, 1), window, sinks)
+        assert generate(MODEL, [prompt], max_new_tokens=20, cache=cache, chunk=chunk) == [text[len(prompt) :]]
+
+
+# The static step, which a CUDA graph records
+
+
+@pytest.mark.parametrize("make_cache", [lambda s: PreallocatedCache(s, 40), lambda s: RingCache(s, 6, 2)])
+def test_the_static_step_equals_the_ordinary_one(make_cache):
+    caches = [make_cache(CacheShape.of(MODEL, 3)) for _ in range(2)]
+    static = StaticStep(MODEL, caches[1])
+    ordinary, recorded = (prefill(MODEL, PROMPTS, cache) for cache in caches)
+    for _ in range(20):
+        torch.testing.assert_close(recorded, ordinary, rtol=0, atol=1e-10)
+        tokens = ordinary.argmax(-1, keepdim=True)
+        with torch.no_grad():
+            ordinary, recorded = MODEL(tokens, cache=caches[0])[:, -1], static(tokens)
+
+
+def test_the_static_step_is_one_graph_for_all_lengths():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    cache = PreallocatedCache(CacheShape.of(MODEL, 3), 30)
+    step = StaticStep(MODEL, cache, compile=True, backend=count)
+    logits = prefill(MODEL, PROMPTS, cache)
+    texts = []
+    for _ in range(10):
+        texts.append(logits.argmax(-1))
+        logits = step(texts[-1][:, None])
+    assert torch.stack(texts, dim=1).tolist() == generate(MODEL, PROMPTS, max_new_tokens=10)
+    assert len(graphs) == 1
+
+
+def test_the_static_step_refuses_what_it_cannot_record():
+    shape = CacheShape.of(MODEL, 1)
+    with pytest.raises(ValueError, match="needs a preallocated or a ring cache, got GrowingCache"):
+        StaticStep(MODEL, GrowingCache(shape))
+    cache = PreallocatedCache(shape, 4)
+    step = StaticStep(MODEL, cache)
+    prefill(MODEL, [[1, 2, 3]], cache)
+    step(torch.tensor([[4]]))
+    with pytest.raises(ValueError, match="row 0 holds 4 of 4 tokens"):
+        step(torch.tensor([[5]]))
+    with pytest.raises(ValueError, match="recorded on an empty cache"):
+        StaticStep(MODEL, cache)
+    with pytest.raises(ValueError, match="cuda_graph needs a model on a GPU"):
+        generate(MODEL, [[1]], max_new_tokens=1, cuda_graph=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("make_cache", [lambda s: PreallocatedCache(s, 40), lambda s: RingCache(s, 6, 2)])
+def test_a_cuda_graph_generates_the_same_text(make_cache):
+    model = make_model().cuda()
+    texts = [
+        generate(model, PROMPTS, max_new_tokens=20, cuda_graph=graph, cache=make_cache(CacheShape.of(model, 3)))
+        for graph in (False, True)
+    ]
+    assert texts[0] == texts[1]
+
+
+# Sampling
+
+
+def hostile_logits():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 50, generator=generator) * torch.logspace(-2, 2, 64)[:, None]
+    logits[0] = 0.0
+    logits[1, :10] = logits[1].max()
+    return logits
+
+
+@pytest.mark.parametrize("k", [1, 5, 50, 1000])
+def test_top_k_equals_transformers(k):
+    from transformers.generation.logits_process import TopKLogitsWarper
+
+    logits = hostile_logits()
+    assert torch.equal(keep_top_k(logits, k), TopKLogitsWarper(min(k, 50))(None, logits))
+
+
+@pytest.mark.parametrize("p", [0.01, 0.5, 0.9, 0.999])
+def test_top_p_equals_transformers(p):
+    from transformers.generation.logits_process import TopPLogitsWarper
+
+    logits = hostile_logits()
+    assert torch.equal(keep_top_p(logits, p), TopPLogitsWarper(p)(None, logits))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 1.0])
+def test_min_p_equals_transformers(p):
+    from transformers.generation.logits_process import MinPLogitsWarper
+
+    logits = hostile_logits()
+    assert torch.equal(keep_min_p(logits, p), MinPLogitsWarper(p)(None, logits))
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.0, 1.5])
+def test_repetition_penalty_equals_transformers(penalty):
+    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+    logits = hostile_logits()
+    past = torch.randint(50, (64, 20), generator=torch.Generator().manual_seed(1))
+    seen = torch.zeros(64, 50, dtype=torch.bool).scatter(1, past, True)
+    assert torch.equal(
+        penalise_repetition(logits, seen, penalty), RepetitionPenaltyLogitsProcessor(penalty)(past, logits)
+    )
+
+
+def test_all_rules_together_equal_transformers_pipeline():
+    from transformers.generation import logits_process as hf
+
+    logits = hostile_logits()
+    wanted = logits
+    for warper in (
+        hf.TemperatureLogitsWarper(0.7),
+        hf.TopKLogitsWarper(30),
+        hf.TopPLogitsWarper(0.9),
+        hf.MinPLogitsWarper(0.02),
+    ):
+        wanted = warper(None, wanted)
+    got = distribution(logits, Sampling(temperature=0.7, top_k=30, top_p=0.9, min_p=0.02))
+    torch.testing.assert_close(got, wanted.double().softmax(-1), rtol=1e-5, atol=1e-9)
+
+
+def test_draws_follow_the_probabilities_and_never_leave_their_support():
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0], dtype=torch.float64)
+    n = 40_000
+    uniforms = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    counts = Counter(draw(probabilities.expand(n, 6), uniforms).tolist())
+    assert set(counts) == {1, 3, 4}
+    for token, p in ((1, 0.5), (3, 0.3), (4, 0.2)):
+        assert abs(counts[token] / n - p) < 4 * (p * (1 - p) / n) ** 0.5
+    edges = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert draw(probabilities.expand(3, 6), edges).tolist() == [1, 3, 4]
+
+
+def test_penalty_makes_a_greedy_text_stop_repeating():
+    plain = generate(MODEL, [[1, 1]], max_new_tokens=25)[0]
+    varied = generate(MODEL, [[1, 1]], max_new_tokens=25, repetition_penalty=10.0)[0]
+    assert len(set(varied)) > len(set(plain))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"temperature": -1}, "temperature must be at least 0, got -1"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+        ({"min_p": 2}, "min_p must be in"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be greater than 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"chunk": 0}, "chunk must be at least 1"),
+        ({"seed": [1], "temperature": 1.0}, "3 prompts, 1 seeds"),
+    ],
+)
+def test_senseless_options_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        generate(MODEL, PROMPTS, **{"max_new_tokens": 2, **options})
+
+
+def test_senseless_prompts_are_refused():
+    for prompts, match in (
+        ([], "at least one prompt"),
+        ([[1], []], "prompt 1 is empty"),
+        ([1, 2], "prompt 0 is 1"),
+        (["ab"], "list of token lists"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            generate(MODEL, prompts, max_new_tokens=2)
+    with pytest.raises(TypeError, match="temprature"):
+        generate(MODEL, [[1]], max_new_tokens=2, temprature=1.0)
+
+
+def test_a_learned_table_too_short_is_refused_before_any_work():
+    model = make_model(positions="learned")
+    with pytest.raises(ValueError, match="60 tokens and 6 new ones need 65 positions, the model has learned 64"):
+        generate(model, [[1] * 60], max_new_tokens=6)
+    assert len(generate(model, [[1] * 60], max_new_tokens=5)[0]) == 5

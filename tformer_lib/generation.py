@@ -1,0 +1,462 @@
+"""Generation: prefill the prompt, then decode token by token, choosing each by the rules asked for.
+
+    generate(model, [[1, 2, 3], [4, 5]], max_new_tokens=20)                                  # greedy
+    generate(model, prompts, max_new_tokens=20, temperature=0.8, top_p=0.95, seed=1)         # sampled
+    for tokens in stream(model, [prompt], max_new_tokens=20): ...                            # as they come
+
+A row's text does not depend on what else is in the batch: prompts of different lengths are padded on the right and the
+cache never sees the padding, and row i draws from its own random stream, seeded with ``seed + i``.
+
+On a GPU, a small model's decode step is bound by launching its kernels. ``cuda_graph=True`` records the step once and
+replays it with one launch (:class:`StaticStep`); ``compile=True`` fuses its kernels first.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch import Tensor, nn
+
+from tformer_lib.kv_cache import CacheShape, KVCache, PreallocatedCache
+
+STEPS_BETWEEN_CHECKS = 32
+"""On a GPU, whether all rows have stopped is asked only so often: asking waits for the device."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from the logits. The rules apply in the order of the fields that follow ``seed``.
+
+    Raises:
+        ValueError: a value is out of its range; the message names it.
+    """
+
+    temperature: float = 0.0
+    """What logits are divided by; 0 always takes the most likely token (greedy)."""
+    seed: int | Sequence[int] = 0
+    """Row i draws from a stream seeded with seed + i, or with seed[i]."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens seen in the row are divided by it where positive, else multiplied (Keskar et al. 2019, CTRL)."""
+    top_k: int | None = None
+    """Keep the k most likely tokens (Fan et al. 2018)."""
+    top_p: float | None = None
+    """Keep the fewest tokens whose probabilities add up to top_p (the nucleus; Holtzman et al. 2020)."""
+    min_p: float | None = None
+    """Keep tokens at least min_p times as likely as the likeliest (Nguyen et al. 2024)."""
+
+    def __post_init__(self):
+        ranges = (
+            ("temperature", "at least 0", self.temperature >= 0),
+            ("repetition_penalty", "greater than 0", self.repetition_penalty > 0),
+            ("top_k", "at least 1", self.top_k is None or self.top_k >= 1),
+            ("top_p", "in (0, 1]", self.top_p is None or 0 < self.top_p <= 1),
+            ("min_p", "in [0, 1]", self.min_p is None or 0 <= self.min_p <= 1),
+        )
+        for name, wanted, holds in ranges:
+            if not holds:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)}")
+
+
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make tokens that were seen less likely.
+
+    Args:
+        logits: (batch, vocab_size).
+        seen: (batch, vocab_size) boolean, True for tokens of the prompt and of the text so far.
+        penalty: above 1 discourages, below 1 encourages.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """-inf for all but the k largest logits of each row; ties with the k-th stay. (batch, vocab_size) -> the same."""
+    kth = logits.topk(min(k, logits.shape[-1])).values[:, -1:]  # (batch, 1)
+    return logits.masked_fill(logits < kth, float("-inf"))
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """-inf for all but the fewest most likely tokens whose probabilities reach p. (batch, vocab_size) -> the same."""
+    ordered, order = logits.sort(descending=False)
+    beyond = ordered.softmax(-1).cumsum(-1) <= 1 - p  # the unlikely end, which p does without
+    beyond[:, -1] = False  # the likeliest token always stays
+    return logits.masked_fill(beyond.scatter(1, order, beyond), float("-inf"))
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """-inf for tokens less than p times as likely as the likeliest. (batch, vocab_size) -> the same."""
+    likely = logits.softmax(-1)
+    return logits.masked_fill(likely < p * likely.amax(-1, keepdim=True), float("-inf"))
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The probabilities that a token is drawn from: temperature, then top-k, top-p and min-p, in transformers' order.
+
+    Args:
+        logits: (batch, vocab_size), the repetition penalty applied.
+        sampling: the rules; the temperature must be above 0.
+
+    Returns:
+        (batch, vocab_size) float64.
+    """
+    logits = logits.float() / sampling.temperature
+    if sampling.top_k is not None:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p is not None:
+        logits = keep_min_p(logits, sampling.min_p)
+    return logits.double().softmax(-1)
+
+
+def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The token at which the running sum of probabilities passes the uniform number (inverse transform sampling).
+
+    One number per row decides its token, so that rows keep random streams of their own, without one generator each
+    on the device.
+
+    Args:
+        probabilities: (batch, vocab_size) float64.
+        uniforms: (batch,) float64 in [0, 1).
+
+    Returns:
+        (batch,) int64.
+    """
+    sums = probabilities.cumsum(-1)  # (batch, vocab_size)
+    target = uniforms[:, None] * sums[:, -1:]
+    return torch.searchsorted(sums, target, right=True).squeeze(1).clamp_max(probabilities.shape[-1] - 1)
+
+
+class Sampler:
+    """Chooses the next token of every row, and remembers what it needs from step to step.
+
+    Args:
+        sampling: the rules.
+        prompts: the rows' tokens so far.
+        steps: how many tokens will be drawn at most.
+        vocab_size: how many tokens there are.
+        device: where the logits will be.
+    """
+
+    def __init__(
+        self, sampling: Sampling, prompts: Sequence[Sequence[int]], steps: int, vocab_size: int, device: torch.device
+    ):
+        self.sampling, self.step = sampling, 0
+        self.seen = seen_tokens(prompts, vocab_size).to(device) if sampling.repetition_penalty != 1 else None
+        if sampling.temperature > 0:
+            streams = [Random(seed) for seed in row_seeds(sampling.seed, len(prompts))]
+            numbers = [[stream.random() for _ in range(steps)] for stream in streams]
+            self.uniforms = torch.tensor(numbers, dtype=torch.float64).to(device)  # (batch, steps)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Logits (batch, vocab_size) -> tokens (batch,) int64. Nothing here waits for a GPU."""
+        if self.seen is not None:
+            logits = penalise_repetition(logits, self.seen, self.sampling.repetition_penalty)
+        if self.sampling.temperature > 0:
+            tokens = draw(distribution(logits, self.sampling), self.uniforms[:, self.step])
+        else:
+            tokens = logits.argmax(-1)
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
+        self.step += 1
+        return tokens
+
+
+def seen_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
+    """(batch, vocab_size) boolean, True for the tokens of each prompt."""
+    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        seen[row, list(prompt)] = True
+    return seen
+
+
+def row_seeds(seed: int | Sequence[int], batch: int) -> list[int]:
+    """The seed of each row: seed + i, or the i-th of those given."""
+    if isinstance(seed, int):
+        return [seed + row for row in range(batch)]
+    if len(seed) != batch:
+        raise ValueError(f"seed must be one number or one per prompt: {batch} prompts, {len(seed)} seeds")
+    return list(seed)
+
+
+class StaticStep:
+    """One decode step whose shapes and addresses never change, so that it can be recorded once and replayed.
+
+    On a GPU the step is captured in a CUDA graph: its hundred or more kernels then cost one launch. The lengths live on
+    the device and the step advances them itself, so one recording serves every length up to the cache's capacity.
+    Elsewhere, or with ``capture=False``, the same step runs uncaptured.
+
+    Args:
+        model: a ``Decoder`` in evaluation mode.
+        cache: a cache with ``static_shapes`` (preallocated or ring), still empty: recording writes to it.
+        compile: fuse the step's kernels with ``torch.compile`` first; its first call takes tens of seconds.
+        capture: record a CUDA graph; by default where the cache is on a GPU.
+        backend: the compiler's backend.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: KVCache,
+        *,
+        compile: bool = False,
+        capture: bool | None = None,
+        backend: str = "inductor",
+    ):
+        if not hasattr(cache, "static_shapes"):
+            raise ValueError(f"a static step needs a preallocated or a ring cache, got {type(cache).__name__}")
+        if any(cache.host_lengths):
+            raise ValueError(f"a static step is recorded on an empty cache, this one holds {cache.host_lengths} tokens")
+        self.cache = cache
+        self.tokens = torch.zeros(cache.shape.batch, 1, dtype=torch.int64, device=cache.lengths.device)
+        self.forward = lambda tokens: model(tokens, cache=cache)[:, -1]
+        if compile:
+            self.forward = torch.compile(self.forward, fullgraph=True, backend=backend)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if cache.lengths.is_cuda if capture is None else capture:
+            self._capture()
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Append tokens (batch, 1) int64 and return the logits (batch, vocab_size) of the next.
+
+        The logits of a captured step are overwritten by the next call.
+        """
+        self.cache.check_room([n + 1 for n in self.cache.host_lengths])
+        if self.graph is None:
+            logits = self._run(tokens)
+        else:
+            self.tokens.copy_(tokens)
+            self.graph.replay()
+            logits = self.logits
+        self.cache.replayed()
+        return logits
+
+    def _run(self, tokens: Tensor) -> Tensor:
+        with self.cache.static_shapes():
+            return self.forward(tokens)
+
+    @torch.no_grad()
+    def _capture(self) -> None:
+        """Warm up on a side stream, as CUDA graphs ask, record, and leave the cache empty again."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.cache.reset()
+                self._run(self.tokens)
+        torch.cuda.current_stream().wait_stream(side)
+        self.cache.reset()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self._run(self.tokens)
+        self.cache.reset()
+
+
+@torch.no_grad()
+def prefill(model: nn.Module, prompts: Sequence[Sequence[int]], cache: KVCache, *, chunk: int | None = None) -> Tensor:
+    """Put the prompts into the cache.
+
+    Args:
+        model: a ``Decoder``.
+        prompts: one sequence of tokens per row; they may differ in length.
+        cache: appended to.
+        chunk: how many tokens a pass takes at most; all at once if not given. Smaller chunks bound the memory of a
+            pass (its logits and scores), and let a server decode other requests in between.
+
+    Returns:
+        (batch, vocab_size) the logits after each prompt's last token.
+    """
+    tokens, counts = pad(prompts, cache.lengths.device)
+    size = tokens.shape[1] if chunk is None else chunk
+    if size < 1:
+        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    last: list[Tensor | None] = [None] * len(counts)
+    for start in range(0, tokens.shape[1], size):
+        part = tokens[:, start : start + size]  # (batch, up to size)
+        here = [min(max(count - start, 0), part.shape[1]) for count in counts]
+        if min(here) < part.shape[1]:
+            cache.expect(here)
+        logits = model(part, cache=cache)  # (batch, up to size, vocab_size)
+        for row, count in enumerate(counts):
+            if start < count <= start + size:
+                last[row] = logits[row, count - start - 1]
+    return torch.stack(last)
+
+
+def pad(prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, list[int]]:
+    """Prompts to one (batch, longest) int64 tensor, padded with 0 on the right, and how many tokens each has."""
+    prompts = rows_of(prompts)
+    counts = [len(prompt) for prompt in prompts]
+    tokens = torch.tensor([prompt + [0] * (max(counts) - len(prompt)) for prompt in prompts], dtype=torch.int64)
+    return tokens.to(device), counts
+
+
+def rows_of(prompts: Sequence[Sequence[int]] | Tensor) -> list[list[int]]:
+    """Prompts as lists; refuses none at all, an empty one, and one that is no sequence."""
+    rows = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
+    if not rows:
+        raise ValueError("there must be at least one prompt")
+    for index, row in enumerate(rows):
+        if isinstance(row, (int, str)):
+            raise ValueError(f"prompts must be a list of token lists, but prompt {index} is {row!r}")
+        if len(row) == 0:
+            raise ValueError(f"prompt {index} is empty: there is no token to continue")
+    return [row.tolist() if isinstance(row, Tensor) else list(row) for row in rows]
+
+
+@torch.no_grad()
+def decode(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] = (),
+    cache: KVCache | None = None,
+    chunk: int | None = None,
+    cuda_graph: bool = False,
+    compile: bool = False,
+    check_every: int = 1,
+    **sampling,
+) -> Iterator[Tensor]:
+    """The loop behind :func:`generate` and :func:`stream`: yields the next token of every row, (batch,) on the device.
+
+    Rows that have stopped go on with tokens that mean nothing, until all have, which is looked at every
+    ``check_every`` steps. The other arguments are those of :func:`generate`.
+    """
+    rules, prompts = Sampling(**sampling), rows_of(prompts)
+    check_lengths(model, prompts, max_new_tokens)
+    if cache is None:
+        longest = max(len(prompt) for prompt in prompts)
+        cache = PreallocatedCache(CacheShape.of(model, len(prompts)), longest + max_new_tokens)
+    device = cache.lengths.device
+    stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
+    stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    sampler = Sampler(rules, prompts, max_new_tokens, model.config.vocab_size, device)
+    with evaluating(model):
+        step = decode_step(model, cache, cuda_graph=cuda_graph, compile=compile)
+        logits = prefill(model, prompts, cache, chunk=chunk)  # (batch, vocab_size)
+        for done in range(1, max_new_tokens + 1):
+            tokens = sampler(logits)  # (batch,)
+            yield tokens
+            if stop_tokens:
+                stopped |= torch.isin(tokens, stops)
+                if done % check_every == 0 and stopped.all():
+                    return
+            if done < max_new_tokens:
+                logits = step(tokens[:, None])
+
+
+def decode_step(
+    model: nn.Module, cache: KVCache, *, cuda_graph: bool = False, compile: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """The function that appends tokens (batch, 1) and returns the next logits (batch, vocab_size)."""
+    if cuda_graph and not cache.lengths.is_cuda:
+        raise ValueError(f"cuda_graph needs a model on a GPU, this one is on {cache.lengths.device}")
+    if cuda_graph or compile:
+        return StaticStep(model, cache, compile=compile, capture=cuda_graph)
+    return lambda tokens: model(tokens, cache=cache)[:, -1]
+
+
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] = (),
+    cache: KVCache | None = None,
+    chunk: int | None = None,
+    cuda_graph: bool = False,
+    compile: bool = False,
+    **sampling,
+) -> list[list[int]]:
+    """Continue each prompt.
+
+    Args:
+        model: a ``Decoder``.
+        prompts: one sequence of tokens per row; they may differ in length.
+        max_new_tokens: the most tokens to add to a row.
+        stop_tokens: a row ends with the first of these, which is its last token.
+        cache: an empty cache for as many rows as there are prompts; a preallocated one of the right size if not given.
+        chunk: prefill the prompts in pieces of at most so many tokens.
+        cuda_graph: record the decode step in a CUDA graph and replay it (GPU only).
+        compile: run the decode step through ``torch.compile``.
+        sampling: the fields of :class:`Sampling`: temperature, seed, repetition_penalty, top_k, top_p, min_p.
+
+    Returns:
+        The new tokens of each row, without its prompt.
+    """
+    device = next(model.parameters()).device
+    steps = decode(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop_tokens=stop_tokens,
+        cache=cache,
+        chunk=chunk,
+        cuda_graph=cuda_graph,
+        compile=compile,
+        check_every=STEPS_BETWEEN_CHECKS if device.type == "cuda" else 1,
+        **sampling,
+    )
+    tokens = torch.stack(list(steps), dim=1)  # (batch, steps)
+    return [cut(row, stop_tokens) for row in tokens.tolist()]
+
+
+def stream(model: nn.Module, prompts: Sequence[Sequence[int]], **options) -> Iterator[list[int | None]]:
+    """Like :func:`generate`, but yields after each step the new token of every row, None for rows that have stopped."""
+    live, stops = None, set(options.get("stop_tokens", ()))
+    for tokens in decode(model, prompts, **options):
+        row_tokens = tokens.tolist()
+        live = [True] * len(row_tokens) if live is None else live
+        yield [token if alive else None for token, alive in zip(row_tokens, live, strict=True)]
+        live = [alive and token not in stops for token, alive in zip(row_tokens, live, strict=True)]
+
+
+@torch.no_grad()
+def generate_uncached(model: nn.Module, prompt: Sequence[int], *, max_new_tokens: int) -> list[int]:
+    """Greedy generation with no cache: each token costs a pass over the whole text. The oracle of the tests.
+
+    Args:
+        model: a ``Decoder``.
+        prompt: the tokens of one row.
+        max_new_tokens: how many tokens to add.
+    """
+    device = next(model.parameters()).device
+    tokens = torch.tensor([list(prompt)], device=device)  # (1, T)
+    with evaluating(model):
+        for _ in range(max_new_tokens):
+            best = model(tokens)[:, -1].argmax(-1, keepdim=True)  # (1, 1)
+            tokens = torch.cat([tokens, best], dim=1)
+    return tokens[0, len(prompt) :].tolist()
+
+
+def cut(tokens: list[int], stop_tokens: Sequence[int]) -> list[int]:
+    """The tokens up to the first stop token, that one included."""
+    ends = [index for index, token in enumerate(tokens) if token in stop_tokens]
+    return tokens[: ends[0] + 1] if ends else tokens
+
+
+def check_lengths(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Refuse what a table of learned positions cannot hold, before any work is done."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    longest, limit = max(len(prompt) for prompt in prompts), model.config.max_length
+    needed = longest + max_new_tokens - 1  # the last new token is not fed back
+    if model.config.positions == "learned" and needed > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones need {needed} positions, "
+            f"the model has learned {limit}"
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode (no dropout), and afterwards in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
