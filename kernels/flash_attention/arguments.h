@@ -1,0 +1,42 @@
+// What flash_attention.py hands to a kernel: plain pointers, sizes and strides. Its twin in Python is `Arguments` there.
+#pragma once
+#include <cstdint>
+
+namespace flash {
+
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+// One of q, k, v, out and their gradients: (batch, heads, rows, head_dim). Strides are in elements; columns are adjacent.
+// Packed sequences have one batch row, in which `cu_seqlens` says where each sequence begins.
+struct Matrix {
+    void* data;
+    int64_t batch, head, row;
+};
+
+struct Arguments {
+    Matrix q, k, v, out;
+    Matrix dout, dq, dk, dv;       // backward alone
+    float* lse;                    // (batch, heads, queries), log-sum-exp of each row's scores, natural logarithm
+    float* dlse;                   // (batch, heads, queries) or null: the gradient that reached lse
+    float* delta;                  // (batch, heads, queries) scratch: rowsum(dout * out) - dlse
+    float* dq_sum;                 // (batch, heads, queries, padded head_dim) scratch of zeros: dq before it is rounded
+    int32_t* turn;                 // (batch, heads, query tiles) scratch of zeros, or null: who may add to dq_sum next
+    const int32_t* cu_seqlens_q;   // (batch + 1) or null
+    const int32_t* cu_seqlens_k;   // (batch + 1) or null
+    int64_t lse_batch, lse_head;   // strides of lse, dlse and delta in elements
+    int64_t batch, heads, kv_heads;
+    int64_t queries, keys;         // of the longest sequence
+    int64_t total_q, total_k;      // rows of q and k in memory
+    int64_t head_dim;
+    int64_t window;                // a query sees this many keys, its own the last; 0: no window
+    float scale;
+    int32_t causal;
+    int32_t dtype;
+};
+
+// What a launch will use, for the ladder's chart.
+struct Resources {
+    int32_t threads, registers, spilled_bytes, shared_bytes, blocks_per_multiprocessor;
+};
+
+}  // namespace flash

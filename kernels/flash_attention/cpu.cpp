@@ -1,0 +1,464 @@
+// Flash attention on a CPU: the tiling of the GPU kernels, with vector registers in the place of tensor cores.
+//
+//   for each tile of queries (one task of a thread)          Q tile  96 x d      stays in the L1 and L2 caches
+//     for each tile of keys that it may see                  K, V    256 keys    streams by
+//       S = Q K^T          one small matrix product          96 x 256 floats, never larger
+//       m, l, P = online softmax of S
+//       O = O * correction + P V
+//
+// A matrix product reads its right side as panels of PANEL columns, packed once per call, so that its innermost loop
+// reads one cache line after another:
+//
+//   pack_columns(K):  S / PANEL panels of (d, PANEL)   for K^T as the right side: a panel is PANEL keys
+//   pack_rows(V):     d / PANEL panels of (S, PANEL)   for V as the right side:   a panel is PANEL columns
+#include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "arguments.h"
+
+namespace flash {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 12;  // 32 registers: 12 x 2 accumulators, two of the panel, one of the left side
+#elif defined(__AVX__)
+constexpr int LANES = 8, ROWS = 6;  // 16 registers: 6 x 2 accumulators, two of the panel, one of the left side
+#else
+constexpr int LANES = 4, ROWS = 6;
+#endif
+constexpr int PANEL = 2 * LANES;
+constexpr int QUERY_TILE = 96;  // a multiple of ROWS
+constexpr int KEY_TILE = 256;   // a multiple of PANEL: a tile of scores is 96 KB, in the L2 cache
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+typedef float Floats __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t)), aligned(4), may_alias));
+
+Floats& at(float* p) { return *reinterpret_cast<Floats*>(p); }
+const Floats& at(const float* p) { return *reinterpret_cast<const Floats*>(p); }
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// 2^x. The integer part goes into the exponent's bits; the rest, within half of zero, into a polynomial (Taylor).
+inline Floats exp2(Floats x) {
+    constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+    Floats clamped = x < -126.0f ? Floats{} - 126.0f : x;
+    Floats shifted = clamped + SHIFT;
+    Floats f = clamped - (shifted - SHIFT);
+    Floats p = f * 1.5403530e-4f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    Ints bits = reinterpret_cast<Ints&>(p) + (reinterpret_cast<Ints&>(shifted) << 23);
+    bits &= Ints(x >= -126.0f);  // smaller: exactly zero, as for -inf
+    return x == x ? reinterpret_cast<Floats&>(bits) : x;  // a NaN stays one
+}
+
+// --- matrix products ------------------------------------------------------------------------------------------------
+
+// The left side of a product: element (row, k) is data[row * row_stride + k * k_stride], so that a transpose is free.
+struct Left {
+    const float* data;
+    int64_t row_stride, k_stride;
+};
+
+// C (M, PANEL) = A (M, depth) times one panel (depth, PANEL), or C += it: 2 M accumulators live in registers.
+template <int M, bool ADD>
+inline void multiply_block(Left a, const float* panel, int64_t depth, float* c, int64_t c_stride) {
+    Floats sum[M][2];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+        sum[i][0] = ADD ? at(c + i * c_stride) : Floats{};
+        sum[i][1] = ADD ? at(c + i * c_stride + LANES) : Floats{};
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+        const Floats b0 = at(panel + k * PANEL), b1 = at(panel + k * PANEL + LANES);
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i) {
+            const float x = a.data[i * a.row_stride + k * a.k_stride];
+            sum[i][0] += x * b0;
+            sum[i][1] += x * b1;
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+        at(c + i * c_stride) = sum[i][0];
+        at(c + i * c_stride + LANES) = sum[i][1];
+    }
+}
+
+// The rows that are left when ROWS does not divide the tile.
+template <int M, bool ADD>
+void multiply_rest(int rows, Left a, const float* panel, int64_t depth, float* c, int64_t c_stride) {
+    if constexpr (M > 0) {
+        if (rows == M) return multiply_block<M, ADD>(a, panel, depth, c, c_stride);
+        multiply_rest<M - 1, ADD>(rows, a, panel, depth, c, c_stride);
+    }
+}
+
+// C (rows, panels * PANEL) = A (rows, depth) times panels, each (depth, PANEL) and `panel_stride` floats apart; or C +=.
+template <bool ADD>
+void multiply(int64_t rows, int64_t panels, int64_t depth, Left a, const float* b, int64_t panel_stride, float* c,
+              int64_t c_stride) {
+    for (int64_t j = 0; j < panels; ++j) {
+        int64_t i = 0;
+        for (; i + ROWS <= rows; i += ROWS)
+            multiply_block<ROWS, ADD>({a.data + i * a.row_stride, a.row_stride, a.k_stride}, b + j * panel_stride, depth,
+                                      c + i * c_stride + j * PANEL, c_stride);
+        multiply_rest<ROWS - 1, ADD>(rows - i, {a.data + i * a.row_stride, a.row_stride, a.k_stride},
+                                     b + j * panel_stride, depth, c + i * c_stride + j * PANEL, c_stride);
+    }
+}
+
+// --- packing ----------------------------------------------------------------------------------------------------------
+
+// All heads of one matrix as float panels. `head(b, h)` is where the panels of one head begin.
+struct Panels {
+    std::vector<float> data;
+    int64_t heads, head_size, panel_stride;
+    const float* head(int64_t b, int64_t h) const { return data.data() + (b * heads + h) * head_size; }
+};
+
+template <class T>
+const T* row_of(const Matrix& x, int64_t b, int64_t h, int64_t row) {
+    return static_cast<const T*>(x.data) + b * x.batch + h * x.head + row * x.row;
+}
+
+template <class T>
+T* row_of(Matrix& x, int64_t b, int64_t h, int64_t row) {
+    return static_cast<T*>(x.data) + b * x.batch + h * x.head + row * x.row;
+}
+
+// (length, d) -> length / PANEL panels of (d, PANEL): the transpose, PANEL rows of x side by side.
+template <class T>
+Panels pack_columns(const Matrix& x, int64_t batch, int64_t heads, int64_t length, int64_t d) {
+    Panels out{{}, heads, round_up(length, PANEL) * d, PANEL * d};
+    out.data.assign(batch * heads * out.head_size, 0.0f);
+    at::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t bh = begin; bh < end; ++bh)
+            for (int64_t row = 0; row < length; ++row) {
+                const T* source = row_of<T>(x, bh / heads, bh % heads, row);
+                float* target = out.data.data() + bh * out.head_size + row / PANEL * out.panel_stride + row % PANEL;
+                for (int64_t column = 0; column < d; ++column) target[column * PANEL] = float(source[column]);
+            }
+    });
+    return out;
+}
+
+// (length, d) -> d / PANEL panels of (length, PANEL): PANEL columns of x, row after row.
+template <class T>
+Panels pack_rows(const Matrix& x, int64_t batch, int64_t heads, int64_t length, int64_t d) {
+    Panels out{{}, heads, length * round_up(d, PANEL), length * PANEL};
+    out.data.assign(batch * heads * out.head_size, 0.0f);
+    at::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t bh = begin; bh < end; ++bh)
+            for (int64_t row = 0; row < length; ++row) {
+                const T* source = row_of<T>(x, bh / heads, bh % heads, row);
+                float* target = out.data.data() + bh * out.head_size + row * PANEL;
+                for (int64_t column = 0; column < d; ++column)
+                    target[column / PANEL * out.panel_stride + column % PANEL] = float(source[column]);
+            }
+    });
+    return out;
+}
+
+// One tile of rows as floats (rows, d), times `factor`.
+template <class T>
+void load_tile(const Matrix& x, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t d, float factor, float* tile) {
+    for (int64_t i = 0; i < rows; ++i) {
+        const T* source = row_of<T>(x, b, h, row + i);
+        for (int64_t column = 0; column < d; ++column) tile[i * d + column] = float(source[column]) * factor;
+    }
+}
+
+// Rows of floats, `stride` apart, times `factor`, into a matrix of T.
+template <class T>
+void store_row(Matrix& x, int64_t b, int64_t h, int64_t row, int64_t d, float factor, const float* source) {
+    T* target = row_of<T>(x, b, h, row);
+    for (int64_t column = 0; column < d; ++column) target[column] = T(source[column] * factor);
+}
+
+// --- which keys a query sees --------------------------------------------------------------------------------------------
+
+// One sequence: where it lies in memory, and its lengths.
+struct Sequence {
+    int64_t b, q_begin, k_begin, T, S;
+};
+
+Sequence sequence_of(const Arguments& a, int64_t b) {
+    if (!a.cu_seqlens_q) return {b, 0, 0, a.queries, a.keys};
+    const int64_t q = a.cu_seqlens_q[b], k = a.cu_seqlens_k[b];
+    return {0, q, k, a.cu_seqlens_q[b + 1] - q, a.cu_seqlens_k[b + 1] - k};
+}
+
+// The query in row i of a sequence sees the keys first .. last - 1; its own position is i + S - T.
+struct Sight {
+    int64_t S, shift, window;
+    bool causal;
+    int64_t first(int64_t i) const { return window ? std::max<int64_t>(0, i + shift - window + 1) : 0; }
+    int64_t last(int64_t i) const { return causal ? std::clamp<int64_t>(i + shift + 1, 0, S) : S; }
+};
+
+// Set the scores that a query may not see to -inf. Columns past `columns` of the last panel count as unseen.
+void mask_scores(float* S, const Sight& sight, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t first = std::clamp<int64_t>(sight.first(row + i) - column, 0, columns);
+        const int64_t last = std::clamp<int64_t>(sight.last(row + i) - column, first, columns);
+        std::fill(S + i * KEY_TILE, S + i * KEY_TILE + first, -INF);
+        std::fill(S + i * KEY_TILE + last, S + i * KEY_TILE + round_up(columns, PANEL), -INF);
+    }
+}
+
+// --- forward ------------------------------------------------------------------------------------------------------------
+
+float sum_of(Floats x) {
+    float sum = 0;
+    for (int i = 0; i < LANES; ++i) sum += x[i];
+    return sum;
+}
+
+float max_of(Floats x) {
+    float most = x[0];
+    for (int i = 1; i < LANES; ++i) most = std::max(most, x[i]);
+    return most;
+}
+
+// One row of the online softmax, in base 2: scores become exp2(score - m), O's row is corrected, m and l are updated.
+void softmax_row(float* scores, int64_t columns, float& m, float& l, float* O, int64_t width) {
+    Floats most = Floats{} - INF;
+    for (int64_t j = 0; j < columns; j += LANES) most = at(scores + j) > most ? at(scores + j) : most;
+    const float m_new = std::max(m, max_of(most));
+    const float anchor = m_new == -INF ? 0.0f : m_new;  // a row that has seen no key
+    Floats sum{};
+    for (int64_t j = 0; j < columns; j += LANES) sum += at(scores + j) = exp2(at(scores + j) - anchor);
+    const float correction = std::exp2(m - anchor);
+    l = l * correction + sum_of(sum);
+    if (m_new != m)
+        for (int64_t j = 0; j < width; j += LANES) at(O + j) *= correction;
+    m = m_new;
+}
+
+template <class T>
+void forward_tile(Arguments& a, const Panels& K, const Panels& V, int64_t b, int64_t h, int64_t row, float* scratch) {
+    const Sequence seq = sequence_of(a, b);
+    const Sight sight{seq.S, seq.S - seq.T, a.window, a.causal != 0};
+    const int64_t d = a.head_dim, width = round_up(d, PANEL), rows = std::min<int64_t>(QUERY_TILE, seq.T - row);
+    const int64_t kv = h / (a.heads / a.kv_heads);
+    float *Q = scratch, *O = Q + QUERY_TILE * d, *S = O + QUERY_TILE * width;
+    float m[QUERY_TILE], l[QUERY_TILE];
+    load_tile<T>(a.q, seq.b, h, seq.q_begin + row, rows, d, a.scale * LOG2E, Q);
+    std::fill(O, O + QUERY_TILE * width, 0.0f);
+    std::fill(m, m + rows, -INF);
+    std::fill(l, l + rows, 0.0f);
+
+    // Panels begin at multiples of PANEL of the packed rows, a sequence anywhere: `lead` rows of others come first.
+    const int64_t lead = seq.k_begin % PANEL, base = seq.k_begin - lead;
+    const Sight shifted{seq.S + lead, seq.S - seq.T + lead, a.window, a.causal != 0};
+    const int64_t begin = (sight.first(row) + lead) / PANEL * PANEL, end = sight.last(row + rows - 1) + lead;
+    for (int64_t column = begin; column < end; column += KEY_TILE) {
+        const int64_t columns = std::min<int64_t>(KEY_TILE, end - column), padded = round_up(columns, PANEL);
+        multiply<false>(rows, padded / PANEL, d, {Q, d, 1}, K.head(seq.b, kv) + (base + column) * d, K.panel_stride, S,
+                        KEY_TILE);
+        mask_scores(S, shifted, row, rows, column, columns);
+        if (column < lead)
+            for (int64_t i = 0; i < rows; ++i) std::fill(S + i * KEY_TILE, S + i * KEY_TILE + lead - column, -INF);
+        for (int64_t i = 0; i < rows; ++i) softmax_row(S + i * KEY_TILE, padded, m[i], l[i], O + i * width, width);
+        const int64_t skip = std::max<int64_t>(0, lead - column);  // another sequence's V may hold NaN: 0 x NaN is NaN
+        multiply<true>(rows, width / PANEL, columns - skip, {S + skip, KEY_TILE, 1},
+                       V.head(seq.b, kv) + (base + column + skip) * PANEL, V.panel_stride, O, width);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t at_row = seq.q_begin + row + i;
+        store_row<T>(a.out, seq.b, h, at_row, d, l[i] == 0 ? 0.0f : 1.0f / l[i], O + i * width);
+        a.lse[seq.b * a.lse_batch + h * a.lse_head + at_row] = l[i] == 0 ? -INF : (m[i] + std::log2(l[i])) * LN2;
+    }
+}
+
+// Run `task(batch, head, first row of the tile, scratch)` for every tile of every head, spread over the threads.
+template <class Task>
+void for_each_tile(const Arguments& a, int64_t heads, bool keys, int64_t tile, int64_t scratch_size, const Task& task) {
+    const int64_t tiles = ((keys ? a.keys : a.queries) + tile - 1) / tile;
+    at::parallel_for(0, a.batch * heads * tiles, 1, [&](int64_t begin, int64_t end) {
+        std::vector<float> scratch(scratch_size);
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t b = i / tiles / heads, row = i % tiles * tile;
+            const Sequence seq = sequence_of(a, b);
+            if (row < (keys ? seq.S : seq.T)) task(b, i / tiles % heads, row, scratch.data());
+        }
+    });
+}
+
+int64_t batches_in_memory(const Arguments& a) { return a.cu_seqlens_q ? 1 : a.batch; }
+
+template <class T>
+void run_forward(Arguments& a) {
+    const int64_t batch = batches_in_memory(a), width = round_up(a.head_dim, PANEL);
+    const Panels K = pack_columns<T>(a.k, batch, a.kv_heads, a.total_k, a.head_dim);
+    const Panels V = pack_rows<T>(a.v, batch, a.kv_heads, a.total_k, a.head_dim);
+    const int64_t scratch = QUERY_TILE * (a.head_dim + width + KEY_TILE);
+    for_each_tile(a, a.heads, false, QUERY_TILE, scratch, [&](int64_t b, int64_t h, int64_t row, float* buffer) {
+        forward_tile<T>(a, K, V, b, h, row, buffer);
+    });
+}
+
+// --- backward -----------------------------------------------------------------------------------------------------------
+
+// Two passes over the tiles, so that every number has one writer: dQ by tiles of queries, dK and dV by tiles of keys.
+// Both compute one tile of P = exp(S - lse) and dS = P (dP - delta) again, as the mathematics says.
+
+struct BackwardPanels {
+    Panels K_columns, V_columns;  // right sides of S = Q K^T and dP = dO V^T
+    Panels K_rows;                // of dQ = dS K
+    Panels Q_rows, dO_rows;       // of dK = dS^T Q and dV = P^T dO
+};
+
+// P and dS of the queries row .. row + rows - 1 and the keys column .. column + columns - 1 (multiples of PANEL).
+struct ScoreTile {
+    float P[QUERY_TILE * KEY_TILE], dS[QUERY_TILE * KEY_TILE];
+};
+
+template <class T>
+void score_tile(Arguments& a, const BackwardPanels& panels, const Sequence& seq, int64_t h, int64_t row, int64_t rows,
+                int64_t column, int64_t columns, float* Q, float* dO, ScoreTile& tile) {
+    const int64_t d = a.head_dim, kv = h / (a.heads / a.kv_heads), padded = round_up(columns, PANEL);
+    const int64_t lead = seq.k_begin % PANEL, base = seq.k_begin - lead;
+    load_tile<T>(a.q, seq.b, h, seq.q_begin + row, rows, d, a.scale * LOG2E, Q);
+    load_tile<T>(a.dout, seq.b, h, seq.q_begin + row, rows, d, 1.0f, dO);
+    multiply<false>(rows, padded / PANEL, d, {Q, d, 1}, panels.K_columns.head(seq.b, kv) + (base + column) * d,
+                    panels.K_columns.panel_stride, tile.P, KEY_TILE);
+    multiply<false>(rows, padded / PANEL, d, {dO, d, 1}, panels.V_columns.head(seq.b, kv) + (base + column) * d,
+                    panels.V_columns.panel_stride, tile.dS, KEY_TILE);
+    mask_scores(tile.P, {seq.S + lead, seq.S - seq.T + lead, a.window, a.causal != 0}, row, rows, column, columns);
+    const int64_t unseen = std::clamp<int64_t>(lead - column, 0, columns);
+    const int64_t offset = seq.b * a.lse_batch + h * a.lse_head + seq.q_begin + row;
+    for (int64_t i = 0; i < rows; ++i) {
+        float *P = tile.P + i * KEY_TILE, *dS = tile.dS + i * KEY_TILE;
+        std::fill(P, P + unseen, -INF);
+        const float lse = a.lse[offset + i], delta = a.delta[offset + i];
+        const float anchor = lse == -INF ? 0.0f : lse * LOG2E;
+        for (int64_t j = 0; j < padded; j += LANES) {
+            const Floats p = exp2(at(P + j) - anchor);
+            const Floats ds = p * (at(dS + j) - delta);
+            at(P + j) = p;
+            at(dS + j) = p == 0.0f ? Floats{} : ds;  // dP of another sequence's V may be NaN
+        }
+    }
+}
+
+// delta = rowsum(dO O) - dlse of every row of memory.
+template <class T>
+void compute_delta(Arguments& a) {
+    at::parallel_for(0, batches_in_memory(a) * a.heads, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t bh = begin; bh < end; ++bh)
+            for (int64_t row = 0; row < a.total_q; ++row) {
+                const T* dO = row_of<T>(a.dout, bh / a.heads, bh % a.heads, row);
+                const T* O = row_of<T>(a.out, bh / a.heads, bh % a.heads, row);
+                float sum = 0;
+                for (int64_t column = 0; column < a.head_dim; ++column) sum += float(dO[column]) * float(O[column]);
+                const int64_t i = bh * a.total_q + row;
+                a.delta[i] = sum - (a.dlse ? a.dlse[i] : 0.0f);
+            }
+    });
+}
+
+template <class T>
+void backward_queries(Arguments& a, const BackwardPanels& panels, int64_t b, int64_t h, int64_t row, float* scratch) {
+    const Sequence seq = sequence_of(a, b);
+    const Sight sight{seq.S, seq.S - seq.T, a.window, a.causal != 0};
+    const int64_t d = a.head_dim, width = round_up(d, PANEL), rows = std::min<int64_t>(QUERY_TILE, seq.T - row);
+    const int64_t kv = h / (a.heads / a.kv_heads), lead = seq.k_begin % PANEL, base = seq.k_begin - lead;
+    float *Q = scratch, *dO = Q + QUERY_TILE * d, *dQ = dO + QUERY_TILE * d;
+    auto& tile = *reinterpret_cast<ScoreTile*>(dQ + QUERY_TILE * width);
+    std::fill(dQ, dQ + QUERY_TILE * width, 0.0f);
+    const int64_t end = sight.last(row + rows - 1) + lead;
+    for (int64_t column = (sight.first(row) + lead) / PANEL * PANEL; column < end; column += KEY_TILE) {
+        const int64_t columns = std::min<int64_t>(KEY_TILE, end - column), skip = std::max<int64_t>(0, lead - column);
+        score_tile<T>(a, panels, seq, h, row, rows, column, columns, Q, dO, tile);
+        multiply<true>(rows, width / PANEL, columns - skip, {tile.dS + skip, KEY_TILE, 1},
+                       panels.K_rows.head(seq.b, kv) + (base + column + skip) * PANEL, panels.K_rows.panel_stride, dQ,
+                       width);
+    }
+    for (int64_t i = 0; i < rows; ++i) store_row<T>(a.dq, seq.b, h, seq.q_begin + row + i, d, a.scale, dQ + i * width);
+}
+
+template <class T>
+void backward_keys(Arguments& a, const BackwardPanels& panels, int64_t b, int64_t kv, int64_t key, float* scratch) {
+    const Sequence seq = sequence_of(a, b);
+    const Sight sight{seq.S, seq.S - seq.T, a.window, a.causal != 0};
+    const int64_t d = a.head_dim, width = round_up(d, PANEL), group = a.heads / a.kv_heads;
+    const int64_t lead = seq.k_begin % PANEL;
+    // The tile's first panel may hold `lead` rows of the sequence before; they get no gradient from here.
+    const int64_t stop = std::min(key + KEY_TILE - PANEL, seq.S);
+    const int64_t begin = key + lead - (key + lead) % PANEL, columns = stop + lead - begin;
+    float *Q = scratch, *dO = Q + QUERY_TILE * d, *dK = dO + QUERY_TILE * d, *dV = dK + KEY_TILE * width;
+    auto& tile = *reinterpret_cast<ScoreTile*>(dV + KEY_TILE * width);
+    std::fill(dK, dK + 2 * KEY_TILE * width, 0.0f);
+    for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
+        for (int64_t row = 0; row < seq.T; row += QUERY_TILE) {
+            const int64_t rows = std::min<int64_t>(QUERY_TILE, seq.T - row);
+            if (sight.last(row + rows - 1) <= key || sight.first(row) >= stop) continue;
+            score_tile<T>(a, panels, seq, h, row, rows, begin, columns, Q, dO, tile);
+            const int64_t at_row = (seq.q_begin + row) * PANEL;
+            multiply<true>(columns, width / PANEL, rows, {tile.P, 1, KEY_TILE}, panels.dO_rows.head(seq.b, h) + at_row,
+                           panels.dO_rows.panel_stride, dV, width);
+            multiply<true>(columns, width / PANEL, rows, {tile.dS, 1, KEY_TILE}, panels.Q_rows.head(seq.b, h) + at_row,
+                           panels.Q_rows.panel_stride, dK, width);
+        }
+    for (int64_t i = key; i < stop; ++i) {
+        const int64_t at_row = (i + lead - begin) * width;
+        store_row<T>(a.dk, seq.b, kv, seq.k_begin + i, d, a.scale, dK + at_row);
+        store_row<T>(a.dv, seq.b, kv, seq.k_begin + i, d, 1.0f, dV + at_row);
+    }
+}
+
+template <class T>
+void run_backward(Arguments& a) {
+    const int64_t batch = batches_in_memory(a), d = a.head_dim, width = round_up(d, PANEL);
+    const BackwardPanels panels{
+        pack_columns<T>(a.k, batch, a.kv_heads, a.total_k, d), pack_columns<T>(a.v, batch, a.kv_heads, a.total_k, d),
+        pack_rows<T>(a.k, batch, a.kv_heads, a.total_k, d),    pack_rows<T>(a.q, batch, a.heads, a.total_q, d),
+        pack_rows<T>(a.dout, batch, a.heads, a.total_q, d),
+    };
+    compute_delta<T>(a);
+    const int64_t tiles = 2 * QUERY_TILE * d + sizeof(ScoreTile) / sizeof(float);
+    for_each_tile(a, a.heads, false, QUERY_TILE, tiles + QUERY_TILE * width,
+                  [&](int64_t b, int64_t h, int64_t row, float* scratch) {
+                      backward_queries<T>(a, panels, b, h, row, scratch);
+                  });
+    for_each_tile(a, a.kv_heads, true, KEY_TILE - PANEL, tiles + 2 * KEY_TILE * width,
+                  [&](int64_t b, int64_t kv, int64_t key, float* scratch) {
+                      backward_keys<T>(a, panels, b, kv, key, scratch);
+                  });
+}
+
+// Call `run` with the element type that `dtype` names.
+template <class Run>
+const char* with_dtype(int32_t dtype, const Run& run) {
+    switch (dtype) {
+        case FLOAT32: run(float{}); return nullptr;
+        case BFLOAT16: run(c10::BFloat16{}); return nullptr;
+        case FLOAT16: run(c10::Half{}); return nullptr;
+        default: return "the dtype must be float32, bfloat16 or float16";
+    }
+}
+
+}  // namespace
+
+extern "C" const char* forward(Arguments* a, void*) {
+    return with_dtype(a->dtype, [&](auto zero) { run_forward<decltype(zero)>(*a); });
+}
+
+extern "C" const char* backward(Arguments* a, void*) {
+    return with_dtype(a->dtype, [&](auto zero) { run_backward<decltype(zero)>(*a); });
+}
+
+}  // namespace flash
