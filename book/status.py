@@ -1,0 +1,36 @@
+"""Record the machine and the versions that made the notebooks' outputs: ``python book/status.py`` after running them."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = (
+    "torch", "numpy", "tiktoken", "safetensors", "matplotlib", "ipywidgets", "anywidget",
+    "jupyterlab", "jupyter-book", "Sphinx", "myst-nb", "nbval",
+)  # fmt: skip
+
+
+def processor() -> str:
+    """The processor's model name, as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def record() -> dict[str, str]:
+    """Machine and versions, in the order of the page."""
+    machine = {
+        "Processor": f"{processor()}, {os.cpu_count()} cores",
+        "System": f"{platform.system()} {platform.machine()}",
+        "Python": platform.python_version(),
+    }
+    return machine | {name: version(name) for name in PACKAGES}
+
+
+if __name__ == "__main__":
+    path = Path(__file__).resolve().parent / "status.json"
+    path.write_text(json.dumps(record(), indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path.name}")
