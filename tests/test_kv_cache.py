@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tformer_lib import masks
-from tformer_lib.kv_cache import CacheShape, GrowingCache, PreallocatedCache, RingCache
+from tformer_lib.kv_cache import CacheShape, GrowingCache, PreallocatedCache, RingCache, pass_cost
 from tformer_lib.transformer import Decoder, ModelConfig
 
 WINDOW, SINKS = 5, 2
@@ -163,6 +163,27 @@ def test_bytes_per_token_are_what_the_formula_says_and_what_is_allocated(kv_head
             growing.layer(layer).attend(new, new, new, attend=reference)
         growing.advance(4)
         assert growing.nbytes == 3 * tokens * expected
+
+
+@pytest.mark.parametrize(("held", "new"), [(0, 1), (0, 7), (7, 1), (5, 3)])
+@pytest.mark.parametrize("name", ["gpt2-like", "llama-like"])
+def test_pass_cost_counts_the_flops_that_torch_counts(name, held, new):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    options = MODELS[name] | {"attention": "attention"}
+    config = ModelConfig(vocab_size=23, max_length=48, width=32, layers=2, heads=4, **options)
+    model, tokens = Decoder(config), tokens_of(1, held + new)
+    cache = GrowingCache(CacheShape.of(model, 1))
+    with torch.no_grad():
+        if held:
+            model(tokens[:, :held], cache=cache)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens[:, held:], cache=cache)
+    hidden_pairs = new * (new - 1) // 2  # the dense product computes them, causality throws them away
+    cost = pass_cost(config, held=held, new=new)
+    assert counter.get_total_flops() == cost.flops + 2 * 4 * 32 * hidden_pairs
+    weights = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embedding.places" not in n)
+    assert cost.bytes == 4 * weights + (held + new) * CacheShape.of(model, 1).bytes_per_token
 
 
 def test_the_ring_never_grows():

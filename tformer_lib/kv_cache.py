@@ -54,6 +54,34 @@ class CacheShape:
         return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Cost:
+    """The least that a pass must do: floating-point operations, and bytes read from or written to memory."""
+
+    flops: int
+    bytes: int
+
+
+def pass_cost(config, *, held: int, new: int, itemsize: int = 4) -> Cost:
+    """What one row's pass of a ``Decoder`` costs, embeddings and norms left out.
+
+    Args:
+        config: the model's ``ModelConfig``.
+        held: tokens whose keys and values are in the cache already; 0 without a cache.
+        new: tokens that the pass brings: 1 for a cached decode step, the whole text without a cache.
+        itemsize: bytes of a number.
+    """
+    q_width = config.heads * config.size_of_head
+    kv_width = config.number_of_kv_heads * config.size_of_head
+    matrices = 3 if config.feed_forward == "swiglu" else 2
+    layer = 2 * config.width * (q_width + kv_width) + matrices * config.width * config.size_of_feed_forward
+    weights = config.layers * layer + config.width * config.vocab_size
+    pairs = new * held + new * (new + 1) // 2  # of a query with a key that it may see
+    attention = config.layers * 4 * q_width * pairs  # a multiply and an add, in the scores and in the mix of values
+    kv_numbers = 2 * config.layers * kv_width * (held + new)
+    return Cost(2 * weights * new + attention, (weights + kv_numbers) * itemsize)
+
+
 @dataclass
 class Pass:
     """What all layers of one forward pass share, worked out once.

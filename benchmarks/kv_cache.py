@@ -1,0 +1,283 @@
+"""What a KV cache saves, and where a naive one saves nothing.
+
+    python -m benchmarks.kv_cache --device cuda     # GPT-2's 124M shape, batch 1, 1,024 new tokens
+    python -m benchmarks.kv_cache --device cpu      # a small model
+
+The theory: without a cache, token n costs a pass over n tokens. With one it costs a pass over one token, which reads
+every weight and every cached key and value once: at best (weights + cache) / bandwidth. On a GPU a small model's pass
+over one token and over a thousand take about the same time when each kernel is launched from Python, because launching
+is what takes the time; recording the step in a CUDA graph removes that.
+
+Every variant generates greedily from the same prompt, in the same run.
+"""
+
+import argparse
+import contextlib
+import time
+import traceback
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+from benchmarks.harness import Report, Timing, copy_rate, measure, synchronize
+from tformer_lib.generation import StaticStep, generate, generate_uncached, prefill
+from tformer_lib.kv_cache import CacheShape, GrowingCache, KVCache, PreallocatedCache, RingCache, pass_cost
+from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
+
+GPT2 = ModelConfig(vocab_size=50257, max_length=2048, width=768, layers=12, heads=12, feed_forward="gelu_tanh")
+SMALL = ModelConfig(vocab_size=512, max_length=2048, width=192, layers=4, heads=6, feed_forward="gelu_tanh")
+
+
+def main() -> None:
+    """Run every variant; one that fails is recorded with its error, and the others go on."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--new-tokens", type=int, help="tokens to generate; 1,024 on a GPU, 192 on a CPU")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    gpu = args.device == "cuda"
+    bench = Bench(args.device, GPT2 if gpu else SMALL, torch.bfloat16 if gpu else torch.float32, args.new_tokens)
+    bench.describe()
+    variants = bench.gpu_variants() if gpu else bench.cpu_variants()
+    for variant in (*variants, bench.contexts, bench.ratios):
+        bench.try_out(variant)
+    bench.report.finish()
+    if gpu:  # compiling takes the longest, so what is known is written before it
+        bench.try_out(bench.cuda_graph_compiled)
+        bench.try_out(bench.ratios)
+        bench.report.finish()
+
+
+class Bench:
+    """The model, the prompt, and the report that all variants share."""
+
+    def __init__(self, device: str, config: ModelConfig, dtype: torch.dtype, new_tokens: int | None):
+        self.report, self.device = Report("kv_cache", device), torch.device(device)
+        self.config, self.dtype = config, dtype
+        self.new_tokens = new_tokens or (1024 if device == "cuda" else 192)
+        self.prompt = torch.randint(config.vocab_size, (32,)).tolist()
+        self.model = Decoder(config).to(self.device, dtype).eval()
+        self.seconds: dict[str, float] = {}
+        self.texts: dict[str, list[int]] = {}
+        self.graph_step: StaticStep | None = None
+
+    def describe(self) -> None:
+        """Note the sizes and the bandwidth that the rows are compared with."""
+        middle = len(self.prompt) + self.new_tokens // 2
+        self.step_bytes = pass_cost(self.config, held=middle, new=1, itemsize=self.dtype.itemsize).bytes
+        self.bandwidth = copy_rate(self.device)
+        self.report.note(
+            parameters=count_parameters(self.model),
+            dtype=str(self.dtype),
+            prompt_tokens=len(self.prompt),
+            new_tokens=self.new_tokens,
+            bytes_per_token=self.shape().bytes_per_token,
+            copy_bytes_per_second=self.bandwidth,
+            bandwidth_bound_seconds_per_token=self.step_bytes / self.bandwidth,
+        )
+
+    def shape(self) -> CacheShape:
+        """One row of this model."""
+        return CacheShape.of(self.model, 1)
+
+    def preallocated(self) -> PreallocatedCache:
+        """A cache with room for the whole run."""
+        return PreallocatedCache(self.shape(), 2048)
+
+    def try_out(self, variant: Callable[[], None]) -> None:
+        """Run a variant; if it fails, record why."""
+        name = getattr(variant, "__name__", str(variant))
+        try:
+            begin = time.perf_counter()
+            variant()
+            self.report.note(**{f"wall_seconds_{name}": round(time.perf_counter() - begin, 2)})
+        except Exception as error:
+            traceback.print_exc()
+            self.report.note(**{f"failed_{name}": f"{type(error).__name__}: {error}"[:500]})
+
+    def gpu_variants(self) -> list[Callable[[], None]]:
+        """What is launched kernel by kernel, what is recorded, and a peer."""
+        return [self.same_text, self.uncached, self.cached_preallocated, self.cuda_graph, self.transformers]
+
+    def cpu_variants(self) -> list[Callable[[], None]]:
+        """What a machine without a GPU can show."""
+        return [self.uncached, self.cached_growing, self.cached_preallocated, self.cached_ring]
+
+    def uncached(self) -> None:
+        """The plain loop: the whole text again for each token, kernels launched one by one."""
+        self.time_run("uncached", lambda: generate_uncached(self.model, self.prompt, max_new_tokens=self.new_tokens))
+
+    def same_text(self) -> None:
+        """In float64, where ties do not break at random: does a recorded step write the uncached loop's text?"""
+        model = Decoder(SMALL).to(self.device, torch.float64).eval()
+        wanted = generate_uncached(model, self.prompt, max_new_tokens=64)
+        got = generate(model, [self.prompt], max_new_tokens=64, cuda_graph=True)
+        self.report.note(cuda_graph_writes_the_uncached_text_in_float64=got == [wanted])
+
+    def cached_growing(self) -> None:
+        """Concatenation."""
+        self.time_cached("cached, growing", GrowingCache(self.shape()))
+
+    def cached_preallocated(self) -> None:
+        """Kernels launched one by one, on one token."""
+        self.time_cached("cached, preallocated", self.preallocated())
+
+    def cached_ring(self) -> None:
+        """A window of 64 tokens and 4 sinks."""
+        self.time_cached("cached, ring of 4 + 64", RingCache(self.shape(), 64))
+
+    def cuda_graph(self) -> None:
+        """The step recorded once, one launch per token."""
+        self.graph_step = self.time_static("cached, CUDA graph", compile=False)
+
+    def cuda_graph_compiled(self) -> None:
+        """The step's kernels fused by torch.compile, then recorded."""
+        self.graph_step = self.time_static("cached, torch.compile + CUDA graph", compile=True)
+
+    def transformers(self) -> None:
+        """The same shape in transformers, by its generate with the default cache."""
+        model = transformers_gpt2(self.config).to(self.device, self.dtype).eval()
+        tokens = torch.tensor([self.prompt], device=self.device)
+
+        def run(new: int = self.new_tokens) -> list[int]:
+            out = model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            return out[0, len(self.prompt) :].tolist()
+
+        run(16)
+        import transformers
+
+        self.report.note(transformers_version=transformers.__version__)
+        self.time_run("transformers generate, default cache", run, keep_text=False)
+
+    def time_cached(self, name: str, cache: KVCache) -> None:
+        """Time decoding on a cache with an ordinary step."""
+        step = lambda tokens: self.model(tokens, cache=cache)[:, -1]  # noqa: E731
+        self.time_run(name, lambda: self.decode(cache, step))
+
+    def time_static(self, name: str, *, compile: bool) -> StaticStep:
+        """Time decoding by a step recorded beforehand; what the recording took stands beside it."""
+        cache, begin = self.preallocated(), time.perf_counter()
+        step = StaticStep(self.model, cache, compile=compile)
+        synchronize(self.device)
+        setup = time.perf_counter() - begin
+        self.time_run(name, lambda: self.decode(cache, step), setup_seconds=round(setup, 2))
+        return step
+
+    @torch.no_grad()
+    def decode(self, cache: KVCache, step: Callable[[torch.Tensor], torch.Tensor]) -> list[int]:
+        """Prefill, then a step for each token; nothing waits for the device before the end."""
+        cache.reset()
+        text, logits = [], prefill(self.model, [self.prompt], cache)
+        for _ in range(self.new_tokens - 1):
+            text.append(logits.argmax(-1, keepdim=True))  # (1, 1)
+            logits = step(text[-1])
+        text.append(logits.argmax(-1, keepdim=True))
+        return torch.cat(text, dim=1)[0].tolist()
+
+    def time_run(self, name: str, run: Callable[[], list[int]], *, keep_text: bool = True, **extra) -> None:
+        """Time whole generations: a first one to warm up, then up to five; a slow one only once."""
+        times = []
+        while len(times) < 2 or (sum(times) < 3.0 and len(times) < 6):
+            begin = time.perf_counter()
+            text = run()
+            synchronize(self.device)
+            times.append(time.perf_counter() - begin)
+            if times[0] > 12.0:
+                break
+        times = times[1:] or times  # the first run warms up
+        self.seconds[name] = median(times)
+        if keep_text:
+            self.texts[name] = text
+        timing = Timing(median(times), min(times), max(times), len(times))
+        per_token = self.seconds[name] / self.new_tokens
+        self.report.add(
+            name,
+            timing,
+            bytes=self.step_bytes * self.new_tokens,
+            limit=self.bandwidth,
+            milliseconds_per_token=round(per_token * 1e3, 4),
+            new_tokens=self.new_tokens,
+            **extra,
+        )
+
+    @torch.no_grad()
+    def contexts(self) -> None:
+        """Time per token at several context lengths: with no cache, a cache, and a recorded step."""
+        for context in (32, 128, 256, 512, 1024, 1536, 2000)[: 7 if self.device.type == "cuda" else 5]:
+            text = torch.randint(self.config.vocab_size, (1, context), device=self.device)
+            self.time_at(context, "uncached", lambda text=text: self.model(text))
+            cache = self.preallocated()
+            step = lambda tokens, cache=cache: self.model(tokens, cache=cache)  # noqa: E731
+            self.time_at(context, "cached", self.steps_from(cache, step, text), steps=8)
+            if self.graph_step is not None:
+                recorded = self.steps_from(self.graph_step.cache, self.graph_step, text)
+                self.time_at(context, "recorded", recorded, steps=8)
+
+    def steps_from(self, cache: KVCache, step: Callable, text: torch.Tensor, steps: int = 8) -> Callable[[], None]:
+        """A function that takes 8 steps after ``text`` and forgets them again."""
+        cache.reset()
+        prefill(self.model, text, cache)
+
+        def run() -> None:
+            for _ in range(steps):
+                step(text[:, :1])
+            cache.truncate([text.shape[1]])
+
+        return run
+
+    def time_at(self, context: int, kind: str, run: Callable[[], None], *, steps: int = 1) -> None:
+        """Time one token at a context length, and put the cost model's count beside it."""
+        timing = measure(run, device=self.device, seconds=0.25, warmup=0.05, min_calls=3)
+        held, new = (0, context) if kind == "uncached" else (context, 1)
+        cost = pass_cost(self.config, held=held, new=new, itemsize=self.dtype.itemsize)
+        per_token = Timing(timing.median / steps, timing.p10 / steps, timing.p90 / steps, timing.calls)
+        # a step with no cache is compared by its arithmetic, one with a cache by the bytes it reads
+        work = {"flops": cost.flops} if kind == "uncached" else {"bytes": cost.bytes, "limit": self.bandwidth}
+        self.report.add(f"{kind}, context {context}", per_token, context=context, kind=kind, **work)
+
+    def ratios(self) -> None:
+        """How many times faster each variant is than the uncached loop and than transformers; do the texts agree?"""
+        for name, seconds in self.seconds.items():
+            facts = {}
+            for base in ("uncached", "transformers generate, default cache"):
+                if base in self.seconds and base != name:
+                    facts[f"{name} / {base}"] = round(self.seconds[base] / seconds, 2)
+            with contextlib.suppress(KeyError):
+                facts[f"{name}: tokens until it differs from uncached"] = agreement(
+                    self.texts["uncached"], self.texts[name]
+                )
+            self.report.note(**facts)
+
+
+def agreement(a: list[int], b: list[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+
+
+def transformers_gpt2(config: ModelConfig) -> torch.nn.Module:
+    """transformers' GPT-2 of the same shape, with random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.max_length,
+            n_embd=config.width,
+            n_layer=config.layers,
+            n_head=config.heads,
+            bos_token_id=0,
+            eos_token_id=None,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
