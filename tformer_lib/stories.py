@@ -1,6 +1,6 @@
 """Small English stories from a probabilistic grammar, so that their entropy is known exactly.
 
-The grammar below is all there is. A line ``rule: a | b*3`` lists the ways to write a rule, each with its weight (1 where none
+The grammar below is all there is. A line ``rule: a | b*3`` lists the ways to write a rule and their weights (1 if none
 is given); an indented line goes on with the line before. In a way to write a rule,
 
 - ``<rule>`` is replaced by one of the rule's ways, drawn at random;

@@ -686,7 +686,7 @@ def prepare(config: CorpusConfig) -> Corpus:
     a prediction whose probability the grammar knows.
     """
     train, val, floor = split_corpus(config)
-    encoding = make_encoding(config, train)
+    encoding = make_encoding(config, train, val)
     dtype = np.dtype("uint16" if encoding.n_vocab <= 1 << 16 else "uint32")
     bins = {f"{name}.bin": encode_corpus(encoding, text, dtype) for name, text in (("train", train), ("val", val))}
     val_tokens = len(bins["val.bin"]) // dtype.itemsize
@@ -735,12 +735,12 @@ def join_stories(told: list[str]) -> str:
     return END_OF_TEXT + "".join(story + END_OF_TEXT for story in told)
 
 
-def make_encoding(config: CorpusConfig, train: str) -> Encoding:
-    """The encoding that ``config`` asks for, learned from the training split where it is one that learns."""
+def make_encoding(config: CorpusConfig, train: str, val: str) -> Encoding:
+    """The encoding that ``config`` asks for. Merges are learned from ``train`` alone; an alphabet has to cover both."""
     if config.tokenizer == "gpt2":
         return gpt2()
     if config.tokenizer == "characters":
-        return characters(train)
+        return characters(train + val)
     if config.tokenizer == "bpe":
         return train_bpe(train, config.vocab_size).encoding
     raise CorpusError(f"tokenizer must be bpe, characters or gpt2, got {config.tokenizer!r}")
