@@ -1,0 +1,126 @@
+"""Pretrained models: public weights by our names against transformers, and the small model that the chapters share."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from tformer_lib import pretrained
+
+GPT2 = {"vocab_size": 61, "n_positions": 40, "n_embd": 32, "n_layer": 3, "n_head": 4, "initializer_range": 0.3}
+LLAMA = {
+    "vocab_size": 61,
+    "max_position_embeddings": 64,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+KINDS = {
+    "gpt2": ("GPT2", GPT2),
+    "llama": ("Llama", LLAMA),
+    "llama, all heads": ("Llama", LLAMA | {"num_key_value_heads": 4}),
+    "llama, wide heads": ("Llama", LLAMA | {"head_dim": 16}),
+    "llama, tied": ("Llama", LLAMA | {"tie_word_embeddings": True}),
+    "llama 3.1's frequencies": (
+        "Llama",
+        LLAMA
+        | {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "llama, stretched": (
+        "Llama",
+        LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ),
+}
+
+
+def reference(kind: str):
+    """transformers' model with random weights: every tensor, norms and biases too, away from its special value."""
+    transformers = pytest.importorskip("transformers")
+    family, settings = KINDS[kind]
+    config = getattr(transformers, f"{family}Config")(**settings)
+    torch.manual_seed(3)
+    model = getattr(transformers, f"{family}{'LMHeadModel' if family == 'GPT2' else 'ForCausalLM'}")(config).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, mean=float(p.dim() < 2), std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_public_weights_give_the_logits_and_the_greedy_text_of_transformers(kind, tmp_path):
+    theirs = reference(kind)
+    theirs.save_pretrained(tmp_path)
+    ours = pretrained.from_folder(tmp_path)
+    tokens = torch.randint(0, 61, (2, 19))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+    text = tokens[:1, :5]
+    options = {"attention_mask": torch.ones_like(text), "pad_token_id": 0, "eos_token_id": None}
+    expected = theirs.generate(text, max_new_tokens=16, do_sample=False, **options)
+    with torch.no_grad():
+        for _ in range(16):
+            text = torch.cat([text, ours(text)[:, -1:].argmax(-1)], dim=1)
+    assert text.tolist() == expected.tolist()
+
+
+def test_weights_in_several_files_are_read_together(tmp_path):
+    theirs = reference("gpt2")
+    theirs.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    tokens = torch.randint(0, 61, (1, 7))
+    torch.testing.assert_close(pretrained.from_folder(tmp_path)(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tied_table_is_one_parameter():
+    theirs = reference("gpt2")
+    model = pretrained.from_gpt2(theirs.state_dict(), theirs.config.to_dict())
+    assert model.unembedding.weight is model.embedding.tokens.weight
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_weights_that_do_not_fit_are_refused_by_name(kind):
+    theirs = reference(kind)
+    read = {"gpt2": pretrained.from_gpt2, "llama": pretrained.from_llama}[kind]
+    weights, config = theirs.state_dict(), theirs.config.to_dict()
+    norm = {"gpt2": "transformer.h.1.ln_2.weight", "llama": "model.layers.1.post_attention_layernorm.weight"}[kind]
+    with pytest.raises(ValueError, match="ln_2.weight" if kind == "gpt2" else "post_attention_layernorm"):
+        read({k: v for k, v in weights.items() if k != norm}, config)
+    with pytest.raises(ValueError, match="extra"):
+        read(weights | {"transformer.h.0.extra": torch.ones(2)}, config)
+    with pytest.raises(ValueError, match=r"norm.weight should have shape \(32,\), and has \(31,\)"):
+        read(weights | {norm: torch.ones(31)}, config)
+    odd = {"gpt2": {"activation_function": "relu"}, "llama": {"hidden_act": "gelu"}}[kind]
+    with pytest.raises(ValueError, match="must be"):
+        read(weights, config | odd)
+
+
+def test_folders_that_hold_no_such_model_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        pretrained.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match="'bert'; gpt2 and llama can be read"):
+        pretrained.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(GPT2 | {"model_type": "gpt2"}))
+    with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors"):
+        pretrained.from_folder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(safetensors.torch.save({"a": torch.ones(3)})[:-4])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        pretrained.from_folder(tmp_path)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match="no pretrained model 'poems'"):
+        pretrained.load("poems")
