@@ -44,9 +44,8 @@ def diagnose(found, q, k, v) -> None:
     mistakes = {
         "the scale is missing: divide the scores by sqrt(head_dim)": scores.softmax(-1) @ v,
         "the scores are divided by head_dim: by its square root, please": (scores / root**2).softmax(-1) @ v,
-        "the softmax runs over the queries: a query's shares of the keys must sum to 1": (scores / root).softmax(-2)
-        @ v,
-        "the softmax runs over the heads: a query's shares of the keys must sum to 1": (scores / root).softmax(1) @ v,
+        "the softmax runs over the queries: a query's shares must sum to 1": (scores / root).softmax(-2) @ v,
+        "the softmax runs over the heads: a query's shares must sum to 1": (scores / root).softmax(1) @ v,
         "the softmax is missing": (scores / root) @ v,
     }
     for message, result in mistakes.items():
