@@ -312,6 +312,30 @@ def test_text_that_the_grammar_cannot_write_has_no_probability():
         assert grammar.log_prob(wrong) == -math.inf
 
 
+def test_the_probability_of_a_beginning_is_that_of_all_stories_with_it():
+    assert grammar.prefix_log_prob("") == pytest.approx(0)
+    after = ["On", "In", "Lo"]
+    assert math.fsum(math.exp(grammar.prefix_log_prob(start)) for start in after) == pytest.approx(1)
+    told = tokens.stories(4000, seed=9)
+    for start in ("Once", "Once upon a time, L", "In a land far away, Tom lived in a"):
+        share = sum(story.startswith(start) for story in told) / len(told)
+        assert math.exp(grammar.prefix_log_prob(start)) == pytest.approx(share, abs=0.035)
+    assert grammar.prefix_log_prob("Twice") == -math.inf
+
+
+def test_the_surprises_of_the_words_sum_to_that_of_the_story_and_names_are_recalled_for_nothing():
+    story = tokens.stories(3, seed=4)[2]
+    found = grammar.surprises(story)
+    assert "".join(word for word, _ in found) == story
+    assert math.fsum(nats for _, nats in found) == pytest.approx(-grammar.log_prob(story))
+    assert min(nats for _, nats in found) > -1e-9
+    hero = next(word for word, _ in found[1:] if word.strip().isalpha() and word[0].isupper())
+    first, *again = [nats for word, nats in found if word == hero]
+    assert first > 2
+    assert again
+    assert max(again) < first
+
+
 def test_stories_depend_on_the_seed_alone():
     assert tokens.stories(3, seed=5) == tokens.stories(5, seed=5)[:3] != tokens.stories(3, seed=6)
     assert tokens.stories(0) == []

@@ -262,27 +262,61 @@ def log_prob(text: str) -> float:
     return max((log_p for end, log_p, _ in parses("story", text, 0, {}) if end == len(text)), default=-math.inf)
 
 
-def parses(rule: str, text: str, start: int, memory: dict[str, str]) -> Iterator[tuple[int, float, dict[str, str]]]:
-    """The ways in which ``rule`` writes the text from ``start``: where each ends, its log-probability, the memory."""
+def prefix_log_prob(text: str) -> float:
+    """The log-probability in nats that the next story begins with ``text``."""
+    return log_of_sum([log_p for _, log_p, _ in parses("story", text, 0, {}, prefix=True)])
+
+
+def log_of_sum(log_ps: list[float]) -> float:
+    """log(sum(exp(log_p))), without underflow."""
+    top = max(log_ps, default=-math.inf)
+    return top + math.log(math.fsum(math.exp(log_p - top) for log_p in log_ps)) if log_ps else top
+
+
+def surprises(story: str) -> list[tuple[str, float]]:
+    """Each word of a story with its exact -log p in nats, given all the words before it. They sum to that of the story.
+
+    A word has the space after it, as the end of a word is news too.
+    """
+    words = re.findall(r"\S+ ?", story)
+    log_ps = [prefix_log_prob("".join(words[:count])) for count in range(len(words))] + [log_prob(story)]
+    return [(word, before - after) for word, before, after in zip(words, log_ps, log_ps[1:], strict=False)]
+
+
+Parse = tuple[int, float, dict[str, str]]
+
+
+def parses(rule: str, text: str, start: int, memory: dict[str, str], prefix: bool = False) -> Iterator[Parse]:
+    """The ways in which ``rule`` writes the text from ``start``: where each ends, its log-probability, the memory.
+
+    With ``prefix`` the text may end before the rule does, and what the rule would write beyond it is left open.
+    """
+    if prefix and start == len(text):
+        yield start, 0.0, memory
+        return
     for way in rules()[rule]:
-        for end, log_p, after in follow(way.pieces, text, start, memory):
+        for end, log_p, after in follow(way.pieces, text, start, memory, prefix):
             yield end, log_p + math.log(way.probability), after
 
 
 def follow(
-    pieces: tuple[Piece, ...], text: str, start: int, memory: dict[str, str]
-) -> Iterator[tuple[int, float, dict[str, str]]]:
+    pieces: tuple[Piece, ...], text: str, start: int, memory: dict[str, str], prefix: bool = False
+) -> Iterator[Parse]:
     """``parses`` for the pieces of one way, first to last."""
-    if not pieces:
+    if not pieces or (prefix and start == len(text)):
         yield start, 0.0, memory
         return
     piece, rest = pieces[0], pieces[1:]
     if piece.rule:
-        for end, log_p, after in parses(piece.rule, text, start, memory):
+        for end, log_p, after in parses(piece.rule, text, start, memory, prefix):
             after = after | {piece.slot: text[start:end]} if piece.slot else after
-            for last, more, final in follow(rest, text, end, after):
+            for last, more, final in follow(rest, text, end, after, prefix):
                 yield last, log_p + more, final
     elif piece.value is not None:
-        yield from follow(rest, text, start, memory | {piece.name: piece.value})
-    elif text.startswith(words := piece.recall(memory), start):
-        yield from follow(rest, text, start + len(words), memory)
+        yield from follow(rest, text, start, memory | {piece.name: piece.value}, prefix)
+    else:
+        words = piece.recall(memory)
+        if text.startswith(words, start):
+            yield from follow(rest, text, start + len(words), memory, prefix)
+        elif prefix and words.startswith(text[start:]):
+            yield len(text), 0.0, memory

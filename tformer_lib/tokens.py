@@ -749,7 +749,7 @@ def make_encoding(config: CorpusConfig, train: str, val: str) -> Encoding:
 def encode_corpus(encoding: Encoding, text: str, dtype: np.dtype) -> bytes:
     """The ids of ``text`` as the bytes of an array of ``dtype``."""
     ids = bytearray()
-    with tqdm(total=len(text), unit="char", unit_scale=True, desc="encoding", leave=False) as bar:
+    with tqdm(total=len(text), unit="char", unit_scale=True, desc="encoding", leave=False, delay=1) as bar:
         for piece in pieces([text], size=1 << 20):
             ids += np.asarray(encoding.encode(piece, allowed_special="all"), dtype=dtype).tobytes()
             bar.update(len(piece))
