@@ -1,4 +1,4 @@
-"""Record the machine and the versions that made the notebooks' outputs: ``python book/status.py`` after running them."""
+"""Record the machine and the versions that made the notebooks' outputs: run ``python book/status.py`` after them."""
 
 import json
 import os

@@ -1,7 +1,7 @@
 """Fill the status page when the book is built: what made the outputs, and what was measured where.
 
-``{{ outputs }}`` on the page becomes the table of ``book/status.json`` (written by ``book/status.py`` when the notebooks
-are run), ``{{ measurements }}`` the list of the files under ``benchmarks/results/``.
+``{{ outputs }}`` on the page becomes the table of ``book/status.json`` (written by ``book/status.py`` when the
+notebooks are run), ``{{ measurements }}`` the list of the files under ``benchmarks/results/``.
 """
 
 import json

@@ -190,7 +190,7 @@ def heatmap(
 
 
 def largest(matrix: np.ndarray) -> float:
-    """The value to draw darkest: the largest finite magnitude; above 1 for booleans, so that True is blue, not black."""
+    """The value to draw darkest: the largest finite magnitude; above 1 for booleans, so that True is blue."""
     if matrix.dtype == bool:
         return 1.5
     finite = np.abs(matrix[np.isfinite(matrix)])
