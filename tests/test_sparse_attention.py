@@ -1,0 +1,387 @@
+"""Sparse attention: patterns by brute force, blocks that miss nothing, attention equal to dense under the same mask."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from tformer_lib import masks
+from tformer_lib import sparse_attention as sp
+from tformer_lib.attention import attend as dense_attend
+
+LENGTH = 96  # what the patterns below cover
+
+
+def make(T=50, S=None, heads=4, kv_heads=2, batch=2, seed=0, dtype=torch.float64, head_dim=8, value_dim=8):
+    generator = torch.Generator().manual_seed(seed)
+    S = T if S is None else S
+    shapes = [(batch, heads, T, head_dim), (batch, kv_heads, S, head_dim), (batch, kv_heads, S, value_dim)]
+    return tuple(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
+
+
+def document_ids(seed, rows=None):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (LENGTH,) if rows is None else (rows, LENGTH)
+    return torch.randint(0, 6, shape, generator=generator).sort().values
+
+
+def brute_force(allowed, T, S):
+    """(T, S) boolean from a function of a query's and a key's position, pair by pair."""
+    return torch.tensor([[bool(allowed(q, k)) for k in range(S)] for q in range(S - T, S)]).view(T, S)
+
+
+# ---- patterns
+
+DEFINITIONS = {
+    "causal": (sp.causal(), lambda q, k: k <= q),
+    "everything": (sp.everything(), lambda q, k: True),
+    "sliding window": (sp.sliding_window(7), lambda q, k: 0 <= q - k < 7),
+    "a window of one": (sp.sliding_window(1), lambda q, k: q == k),
+    "dilated": (sp.dilated(4, 5), lambda q, k: q - k in (0, 5, 10, 15)),
+    "global tokens": (sp.global_tokens([0, 20]), lambda q, k: q in (0, 20) or k in (0, 20)),
+    # Child et al., section 4.3: A1 = {t, ..., i} with t = max(0, i - l), A2 = {j : (i - j) mod l = 0}
+    "strided": (sp.strided(6), lambda i, j: max(0, i - 6) <= j <= i or (j <= i and (i - j) % 6 == 0)),
+    # A1 = {j : floor(j / l) = floor(i / l)}, A2 = {j : j mod l in {t, ..., l - 1}} with t = l - c
+    "fixed": (sp.fixed(6, 2), lambda i, j: j <= i and (j // 6 == i // 6 or j % 6 in (4, 5))),
+    "longformer": (sp.longformer(8, [3]), lambda q, k: abs(q - k) <= 4 or q == 3 or k == 3),
+    "either": (sp.sliding_window(3) | sp.global_tokens([5]), lambda q, k: 0 <= q - k < 3 or q == 5 or k == 5),
+    "both": (sp.global_tokens([5]) & sp.causal(), lambda q, k: k <= q and (q == 5 or k == 5)),
+}
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (30, 30), (7, 30), (33, 12)])
+def test_masks_are_the_definitions_pair_by_pair(name, T, S):
+    pattern, allowed = DEFINITIONS[name]
+    assert torch.equal(pattern.mask(T, S), brute_force(allowed, T, S))
+
+
+def test_masks_agree_with_the_chapter_on_masks():
+    ids = document_ids(0, rows=3)
+    for T in (96, 10):
+        assert torch.equal(sp.causal().mask(T, 96), masks.causal(T, 96))
+        assert torch.equal(sp.sliding_window(9).mask(T, 96), masks.sliding_window(T, 96, window=9))
+        assert torch.equal(sp.documents(ids).mask(T, 96), masks.document(ids, T))
+        assert torch.equal(sp.documents(ids[0]).mask(T, 96), masks.document(ids[0], T))
+
+
+def test_big_bird_has_a_window_globals_and_so_many_random_blocks():
+    block, n = 4, 12
+    table = sp.big_bird(block * n, block=block, random_blocks=3, seed=5).mask(block * n)[::block, ::block]
+    index = torch.arange(n)
+    certain = (index[:, None] - index).abs() <= 1
+    certain[[0, -1]] = certain[:, [0, -1]] = True
+    assert (table & certain).equal(certain)
+    assert ((table & ~certain).sum(1)[1:-1] == 3).all()
+    same = sp.big_bird(block * n, block=block, random_blocks=3, seed=5).mask(block * n)
+    other = sp.big_bird(block * n, block=block, random_blocks=3, seed=6).mask(block * n)
+    assert same[::block, ::block].equal(table)
+    assert not other.equal(same)
+    assert sp.big_bird(block * 4, block=block, random_blocks=9).mask(block * 4).all(), "few blocks left: take them all"
+
+
+def draw_patterns():
+    small = st.integers(1, 20)
+    leaves = st.one_of(
+        st.builds(sp.sliding_window, small),
+        st.builds(sp.dilated, st.integers(1, 6), small),
+        st.builds(sp.Band, st.none() | small, st.none() | small, small),
+        st.builds(lambda p: sp.global_tokens(p), st.lists(st.integers(0, LENGTH + 5), min_size=1, max_size=3)),
+        st.builds(sp.strided, small),
+        st.builds(lambda a, b: sp.fixed(a + b, b), small, small),
+        st.builds(sp.Segments, small),
+        st.builds(lambda s: sp.big_bird(LENGTH, block=8, random_blocks=2, seed=s), st.integers(0, 9)),
+        st.builds(lambda s: sp.documents(document_ids(s)), st.integers(0, 9)),
+        st.builds(lambda s: sp.documents(document_ids(s, rows=2)), st.integers(0, 9)),
+        st.just(sp.causal()),
+    )
+    both = lambda inner: st.builds(lambda a, b, o: a | b if o else a & b, inner, inner, st.booleans())  # noqa: E731
+    return st.recursive(leaves, both, max_leaves=4)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    pattern=draw_patterns(), T=st.integers(1, LENGTH), S=st.integers(1, LENGTH), block=st.sampled_from([1, 5, 16, 64])
+)
+def test_the_layout_is_live_exactly_where_the_mask_is(pattern, T, S, block):
+    mask = pattern.mask(T, S)
+    mask = mask.flatten(0, -3).any(0) if mask.dim() == 4 else mask
+    rows, columns = sp.blocks_in(T, block), sp.blocks_in(S, block)
+    padded = torch.zeros(rows * block, columns * block, dtype=torch.bool)
+    padded[:T, :S] = mask
+    expected = padded.view(rows, block, columns, block).any(3).any(1)
+    assert torch.equal(pattern.layout(T, S, block), expected)
+
+
+# ---- attention
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    pattern=draw_patterns(),
+    T=st.integers(1, 70),
+    S=st.integers(1, 70),
+    block=st.sampled_from([4, 16, 64]),
+    kv_heads=st.sampled_from([1, 2, 3, 6]),
+    causal=st.booleans(),
+    mask_shape=st.sampled_from([None, "T S", "b 1 1 S", "b h T S", "h 1 1"]),
+    seed=st.integers(0, 99),
+)
+def test_equals_dense_attention_under_the_same_mask(pattern, T, S, block, kv_heads, causal, mask_shape, seed):
+    q, k, v = make(T, S, heads=6, kv_heads=kv_heads, seed=seed, value_dim=5)
+    mask = None
+    if mask_shape is not None:
+        sizes = {"T": T, "S": S, "b": 2, "h": 6, "1": 1}
+        shape = [sizes[c] for c in mask_shape.split()]
+        mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.6
+    out = sp.attend(q, k, v, pattern=pattern, mask=mask, causal=causal, block=block)
+    truth = dense_attend(q, k, v, mask=masks.combine(pattern.mask(T, S), mask), causal=causal)
+    torch.testing.assert_close(out, truth, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_dtype_is_as_close_to_float64_as_rounding_allows(dtype):
+    q, k, v = make(70, dtype=dtype)
+    pattern = sp.sliding_window(20) | (sp.global_tokens([0]) & sp.causal())
+    out = sp.attend(q, k, v, pattern=pattern, block=16)
+    truth = dense_attend(q.double(), k.double(), v.double(), mask=pattern.mask(70))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), truth, atol=8 * torch.finfo(dtype).eps, rtol=8 * torch.finfo(dtype).eps)
+
+
+def test_slices_of_a_bucket_do_not_change_the_result(monkeypatch):
+    q, k, v = make(90, dtype=torch.float32)
+    pattern = sp.fixed(16, 2)
+    whole = sp.attend(q, k, v, pattern=pattern, block=8)
+    monkeypatch.setattr(sp, "SLICE", 1)
+    torch.testing.assert_close(sp.attend(q, k, v, pattern=pattern, block=8), whole, atol=1e-6, rtol=1e-6)
+
+
+def test_rows_with_no_live_block_give_zeros_and_zero_gradients():
+    q, k, v = (x.requires_grad_() for x in make(64))
+    far = sp.Band(None, None) & sp.global_tokens([40]) & sp.Segments(32) & sp.causal()  # nothing before position 40
+    out = sp.attend(q, k, v, pattern=far, block=16)
+    assert far.layout(64, block=16).sum(1).tolist() == [0, 0, 1, 1]
+    assert (out[:, :, :40] == 0).all()
+    assert (out[:, :, 40:] != 0).all()
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert all(g.isfinite().all() for g in grads)
+    assert (grads[0][:, :, :40] == 0).all()
+
+
+def test_gradients_equal_those_of_dense_attention():
+    for kv_heads in (1, 4):
+        q, k, v = (x.requires_grad_() for x in make(50, 70, kv_heads=kv_heads))
+        for pattern in (sp.strided(9), sp.documents(document_ids(1)[:70]), sp.longformer(10, [0])):
+            ours = torch.autograd.grad(sp.attend(q, k, v, pattern=pattern, block=16).square().sum(), (q, k, v))
+            mask = pattern.mask(50, 70)
+            theirs = torch.autograd.grad(dense_attend(q, k, v, mask=mask).square().sum(), (q, k, v))
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+def test_gradcheck():
+    q, k, v = (x.requires_grad_() for x in make(9, heads=2, kv_heads=1, batch=1, head_dim=3, value_dim=2))
+    form = lambda q, k, v: sp.attend(q, k, v, pattern=sp.strided(3), block=4)  # noqa: E731
+    assert torch.autograd.gradcheck(form, (q, k, v), fast_mode=True)
+
+
+def test_lengths_of_zero():
+    for T, S, batch in ((0, 5, 2), (3, 0, 2), (0, 0, 2), (3, 5, 0)):
+        q, k, v = make(T, S, batch=batch)
+        out = sp.attend(q, k, v, pattern=sp.sliding_window(3))
+        assert out.shape == q.shape
+        assert (out == 0).all()
+
+
+def test_a_plan_made_in_inference_serves_training():
+    pattern = sp.Documents(document_ids(3))  # a new pattern, so that no plan of it is kept yet
+    q, k, v = make(40)
+    with torch.inference_mode():
+        sp.attend(q, k, v, pattern=pattern)
+    q.requires_grad_()
+    sp.attend(q, k, v, pattern=pattern).sum().backward()
+    assert q.grad is not None
+
+
+# ---- work and memory follow the live blocks
+
+
+def count_flops(length, pattern, backward=False):
+    q, k, v = (x.requires_grad_(backward) for x in make(length, dtype=torch.float32))
+    with FlopCounterMode(display=False) as counter:
+        out = sp.attend(q, k, v, pattern=pattern, block=16)
+        if backward:
+            out.sum().backward()
+    return counter.get_total_flops()
+
+
+def saved_bytes(length, pattern):
+    """Bytes that autograd keeps for the backward pass."""
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    q, k, v = (x.requires_grad_() for x in make(length, dtype=torch.float32))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = sp.attend(q, k, v, pattern=pattern, block=16)
+    assert out.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_work_is_that_of_the_live_blocks(backward):
+    pattern = sp.sliding_window(33)  # blocks of 16: three live in every row but the first two
+    live = int(pattern.layout(256, block=16).sum())
+    assert live == 3 * 16 - 3
+    assert count_flops(256, pattern, backward) == (3 if backward else 1) * 2 * 2 * 8 * 8 * 16 * 16 * live
+    assert count_flops(512, pattern, backward) / count_flops(256, pattern, backward) == pytest.approx(2, rel=0.1)
+
+
+def test_padding_of_buckets_adds_at_most_a_quarter():
+    for count in range(1, 3000):
+        assert count <= sp.bucket_size(count) <= 1.25 * count
+
+
+def test_memory_of_the_backward_pass_grows_with_the_length_and_not_its_square():
+    assert saved_bytes(2048, sp.sliding_window(33)) / saved_bytes(1024, sp.sliding_window(33)) < 2.2
+    assert saved_bytes(2048, sp.causal()) / saved_bytes(1024, sp.causal()) > 3  # the measure can see a square
+
+
+# ---- reach
+
+
+def test_the_receptive_field_is_what_gradients_reach():
+    mask = sp.dilated(3, 2).mask(24)
+    x = torch.zeros(24, dtype=torch.float64)
+
+    def through(x, layers):
+        return through(x + mask.double() @ x, layers - 1) if layers else x
+
+    for layers in range(4):
+        jacobian = torch.autograd.functional.jacobian(partial(through, layers=layers), x)
+        assert torch.equal(sp.receptive_field(mask, layers), jacobian != 0)
+
+
+# ---- parity
+
+
+def reach_by_perturbing(layer, x):
+    """(T, T) boolean: output t changes when input s does; all T perturbed copies go through as one batch."""
+    T = x.shape[0]
+    copies = x.expand(T, T, -1) + torch.eye(T, dtype=x.dtype)[:, :, None]
+    with torch.no_grad():
+        return ((layer(copies) - layer(x[None])).abs().amax(-1) > 1e-12).T
+
+
+def split(x, heads):
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attend_with(layer, x, pattern, heads):
+    """This library's sparse attention with the projections of another library's layer."""
+    q, k, v = (split(f(x), heads) for f in (layer.query, layer.key, layer.value))
+    return sp.attend(q, k, v, pattern=pattern, block=8).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("global_positions", [(), (0, 37)])
+def test_longformer_reaches_what_the_pattern_says(global_positions):
+    from transformers import LongformerConfig
+    from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+
+    torch.manual_seed(0)
+    T, heads = 64, 2
+    config = LongformerConfig(
+        hidden_size=16, num_attention_heads=heads, attention_window=[8], attention_probs_dropout_prob=0.0
+    )
+    theirs = LongformerSelfAttention(config, 0).double().eval()
+    is_global = torch.zeros(1, T, dtype=torch.bool)
+    is_global[:, list(global_positions)] = True
+
+    def layer(x):
+        flags = is_global.expand(x.shape[0], T)
+        return theirs(x, 1e4 * flags, torch.zeros_like(flags), flags, bool(global_positions))[0]
+
+    pattern = sp.longformer(8, global_positions)
+    x = torch.randn(T, 16, dtype=torch.float64)
+    assert torch.equal(reach_by_perturbing(layer, x), pattern.mask(T))
+    local = ~is_global[0]  # global queries have projections of their own there
+    out = attend_with(theirs, x[None], pattern, heads)
+    torch.testing.assert_close(out[:, local], layer(x[None])[:, local], atol=1e-6, rtol=1e-6)
+
+
+def test_big_bird_reaches_what_the_pattern_says():
+    from transformers import BigBirdConfig
+    from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
+
+    torch.manual_seed(0)
+    block, n, random_blocks = 4, 12, 2
+    T = block * n
+    config = BigBirdConfig(
+        hidden_size=8, num_attention_heads=1, block_size=block, num_random_blocks=random_blocks,
+        attention_probs_dropout_prob=0.0, max_position_embeddings=T,
+    )  # fmt: skip
+    theirs = BigBirdBlockSparseAttention(config, seed=3).double().train()  # it draws no random blocks in eval
+
+    def layer(x):
+        blocked, band, start, end = BigBirdModel.create_masks_for_block_sparse_attn(x.new_ones(x.shape[0], T), block)
+        return theirs(x, band, start, end, blocked, blocked)[0]
+
+    x = torch.randn(T, 8, dtype=torch.float64)
+    reach = reach_by_perturbing(layer, x)
+    certain = sp.big_bird(T, block=block, random_blocks=0).mask(T)
+    table = reach[::block, ::block]
+    assert torch.equal(reach, table.repeat_interleave(block, 0).repeat_interleave(block, 1))
+    assert (reach & certain).equal(certain)
+    drawn = (reach & ~certain)[::block, ::block].sum(1)
+    ours = sp.big_bird(T, block=block, random_blocks=random_blocks, seed=1).mask(T)
+    assert drawn.equal((ours & ~certain)[::block, ::block].sum(1))
+    assert drawn.tolist() == [0, *[random_blocks] * (n - 2), 0]
+    out = attend_with(theirs, x[None], sp.BlockTable(block, table), 1)
+    torch.testing.assert_close(out, layer(x[None]), atol=1e-6, rtol=1e-6)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: sp.sliding_window(0), "window must be at least 1 .* got 0"),
+        (lambda: sp.dilated(3, 0), "step must be at least 1, got 0"),
+        (lambda: sp.Band(-1, 0), "before must be at least 0 or None, got -1"),
+        (lambda: sp.Segments(0), "size must be at least 1, got 0"),
+        (lambda: sp.fixed(4, 5), r"width must lie in 1 .. size = 4, got 5"),
+        (lambda: sp.global_tokens([]), r"one or more numbers of at least 0, got \(\)"),
+        (lambda: sp.global_tokens([-1]), r"one or more numbers of at least 0, got \(-1,\)"),
+        (lambda: sp.big_bird(100, block=16), "length must be a positive multiple of block = 16, got 100"),
+        (lambda: sp.documents(torch.ones(3)), r"ids must be \(S,\) or \(batch, S\) integers, got \(3,\)"),
+        (lambda: sp.BlockTable(4, torch.ones(2, 3, dtype=torch.bool)), r"\(blocks, blocks\) boolean, got \(2, 3\)"),
+    ],
+)
+def test_wrong_patterns_are_refused_by_name(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_pattern_that_is_too_short_is_refused():
+    q, k, v = make(70)
+    with pytest.raises(ValueError, match="documents cover 60 positions, got a key at position 69"):
+        sp.attend(q, k, v, pattern=sp.documents(document_ids(0)[:60]))
+    with pytest.raises(ValueError, match="table covers 64 positions, got a key at position 69"):
+        sp.attend(q, k, v, pattern=sp.big_bird(64, block=8))
+
+
+def test_wrong_inputs_are_refused_by_name():
+    q, k, v = make(7)
+    with pytest.raises(ValueError, match="q has 3 heads, which 2 kv heads do not divide"):
+        sp.attend(q[:, :3], k, v, pattern=sp.causal())
+    with pytest.raises(ValueError, match="boolean tensor"):
+        sp.attend(q, k, v, pattern=sp.causal(), mask=torch.ones(7, 7))
+    with pytest.raises(ValueError, match="block must be at least 1, got 0"):
+        sp.attend(q, k, v, pattern=sp.causal(), block=0)
