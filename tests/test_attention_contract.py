@@ -13,6 +13,9 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
+
+from tformer_lib import sparse_attention
 
 ALL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -27,6 +30,17 @@ def plain_attention(q, k, v, *, mask=None, causal=False, scale=None):
     sees_something = allowed.any(-1, keepdim=True)
     weights = scores.masked_fill(~allowed & sees_something, -torch.inf).softmax(-1) * sees_something
     return torch.einsum("bhts,bhsd->bhtd", weights, v)
+
+
+def plain_linear_attention(q, k, v, *, mask=None, causal=False, scale=None):
+    """Linear attention with elu + 1 as the formula stands, every step in the dtype of the inputs."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    root = (q.shape[3] ** -0.5 if scale is None else scale) ** 0.5
+    weights = (F.elu(q * root) + 1) @ (F.elu(k * root) + 1).mT
+    weights = torch.where(who_sees_whom(q, k, mask, causal), weights, 0.0)
+    total = weights.sum(-1, keepdim=True)
+    return weights @ v / torch.where(total > 0, total, 1.0)
 
 
 def who_sees_whom(q, k, mask, causal):
@@ -81,6 +95,9 @@ class Form:
 FORMS = [
     Form("attention", "tformer_lib.attention:attend"),
     Form("attention-sdpa", "tformer_lib.attention:attend_sdpa"),
+    Form("linear", "tformer_lib.linear_attention:attend", oracle=plain_linear_attention, masks=False),
+    Form("linear-parallel", "tformer_lib.linear_attention:parallel", oracle=plain_linear_attention),
+    Form("sparse", "tformer_lib.sparse_attention:attend", {"pattern": sparse_attention.everything(), "block": 16}),
 ]
 HERE = [(form, device) for form in FORMS for device in DEVICES if form.exists and device in form.devices]
 IDS = [f"{form.name}-{device}" for form, device in HERE]

@@ -21,6 +21,15 @@ MAPS = {
 over_maps = pytest.mark.parametrize("name", MAPS)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The tensors are tiny: threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def naive_weights(name, q, k):
     """The weights from their formulas in float64, without these maps: (..., T, d), (..., S, d) -> (..., T, S)."""
     if name == "taylor":

@@ -15,6 +15,15 @@ from tformer_lib.attention import attend as dense_attend
 LENGTH = 96  # what the patterns below cover
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The tensors are tiny: threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make(T=50, S=None, heads=4, kv_heads=2, batch=2, seed=0, dtype=torch.float64, head_dim=8, value_dim=8):
     generator = torch.Generator().manual_seed(seed)
     S = T if S is None else S
