@@ -1,0 +1,153 @@
+"""The exercises of the tokens chapter."""
+
+import math
+import random
+from collections.abc import Iterator
+from itertools import pairwise
+
+from tformer_lib import tokens
+from tformer_lib.teaching.exercises.engine import exercise, require
+
+
+@exercise(
+    "tokens.merge",
+    title="Merge a pair, from left to right",
+    hints=(
+        "Walk with an index i: if the pair stands at i, merge it and move on by two, otherwise move on by one.",
+        "After a merge, the second token of the pair is used up: it cannot begin another pair.",
+        "In aaa the pair (a, a) stands at 0 and at 1, but once 0 is merged, only one a is left.",
+    ),
+)
+def check_merge(fn):
+    cases = ["abab", "aaa", "aaaa", "", "b", "xaby", "aab", "abaab"]
+    for word in cases:
+        for pair in ((b"a", b"b"), (b"a", b"a")):
+            check_one_merge(fn, tuple(bytes([b]) for b in word.encode()), pair)
+    check_one_merge(fn, (b"ab", b"a", b"b", b"ab", b"c"), (b"ab", b"c"))
+
+
+def check_one_merge(fn, word: tuple[bytes, ...], pair: tuple[bytes, bytes]) -> None:
+    """Fail unless ``fn`` merges ``pair`` in ``word`` as the library does."""
+    found = fn(word, pair)
+    require(isinstance(found, tuple), f"the result should be a tuple of tokens, and is a {type(found).__name__}")
+    case = f"{pair} in {word}"
+    require(b"".join(found) == b"".join(word), f"{case} gives {found}: bytes were lost or made up")
+    require(pair not in pairwise(found), f"{case} gives {found}: a pair was left unmerged")
+    expected = tokens.merge_pair(word, pair)
+    require(found == expected, f"{case} gives {found}, expected {expected}: merge from left to right")
+
+
+@exercise(
+    "tokens.encode",
+    title="Encode a word as the merges were learned",
+    hints=(
+        "Begin with single bytes. Which of the pairs that stand in the word now was learned first?",
+        "Merge that pair everywhere, then look again, until none of the pairs in the word was ever learned.",
+        "min(pairs_in_word, key=order.get) with order = {pair: i for i, pair in enumerate(merges)}",
+    ),
+)
+def check_encode(fn):
+    bpe = tokens.train_bpe(" ".join(tokens.stories(60, seed=3)), 500)
+    draw = random.Random(0)
+    words = [" house", "the", " lemonade", "s", "", " unbelievable", "zzzz", " the" * 3, "é"]
+    words += ["".join(draw.choices("aehlnost ", k=9)) for _ in range(40)]
+    for word in words:
+        found = fn(word.encode(), bpe.merges)
+        require(isinstance(found, list | tuple), f"the result should be a list of tokens, and is {found!r}")
+        require(b"".join(found) == word.encode(), f"{word!r} gives {found}: the tokens do not join to the word")
+        expected = replay(word.encode(), bpe.merges)
+        reason = "the pair learned first goes first" if len(found) <= len(expected) else "more pairs can be merged"
+        require(list(found) == expected, f"{word!r} gives {list(found)}, expected {expected}: {reason}")
+
+
+def replay(word: bytes, merges: list[tuple[bytes, bytes]]) -> list[bytes]:
+    """The tokens of ``word`` after every merge, in the order learned: what training itself did to it."""
+    cut = tuple(bytes([b]) for b in word)
+    for pair in merges:
+        cut = tokens.merge_pair(cut, pair)
+    return list(cut)
+
+
+@exercise(
+    "tokens.bits_per_byte",
+    title="A loss that can be compared between vocabularies",
+    hints=(
+        "The loss is a mean: how many nats does the whole text cost?",
+        "The same text has the same bytes whatever the vocabulary, so divide by those.",
+        "A bit is log(2) = 0.693 nats, so the same surprise is more bits than nats.",
+    ),
+)
+def check_bits_per_byte(fn):
+    cases = [(1.0, 100, 100), (2.0, 50, 100), (3.3, 1000, 3300), (math.log(256), 40, 40)]
+    for loss, count, size in cases:
+        found, expected = fn(loss, count, size), loss * count / (size * math.log(2))
+        case = f"{loss:.4g} nats on each of {count} tokens, {size} bytes of text,"
+        require(isinstance(found, float | int), f"the result should be a number, and is {found!r}")
+        require(
+            not close(found, loss * count / size) or close(found, expected), f"{case} came out in nats: convert to bits"
+        )
+        require(not close(found, loss / math.log(2)) or count == size, f"{case} came out per token, not per byte")
+        require(close(found, expected), f"{case} should be {expected:.4f} bits per byte, and came out as {found:.4f}")
+
+
+def close(x: float, y: float) -> bool:
+    """Equal but for rounding."""
+    return math.isclose(x, y, rel_tol=1e-6, abs_tol=1e-12)
+
+
+@exercise(
+    "tokens.stream",
+    title="Show text as it is written, one token at a time",
+    hints=(
+        "A token may hold half a character. Keep its bytes until the rest has come.",
+        "Collect bytes; try to decode what you have; where that fails because the end is cut off, wait.",
+        'codecs.getincrementaldecoder("utf-8")(errors="replace") keeps unfinished bytes; end with decode(b"", final=True).',
+    ),
+)
+def check_stream(fn):
+    for text in ("plain text", "naïve café", "日本語", "one 👩‍🚀 two", "", "é"):
+        pieces = [bytes([b]) for b in text.encode()]
+        check_one_stream(fn, pieces, text)
+    check_one_stream(fn, [b"caf", b"\xc3", b"\xa9 ", b"\xf0\x9f", b"\x99\x83!"], "café 🙃!")
+    shown = run_stream(fn, [b"ok \xc3"])
+    require(
+        shown == "ok \ufffd",
+        f"text that ends in half a character shows as {shown!r}: end it with one \ufffd, not silence",
+    )
+
+
+def check_one_stream(fn, pieces: list[bytes], text: str) -> None:
+    """Fail unless ``fn`` shows ``text`` whole, and each character as soon as its last byte has come."""
+    shown = run_stream(fn, pieces)
+    require(
+        "\ufffd" not in shown, f"{text!r} shows as {shown!r}: a character was decoded before all its bytes had come"
+    )
+    require(shown == text, f"{text!r} shows as {shown!r}")
+    given = []
+
+    def source() -> Iterator[bytes]:
+        for piece in pieces:
+            yield piece
+            given.append(piece)
+
+    seen = ""
+    for part in fn(source()):
+        seen += part
+        have = b"".join(pieces[: len(given) + 1]).decode("utf-8", "ignore")
+        require(have.startswith(seen), f"{text!r}: {seen!r} was shown when only {have!r} had come")
+        lag = len(have) - len(seen)
+        require(lag == 0 or not part, f"{text!r}: {seen!r} was shown when {have!r} had come: do not wait for more")
+    if len(pieces) > 1 and text:
+        first = next(part for part in fn(iter(pieces)) if part)
+        require(
+            first != text or len(text) == 1, f"{text!r} is shown all at once at the end: show what is complete at once"
+        )
+
+
+def run_stream(fn, pieces: list[bytes]) -> str:
+    """All that ``fn`` shows."""
+    parts = fn(iter(pieces))
+    require(parts is not None, "the result is None: yield the text that can be shown")
+    parts = list(parts)
+    require(all(isinstance(part, str) for part in parts), "yield strings: what the reader sees, not bytes")
+    return "".join(parts)
