@@ -1,0 +1,183 @@
+"""Figures of the tokens chapter."""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch
+
+from tformer_lib.teaching import style
+
+TINTS = ("#D6E9F5", "#FBE3D3")
+"""Light blue and light orange in turn, so that a token can be told from its neighbours."""
+
+LINE = 62
+"""Characters in a line of a story."""
+
+
+def cuts(rows: dict[str, Sequence[str]]) -> None:
+    """One text cut in several ways: a row of boxes for each, all to the same scale.
+
+    Args:
+        rows: name of the way -> the pieces of the text, which join to the same text in each row.
+    """
+    length = max(sum(map(len, pieces)) for pieces in rows.values())
+    _, ax = style.figure(height=0.62 * len(rows) + 0.2)
+    for row, (name, pieces) in enumerate(rows.items()):
+        ax.text(-0.8, row, f"{name}\n{len(pieces)} tokens", ha="right", va="center", fontsize=9)
+        boxes(ax, row, pieces)
+    ax.set(xlim=(-0.5, length + 0.5), ylim=(len(rows) - 0.4, -0.6))
+    ax.set_axis_off()
+    style.show()
+
+
+def boxes(ax: Axes, row: int, pieces: Sequence[str]) -> None:
+    """The pieces as boxes in a row, each as wide as its characters; a space is drawn as a low bracket."""
+    left = 0
+    for i, piece in enumerate(pieces):
+        shape = FancyBboxPatch(
+            (left + 0.12, row - 0.3), len(piece) - 0.24, 0.6, boxstyle="round,pad=0,rounding_size=0.12", linewidth=0.8
+        )
+        shape.set(facecolor=TINTS[i % 2], edgecolor=style.GREY)
+        ax.add_patch(shape)
+        for k, character in enumerate(piece.replace(" ", "␣")):
+            colour = style.GREY if character == "␣" else style.INK
+            ax.text(
+                left + k + 0.5, row, character, ha="center", va="center", family="monospace", fontsize=9, color=colour
+            )
+        left += len(piece)
+
+
+def steps(merges: Sequence[int], work: dict[str, Sequence[float]]) -> None:
+    """Counted steps of the two trainers, summed up to each number of merges."""
+    _, ax = style.figure(height=3.0)
+    style.lines(ax, merges, work)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(list(merges), [f"{n:,}" for n in merges])
+    ax.set(xlabel="merges learned", ylabel="symbols visited")
+    style.show()
+
+
+def seconds(sizes: Sequence[int], times: dict[str, Sequence[float]]) -> None:
+    """Measured time of the two trainers over the size of the text."""
+    _, ax = style.figure(height=3.0)
+    style.lines(ax, [size / 1000 for size in sizes], times)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks([size / 1000 for size in sizes], [f"{size / 1000:.0f}" for size in sizes])
+    ax.set(xlabel="text (kB)", ylabel="seconds")
+    style.show()
+
+
+def compression(curves: dict[str, tuple[Sequence[int], Sequence[float]]], single: tuple[str, int, float]) -> None:
+    """Bytes per token over the size of the vocabulary.
+
+    Args:
+        curves: corpus -> (vocabulary sizes, bytes per token).
+        single: one more point: its name, its vocabulary size, its bytes per token.
+    """
+    _, ax = style.figure(height=3.2)
+    for i, (name, (sizes, ratios)) in enumerate(curves.items()):
+        look = {"color": style.PALETTE[i], "linestyle": style.DASHES[i], "marker": style.MARKERS[i]}
+        ax.plot(sizes, ratios, label=name, **look)
+    ax.plot(*single[1:], color=style.INK, marker="*", markersize=11, linestyle="none", label=single[0])
+    ax.set_xscale("log", base=2)
+    ticks = [256, 512, 1024, 2048, 4096, 8192, 50257]
+    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    ax.minorticks_off()
+    ax.set(xlabel="vocabulary size", ylabel="bytes per token", ylim=(0, None))
+    ax.legend()
+    style.show()
+
+
+def cost(sizes: Sequence[int], costs: dict[str, Sequence[float]]) -> None:
+    """Cost per byte of text over the size of the vocabulary, with a ring at each curve's least."""
+    _, ax = style.figure(height=3.0)
+    for line in style.lines(ax, sizes, costs):
+        x, y = min(line.get_xydata(), key=lambda point: point[1])
+        ax.plot(x, y, "o", markersize=14, fillstyle="none", color=line.get_color())
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(list(sizes), [f"{n:,}" for n in sizes])
+    ax.minorticks_off()
+    ax.set(xlabel="vocabulary size", ylabel="million multiply-adds\nper byte of text")
+    style.show()
+
+
+def frequency(counts: Sequence[int], learned: Sequence[int]) -> None:
+    """How often each token is used, most used first, and how often the trainer had seen its pair when it made it."""
+    _, ax = style.figure(height=3.0)
+    ax.plot(range(1, len(counts) + 1), counts, color=style.BLUE, label="tokens in the encoded text, most used first")
+    ax.plot(
+        range(1, len(learned) + 1), learned, color=style.VERMILION, linestyle="--", label="pairs when they were merged"
+    )
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set(xlabel="rank", ylabel="times in the text")
+    ax.legend()
+    style.show()
+
+
+def surprise(words: Sequence[tuple[str, float]]) -> None:
+    """A story with each word on a background as dark as its surprise in bits."""
+    placed = wrap([(word, nats / 0.6931471805599453) for word, nats in words])
+    rows = placed[-1][1] + 1
+    fig, ax = style.figure(height=0.29 * rows + 0.75)
+    limit = max(bits for *_, bits in placed)
+    for left, row, word, bits in placed:
+        shade = style.WEIGHTS(0.75 * max(bits, 0.0) / limit)
+        ax.add_patch(FancyBboxPatch((left, row - 0.42), len(word), 0.84, boxstyle="square,pad=0", color=shade, lw=0))
+        for k, character in enumerate(word):
+            dark = "white" if bits > 0.72 * limit else style.INK
+            ax.text(
+                left + k + 0.5, row, character, ha="center", va="center", family="monospace", fontsize=9, color=dark
+            )
+    ax.set(xlim=(0, LINE), ylim=(rows - 0.4, -0.6))
+    ax.set_axis_off()
+    scale = style.ScalarMappable(cmap=style.WEIGHTS.resampled(256))
+    scale.set_clim(0, limit / 0.75)
+    bar = fig.colorbar(scale, ax=ax, orientation="horizontal", shrink=0.5, aspect=30, pad=0.02)
+    bar.ax.set_xlim(0, limit)
+    bar.set_label("surprise of the word, given all before it (bits)", fontsize=9)
+    style.show()
+
+
+def wrap(words: Sequence[tuple[str, float]]) -> list[tuple[int, int, str, float]]:
+    """Column, row, word and value of each word, broken into lines."""
+    placed, left, row = [], 0, 0
+    for word, value in words:
+        if left + len(word.rstrip()) > LINE:
+            left, row = 0, row + 1
+        placed.append((left, row, word.rstrip(), value))
+        left += len(word)
+    return placed
+
+
+def ladder(losses: dict[str, float], floor: float) -> None:
+    """What models that see more and more reach, in nats per token, and the floor."""
+    _, ax = style.figure(height=0.42 * len(losses) + 0.9)
+    names = list(losses)
+    ax.barh(names, list(losses.values()), color=style.SKY, edgecolor=style.INK, linewidth=0.6, height=0.6)
+    for name, loss in losses.items():
+        ax.text(loss + 0.06, name, f"{loss:.2f}", va="center", fontsize=9.5)
+    ax.axvline(floor, color=style.VERMILION, linewidth=1.4, linestyle="--")
+    ax.invert_yaxis()
+    ax.grid(False, axis="y")
+    ax.set(xlabel="validation loss (nats per token); dashed: the entropy floor", xlim=(0, 1.1 * max(losses.values())))
+    style.show()
+
+
+def shares(names: Sequence[str], counts: dict[str, Sequence[float]], ylabel: str) -> None:
+    """Groups of horizontal bars: one group a name, one bar an entry of ``counts``."""
+    _, ax = style.figure(height=0.5 * len(names) + 0.9)
+    thick = 0.8 / len(counts)
+    for i, (label, values) in enumerate(counts.items()):
+        places = [k + (i - (len(counts) - 1) / 2) * thick for k in range(len(names))]
+        hatch = ("", "///", "...")[i % 3]
+        ax.barh(places, values, height=thick, label=label, color=style.PALETTE[i], edgecolor="white", hatch=hatch)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.grid(False, axis="y")
+    ax.set(xlabel=ylabel)
+    ax.legend()
+    style.show()
