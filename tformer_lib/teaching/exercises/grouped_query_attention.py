@@ -1,0 +1,104 @@
+"""The exercises of the grouped-query attention chapter."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tformer_lib.grouped_query_attention import pool_heads
+from tformer_lib.teaching.exercises.engine import exercise, require, require_close
+
+
+@exercise(
+    "grouped_query_attention.kv_head",
+    title="Which kv head a query head reads",
+    hints=(
+        "Query heads come in consecutive groups. How many heads has a group?",
+        "heads // kv_heads of them; head 0 to that number less one read kv head 0.",
+        "head // (heads // kv_heads)",
+    ),
+)
+def check_kv_head(fn):
+    for heads, kv_heads in ((8, 2), (8, 8), (8, 1), (12, 4), (32, 8)):
+        group = heads // kv_heads
+        for head in range(heads):
+            found = int(fn(head, heads, kv_heads))
+            place = f"with {heads} heads and {kv_heads} kv heads, query head {head}"
+            require(0 <= found < kv_heads, f"{place} reads kv head {found}, which does not exist")
+            require(found == head // group, f"{place} reads kv head {found}, expected {head // group}")
+
+
+class Sizes(TorchDispatchMode):
+    """Notes the largest tensor that is made within it and does not lie in the memory of its inputs."""
+
+    def __init__(self, *inputs):
+        super().__init__()
+        self.known = {x.untyped_storage().data_ptr() for x in inputs}
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in self.known:
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+@exercise(
+    "grouped_query_attention.scores",
+    title="Scores of grouped heads without a copy of the keys",
+    hints=(
+        "The queries of a group all meet the same keys. What if they were rows of one matrix?",
+        "Give q the shape (batch, kv_heads, group * T, head_dim): consecutive heads lie side by side already.",
+        "(q.reshape(batch, kv_heads, -1, head_dim) @ k.transpose(-2, -1)).view(batch, heads, T, S)",
+    ),
+)
+def check_scores(fn):
+    for heads, kv_heads, T in ((8, 2, 1), (8, 1, 3), (4, 4, 2), (6, 3, 1)):
+        q, k = torch.randn(2, heads, T, 16), torch.randn(2, kv_heads, 40, 16)
+        with Sizes(q, k) as sizes:
+            found = fn(q, k)
+        wanted = torch.einsum("bhtd,bhsd->bhts", q, k.repeat_interleave(heads // kv_heads, 1))
+        place = f"with {heads} heads and {kv_heads} kv heads"
+        require_close(found, wanted, f"{place}, a query meets the keys of another group", name=f"{place}, the scores")
+        largest = max(q.numel(), wanted.numel())
+        message = f"{place}, a tensor of {sizes.largest:,} numbers is made; the scores are {wanted.numel():,}: "
+        require(kv_heads == heads or sizes.largest <= largest, message + "the keys are copied for each query head")
+
+
+@exercise(
+    "grouped_query_attention.pool",
+    title="Fewer kv heads from a trained projection",
+    hints=(
+        "The weight is (heads * head_dim, width), one head after the other. Which shape shows the groups?",
+        "(kv_heads, heads // kv_heads, head_dim, width): over which axis is the mean?",
+        "weight.view(kv_heads, -1, head_dim, width).mean(1).reshape(kv_heads * head_dim, width)",
+    ),
+)
+def check_pool(fn):
+    for heads, kv_heads, head_dim, width in ((8, 2, 4, 10), (8, 1, 4, 10), (4, 4, 2, 6), (6, 3, 5, 7)):
+        weight = torch.randn(heads * head_dim, width)
+        name = f"the weight from {heads} to {kv_heads} heads"
+        require_close(
+            fn(weight, kv_heads, head_dim),
+            pool_heads(weight, kv_heads, head_dim),
+            f"{name} is not the mean of each group of neighbouring heads",
+            name=name,
+        )
+
+
+@exercise(
+    "grouped_query_attention.absorb",
+    title="Scores against latents, with no keys made",
+    hints=(
+        "q . (W c) is a number; which other order of the products gives the same one?",
+        "(W^T q) . c: carry the query to the latent space, once per head, and leave the cache alone.",
+        'torch.einsum("hdc,bhtd->bhtc", up, q) @ latents[:, None].transpose(-2, -1)',
+    ),
+)
+def check_absorb(fn):
+    q, up, latents = torch.randn(2, 4, 1, 8), torch.randn(4, 8, 6), torch.randn(2, 50, 6)
+    with Sizes(q, up, latents) as sizes:
+        found = fn(q, up, latents)
+    keys = torch.einsum("hdc,bsc->bhsd", up, latents)
+    wanted = q @ keys.transpose(-2, -1)
+    require_close(found, wanted, "the scores differ from those of the expanded keys", name="the scores")
+    made = f"a tensor of {sizes.largest:,} numbers is made; all keys are {keys.numel():,}"
+    require(sizes.largest < keys.numel(), f"{made}: the keys are still expanded")
