@@ -1,0 +1,124 @@
+"""The checks of chapter 02: sinusoids, the map that shifts them, ALiBi's bias, T5's buckets."""
+
+import torch
+
+from tformer_lib import positional_encoding
+from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_shape
+
+
+@exercise(
+    "positional_encoding.sinusoidal",
+    title="The sinusoidal table",
+    hints=(
+        "There are width / 2 frequencies, and each fills two neighbouring channels.",
+        "torch.arange(0, width, 2) is the 2i of the formula; divide it by width, not by width / 2.",
+        "Fill an empty table in two strides: table[:, 0::2] = angles.sin() and table[:, 1::2] = angles.cos().",
+    ),
+)
+def check_sinusoidal(fn):
+    table = fn(50, 16)
+    expected = positional_encoding.sinusoidal(50, 16)
+    require_shape(table, (50, 16), "the table")
+    require(
+        not torch.allclose(table[0], torch.cat((torch.zeros(8), torch.ones(8))).to(table.dtype), atol=1e-4),
+        "row 0 has all sines first and all cosines after: the paper interleaves them, sin, cos, sin, cos",
+    )
+    require_close(table[0], expected[0], "row 0 is position 0, where every sine is 0 and every cosine is 1")
+    require_close(table[:, 0], expected[:, 0], "channel 0 is sin(p): its frequency is base^0 = 1")
+    require_close(
+        table[:, 2], expected[:, 2], "channel 2 has the second frequency, base^(-2 / width); count 2i in twos"
+    )
+    require_close(table, expected, "a frequency is wrong: channel 2i and 2i + 1 turn by base^(-2i / width) per step")
+    require_close(fn(7, 4), positional_encoding.sinusoidal(7, 4), "width 16 was right, width 4 is not")
+
+
+@exercise(
+    "positional_encoding.shift",
+    title="A shift is a rotation",
+    hints=(
+        "Write sin(a + b) and cos(a + b) with the angle-sum formulas; a is the old angle, b the shift's.",
+        "The map is block-diagonal: width / 2 blocks of 2 x 2, one for each frequency.",
+        "With rows as (sin, cos), the block is [[cos b, sin b], [-sin b, cos b]], b = shift * frequency.",
+    ),
+)
+def check_shift(fn):
+    width = 12
+    table = positional_encoding.sinusoidal(400, width).double()
+    for shift in (0, 1, 5, 40, -3):
+        matrix = fn(shift, width)
+        require_shape(matrix, (width, width), f"the map for shift {shift}")
+        matrix = matrix.double()
+        if shift == 0:
+            require_close(
+                matrix, torch.eye(width), "a shift by 0 leaves every row as it is: the identity", name="the map"
+            )
+        here, there = table[50:300], table[50 + shift : 300 + shift]
+        back = table[50 - shift : 300 - shift]
+        moved = here @ matrix.T  # each row p becomes matrix @ p
+        require(
+            shift == 0 or not torch.allclose(moved, back, atol=1e-4),
+            f"the map for shift {shift} moves by {-shift}: the sign of the sines is the other way round",
+        )
+        require_close(
+            moved, there, f"map(shift={shift}) times the row of p is not the row of p + {shift}", tolerance=1e-3
+        )
+
+
+@exercise(
+    "positional_encoding.alibi",
+    title="ALiBi for a cache",
+    hints=(
+        "Where does the last of the T queries stand, if there are S keys? And the first?",
+        "Query i stands at S - T + i; subtract that from the keys' positions 0 .. S-1.",
+        "distance = (arange(S)[None, :] - (arange(T)[:, None] + S - T)).abs(); multiply by -slopes[:, None, None].",
+    ),
+)
+def check_alibi(fn):
+    slopes = torch.tensor([0.5, 0.25, 0.125])
+    square = fn(slopes, 4, 4)
+    require_shape(square, (3, 4, 4), "the bias of 4 queries to 4 keys")
+    require(square[0, 3, 3] == 0, "a query's distance to itself is 0, and so is its bias")
+    require(square[0, 3, 0] <= 0, "the bias is positive: distance should lower a score, not raise it")
+    require_close(square, expected_alibi(slopes, 4, 4), "the bias of head h is -slope[h] * distance")
+    cached = fn(slopes, 1, 6)
+    require_shape(cached, (3, 1, 6), "the bias of 1 query to 6 keys")
+    require(
+        cached[0, 0, 5] == 0,
+        "with 1 query and 6 keys the query stands at position 5, beside the last key: align to the bottom right",
+    )
+    require_close(fn(slopes, 3, 7), expected_alibi(slopes, 3, 7), "3 queries and 7 keys: the queries are the last 3")
+
+
+def expected_alibi(slopes: torch.Tensor, T: int, S: int) -> torch.Tensor:
+    """(heads, T, S) by two loops, for any slopes."""
+    bias = torch.zeros(len(slopes), T, S)
+    for i in range(T):
+        for j in range(S):
+            bias[:, i, j] = -slopes * abs(S - T + i - j)
+    return bias
+
+
+@exercise(
+    "positional_encoding.bucket",
+    title="T5's buckets of distance",
+    hints=(
+        "Distances under buckets / 2 are their own bucket; the others share the other half.",
+        "The share of the way from exact to max_distance, by logarithms, is log(d / exact) / log(max / exact).",
+        "int(exact + share * (buckets - exact)), and never more than buckets - 1.",
+    ),
+)
+def check_bucket(fn):
+    for buckets, largest in ((32, 128), (16, 64)):
+        distances = torch.arange(0, 3 * largest)
+        expected = positional_encoding.t5_bucket(-distances, buckets=buckets, max_distance=largest, bidirectional=False)
+        exact = buckets // 2
+        for distance, bucket in zip(distances.tolist(), expected.tolist(), strict=True):
+            came = fn(distance, buckets, largest)
+            require(came is not None, "your function returns None: is a return missing?")
+            say = f"distance {distance} of {buckets} buckets to {largest}"
+            require(came == int(came), f"{say} gives {came}: a bucket is a whole number")
+            require(0 <= came < buckets, f"{say} gives bucket {came}; there are buckets 0 to {buckets - 1}")
+            require(distance >= exact or came == distance, f"{say} gives bucket {came}: small distances are exact")
+            edge = expected[distance - 1] != bucket or expected[min(distance + 1, len(expected) - 1)] != bucket
+            near = abs(int(came) - bucket) <= 1 and edge  # float64 and float32 may differ at an edge
+            require(came == bucket or near, f"{say} gives bucket {came}, expected {bucket}")
