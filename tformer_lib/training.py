@@ -145,7 +145,7 @@ PRESETS = {
         TrainingConfig(  # the model in tformer_lib/weights, which later chapters load
             preset="stories", data="data/stories-large", out="runs/stories",
             model=llama_like(width=192, layers=4, heads=8, head_dim=32, feed_forward_width=384),
-            batch=128, context=256, steps=6000, learning_rate=2e-3, min_learning_rate=2e-5, warmup=200, beta2=0.98,
+            batch=128, context=256, steps=5000, learning_rate=2e-3, min_learning_rate=2e-5, warmup=200, beta2=0.98,
             eval_interval=250, save_interval=1000,
         ),
         TrainingConfig(  # nanoGPT's recipe for one GPU, with its 10.6 million parameters
@@ -529,10 +529,7 @@ class Run:
     def take_step(self) -> tuple[Tensor, Tensor]:
         """One step of the optimizer; returns the batch's loss and the gradient's norm before clipping."""
         config = self.config
-        starts = window_starts(len(self.corpus.train), config, self.step)
-        inputs, targets = (
-            x.to(self.device, non_blocking=True) for x in read_windows(self.corpus.train, starts, config.context)
-        )
+        inputs, targets = self.next_batch()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, config)
         loss = accumulate_gradient(self.batch_loss, inputs, targets, config.accumulation)
@@ -541,6 +538,14 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return loss, norm
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """The windows of the step to come, (batch, context) int64 each, on the device."""
+        starts = window_starts(len(self.corpus.train), self.config, self.step)
+        windows = read_windows(self.corpus.train, starts, self.config.context)
+        if self.device.type == "cuda":  # from pinned memory the copy does not wait for the step before
+            windows = tuple(x.pin_memory() for x in windows)
+        return tuple(x.to(self.device, non_blocking=True) for x in windows)
 
     def batch_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of one micro-batch, in the run's precision."""
