@@ -122,3 +122,17 @@ def test_describe_draws_who_sees_whom():
 def test_wrong_arguments_are_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_mask_builder_holds_the_masks_of_the_library():
+    from tformer_lib.teaching.widgets.masks import TOKENS, mask_builder
+
+    data, S = mask_builder().data, len(TOKENS)
+    read = lambda rows: torch.tensor([[bit == "1" for bit in row] for row in rows])  # noqa: E731
+    assert torch.equal(read(data["causal"]), masks.causal(S))
+    for size in range(1, S + 1):
+        assert torch.equal(read(data["window"][size - 1]), masks.sliding_window(S, window=size))
+        assert torch.equal(read(data["prefix"][size - 1]), masks.prefix(S, prefix_length=size))
+        assert torch.equal(read(data["padding"][size - 1])[0], masks.padding(torch.tensor([size]), S)[0, 0, 0])
+    with pytest.raises(ValueError, match="each token needs a document, got 2 tokens and 1 documents"):
+        mask_builder(("a", "b"), (0,))
