@@ -101,7 +101,7 @@ def close(x: float, y: float) -> bool:
     hints=(
         "A token may hold half a character. Keep its bytes until the rest has come.",
         "Collect bytes; try to decode what you have; where that fails because the end is cut off, wait.",
-        'codecs.getincrementaldecoder("utf-8")(errors="replace") keeps unfinished bytes; end with decode(b"", final=True).',
+        'codecs.getincrementaldecoder("utf-8")("replace") keeps unfinished bytes; end with decode(b"", final=True).',
     ),
 )
 def check_stream(fn):

@@ -59,13 +59,11 @@ def steps(merges: Sequence[int], work: dict[str, Sequence[float]]) -> None:
 
 
 def seconds(sizes: Sequence[int], times: dict[str, Sequence[float]]) -> None:
-    """Measured time of the two trainers over the size of the text."""
+    """Measured time of the two trainers over the size of the vocabulary."""
     _, ax = style.figure(height=3.0)
-    style.lines(ax, [size / 1000 for size in sizes], times)
-    ax.set_xscale("log", base=2)
+    style.lines(ax, sizes, times)
     ax.set_yscale("log")
-    ax.set_xticks([size / 1000 for size in sizes], [f"{size / 1000:.0f}" for size in sizes])
-    ax.set(xlabel="text (kB)", ylabel="seconds")
+    ax.set(xlabel="vocabulary size", ylabel="seconds")
     style.show()
 
 
