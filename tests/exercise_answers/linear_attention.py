@@ -1,0 +1,122 @@
+"""Answers to the exercises of the linear-attention chapter."""
+
+import torch
+
+
+def associative(phi_q, phi_k, v):
+    return phi_q @ (phi_k.T @ v) / (phi_q @ phi_k.sum(0))[:, None]
+
+
+def associative_with_all_weights(phi_q, phi_k, v):
+    weights = phi_q @ phi_k.T
+    return weights @ v / weights.sum(-1, keepdim=True)
+
+
+def associative_without_denominator(phi_q, phi_k, v):
+    return phi_q @ (phi_k.T @ v)
+
+
+def associative_divides_by_the_number_of_keys(phi_q, phi_k, v):
+    return phi_q @ (phi_k.T @ v) / len(phi_k)
+
+
+def step(sums, phi_q, phi_k, v):
+    sums = sums + torch.outer(phi_k, torch.cat([v, v.new_ones(1)]))
+    read = phi_q @ sums
+    return sums, read[:-1] / read[-1]
+
+
+def step_reads_first(sums, phi_q, phi_k, v):
+    read = phi_q @ sums
+    return sums + torch.outer(phi_k, torch.cat([v, v.new_ones(1)])), read[:-1] / read[-1]
+
+
+def step_in_place(sums, phi_q, phi_k, v):
+    sums += torch.outer(phi_k, torch.cat([v, v.new_ones(1)]))
+    read = phi_q @ sums
+    return sums, read[:-1] / read[-1]
+
+
+def step_forgets_to_divide(sums, phi_q, phi_k, v):
+    sums = sums + torch.outer(phi_k, torch.cat([v, v.new_ones(1)]))
+    return sums, (phi_q @ sums)[:-1]
+
+
+def step_returns_the_output_alone(sums, phi_q, phi_k, v):
+    return step(sums, phi_q, phi_k, v)[1]
+
+
+def chunked(phi_q, phi_k, v, chunk, *, mask=torch.tril, carry=True, inside=True):
+    v = torch.cat([v, torch.ones_like(v[:, :1])], dim=1)
+    sums, outputs = v.new_zeros(phi_k.shape[1], v.shape[1]), []
+    for start in range(0, len(v), chunk):
+        q, k, values = (x[start : start + chunk] for x in (phi_q, phi_k, v))
+        outputs.append(q @ sums + (mask(q @ k.T) @ values if inside else 0))
+        sums = sums + k.T @ values if carry else sums
+    out = torch.cat(outputs)
+    return out[:, :-1] / out[:, -1:]
+
+
+def chunked_sees_the_future(phi_q, phi_k, v, chunk):
+    return chunked(phi_q, phi_k, v, chunk, mask=lambda x: x)
+
+
+def chunked_without_state(phi_q, phi_k, v, chunk):
+    return chunked(phi_q, phi_k, v, chunk, carry=False)
+
+
+def chunked_without_itself(phi_q, phi_k, v, chunk):
+    return chunked(phi_q, phi_k, v, chunk, mask=lambda x: x.tril(-1) + 1e-9)
+
+
+def chunked_in_one_piece(phi_q, phi_k, v, chunk):
+    return chunked(phi_q, phi_k, v, len(v))
+
+
+def decay(log_decay):
+    c = log_decay.double().cumsum(0)
+    gap = c[:, None] - c[None, :]
+    future = torch.ones_like(gap, dtype=torch.bool).triu(1)
+    return gap.masked_fill(future, -torch.inf).exp().float()
+
+
+def decay_sees_the_future(log_decay):
+    c = log_decay.cumsum(0)
+    return (c[:, None] - c[None, :]).exp()
+
+
+def decay_includes_the_key(log_decay):
+    return decay(log_decay) * log_decay.exp()[None, :]
+
+
+def decay_as_a_quotient_that_overflows(log_decay):
+    c = log_decay.cumsum(0)
+    return (c.exp()[:, None] * (-c).exp()[None, :]).tril()
+
+
+RIGHT = {
+    "linear_attention.associative": associative,
+    "linear_attention.step": step,
+    "linear_attention.chunked": chunked,
+    "linear_attention.decay": decay,
+}
+WRONG = {
+    "linear_attention.associative": [
+        associative_with_all_weights,
+        associative_without_denominator,
+        associative_divides_by_the_number_of_keys,
+    ],
+    "linear_attention.step": [
+        step_reads_first,
+        step_in_place,
+        step_forgets_to_divide,
+        step_returns_the_output_alone,
+    ],
+    "linear_attention.chunked": [
+        chunked_sees_the_future,
+        chunked_without_state,
+        chunked_without_itself,
+        chunked_in_one_piece,
+    ],
+    "linear_attention.decay": [decay_sees_the_future, decay_includes_the_key, decay_as_a_quotient_that_overflows],
+}
