@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from tformer_lib import sparse_attention
+from tformer_lib.kv_cache import CacheShape, GrowingCache, PreallocatedCache
 
 ALL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -95,10 +96,12 @@ class Form:
 FORMS = [
     Form("attention", "tformer_lib.attention:attend"),
     Form("attention-sdpa", "tformer_lib.attention:attend_sdpa"),
+    Form("repeated-heads", "tformer_lib.grouped_query_attention:attend_repeated"),
     Form("linear", "tformer_lib.linear_attention:attend", oracle=plain_linear_attention, masks=False),
     Form("linear-parallel", "tformer_lib.linear_attention:parallel", oracle=plain_linear_attention),
     Form("sparse", "tformer_lib.sparse_attention:attend", {"pattern": sparse_attention.everything(), "block": 16}),
 ]
+CACHES = {"growing": GrowingCache, "preallocated": partial(PreallocatedCache, capacity=40)}
 HERE = [(form, device) for form in FORMS for device in DEVICES if form.exists and device in form.devices]
 IDS = [f"{form.name}-{device}" for form, device in HERE]
 over_forms = pytest.mark.parametrize(("form", "device"), HERE, ids=IDS)
@@ -263,6 +266,21 @@ def test_the_last_queries_alone_equal_the_full_pass(form, device):
     full = form.attend(q, k, v, causal=True)
     for T in (1, 7, 32):
         torch.testing.assert_close(form.attend(q[:, :, -T:], k, v, causal=True), full[:, :, -T:], atol=2e-5, rtol=2e-5)
+
+
+@over_forms
+@pytest.mark.parametrize("name", CACHES)
+def test_cached_equals_uncached(form, device, name):
+    """Token by token, in ragged pieces or at once: a cache gives what the full pass gives."""
+    q, k, v = make(form, device, torch.float32, (33, 33))
+    full = form.attend(q, k, v, causal=True)
+    shape = CacheShape(layers=1, batch=2, kv_heads=2, head_dim=q.shape[3], device=device)
+    for pieces in ((1,) * 33, (7, 1, 20, 5), (33,)):
+        cache, outputs = CACHES[name](shape), []
+        for piece in zip(*(x.split(pieces, 2) for x in (q, k, v)), strict=True):
+            outputs.append(cache.layer(0).attend(*piece, attend=form.attend))
+            cache.advance(piece[0].shape[2])
+        torch.testing.assert_close(torch.cat(outputs, 2), full, atol=2e-5, rtol=2e-5)
 
 
 @over_forms

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tformer_lib.attention import attend, merge
-from tformer_lib.contract import check_heads
+from tformer_lib.contract import check_heads, check_inputs
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
@@ -32,6 +32,7 @@ def attend_repeated(
 
     It reads and writes heads / kv_heads times as much memory as there is to know. Arguments are those of ``attend``.
     """
+    check_inputs(q, k, v, mask)
     heads = q.shape[1]
     return attend(q, repeat_heads(k, heads), repeat_heads(v, heads), mask=mask, causal=causal, scale=scale)
 
