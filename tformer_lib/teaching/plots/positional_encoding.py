@@ -44,7 +44,7 @@ def similarity(width: int = 64, reach: int = 128, bases: Sequence[float] = (100,
     ax.set(
         xlabel="distance between two positions",
         ylabel="scaled dot product",
-        title="Near is similar, far is not, left is right",
+        title="Near is similar; left and right are the same",
     )
     style.show()
 
@@ -69,17 +69,18 @@ def slopes(slopes: Tensor, reach: int = 64) -> None:
     _, ax = style.figure(height=3.0)
     style.lines(ax, distance, curves, markers=False)
     ax.set(xlabel="distance of the key", ylabel="weight is multiplied by", title="Heads look near and far")
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     style.show()
 
 
-def by_position(accuracy: dict[str, Tensor], trained: int, chance: float) -> None:
-    """Accuracy at each position for several schemes; a line marks the end of the trained length."""
+def by_position(accuracy: dict[str, Tensor], first: int, trained: int, chance: float) -> None:
+    """Accuracy at each position from ``first`` on, for several schemes; a line marks the end of the trained length."""
     _, ax = style.figure(height=3.6)
-    style.lines(ax, range(len(next(iter(accuracy.values())))), accuracy, markers=False)
+    style.lines(ax, range(first, first + len(next(iter(accuracy.values())))), accuracy, markers=False)
     ax.axvline(trained - 0.5, color=style.INK, linewidth=1)
     ax.annotate("trained up to here", (trained, 0.03), xytext=(6, 0), textcoords="offset points", fontsize=9.5)
     ax.axhline(chance, color=style.GREY, linewidth=1, linestyle=":")
-    ax.annotate("guessing", (0, chance), xytext=(2, 4), textcoords="offset points", fontsize=9.5)
+    ax.annotate("guessing", (first, chance), xytext=(2, 4), textcoords="offset points", fontsize=9.5)
     ax.set(xlabel="position", ylabel="share correct", ylim=(0, 1.04), title="Which token stood three back?")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     style.show()

@@ -6,7 +6,9 @@ const SCHEMES = [
   ["alibi", "ALiBi"],
   ["t5", "T5 buckets"],
 ];
-const LEFT = 44; // room for the labels of the vertical axis
+const FONT = window.innerWidth < 520 ? 22 : 12; // the pictures shrink to the width of a phone
+const LEFT = 58; // room for the labels of the vertical axis
+const TOP = 1.5 * FONT;
 const CELL = 10; // one position
 const RIGHT = 12;
 
@@ -56,19 +58,19 @@ function heatMap(table, kit) {
   const cells = table.flatMap((row, position) =>
     row.map((value, channel) =>
       kit.svg("rect", {
-        x: LEFT + CELL * position, y: 18 + height * channel, width: CELL, height,
+        x: LEFT + CELL * position, y: TOP + height * channel, width: CELL, height,
         style: `fill:${kit.shade(Math.abs(value) / 100, value < 0 ? kit.colours[1] : kit.colours[0])}`,
       }),
     ),
   );
   const outline = (who, colour, dash) =>
-    kit.svg("rect", { class: `tf-${who}`, x: 0, y: 18, width: CELL, height: height * width, fill: "none", stroke: colour, "stroke-width": 2.5, "stroke-dasharray": dash });
+    kit.svg("rect", { class: `tf-${who}`, x: 0, y: TOP, width: CELL, height: height * width, fill: "none", stroke: colour, "stroke-width": 2.5, "stroke-dasharray": dash });
   return kit.picture(
-    LEFT + CELL * length + RIGHT, 24 + height * width,
+    LEFT + CELL * length + RIGHT, TOP + 8 + height * width,
     `Heat map of the table: ${width} channels by ${length} positions. The top channels change from one position to the next, the bottom ones hardly at all.`,
-    kit.svg("text", { x: LEFT, y: 12, "font-size": 12 }, "the table: a column is what is added at one position (blue above zero, orange-red below)"),
-    kit.svg("text", { x: 0, y: 30, "font-size": 12 }, "chan. 0"),
-    kit.svg("text", { x: 0, y: 16 + height * width, "font-size": 12 }, `${width - 1}`),
+    kit.svg("text", { x: LEFT, y: FONT, "font-size": FONT }, `the table, channels 0 to ${width - 1}: a column is added at its position`),
+    kit.svg("text", { x: LEFT - 6, y: TOP + FONT, "font-size": FONT, "text-anchor": "end" }, "0"),
+    kit.svg("text", { x: LEFT - 6, y: TOP + height * width - 2, "font-size": FONT, "text-anchor": "end" }, `${width - 1}`),
     ...cells,
     outline("query", "currentColor", ""),
     outline("key", "currentColor", "4 3"),
@@ -92,14 +94,14 @@ function values(state, data) {
 }
 
 const AXES = {
-  alibi: { low: 0, high: 1, title: "what the weight of each key is multiplied by: exp(-slope · distance)" },
-  t5: { low: 0, high: 31, title: "the bucket of each key: keys in one bucket share one trained number" },
+  alibi: { low: 0, high: 1, title: "each key's weight is multiplied by exp(−slope · distance)" },
+  t5: { low: 0, high: 31, title: "each key's bucket: one trained number for each" },
 };
-const SIMILARITY = { low: -0.5, high: 1, title: "dot product of the query's column with each key's column, 1 with itself" };
+const SIMILARITY = { low: -0.5, high: 1, title: "dot product of the query's and each key's column" };
 
 function barChart(state, data, kit) {
   const axis = AXES[state.scheme] ?? SIMILARITY;
-  const [top, height] = [22, 130];
+  const [top, height] = [1.8 * FONT, 130];
   const y = (v) => top + (height * (axis.high - v)) / (axis.high - axis.low);
   const bars = values(state, data).map((v, n) => {
     if (v === null) return kit.svg("text", { x: LEFT + CELL * n + 2, y: y(0) - 3, "font-size": 10, opacity: 0.5 }, "×");
@@ -109,18 +111,18 @@ function barChart(state, data, kit) {
     });
   });
   const tick = (v) => [
-    kit.svg("text", { x: LEFT - 6, y: y(v) + 4, "font-size": 12, "text-anchor": "end" }, String(v)),
+    kit.svg("text", { x: LEFT - 6, y: y(v) + 4, "font-size": FONT, "text-anchor": "end" }, String(v)),
     kit.svg("line", { x1: LEFT, x2: LEFT + CELL * data.length, y1: y(v), y2: y(v), stroke: "currentColor", opacity: 0.25 }),
   ];
   const step = [0, 8, 16, 24, 32, 40, 48, 56].filter((n) => n < data.length);
   return kit.picture(
-    LEFT + CELL * data.length + RIGHT, top + height + 34,
+    LEFT + CELL * data.length + RIGHT, top + height + 3.2 * FONT,
     `Bar chart over the keys: ${axis.title}. The query stands at ${state.query}.`,
-    kit.svg("text", { x: LEFT, y: 12, "font-size": 12 }, axis.title),
+    kit.svg("text", { x: LEFT, y: FONT, "font-size": FONT }, axis.title),
     tick(axis.low), tick(axis.high), axis.low < 0 ? tick(0) : [],
     ...bars,
-    step.map((n) => kit.svg("text", { x: LEFT + CELL * n + 5, y: top + height + 16, "font-size": 12, "text-anchor": "middle" }, String(n))),
-    kit.svg("text", { x: LEFT + (CELL * data.length) / 2, y: top + height + 31, "font-size": 12, "text-anchor": "middle" }, "position of the key"),
+    step.map((n) => kit.svg("text", { x: LEFT + CELL * n + 5, y: top + height + 1.4 * FONT, "font-size": FONT, "text-anchor": "middle" }, String(n))),
+    kit.svg("text", { x: LEFT + (CELL * data.length) / 2, y: top + height + 2.9 * FONT, "font-size": FONT, "text-anchor": "middle" }, "position of the key"),
   );
 }
 

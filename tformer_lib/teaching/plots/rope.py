@@ -1,0 +1,124 @@
+"""The figures of chapter 07."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tformer_lib.rope import Rope
+from tformer_lib.teaching import style
+
+
+def layouts(head_dim: int = 8) -> None:
+    """Which channels make a pair: neighbours in one layout, halves in the other; an arc joins a pair."""
+    pairs = {
+        "interleaved: neighbours": [(i, i + 1) for i in range(0, head_dim, 2)],
+        "half: i and i + head_dim / 2": [(i, i + head_dim // 2) for i in range(head_dim // 2)],
+    }
+    _, axes = style.figure(1, 2, height=2.2, sharey=True)
+    for ax, (title, joined) in zip(axes, pairs.items(), strict=True):
+        for number, (a, b) in enumerate(joined):
+            arc = np.linspace(0, math.pi, 40)
+            middle, radius = (a + b) / 2, (b - a) / 2
+            look = {"color": style.PALETTE[number % 6], "linestyle": style.DASHES[number % 6]}
+            ax.plot(middle - radius * np.cos(arc), 0.35 + 0.45 * radius * np.sin(arc), **look)
+            for channel in (a, b):
+                ax.text(
+                    channel, 0, str(channel), ha="center", va="center", bbox={"facecolor": "white", "boxstyle": "round"}
+                )
+        ax.set(
+            title=title,
+            xlim=(-0.7, head_dim - 0.3),
+            ylim=(-0.4, 2.4),
+            xlabel="channel of the head",
+            xticks=[],
+            yticks=[],
+        )
+        ax.grid(False)
+        ax.spines[["left", "bottom"]].set_visible(False)
+    style.show()
+
+
+def decay(distances: Tensor, aligned: Tensor, spread: Tensor, bound: Tensor) -> None:
+    """The score over distance for q = k, the spread of scores for random q and k, and the paper's bound."""
+    _, ax = style.figure(height=3.3)
+    style.lines(
+        ax,
+        distances,
+        {"q = k, all ones": aligned, "bound of the paper": bound, "random q and k, typical size": spread},
+        markers=False,
+    )
+    ax.set_xscale("log", base=2)
+    ax.set(xlabel="distance", ylabel="score, 1 = the greatest", title="What decays with distance, and what does not")
+    style.show()
+
+
+def turns(rope: Rope, length: int, longer: int) -> None:
+    """Full turns of each pair within the trained length and within a longer one; under one, angles are new."""
+    frequencies = rope.frequencies()
+    _, ax = style.figure(height=3.0)
+    pairs = range(len(frequencies))
+    counts = {f"within {n:,} positions": frequencies * n / (2 * math.pi) for n in (length, longer)}
+    style.lines(ax, pairs, counts)
+    ax.axhline(1, color=style.INK, linewidth=1)
+    ax.annotate("one full turn", (0, 1), xytext=(2, 4), textcoords="offset points", fontsize=9.5)
+    ax.set_yscale("log")
+    ax.set(xlabel="pair", ylabel="full turns", title="Below the line, more positions bring new angles")
+    style.show()
+
+
+def scalings(ropes: dict[str, Rope], plain: Rope) -> None:
+    """What each scaling multiplies the frequency of each pair by."""
+    curves = {name: rope.frequencies() / plain.frequencies() for name, rope in ropes.items()}
+    _, ax = style.figure(height=3.4)
+    style.lines(ax, range(len(plain.frequencies())), curves)
+    ax.set(
+        xlabel="pair, fast to slow", ylabel="frequency is multiplied by", ylim=(0, 1.08), title="Which pairs are slowed"
+    )
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    style.show()
+
+
+def extrapolation(losses: dict[str, Sequence[float]], edges: Sequence[int], trained: int, floor: float) -> None:
+    """Validation loss by position, a line for each scaling; where the trained context ends is marked.
+
+    Args:
+        losses: name -> mean loss of each bin of positions.
+        edges: the bins' edges, one more than there are bins.
+        trained: the trained context.
+        floor: the loss of the unscaled model within its context.
+    """
+    middles = [(a + b) / 2 for a, b in pairwise(edges)]
+    _, ax = style.figure(height=3.6)
+    style.lines(ax, middles, losses)
+    ax.axvline(trained, color=style.INK, linewidth=1)
+    ax.axhline(floor, color=style.GREY, linewidth=1, linestyle=":")
+    ax.annotate(
+        "trained context",
+        (trained, ax.get_ylim()[1]),
+        xytext=(-4, -12),
+        textcoords="offset points",
+        ha="right",
+        fontsize=9.5,
+    )
+    ax.set(xlabel="position", ylabel="loss (nats a token)", title="Reading on beyond the trained context")
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    style.show()
+
+
+def rates(rows: list[dict]) -> None:
+    """Bandwidth that each way to rotate reaches, as a share of the copy rate of the machine."""
+    _, ax = style.figure(height=0.5 + 0.45 * len(rows))
+    names = [row["name"] for row in rows]
+    ax.barh(names, [100 * row["share"] for row in rows], color=style.BLUE)
+    ax.invert_yaxis()
+    ax.set(xlabel="% of the copy rate of this machine", title="Rotating moves bytes; how fast?")
+    style.show()
+
+
+def total_turn(frequencies: Tensor, distance: Tensor) -> Tensor:
+    """Mean of cos(distance * theta) over the pairs: the score of two equal vectors, scaled to 1 at distance 0."""
+    return torch.cos(distance[:, None].double() * frequencies.double()).mean(-1)
