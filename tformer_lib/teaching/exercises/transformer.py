@@ -1,0 +1,144 @@
+"""The exercises of the Transformer chapter."""
+
+import math
+
+import torch
+from torch import nn
+
+from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_shape
+from tformer_lib.transformer import ModelConfig, count_parameters, label_smoothed_loss, make_norm
+
+
+@exercise(
+    "transformer.rms_norm",
+    title="RMSNorm in one line",
+    hints=(
+        "Divide each token by its root mean square, then multiply by the learned gain.",
+        "The mean is over the last dimension alone; keepdim=True keeps the shapes fitting.",
+        "x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * gain",
+    ),
+)
+def check_rms_norm(fn):
+    x, gain = 3 * torch.randn(2, 5, 16) + 1, torch.rand(16) + 0.5
+    found = fn(x, gain, 1e-5)
+    require_shape(found, x.shape)
+    norm = nn.functional.rms_norm(x, (16,), gain, 1e-5)
+    mean_removed = nn.functional.layer_norm(x, (16,), gain, eps=1e-5)
+    require(not torch.allclose(found, mean_removed, atol=1e-3), "the mean is subtracted: that is LayerNorm")
+    require(not torch.allclose(found, norm / gain, atol=1e-3), "the gain is missing")
+    require_close(found, norm, "a token is not divided by its own root mean square")
+    zeros = fn(torch.zeros(1, 1, 16), gain, 1e-5)
+    require_close(zeros, torch.zeros(1, 1, 16), "a token of zeros should stay zeros: epsilon goes inside the root")
+
+
+@exercise(
+    "transformer.shift",
+    title="Inputs and targets from one row of tokens",
+    hints=(
+        "At every place the model sees the tokens up to it and must name the next one.",
+        "From n + 1 tokens come n pairs: the inputs leave the last token out, the targets the first.",
+        "return tokens[:, :-1], tokens[:, 1:]",
+    ),
+)
+def check_shift(fn):
+    tokens = torch.randint(0, 50, (3, 9))
+    pair = fn(tokens)
+    require(isinstance(pair, tuple) and len(pair) == 2, "return two tensors: inputs, targets")
+    inputs, targets = pair
+    require_shape(inputs, (3, 8), "inputs")
+    require_shape(targets, (3, 8), "targets")
+    require(not torch.equal(inputs, targets), "inputs and targets are the same: the model would learn to copy")
+    require(torch.equal(inputs, tokens[:, :-1]), "inputs should be all tokens but the last")
+    require(torch.equal(targets, tokens[:, 1:]), "target t should be the token that follows input t")
+
+
+@exercise(
+    "transformer.smoothing",
+    title="The lowest loss that label smoothing allows",
+    hints=(
+        "The best the model can do is to predict the smoothed target itself; the loss is then that target's entropy.",
+        "One token has probability 1 - e + e / V, each of the other V - 1 has e / V.",
+        "Add -p log p over the V tokens, and mind e = 0, where 0 log 0 is 0.",
+    ),
+)
+def check_smoothing(fn):
+    for vocabulary, smoothing in ((28, 0.1), (1000, 0.1), (5, 0.5), (7, 0.0)):
+        found = fn(vocabulary, smoothing)
+        require(found is not None, "the result is None: is a return missing?")
+        target = torch.full((vocabulary,), smoothing / vocabulary, dtype=torch.float64)
+        target[0] += 1 - smoothing
+        entropy = -(target * target.log()).nan_to_num().sum()
+        best = label_smoothed_loss(target.log().clamp(min=-700)[None], torch.tensor([0]), smoothing=smoothing)
+        require(math.isfinite(found), f"for {vocabulary} tokens and smoothing {smoothing} the result is {found}")
+        require(
+            abs(float(found) - entropy.item()) < 1e-4,
+            f"with {vocabulary} tokens, smoothing {smoothing}, the loss goes down to {best.item():.4f}; you say {found:.4f}",
+        )
+
+
+@exercise(
+    "transformer.parameters",
+    title="Count a block's parameters without building it",
+    hints=(
+        "Four projections in attention, two matrices in the feed-forward (three for SwiGLU), two norms.",
+        "k_proj and v_proj have kv_heads * head_dim columns, not width.",
+        "A bias adds as many numbers as its matrix has outputs; RMSNorm has a gain alone, LayerNorm a bias too.",
+    ),
+)
+def check_parameters(fn):
+    from tformer_lib.transformer import Block
+
+    modern = {"norm": "rmsnorm", "feed_forward": "swiglu", "positions": "rope", "bias": False}
+    for choices in ({}, {"head_dim": 8}, modern, {**modern, "kv_heads": 1}, {"feed_forward_width": 40, "kv_heads": 2}):
+        config = ModelConfig(vocab_size=10, width=48, heads=4, layers=1, **choices)
+        expected = count_parameters(Block(config))
+        found = fn(config)
+        if found == expected - 2 * count_parameters(make_norm(config)):
+            require(False, "the two norms are missing")
+        require(
+            found == expected, f"a block with {choices or 'the defaults'} has {expected} parameters; you say {found}"
+        )
+
+
+@exercise(
+    "transformer.beam",
+    title="Beam search (an evening)",
+    hints=(
+        "Keep `beams` partial outputs with the sum of their log-probabilities; greedy search is beams = 1.",
+        "Extend each by every token, keep the best `beams` of all beams * vocabulary sums.",
+        "A hypothesis that has ended is carried on unchanged: give it one extension, with log-probability 0.",
+    ),
+)
+def check_beam(fn):
+    for case in range(6):
+        table = torch.randn(3, 4, 4).mul(2).log_softmax(-1)  # step, previous token, next token
+        log_probs = lambda prefix, table=table: table[len(prefix) - 1, prefix[-1]]  # noqa: E731
+        for beams in (1, 2, 64):
+            found = fn(log_probs, 0, 3, beams, 3)
+            require(isinstance(found, list), "return the tokens after the start token, as a list")
+            best = beam_search(log_probs, 0, 3, beams, 3)
+            require(
+                found == best,
+                f"with {beams} beams the best output of case {case} is {best} "
+                f"(log-probability {total(log_probs, best):.3f}), you return {found}",
+            )
+
+
+def beam_search(log_probs, start: int, end: int, beams: int, steps: int) -> list[int]:
+    """The best of ``beams`` hypotheses after ``steps`` tokens; see the exercise."""
+    alive = [([start], 0.0)]
+    for _ in range(steps):
+        extended = []
+        for prefix, score in alive:
+            if prefix[-1] == end and len(prefix) > 1:
+                extended.append((prefix, score))
+                continue
+            extended += [([*prefix, t], score + p) for t, p in enumerate(log_probs(prefix).tolist())]
+        alive = sorted(extended, key=lambda e: -e[1])[:beams]
+    return alive[0][0][1:]
+
+
+def total(log_probs, tokens: list[int], start: int = 0) -> float:
+    """The log-probability of an output."""
+    prefix = [start, *tokens]
+    return sum(log_probs(prefix[: i + 1])[t].item() for i, t in enumerate(tokens))
