@@ -72,7 +72,7 @@ def check_smoothing(fn):
         require(math.isfinite(found), f"for {vocabulary} tokens and smoothing {smoothing} the result is {found}")
         require(
             abs(float(found) - entropy.item()) < 1e-4,
-            f"with {vocabulary} tokens, smoothing {smoothing}, the loss goes down to {best.item():.4f}; you say {found:.4f}",
+            f"{vocabulary} tokens, smoothing {smoothing}: the loss goes down to {best.item():.4f}; you say {found:.4f}",
         )
 
 
