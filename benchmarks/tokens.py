@@ -48,7 +48,7 @@ def main() -> None:
     if parser.parse_args().device != "cpu":
         sys.exit(print("tokens are made on the CPU: nothing to measure here"))
     name, text = corpus()
-    report = Report("tokens")
+    report = Report("tokens" if name == "shakespeare" else "tokens_stories")  # the chapter shows the former
     report.note(text=name, text_bytes=len(text.encode()))
     for size in SIZES:
         report.add(f"train_bpe, {size} tokens", measure(lambda: tokens.train_bpe(text, size), **OFTEN), vocab_size=size)  # noqa: B023
