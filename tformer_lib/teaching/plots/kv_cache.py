@@ -78,8 +78,8 @@ def filters(names: Sequence[str], probabilities: Sequence[Tensor]) -> None:
     _, axes = style.figure(1, len(names), height=2.6, sharey=True)
     for ax, name, p in zip(axes, names, probabilities, strict=True):
         ax.bar(range(len(p)), p.tolist(), color=style.BLUE, width=0.8)
-        ax.set(title=name, xlabel="token, likeliest first")
-        ax.title.set_fontsize(9.5)
+        ax.set_xlabel("token")
+        ax.set_title(name, fontsize=9.5)
     axes[0].set_ylabel("probability")
     style.show()
 

@@ -48,7 +48,7 @@ def decay(distances: Tensor, aligned: Tensor, spread: Tensor, bound: Tensor) -> 
     style.lines(
         ax,
         distances,
-        {"q = k, all ones": aligned, "bound of the paper": bound, "random q and k, typical size": spread},
+        {"q = k, all ones": aligned, "the paper's bound, rescaled": bound, "random q and k, typical size": spread},
         markers=False,
     )
     ax.set_xscale("log", base=2)
@@ -109,16 +109,16 @@ def extrapolation(losses: dict[str, Sequence[float]], edges: Sequence[int], trai
     style.show()
 
 
-def rates(rows: list[dict]) -> None:
-    """Bandwidth that each way to rotate reaches, as a share of the copy rate of the machine."""
-    _, ax = style.figure(height=0.5 + 0.45 * len(rows))
-    names = [row["name"] for row in rows]
-    ax.barh(names, [100 * row["share"] for row in rows], color=style.BLUE)
-    ax.invert_yaxis()
-    ax.set(xlabel="% of the copy rate of this machine", title="Rotating moves bytes; how fast?")
-    style.show()
-
-
 def total_turn(frequencies: Tensor, distance: Tensor) -> Tensor:
     """Mean of cos(distance * theta) over the pairs: the score of two equal vectors, scaled to 1 at distance 0."""
     return torch.cos(distance[:, None].double() * frequencies.double()).mean(-1)
+
+
+def costs(seconds: dict[str, float]) -> None:
+    """Milliseconds of each way to spend them, as bars."""
+    _, ax = style.figure(height=0.7 + 0.4 * len(seconds))
+    bars = ax.barh(list(seconds), [1e3 * s for s in seconds.values()], color=style.BLUE)
+    ax.bar_label(bars, fmt="%.1f", padding=3)
+    ax.invert_yaxis()
+    ax.set(xlabel="milliseconds", title="Few operations, many bytes")
+    style.show()
