@@ -26,15 +26,15 @@ function sentence(step, before) {
 // The counts before the merge; the pair that is merged stands first, in another colour, and has a sign beside it.
 function bars({ pairs }, kit) {
   const most = pairs[0][2];
-  const lines = pairs.map(([left, right, count], i) => {
-    const y = 24 * i;
+  const lines = pairs.flatMap(([left, right, count], i) => {
+    const [y, end] = [26 * i, 112 + (150 * count) / most];
     return [
-      kit.svg("text", { x: 96, y: y + 16, "text-anchor": "end", "font-size": 13 }, `${left} + ${right}`),
-      kit.svg("rect", { x: 104, y: y + 4, height: 16, rx: 2, width: (300 * count) / most, style: `fill:${kit.colours[i ? 5 : 1]}` }),
-      kit.svg("text", { x: 110 + (300 * count) / most, y: y + 16, "font-size": 13 }, i ? count : `${count} ← merged`),
+      kit.svg("text", { x: 104, y: y + 18, "text-anchor": "end", "font-size": 15 }, `${left} + ${right}`),
+      kit.svg("rect", { x: 112, y: y + 4, height: 18, rx: 2, width: end - 112, style: `fill:${kit.colours[i ? 5 : 1]}` }),
+      kit.svg("text", { x: end + 6, y: y + 18, "font-size": 15 }, i ? count : `${count} ← merged`),
     ];
   });
-  return kit.picture(500, 24 * pairs.length, "Counts of the most frequent pairs", lines);
+  return kit.picture(370, 26 * pairs.length + 10, "Counts of the most frequent pairs", lines);
 }
 
 // One word: how often it occurs, and its tokens as boxes; the newest token is filled.
