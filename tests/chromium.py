@@ -53,7 +53,6 @@ class Browser:
         self.ids = itertools.count(1)
         self.messages: list[str] = []
         self.requests: list[str] = []
-        self.pending = 0
         self.loaded = False
         self.socket = websocket.create_connection(self.page_address(), timeout=60, max_size=None)
         for domain in ("Page", "Runtime", "Network", "Log"):
@@ -106,9 +105,6 @@ class Browser:
             self.messages.append(f"{data['entry']['text']} {data['entry'].get('url', '')}")
         elif name == "Network.requestWillBeSent":
             self.requests.append(data["request"]["url"])
-            self.pending += 1
-        elif name in ("Network.loadingFinished", "Network.loadingFailed"):
-            self.pending -= 1
         elif name == "Page.loadEventFired":
             self.loaded = True
 
@@ -125,12 +121,12 @@ class Browser:
 
     def open(self, url: str, *, quiet: float = 0.4, most: float = 30.0) -> None:
         """Load a page, and wait until it is loaded and quiet."""
-        self.messages, self.requests, self.pending, self.loaded = [], [], 0, False
+        self.messages, self.requests, self.loaded = [], [], False
         self.send("Page.navigate", url=url)
         deadline = time.monotonic() + most
         while time.monotonic() < deadline:
             self.listen(quiet)
-            if self.loaded and self.pending <= 0 and self.evaluate(SETTLED):
+            if self.loaded and self.evaluate(SETTLED):
                 return
         raise TimeoutError(f"{url} was not quiet within {most} seconds")
 
