@@ -1,7 +1,7 @@
 """Training: how many tokens a second, what share of the device's matrix-product rate, and how far a recipe gets.
 
     python -m benchmarks.training --device cuda                               # the speed of a training step
-    python -m benchmarks.training --recipe shakespeare-char --dropout 0.3     # train a preset, keep its log
+    python -m benchmarks.training --recipe shakespeare-char     # train a preset, keep its log
 
 The limit of a step is the arithmetic that it needs, ``estimate_flops_per_token``, at the rate of the device's own
 matrix products (measured here, in the same precision). The share of it that is reached is known as model FLOPs
@@ -10,6 +10,7 @@ A step is all of it: forward, backward, clipping, AdamW. The windows are on the 
 """
 
 import argparse
+import json
 import tarfile
 import time
 from collections.abc import Callable
@@ -53,9 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--recipe", help="train this preset to its end instead, and keep its log")
-    parser.add_argument("--dropout", type=float, help="with --recipe: another dropout than the preset's")
-    parser.add_argument("--weight-decay", type=float, help="with --recipe: another weight decay than the preset's")
-    parser.add_argument("--steps", type=int, help="with --recipe: another number of steps (to try it out)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="with --recipe: fields to change")
     parser.add_argument(
         "--pack", action="store_true", help="with --recipe: pack the run's files into one .tar.gz beside the log"
     )
@@ -144,17 +143,12 @@ def train_recipe(arguments: argparse.Namespace) -> None:
 
 def recipe_config(arguments: argparse.Namespace, name: str) -> TrainingConfig:
     """The preset with the changes that the arguments ask for."""
-    config = training.preset(arguments.recipe, out=f"runs/{name}", device=arguments.device)
-    if arguments.dropout is not None:
-        config = replace(config, model=replace(config.model, dropout=arguments.dropout))
-    if arguments.weight_decay is not None:
-        config = replace(config, weight_decay=arguments.weight_decay)
-    if arguments.steps is not None:
-        interval = min(config.eval_interval, arguments.steps)
-        config = replace(
-            config, steps=arguments.steps, warmup=min(config.warmup, arguments.steps), eval_interval=interval
-        )
-    return config
+    values = asdict(training.preset(arguments.recipe, out=f"runs/{name}", device=arguments.device))
+    for change in arguments.set:
+        field, _, value = change.partition("=")
+        where = values["model"] if field.startswith("model.") else values
+        where[field.removeprefix("model.")] = json.loads(value)
+    return training.config_from_dict(values)
 
 
 def pack(folder: Path, target: Path) -> None:

@@ -83,6 +83,8 @@ class TrainingConfig:
     """AdamW's decay of every matrix, embeddings included; norms and biases are never decayed."""
     clip: float = 1.0
     """The longest gradient, as a norm over all parameters; longer ones are scaled down to it. 0 is off."""
+    average: float = 0.0
+    """Evaluate, show and keep a running average of the weights with this memory (0.995: some 200 steps); 0 is off."""
     accumulation: int = 1
     """Micro-batches that a batch is cut into, to fit in memory; the gradient is that of the whole batch."""
     eval_interval: int = 100
@@ -118,7 +120,7 @@ class TrainingConfig:
             raise ValueError(
                 f"min_learning_rate must be in [0, learning_rate = {self.learning_rate}], got {self.min_learning_rate}"
             )
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         for name in ("weight_decay", "clip"):
@@ -250,7 +252,7 @@ def evaluation_windows(
     A text of documents (stories) is cut so that each window holds whole documents: its first input is the token that
     ended the document before, and the targets past the last whole document are ``IGNORED``. Nothing that a guess
     depends on is cut off, so the loss may be compared with the exact entropy of the source. A document longer than a
-    window is skipped.
+    window is skipped; if all are longer, the text is cut like a plain one.
 
     Args:
         tokens: (N,) the validation text.
@@ -258,19 +260,19 @@ def evaluation_windows(
         count: how many windows to keep, spread evenly over the text; 0 is all.
         end_of_document: the token that ends a document; None for a plain text.
     """
-    if end_of_document is None:
+    starts, lengths = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    if end_of_document is not None:
+        starts, lengths = whole_documents(np.flatnonzero(np.asarray(tokens) == end_of_document), context)
+    if len(starts) == 0:  # a plain text
         starts = np.arange((len(tokens) - 1) // context) * context
         lengths = np.full(len(starts), context)
-    else:
-        starts, lengths = whole_documents(np.flatnonzero(np.asarray(tokens) == end_of_document), context)
-    fits = starts + context + 1 <= len(tokens)
-    starts, lengths = starts[fits], lengths[fits]
     if len(starts) == 0:
         raise ValueError(f"the validation text of {len(tokens)} tokens has no window of context {context}")
     if 0 < count < len(starts):
         kept = np.linspace(0, len(starts) - 1, count).round().astype(np.int64)
         starts, lengths = starts[kept], lengths[kept]
-    inputs, targets = read_windows(tokens, starts, context)
+    padded = np.pad(tokens, (0, context))  # the last window is read to its end too, though that may not count
+    inputs, targets = read_windows(padded, starts, context)
     past_the_end = torch.arange(context) >= torch.from_numpy(lengths)[:, None]  # (windows, context)
     return inputs, targets.masked_fill(past_the_end, IGNORED)
 
@@ -400,9 +402,9 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by name; a tied one once, under its first name."""
-    return {name: p.detach() for name, p in model.named_parameters()}
+def weights_of(model: nn.Module, *, copy: bool = False) -> dict[str, Tensor]:
+    """The parameters by name, or copies of them; a tied one once, under its first name."""
+    return {name: p.detach().clone() if copy else p.detach() for name, p in model.named_parameters()}
 
 
 @torch.no_grad()
@@ -498,6 +500,7 @@ class Run:
         seed_all(config.seed)
         self.model = Decoder(config.model).to(self.device)
         self.optimizer = make_optimizer(self.model, config)
+        self.average = weights_of(self.model, copy=True) if config.average else {}
         self.step, self.best, self.history = 0, math.inf, []
         end = end_of_document(self.corpus)
         windows = evaluation_windows(self.corpus.val, config.context, count=config.eval_windows, end_of_document=end)
@@ -537,7 +540,25 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.update_average()
         return loss, norm
+
+    def update_average(self) -> None:
+        """Move the average towards the weights of now; at first in larger steps, to forget the random start."""
+        if self.average:
+            memory = min(self.config.average, self.step / (self.step + 9))
+            torch._foreach_lerp_(list(self.average.values()), list(weights_of(self.model).values()), 1 - memory)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with the averaged weights, if the run keeps them, and afterwards with its own again."""
+        if not self.average:
+            yield
+            return
+        own = weights_of(self.model, copy=True)
+        load_weights(self.model, self.average)
+        yield
+        load_weights(self.model, own)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """The windows of the step to come, (batch, context) int64 each, on the device."""
@@ -554,17 +575,23 @@ class Run:
 
     def evaluate(self) -> float:
         """Measure the validation loss, record it, and keep the weights if they are the best so far."""
-        with self.autocast():
-            loss = evaluate(self.model, self.val_inputs, self.val_targets)
+        with self.averaged():
+            with self.autocast():
+                loss = evaluate(self.model, self.val_inputs, self.val_targets)
+            self.keep_best(loss)
         self.record(val_loss=loss, val_tokens=self.val_tokens, **({} if self.floor is None else {"floor": self.floor}))
+        return loss
+
+    def keep_best(self, loss: float) -> None:
+        """Write the model's weights to best.safetensors if their validation loss is the lowest so far."""
         if loss < self.best:
             self.best = loss
             save_weights(self.out / "best.safetensors", self.model, {**self.facts(), "val_loss": loss})
-        return loss
 
     def sample(self) -> str:
         """What the model writes now, from the beginning of a text."""
-        text = write(self.model, self.corpus.encoding, beginning(self.corpus), self.config.sample_tokens)
+        with self.averaged():
+            text = write(self.model, self.corpus.encoding, beginning(self.corpus), self.config.sample_tokens)
         self.record(sample=text)
         return text
 
@@ -588,6 +615,7 @@ class Run:
         """
         tensors, states = random_states()
         tensors |= {f"weights.{name}": p for name, p in weights_of(self.model).items()}
+        tensors |= {f"average.{name}": x for name, x in self.average.items()}
         names = {p: name for name, p in self.model.named_parameters()}
         for parameter, state in self.optimizer.state.items():
             tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
@@ -621,6 +649,7 @@ class Run:
         """Take over the state of a checkpoint: the inverse of :meth:`save`."""
         part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
         load_weights(self.model, part("weights."), str(self.checkpoint))
+        self.average = {name: tensors[f"average.{name}"].to(self.device) for name in self.average}
         for name, parameter in self.model.named_parameters():
             state = part(f"optimizer.{name}.")
             if state:  # the step counts on the host, unless the optimizer is fused
@@ -802,9 +831,14 @@ def end_of_document(corpus: Corpus) -> int | None:
 
 
 def beginning(corpus: Corpus) -> list[int]:
-    """What stands before a text that begins: the end of the document before, or a new line."""
+    """What stands before a text that begins: the end of the document before, or a new line, if the corpus has any."""
     end = end_of_document(corpus)
-    return corpus.encoding.encode("\n") if end is None else [end]
+    if end is not None:
+        return [end]
+    try:
+        return corpus.encoding.encode("\n")
+    except ValueError:
+        return [int(corpus.train[0])]
 
 
 def entropy_floor(corpus: Corpus, targets: Tensor) -> float | None:
@@ -817,6 +851,9 @@ def entropy_floor(corpus: Corpus, targets: Tensor) -> float | None:
     if corpus.meta.floor_nats_per_token is None:
         return None
     counted = targets[targets != IGNORED].tolist()
+    last = targets.gather(1, (targets != IGNORED).sum(1, keepdim=True) - 1)[:, 0]  # (windows,)
+    if not (last == corpus.encoding.eot_token).all():
+        return None  # these windows cut stories
     if len(counted) == len(corpus.val) - 1:
         return corpus.meta.floor_nats_per_token
     told = corpus.encoding.decode(counted).split(END_OF_TEXT)[:-1]
@@ -1002,24 +1039,42 @@ Presets:
 """
 
 
-def run_command(arguments: list[str]) -> int:
-    """Read the command line and do what it says; returns the exit status."""
+@contextlib.contextmanager
+def checks_deferred() -> Iterator[None]:
+    """Let configs be built unchecked: tyro would put what their checks say into a box of its own, cut into lines."""
+    checks = {kind: kind.__post_init__ for kind in (ModelConfig, TrainingConfig)}
+    for kind in checks:
+        kind.__post_init__ = lambda self: None
+    try:
+        yield
+    finally:
+        for kind, check in checks.items():
+            kind.__post_init__ = check
+
+
+def read_command(arguments: list[str]) -> TrainingConfig | Resume | Sample:
+    """What the command line asks for; ``--help`` prints and exits."""
     import tyro  # here, so that the library trains where there is no tyro
 
-    settings = Annotated[
-        TrainingConfig,
-        tyro.conf.subcommand(
-            "train", default=preset(preset_in(arguments)), description="Train a model from the beginning."
-        ),
-    ]
-    go_on = Annotated[Resume, tyro.conf.subcommand("resume")]
-    write_text = Annotated[Sample, tyro.conf.subcommand("sample")]
-    command = tyro.cli(
-        settings | go_on | write_text,
-        args=arguments,
-        prog="python -m tformer_lib.training",
-        description=HELP + describe_presets(),
+    start = preset(preset_in(arguments))
+    settings = tyro.conf.subcommand("train", default=start, description="Train a model from the beginning.")
+    commands = (
+        Annotated[TrainingConfig, settings]
+        | Annotated[Resume, tyro.conf.subcommand("resume")]
+        | Annotated[Sample, tyro.conf.subcommand("sample")]
     )
+    with checks_deferred():
+        command = tyro.cli(
+            commands, args=arguments, prog="python -m tformer_lib.training", description=HELP + describe_presets()
+        )
+    if isinstance(command, TrainingConfig):
+        replace(command.model), replace(command)  # built again, now with their checks
+    return command
+
+
+def run_command(arguments: list[str]) -> int:
+    """Do what the command line asks for; returns the exit status."""
+    command = read_command(arguments)
     return {TrainingConfig: command_train, Resume: command_resume, Sample: command_sample}[type(command)](command)
 
 
