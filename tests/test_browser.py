@@ -163,7 +163,7 @@ WIDGETS_DRAWN = """
 new Promise((resolve) => {
   const wanted = document.querySelectorAll('script[type$="widget-view+json"]').length;
   const drawn = () => [...document.querySelectorAll('.tf-widget .tf-body')]
-    .filter((body) => body.querySelector('svg, canvas, table') && body.getBoundingClientRect().height > 20).length;
+    .filter((body) => body.childElementCount && body.getBoundingClientRect().height > 40).length;
   const start = Date.now();
   const look = () => drawn() >= wanted || Date.now() - start > 10000 ? resolve(drawn()) : setTimeout(look, 100);
   look();
@@ -174,8 +174,11 @@ MOVE = """
 async (index) => {
   const body = document.querySelectorAll('.tf-widget .tf-body')[index];
   const pause = () => new Promise((resolve) => setTimeout(resolve, 150));
-  const picture = () => [...body.querySelectorAll('svg, canvas, table, .tf-readout')]
-    .map((e) => (e.tagName === 'CANVAS' ? e.toDataURL() : e.outerHTML)).join();
+  const picture = () => {
+    const copy = body.cloneNode(true);
+    copy.querySelectorAll('.tf-control, .tf-stepper, input, select, button').forEach((control) => control.remove());
+    return copy.innerHTML + [...body.querySelectorAll('canvas')].map((c) => c.toDataURL()).join();
+  };
   const tell = (control, type) => control.dispatchEvent(new Event(type, { bubbles: true }));
   for (const control of body.querySelectorAll('input, select, button, [tabindex="0"]')) {
     if (control.disabled) continue;
