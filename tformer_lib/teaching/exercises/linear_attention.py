@@ -3,7 +3,7 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_shape
+from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_finite, require_shape
 
 
 class LargestTensor(TorchDispatchMode):
@@ -141,11 +141,10 @@ def check_decay(fn):
         T = len(log_decay)
         found = fn(log_decay)
         require_shape(found, (T, T), f"the mask for {T} tokens")
+        require_finite(found, f"the mask for {T} tokens, some with strong decays,")
         for t in range(T):
             for s in range(T):
                 expected = log_decay.double()[s + 1 : t + 1].sum().exp().float() if s <= t else torch.tensor(0.0)
-                between = (
-                    f"between them lie the decays of tokens {s + 1} .. {t}" if s < t else "nothing has decayed yet"
-                )
+                between = f"between them lie the decays of tokens {s + 1} .. {t}" if s < t else "no decay yet"
                 words = "the future leaks" if s > t else between
                 require_close(found[t, s], expected, f"query {t} and key {s}: {words}", tolerance=1e-4)
