@@ -1,13 +1,15 @@
 """Pretrained models: public weights by our names against transformers, and the small model that the chapters share."""
 
 import json
+import math
 
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
-from tformer_lib import pretrained
+from tformer_lib import pretrained, stories
+from tformer_lib.generation import generate
 
 GPT2 = {"vocab_size": 61, "n_positions": 40, "n_embd": 32, "n_layer": 3, "n_head": 4, "initializer_range": 0.3}
 LLAMA = {
@@ -124,3 +126,39 @@ def test_folders_that_hold_no_such_model_are_refused(tmp_path):
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="no pretrained model 'poems'"):
         pretrained.load("poems")
+
+
+# --- the model that comes with the library ------------------------------------------------------------------------
+
+
+def test_the_small_model_is_small_and_whole():
+    assert "stories" in pretrained.names()
+    assert sum(path.stat().st_size for path in pretrained.folder("stories").iterdir()) < 8_000_000
+    model, encoding = pretrained.load()
+    assert model.config.vocab_size == encoding.n_vocab
+    assert not model.training
+    facts, log = pretrained.facts(), pretrained.log()
+    losses = {line["step"]: line["val_loss"] for line in log if "val_loss" in line}
+    assert facts["val_loss"] == min(losses.values()) == losses[facts["step"]]
+
+
+def test_it_is_as_sure_of_new_stories_as_their_grammar():
+    """Fresh stories, which no training saw: the model's loss is the grammar's own -log p, but for a few per cent."""
+    model, encoding = pretrained.load()
+    told = stories.stories(24, "fresh stories for a test")
+    total, floor, count = 0.0, 0.0, 0
+    for story in told:
+        tokens = torch.tensor([[encoding.eot_token, *encoding.encode(story), encoding.eot_token]])
+        with torch.no_grad():
+            loss = nn.functional.cross_entropy(model(tokens[:, :-1])[0], tokens[0, 1:], reduction="sum")
+        total, floor, count = total + loss.item(), floor - stories.log_prob(story), count + tokens.shape[1] - 1
+    assert -0.002 < (total - floor) / count < 0.01
+
+
+def test_it_writes_stories_of_the_grammar():
+    model, encoding = pretrained.load()
+    rows = generate(
+        model, [[encoding.eot_token]] * 6, max_new_tokens=255, temperature=0.8, seed=0, stop_tokens=[encoding.eot_token]
+    )
+    told = [encoding.decode(row[:-1]) for row in rows]
+    assert sum(math.isfinite(stories.log_prob(story)) for story in told) >= 4
