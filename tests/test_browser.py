@@ -96,6 +96,8 @@ def test_interactive_figures_move(browser, address, page, width):
     assert browser.evaluate(WIDGETS_DRAWN) == views, browser.messages
     for i in range(views):
         assert browser.evaluate(f"({MOVE})({i})"), f"figure {i + 1} does not change when its controls are moved"
+    drawn = browser.evaluate("[...document.querySelectorAll('.tf-widget')].map((w) => w.outerHTML).join()")
+    assert [word for word in ("[object ", "undefined", "NaN") if word in drawn] == []
     assert browser.messages == []
 
 
