@@ -91,7 +91,7 @@ def batches(tokens: np.ndarray, context: int, args: argparse.Namespace) -> list[
 def decode_speed(report: Report, device: str) -> None:
     """One query per head over 4,096 keys, by kv heads, and with the keys and values copied for each query head."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    batch, heads, keys, head_dim = (4, 16, 4096, 64) if device == "cpu" else (16, 32, 8192, 128)
+    batch, heads, keys, head_dim = (2, 16, 4096, 64) if device == "cpu" else (16, 32, 8192, 128)
     bandwidth = copy_rate(device)
     report.note(copy_bytes_per_second=bandwidth, decode_shape=[batch, heads, keys, head_dim], decode_dtype=str(dtype))
     for kv_heads in divisors(heads):
@@ -102,7 +102,7 @@ def decode_speed(report: Report, device: str) -> None:
         inputs = copies_past_cache(make, device, most=3)
         work = {"bytes": 2 * inputs[0][1].numel() * dtype.itemsize, "limit": bandwidth, "kv_heads": kv_heads}
         for name, form in (("grouped", attend), ("copied", attend_repeated)):
-            timing = measure(form, inputs, device=device, seconds=0.3)
+            timing = measure(form, inputs, device=device, seconds=0.2)
             report.add(f"decode attention, {kv_heads} kv heads, {name}", timing, form=name, **work)
 
 
