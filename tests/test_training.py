@@ -527,3 +527,16 @@ def test_presets_fit_their_budgets(name):
     size = sum(p.numel() for p in model.parameters())
     most = {"shakespeare-char": 10.65e6, "shakespeare-char-cpu": 0.81e6, "stories": 2e6, "quick": 0.6e6}[name]
     assert 0.9 * most < size <= most or name == "quick"
+
+
+def test_token_noise_replaces_a_share_of_the_inputs_and_depends_on_seed_and_step_alone():
+    config = training.preset("quick", token_noise=0.3)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=1000))
+    inputs = torch.zeros(64, 256, dtype=torch.int64)
+    noisy = training.replace_some(inputs, config, step=5)
+    share = (noisy != inputs).float().mean().item()
+    assert abs(share - 0.3) < 0.02
+    assert 0 <= noisy.min() <= noisy.max() < config.model.vocab_size
+    assert torch.equal(noisy, training.replace_some(inputs, config, step=5))
+    assert not torch.equal(noisy, training.replace_some(inputs, config, step=6))
+    assert training.replace_some(inputs, training.preset("quick"), step=5) is inputs

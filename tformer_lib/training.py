@@ -85,6 +85,9 @@ class TrainingConfig:
     """The longest gradient, as a norm over all parameters; longer ones are scaled down to it. 0 is off."""
     average: float = 0.0
     """Evaluate, show and keep a running average of the weights with this memory (0.995: some 200 steps); 0 is off."""
+    token_noise: float = 0.0
+    """The share of input tokens (never targets) that a random token replaces: keeps a large model from learning a small
+    corpus by heart."""
     accumulation: int = 1
     """Micro-batches that a batch is cut into, to fit in memory; the gradient is that of the whole batch."""
     eval_interval: int = 100
@@ -120,7 +123,7 @@ class TrainingConfig:
             raise ValueError(
                 f"min_learning_rate must be in [0, learning_rate = {self.learning_rate}], got {self.min_learning_rate}"
             )
-        for name in ("beta1", "beta2", "average"):
+        for name in ("beta1", "beta2", "average", "token_noise"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         for name in ("weight_decay", "clip"):
@@ -239,6 +242,15 @@ def read_windows(tokens: np.ndarray, starts: np.ndarray, context: int) -> tuple[
     """Inputs and targets, each (windows, context) int64; the target of a token is the one after it."""
     rows = torch.from_numpy(np.asarray(tokens[starts[:, None] + np.arange(context + 1)]).astype(np.int64))
     return rows[:, :-1], rows[:, 1:]
+
+
+def replace_some(inputs: Tensor, config: TrainingConfig, step: int) -> Tensor:
+    """The inputs (batch, context) with a share of ``token_noise`` replaced by random tokens, by seed and step alone."""
+    if not config.token_noise:
+        return inputs
+    generator = np.random.default_rng((config.seed, step, 1))  # the 1 keeps it apart from the windows' generator
+    chosen = torch.from_numpy(generator.random(inputs.shape) < config.token_noise)
+    return torch.where(chosen, torch.from_numpy(generator.integers(0, config.model.vocab_size, inputs.shape)), inputs)
 
 
 def evaluation_windows(
@@ -563,7 +575,8 @@ class Run:
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """The windows of the step to come, (batch, context) int64 each, on the device."""
         starts = window_starts(len(self.corpus.train), self.config, self.step)
-        windows = read_windows(self.corpus.train, starts, self.config.context)
+        inputs, targets = read_windows(self.corpus.train, starts, self.config.context)
+        windows = replace_some(inputs, self.config, self.step), targets
         if self.device.type == "cuda":  # from pinned memory the copy does not wait for the step before
             windows = tuple(x.pin_memory() for x in windows)
         return tuple(x.to(self.device, non_blocking=True) for x in windows)
