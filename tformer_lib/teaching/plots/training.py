@@ -1,0 +1,140 @@
+"""The figures of chapter 06."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from tformer_lib.teaching import style
+
+
+def loop() -> None:
+    """The loop of training, as boxes and arrows."""
+    _, ax = style.figure(height=2.3)
+    boxes = [
+        (0, "text\nas tokens"),
+        (1.5, "windows\n(batch, T)"),
+        (3.0, "model\n(random at first)"),
+        (4.5, "loss\n-log p(next token)"),
+        (6.0, "gradient\nof the loss"),
+    ]
+    for x, words in boxes:
+        ax.text(
+            x,
+            1,
+            words,
+            ha="center",
+            va="center",
+            fontsize=9,
+            bbox={"boxstyle": "round,pad=0.45", "facecolor": "white", "edgecolor": style.BLUE},
+        )
+    arrow = {"arrowstyle": "-|>", "color": style.INK, "linewidth": 1.3}
+    for (a, _), (b, _) in pairwise(boxes):
+        ax.annotate("", (b - 0.62, 1), (a + 0.62, 1), arrowprops=arrow)
+    ax.annotate(
+        "",
+        (3.0, 0.62),
+        (6.0, 0.62),
+        arrowprops=arrow | {"connectionstyle": "arc,angleA=-90,angleB=-90,armA=38,armB=38,rad=6"},
+    )
+    ax.text(
+        4.5, 0.28, "AdamW: a small step of every weight", ha="center", va="center", fontsize=9, color=style.VERMILION
+    )
+    ax.set(xlim=(-0.8, 6.8), ylim=(0.05, 1.4))
+    ax.axis("off")
+    style.show()
+
+
+def valley(paths: dict[str, np.ndarray], curvature: tuple[float, float]) -> None:
+    """Where optimizers walk in a valley that is steep across and flat along.
+
+    Args:
+        paths: label -> (steps, 2) positions.
+        curvature: of the two axes.
+    """
+    _, ax = style.figure(height=2.9)
+    x, y = np.meshgrid(np.linspace(-10.5, 1.5, 120), np.linspace(-1.5, 1.5, 80))
+    ax.contour(x, y, np.sqrt(curvature[0] * x**2 + curvature[1] * y**2), levels=10, colors=style.GREY, linewidths=0.6)
+    for i, (label, path) in enumerate(paths.items()):
+        ax.plot(
+            *path.T,
+            label=label,
+            color=style.PALETTE[i],
+            linestyle=style.DASHES[i],
+            marker=style.MARKERS[i],
+            markersize=3.5,
+        )
+    ax.plot(0, 0, marker="*", color=style.INK, markersize=13, linestyle="none", label="the lowest point")
+    ax.set(xlabel="weight 1 (flat)", ylabel="weight 2 (steep)", xlim=(-10.5, 1.5), ylim=(-1.5, 1.5))
+    ax.legend(loc="lower left")
+    style.show()
+
+
+def schedule(rate: Callable[[int], float], warmup: int, steps: int) -> None:
+    """The learning rate of every step."""
+    _, ax = style.figure(height=2.6)
+    ax.plot(range(steps + 1), [rate(t) for t in range(steps + 1)])
+    ax.axvline(warmup, color=style.GREY, linestyle=":", linewidth=1.2)
+    ax.annotate("the warm-up ends", (warmup, rate(steps)), (warmup + 0.02 * steps, rate(steps)), fontsize=9.5)
+    ax.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    style.show()
+
+
+def losses(short: Sequence[dict], long: Sequence[dict], floor: float) -> None:
+    """The run of this page, and the longer one that was recorded, each beside the floor.
+
+    Args:
+        short: measurements of this page's run.
+        long: those of the recorded run.
+        floor: nats per token that no model can expect to beat.
+    """
+    _, axes = style.figure(1, 2, height=3.2, sharey=True)
+    titles = ("this page: a small model, seconds", "recorded: the stories model, on a GPU")
+    for ax, title, history in zip(axes, titles, (short, long), strict=True):
+        train = [(h["step"], h["loss"]) for h in history if "loss" in h]
+        val = [(h["step"], h["val_loss"]) for h in history if "val_loss" in h]
+        ax.plot(*zip(*train, strict=True), color=style.SKY, linewidth=1.2, label="training batch")
+        ax.plot(*zip(*val, strict=True), color=style.BLUE, marker="o", markersize=4, label="validation")
+        ax.axhline(floor, color=style.VERMILION, linestyle="--", label=f"floor: {floor:.3f}")
+        ax.set(title=title, xlabel="step", yscale="log", ylim=(0.22, 8))
+        ax.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["0.25", "0.5", "1", "2", "4", "8"])
+        ax.minorticks_off()
+    axes[0].set_ylabel("nats per token")
+    axes[0].legend()
+    style.show()
+
+
+def overfitting(histories: dict[str, Sequence[dict]], reference: float, label: str) -> None:
+    """Training and validation loss of recorded runs, which part.
+
+    Args:
+        histories: label -> measurements.
+        reference: a published loss to compare with.
+        label: whose it is.
+    """
+    _, ax = style.figure(height=3.3)
+    for i, (name, history) in enumerate(histories.items()):
+        val = [(h["step"], h["val_loss"]) for h in history if "val_loss" in h and h["step"]]
+        train = [(h["step"], h["loss"]) for h in history if "loss" in h and h["step"] >= 100]
+        smooth = [(step, np.mean([x for s, x in train if step - 250 < s <= step])) for step, _ in val]
+        colour = style.PALETTE[i]
+        ax.plot(
+            *zip(*val, strict=True), color=colour, marker=style.MARKERS[i], markersize=4, label=f"validation, {name}"
+        )
+        ax.plot(*zip(*smooth, strict=True), color=colour, linestyle=":", label=f"training, {name}")
+    ax.axhline(reference, color=style.INK, linewidth=1.0, linestyle="--", label=f"{label}: {reference}")
+    ax.set(xlabel="step", ylabel="nats per character", ylim=(0.3, 2.6))
+    ax.legend(ncols=2, loc="upper left")
+    style.show()
+
+
+def flops(parts: dict[str, float]) -> None:
+    """What a token's training step is made of, in floating-point operations."""
+    _, ax = style.figure(height=1.9)
+    names, values = list(parts), [parts[name] / 1e6 for name in parts]
+    bars = ax.barh(names, values, color=[style.PALETTE[i] for i in range(len(names))], height=0.6)
+    ax.bar_label(bars, [f"{v:.1f}" for v in values], padding=4, fontsize=9.5)
+    ax.set(xlabel="million floating-point operations per token", xlim=(0, 1.12 * max(values)))
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    style.show()
