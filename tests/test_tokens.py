@@ -95,6 +95,9 @@ def test_of_special_tokens_that_start_alike_the_longest_is_meant():
     double = END_OF_TEXT * 2
     bpe = tokens.train_bpe(f"a{double}b{END_OF_TEXT}c", 259, [END_OF_TEXT, double])
     assert bpe.merges == []
+    ids = tokens.encode_special(bpe.encoding, f"a{END_OF_TEXT * 3}b{END_OF_TEXT}")
+    once, twice = bpe.special_tokens[END_OF_TEXT], bpe.special_tokens[double]
+    assert ids == [ord("a"), twice, once, ord("b"), once]
 
 
 def test_no_merge_crosses_a_cut_of_the_pattern():

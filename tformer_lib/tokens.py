@@ -172,20 +172,18 @@ def count_words(text: str, special_tokens: list[str], pattern: str) -> Counter[b
     if not text:
         raise CorpusError("the corpus is empty: there is no text to learn from")
     words = Counter()
-    for part in split_special(text, special_tokens):
-        words.update(regex.findall(pattern, part))
+    for part in split_special(text, special_tokens)[::2]:
+        words.update(found[0] for found in regex.finditer(pattern, part))
     try:
         return Counter({word.encode(): times for word, times in words.items()})
     except UnicodeEncodeError as error:
         raise CorpusError(f"the corpus holds {error.object[error.start]!a}, half of a surrogate pair") from None
 
 
-def split_special(text: str, special_tokens: list[str]) -> list[str]:
-    """The parts of ``text`` between special tokens; of tokens that start alike, the longest is meant."""
-    if not special_tokens:
-        return [text]
+def split_special(text: str, special_tokens: Iterable[str]) -> list[str]:
+    """``text`` cut at the special tokens: text, special, text, ..., text; of those that start alike, at the longest."""
     longest_first = sorted(special_tokens, key=len, reverse=True)
-    return regex.split("|".join(map(regex.escape, longest_first)), text)
+    return regex.split(f"({'|'.join(map(regex.escape, longest_first))})", text) if longest_first else [text]
 
 
 def single_bytes() -> dict[bytes, int]:
@@ -300,10 +298,21 @@ def encode_bytes(encoding: tiktoken.Encoding, data: bytes) -> list[int]:
     return ids
 
 
-def encode_iterable(encoding: tiktoken.Encoding, texts: Iterable[str]) -> Iterator[int]:
-    """The ids of the joined ``texts`` (say, of an open file), lazily: memory holds a piece, not the whole."""
+def encode_special(encoding: "Encoding", text: str) -> list[int]:
+    """The ids of ``text`` with its special tokens read as such; of those that start alike, the longest is meant.
+
+    (``encoding.encode(text, allowed_special="all")`` does the same where no two start alike; else it takes either one.)
+    """
+    ids = []
+    for i, part in enumerate(split_special(text, encoding.special_tokens_set)):
+        ids += [encoding.encode_single_token(part)] if i % 2 else encoding.encode_ordinary(part)
+    return ids
+
+
+def encode_iterable(encoding: "Encoding", texts: Iterable[str]) -> Iterator[int]:
+    """``encode_special`` of the joined ``texts`` (say, of an open file), lazily: memory holds a piece of it only."""
     for piece in pieces(texts):
-        yield from encoding.encode(piece, allowed_special="all")
+        yield from encode_special(encoding, piece)
 
 
 def pieces(texts: Iterable[str], size: int = 1 << 16) -> Iterator[str]:
@@ -313,10 +322,11 @@ def pieces(texts: Iterable[str], size: int = 1 << 16) -> Iterator[str]:
     """
     held = ""
     for text in texts:
-        held += text
-        while len(held) >= size and (cut := SAFE_CUT.search(held, size - 1)):
-            yield held[: cut.start()]
-            held = held[cut.start() :]
+        held, start = held + text, 0
+        while len(held) - start >= size and (cut := SAFE_CUT.search(held, start + size)):
+            yield held[start : cut.start()]
+            start = cut.start()
+        held = held[start:]
     if held:
         yield held
 
@@ -348,16 +358,14 @@ class CharEncoding:
     def encode(
         self, text: str, *, allowed_special: Literal["all"] | Iterable[str] = (), disallowed_special: object = ()
     ) -> list[int]:
-        """The ids of ``text``; special tokens that are not allowed are read as plain characters."""
-        allowed = (
-            self.special_tokens_set if allowed_special == "all" else self.special_tokens_set & set(allowed_special)
-        )
-        if not allowed:
+        """The ids of ``text``; special tokens are read as plain characters unless they are allowed."""
+        if allowed_special != "all" and not self.special_tokens_set <= set(allowed_special):
             return self.encode_ordinary(text)
-        ids = []
-        for part in regex.split(f"({'|'.join(map(regex.escape, allowed))})", text):
-            ids += [self.ids[part]] if part in allowed else self.encode_ordinary(part)
-        return ids
+        return encode_special(self, text)
+
+    def encode_single_token(self, token: str) -> int:
+        """The id of a character or special token."""
+        return self.ids[token]
 
     def encode_ordinary(self, text: str) -> list[int]:
         """The ids of ``text`` read as plain characters."""
@@ -383,7 +391,7 @@ def characters(text: str) -> CharEncoding:
     if not text:
         raise CorpusError("the corpus is empty: there are no characters to learn")
     special_tokens = [END_OF_TEXT] if END_OF_TEXT in text else []
-    return CharEncoding("".join(split_special(text, special_tokens)), special_tokens)
+    return CharEncoding("".join(split_special(text, special_tokens)[::2]), special_tokens)
 
 
 def gpt2() -> tiktoken.Encoding:
@@ -751,7 +759,7 @@ def encode_corpus(encoding: Encoding, text: str, dtype: np.dtype) -> bytes:
     ids = bytearray()
     with tqdm(total=len(text), unit="char", unit_scale=True, desc="encoding", leave=False, delay=1) as bar:
         for piece in pieces([text], size=1 << 20):
-            ids += np.asarray(encoding.encode(piece, allowed_special="all"), dtype=dtype).tobytes()
+            ids += np.asarray(encode_special(encoding, piece), dtype=dtype).tobytes()
             bar.update(len(piece))
     return bytes(ids)
 
