@@ -18,14 +18,15 @@ step   source                         what it is                                
 4      4_hopper.cu                    TMA, wgmma, warp specialisation              sm_90, bf16 f16
 ====== ============================== ============================================ ====================
 
-``step=None`` takes the top one that can do what is asked. Gradients come from ``cpu.cpp`` on a CPU, and from this file
-otherwise.
+``step=None`` takes the top one that can do what is asked. Gradients come from ``cpu.cpp`` on a CPU, from
+``backward.cu`` on a Hopper GPU (bf16 and f16, head_dim up to 128), and from step 0 otherwise.
 """
 
 import ctypes
 import math
 import warnings
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,8 +39,8 @@ TILE = 128  # rows and columns of step 0's tiles
 MOST_HEAD_DIM = 256
 HALVES = (torch.bfloat16, torch.float16)
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-CPU_LADDER, CUDA_LADDER = ("cpu", "0"), ("0",)
-STEPS = ("0", "cpu")
+CPU_LADDER, CUDA_LADDER = ("cpu", "0"), ("4", "3", "2", "0")
+STEPS = ("0", "cpu", "1", "2", "3", "4")
 
 
 # --- the public door -----------------------------------------------------------------------------------------------
@@ -396,8 +397,10 @@ def refusal_of_cuda(step: str, q: Tensor, packed: bool) -> str | None:
     capability = torch.cuda.get_device_capability(q.device)
     if capability < (8, 0):
         return f"mma.sync with bfloat16 and cp.async need compute capability 8.0, this GPU has {capability}"
-    if step == "4" and capability != (9, 0):
+    if step in ("4", "backward") and capability != (9, 0):
         return f"wgmma is of compute capability 9.0 alone, this GPU has {capability}"
+    if step == "backward" and q.shape[-1] > 128:
+        return f"the gradients of a head_dim over 128 do not fit its registers, got {q.shape[-1]}"
     if step == "4" and packed:
         return "its TMA tiles would reach into the next packed sequence; step 3 takes packed sequences"
     return None
@@ -512,7 +515,7 @@ def readable(x: Tensor) -> Tensor:
         or x.dtype not in HALVES
         or (x.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in strides))
     )
-    return x if columns_adjacent and aligned else x.contiguous()
+    return x if columns_adjacent and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 # --- the operator --------------------------------------------------------------------------------------------------
@@ -578,8 +581,23 @@ def run_backward(
     arguments.dq, arguments.dk, arguments.dv = matrix(dq), matrix(dk), matrix(dv)
     arguments.lse, arguments.delta = lse.data_ptr(), delta.data_ptr()
     arguments.dlse = None if dlse is None else dlse.data_ptr()
+    scratch = bring_scratch(arguments, q, deterministic) if q.is_cuda else None  # kept alive until the launch
     launch(step, "backward", arguments, q.device)
+    del scratch
     return dq, dk, dv
+
+
+def bring_scratch(arguments: Arguments, q: Tensor, deterministic: bool) -> tuple[Tensor, ...]:
+    """Allocate what backward.cu needs between its kernels, in the sizes that it names."""
+    sizes = (ctypes.c_int64 * 3)()
+    if error := kernel("backward", q.device, "scratch")(ctypes.byref(arguments), sizes):
+        raise RuntimeError(error.decode())
+    delta = q.new_empty(sizes[0], dtype=torch.float32)
+    dq_sum = q.new_zeros(sizes[1], dtype=torch.float32)
+    turn = q.new_zeros(sizes[2], dtype=torch.int32) if deterministic else None
+    arguments.delta, arguments.dq_sum = delta.data_ptr(), dq_sum.data_ptr()
+    arguments.turn = None if turn is None else turn.data_ptr()
+    return delta, dq_sum, turn
 
 
 def packed_forward(
@@ -629,8 +647,8 @@ def packed_backward(
 def sequences(cu_seqlens: tuple[Tensor, Tensor]) -> list[tuple[slice, slice]]:
     """Where each packed sequence's queries and keys are."""
     starts_q, starts_k = (x.tolist() for x in cu_seqlens)
-    cuts_q = [slice(a, b) for a, b in zip(starts_q, starts_q[1:], strict=False)]
-    cuts_k = [slice(a, b) for a, b in zip(starts_k, starts_k[1:], strict=False)]
+    cuts_q = [slice(a, b) for a, b in pairwise(starts_q)]
+    cuts_k = [slice(a, b) for a, b in pairwise(starts_k)]
     return list(zip(cuts_q, cuts_k, strict=True))
 
 
@@ -707,8 +725,10 @@ def flash_attention_backward_fake(
 
 
 def choose_backward(step: str, q: Tensor, mask: Tensor | None, packed: bool, scale: float) -> str:
-    """Whose gradients: the C++ twin has its own on a CPU, and step 0's serve everything else."""
-    return "0" if step == "0" or q.is_cuda or refusal("cpu", q, mask, packed, scale) else "cpu"
+    """Whose gradients: the C++ twin's on a CPU, backward.cu's on a Hopper GPU, and step 0's everywhere else."""
+    if step == "0" or refusal("backward" if q.is_cuda else "cpu", q, mask, packed, scale):
+        return "0"
+    return "backward" if q.is_cuda else "cpu"
 
 
 def save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

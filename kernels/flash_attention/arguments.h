@@ -18,9 +18,9 @@ struct Arguments {
     Matrix dout, dq, dk, dv;       // backward alone
     float* lse;                    // (batch, heads, queries), log-sum-exp of each row's scores, natural logarithm
     float* dlse;                   // (batch, heads, queries) or null: the gradient that reached lse
-    float* delta;                  // (batch, heads, queries) scratch: rowsum(dout * out) - dlse
-    float* dq_sum;                 // (batch, heads, queries, padded head_dim) scratch of zeros: dq before it is rounded
-    int32_t* turn;                 // (batch, heads, query tiles) scratch of zeros, or null: who may add to dq_sum next
+    float* delta;                  // scratch: rowsum(dout * out) - dlse of every row (on a GPU beside its lse, in tiles)
+    float* dq_sum;                 // scratch of zeros: dq in float32, in the order that backward.cu likes
+    int32_t* turn;                 // scratch of zeros, or null: who may add to a tile of dq_sum next
     const int32_t* cu_seqlens_q;   // (batch + 1) or null
     const int32_t* cu_seqlens_k;   // (batch + 1) or null
     int64_t lse_batch, lse_head;   // strides of lse, dlse and delta in elements

@@ -1,0 +1,355 @@
+// Step 4: Hopper (sm_90a). TMA loads, wgmma, and warpgroups with different jobs. The plan is FlashAttention-3's
+// (Shah et al., arXiv:2407.08608).
+//
+//   producer warp         one thread asks TMA for Q, K0, K1, V0, K2, V1, ...; waits only for free buffers
+//   consumer warpgroups   64 rows of Q each; scores, P and O in registers
+//
+// Two things keep the tensor cores busy while the special-function units compute exponentials:
+//
+//   inside a warpgroup    Q K(i+1) and P(i) V(i) run while softmax(i+1) waits for the first of them alone
+//   between warpgroups    they take turns to issue products, so that one's softmax falls into the other's products
+//
+//      warpgroup 0:  | QK PV | softmax     | QK PV | softmax     |
+//      warpgroup 1:          | QK PV | softmax     | QK PV | softmax
+//                      turn 0  turn 1        turn 0  turn 1
+//
+// Blocks are persistent, one a multiprocessor, and walk over the tiles in an order that both sides compute.
+#include <algorithm>
+
+#include "common/launch.cuh"
+#include "common/tma.cuh"
+#include "common/wgmma.cuh"
+#include "resources.cuh"
+#include "rows.cuh"
+#include "sight.cuh"
+
+namespace flash {
+namespace {
+
+constexpr int WARPGROUP = 128, WARPS = WARPGROUP / WARP, GROUP_ROWS = 64;
+constexpr int STAGES = 2;  // buffers of K and of V
+constexpr int ROW_BYTES = BOX_COLUMNS * 2;
+
+// KEYS is as wide as the registers of a consumer allow: scores KEYS / 2, P KEYS / 4 and O D / 2 of them.
+template <int D_, int GROUPS_, int KEYS_>
+struct Shape {
+    static constexpr int D = D_, GROUPS = GROUPS_, KEYS = KEYS_, ROWS = GROUPS * GROUP_ROWS;
+    static constexpr int THREADS = (GROUPS + 1) * WARPGROUP;
+    static constexpr int BOXES = D / BOX_COLUMNS;
+    static constexpr int Q_BYTES = ROWS * D * 2, TILE_BYTES = KEYS * D * 2;
+    static constexpr int SHARED_BYTES = Q_BYTES + 2 * STAGES * TILE_BYTES + 1024;  // aligned to 1,024 by hand
+    static constexpr int PRODUCER_REGISTERS = GROUPS == 2 ? 24 : 32, CONSUMER_REGISTERS = GROUPS == 2 ? 240 : 160;
+};
+
+struct Barriers {
+    uint64_t q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+};
+
+struct Buffers {
+    uint8_t *Q, *K, *V;
+};
+
+// What the host prepares for one launch.
+struct Plan {
+    CUtensorMap q, k, v;
+    int64_t tiles_in_all;
+    int tiles;            // of rows, a head
+    int heads_together;   // heads whose tiles are interleaved, longest first; 1: a head after another
+};
+
+// The `round`-th tile of this block. Every second round runs backwards, so that a block which had the longest of a round
+// gets the shortest of the next. Inside a bundle of heads the long tiles (the last rows under a causal mask) come first.
+__device__ bool next_work(const Plan& plan, const Arguments& a, int round, Work& work) {
+    const int64_t place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    const int64_t index = round * int64_t(gridDim.x) + place;
+    if (round * int64_t(gridDim.x) >= plan.tiles_in_all) return false;
+    work.tile = -1;
+    if (index >= plan.tiles_in_all) return true;
+    const int64_t bundle = index / (int64_t(plan.heads_together) * plan.tiles), first = bundle * plan.heads_together;
+    const int64_t left = a.batch * a.heads - first;
+    const int64_t heads = left < plan.heads_together ? left : plan.heads_together;
+    const int64_t within = index - first * plan.tiles, bh = first + within % heads;
+    work = {bh / a.heads, bh % a.heads, plan.tiles - 1 - int(within / heads)};
+    return true;
+}
+
+// The tiles of keys that a tile of rows sees: begin, begin + KEYS, ..., `count` of them.
+struct KeyTiles {
+    int begin, count;
+};
+
+template <class Sh>
+__device__ KeyTiles key_tiles(const Sight& sight, int top) {
+    const int bottom = min(top + Sh::ROWS, sight.T) - 1;
+    const int begin = sight.first(top) / Sh::KEYS * Sh::KEYS, end = sight.last(bottom);
+    return {begin, end > begin ? (end - begin + Sh::KEYS - 1) / Sh::KEYS : 0};
+}
+
+// --- producer -------------------------------------------------------------------------------------------------------------
+
+template <class Sh, int ROWS>
+__device__ void load_tile(uint8_t* target, const CUtensorMap* map, uint64_t* full, int row, int head, int batch) {
+    arrive_and_expect(full, ROWS * Sh::D * 2);
+#pragma unroll
+    for (int box = 0; box < Sh::BOXES; ++box)
+        load_box(target + box * ROWS * ROW_BYTES, map, full, box * BOX_COLUMNS, row, head, batch);
+}
+
+template <class Sh>
+__device__ void produce(const Plan& plan, const Arguments& a, Buffers buffers, Barriers& barriers) {
+    const Sight sight = sight_of(a, sequence_of(a, 0));
+    Ring<STAGES> k, v;
+    int q_parity = 0;
+    Work work;
+    for (int round = 0; next_work(plan, a, round, work); ++round) {
+        if (work.tile < 0) continue;
+        const int top = work.tile * Sh::ROWS, head = int(work.h), batch = int(work.b);
+        const int kv = head / int(a.heads / a.kv_heads);
+        const KeyTiles tiles = key_tiles<Sh>(sight, top);
+        if (tiles.count == 0) continue;
+        wait(&barriers.q_empty, q_parity ^ 1);
+        q_parity ^= 1;
+        load_tile<Sh, Sh::ROWS>(buffers.Q, &plan.q, &barriers.q_full, top, head, batch);
+        for (int i = 0; i <= tiles.count; ++i) {  // K(i), then V(i - 1); from the last tile of keys to the first
+            const int row = tiles.begin + (tiles.count - 1 - i) * Sh::KEYS;
+            if (i < tiles.count) {
+                wait(&barriers.k_empty[k.stage], k.parity ^ 1);
+                load_tile<Sh, Sh::KEYS>(buffers.K + k.stage * Sh::TILE_BYTES, &plan.k, &barriers.k_full[k.stage], row, kv,
+                                        batch);
+                k.next();
+            }
+            if (i > 0) {
+                wait(&barriers.v_empty[v.stage], v.parity ^ 1);
+                load_tile<Sh, Sh::KEYS>(buffers.V + v.stage * Sh::TILE_BYTES, &plan.v, &barriers.v_full[v.stage],
+                                        row + Sh::KEYS, kv, batch);
+                v.next();
+            }
+        }
+    }
+}
+
+// --- consumers ------------------------------------------------------------------------------------------------------------
+
+// S = Q K^T: D / 16 products, four in each box of 64 columns, 32 bytes apart in its rows.
+template <class Half, class Sh>
+__device__ void issue_scores(float (&S)[Sh::KEYS / 8][4], uint32_t Q, uint32_t K) {
+#pragma unroll
+    for (int k = 0; k < Sh::D / 16; ++k)
+        multiply_shared<Half, false, false>(S, k_major(Q + k / 4 * Sh::ROWS * ROW_BYTES + k % 4 * 32),
+                                            k_major(K + k / 4 * Sh::KEYS * ROW_BYTES + k % 4 * 32), k > 0);
+    commit_products();
+}
+
+// O += P V: KEYS / 16 products, each of 16 rows of V.
+template <class Half, class Sh>
+__device__ void issue_values(float (&O)[Sh::D / 8][4], const uint32_t (&P)[Sh::KEYS / 16][4], uint32_t V,
+                             bool accumulate) {
+#pragma unroll
+    for (int k = 0; k < Sh::KEYS / 16; ++k)
+        multiply_registers<Half>(O, P[k], n_major(V + k * 16 * ROW_BYTES, Sh::KEYS * ROW_BYTES), accumulate || k > 0);
+    commit_products();
+}
+
+template <class Half, class Sh>
+struct Consumer {
+    const Arguments& a;
+    const Sight sight;
+    Barriers& barriers;
+    const uint32_t Q, K, V;
+    const int group, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % WARPS;
+    const float to_base_2 = a.scale * LOG2E;
+    Ring<STAGES> k = {}, v = {};
+    int q_parity = 0;
+
+    // Turns: group g waits for turn g, and hands on to the next group.
+    __device__ void wait_turn() const { meet(1 + group, 2 * WARPGROUP); }
+    __device__ void pass_turn() const { report(1 + (group + 1) % Sh::GROUPS, 2 * WARPGROUP); }
+
+    __device__ void release(uint64_t* empty) const {
+        if (lane == 0) arrive(empty);
+    }
+
+    // Mask if needed, and one step of the online softmax of both rows of this lane.
+    __device__ void softmax(float (&S)[Sh::KEYS / 8][4], float (&m)[2], float (&l)[2], float (&correction)[2], int top,
+                            int key) const {
+        if (!sight.sees_all(top, GROUP_ROWS, key, Sh::KEYS))
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int row = top + row_in_group(r);
+                mask_row(S, r, sight.first(row) - key, sight.last(row) - key);
+            }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) correction[r] = softmax_row(S, r, to_base_2, m[r], l[r]);
+    }
+
+    __device__ int row_in_group(int r) const { return warp * 16 + r * 8 + lane / 4; }
+
+    __device__ void run(const Work& work) {
+        const int top = work.tile * Sh::ROWS, group_top = top + group * GROUP_ROWS;
+        const KeyTiles tiles = key_tiles<Sh>(sight, top);
+        float O[Sh::D / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {}, correction[2];
+        if (tiles.count > 0) {
+            float S[Sh::KEYS / 8][4];
+            uint32_t P[Sh::KEYS / 16][4];
+            int key = tiles.begin + (tiles.count - 1) * Sh::KEYS;
+            wait(&barriers.q_full, q_parity);
+            q_parity ^= 1;
+            wait(&barriers.k_full[k.stage], k.parity);
+            products_begin();
+            issue_scores<Half, Sh>(S, Q, K + k.stage * Sh::TILE_BYTES);
+            wait_products<0>();
+            pin(S);
+            release(&barriers.k_empty[k.stage]);
+            k.next();
+            softmax(S, m, l, correction, group_top, key);
+            pack_all<Half>(P, S);
+
+            for (int i = 1; i < tiles.count; ++i) {
+                key -= Sh::KEYS;
+                wait(&barriers.k_full[k.stage], k.parity);
+                wait_turn();
+                products_begin();
+                issue_scores<Half, Sh>(S, Q, K + k.stage * Sh::TILE_BYTES);
+                wait(&barriers.v_full[v.stage], v.parity);
+                issue_values<Half, Sh>(O, P, V + v.stage * Sh::TILE_BYTES, true);
+                pass_turn();
+                wait_products<1>();
+                pin(S);
+                release(&barriers.k_empty[k.stage]);
+                k.next();
+                softmax(S, m, l, correction, group_top, key);
+                wait_products<0>();
+                pin(O);
+                release(&barriers.v_empty[v.stage]);
+                v.next();
+                pack_all<Half>(P, S);
+#pragma unroll
+                for (int r = 0; r < 2; ++r) scale_row(O, r, correction[r]);
+            }
+            release(&barriers.q_empty);
+            wait(&barriers.v_full[v.stage], v.parity);
+            products_begin();
+            issue_values<Half, Sh>(O, P, V + v.stage * Sh::TILE_BYTES, true);
+            wait_products<0>();
+            pin(O);
+            release(&barriers.v_empty[v.stage]);
+            v.next();
+        }
+        store(O, m, l, work, group_top);
+    }
+
+    __device__ void store(const float (&O)[Sh::D / 8][4], const float (&m)[2], const float (&l)[2], const Work& work,
+                          int group_top) const {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = group_top + row_in_group(r);
+            const float sum = quad_sum(l[r]);
+            const bool valid = row < sight.T;
+            Half* target = row_of<Half>(a.out, work.b, work.h, row);
+            store_row<Half>(target, O, r, sum > 0.0f ? 1.0f / sum : 0.0f, valid, a.head_dim);
+            if (valid && lane % 4 == 0) a.lse[lse_index(a, work.b, work.h, row)] = log_sum_exp(m[r], sum, to_base_2);
+        }
+    }
+};
+
+template <class Half, class Sh>
+__global__ void __launch_bounds__(Sh::THREADS, 1)
+    forward_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Arguments a) {
+    extern __shared__ uint8_t shared[];
+    __shared__ Barriers barriers;
+    uint8_t* const Q = shared + (1024 - shared_address(shared) % 1024) % 1024;  // the swizzle counts from 1,024 bytes
+    const Buffers buffers{Q, Q + Sh::Q_BYTES, Q + Sh::Q_BYTES + STAGES * Sh::TILE_BYTES};
+
+    if (threadIdx.x == 0) {
+        constexpr int CONSUMER_WARPS = Sh::GROUPS * WARPS;
+        barrier_init(&barriers.q_full, 1);
+        barrier_init(&barriers.q_empty, CONSUMER_WARPS);
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(&barriers.k_full[i], 1);
+            barrier_init(&barriers.v_full[i], 1);
+            barrier_init(&barriers.k_empty[i], CONSUMER_WARPS);
+            barrier_init(&barriers.v_empty[i], CONSUMER_WARPS);
+        }
+        barriers_ready();
+    }
+    __syncthreads();
+
+    if (threadIdx.x >= Sh::GROUPS * WARPGROUP) {
+        give_registers<Sh::PRODUCER_REGISTERS>();
+        if (threadIdx.x == Sh::GROUPS * WARPGROUP) produce<Sh>(plan, a, buffers, barriers);
+    } else {
+        take_registers<Sh::CONSUMER_REGISTERS>();
+        const int group = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
+        Consumer<Half, Sh> consumer{a,
+                                    sight_of(a, sequence_of(a, 0)),
+                                    barriers,
+                                    shared_address(buffers.Q) + group * GROUP_ROWS * ROW_BYTES,
+                                    shared_address(buffers.K),
+                                    shared_address(buffers.V),
+                                    group};
+        if (group == Sh::GROUPS - 1) consumer.pass_turn();  // group 0 begins
+        Work work;
+        for (int round = 0; next_work(plan, a, round, work); ++round)
+            if (work.tile >= 0) consumer.run(work);
+    }
+}
+
+// --- host -----------------------------------------------------------------------------------------------------------------
+
+template <class Sh>
+const char* make_plan(Plan& plan, const Arguments& a) {
+    const bool is_bf16 = a.dtype == BFLOAT16;
+    const auto make = [&](CUtensorMap& map, const Matrix& x, int64_t heads, int64_t rows, int box_rows) {
+        return make_map(&map, is_bf16, x.data, {a.batch, heads, rows, a.head_dim}, {x.batch, x.head, x.row}, box_rows);
+    };
+    if (const char* error = make(plan.q, a.q, a.heads, a.queries, Sh::ROWS)) return error;
+    if (const char* error = make(plan.k, a.k, a.kv_heads, a.keys, Sh::KEYS)) return error;
+    if (const char* error = make(plan.v, a.v, a.kv_heads, a.keys, Sh::KEYS)) return error;
+    plan.tiles = int((a.queries + Sh::ROWS - 1) / Sh::ROWS);
+    plan.tiles_in_all = a.batch * a.heads * plan.tiles;
+    plan.heads_together = int(a.causal && a.window == 0 ? a.batch * a.heads : 1);
+    return nullptr;
+}
+
+constexpr int64_t LONG = 8192;  // keys from which on a causal mask loses little in the corners of wide tiles
+
+// Call `run` with the element type and the tiles. A wide tile of keys costs less a key.
+template <class Half, class Run>
+const char* with_shape(const Arguments& a, const Run& run) {
+    if (a.head_dim <= 64) return run.template operator()<Half, Shape<64, 3, 128>>();
+    if (a.head_dim > 128) return run.template operator()<Half, Shape<256, 2, 80>>();
+    if (a.causal && a.keys < LONG) return run.template operator()<Half, Shape<128, 2, 128>>();
+    return run.template operator()<Half, Shape<128, 2, 176>>();
+}
+
+template <class Run>
+const char* with_types(const Arguments& a, const Run& run) {
+    return a.dtype == BFLOAT16 ? with_shape<Bf16>(a, run) : with_shape<Fp16>(a, run);
+}
+
+int multiprocessors() {
+    int device = 0, count = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+}
+
+}  // namespace
+
+extern "C" const char* forward(const Arguments* a, void* stream) {
+    if (a->cu_seqlens_q != nullptr) return "step 4 takes no packed sequences";
+    return with_types(*a, [&]<class Half, class Sh>() -> const char* {
+        Plan plan;
+        if (const char* error = make_plan<Sh>(plan, *a)) return error;
+        const int64_t blocks = std::min<int64_t>(multiprocessors(), plan.tiles_in_all);
+        return launch(forward_kernel<Half, Sh>, blocks, Sh::THREADS, Sh::SHARED_BYTES, stream, plan, *a);
+    });
+}
+
+extern "C" const char* resources(const Arguments* a, Resources* out) {
+    return with_types(*a, [&]<class Half, class Sh>() {
+        return measure_resources(forward_kernel<Half, Sh>, Sh::THREADS, Sh::SHARED_BYTES, out);
+    });
+}
+
+}  // namespace flash

@@ -1,0 +1,448 @@
+// The gradients on Hopper (sm_90a) by wgmma: one block owns 128 keys, keeps their dK and dV in registers, and lets every
+// tile of queries that sees them pass by.
+//
+//   producer warp             K and V once, then Q(i), lse(i), delta(i) and dO(i) by TMA, two buffers deep
+//   2 consumer warpgroups     64 keys each, five products for a tile of queries; scores are transposed (a key is a row),
+//                             so that P and dS are the left sides of dV and dK right where they are, in registers:
+//
+//     S^T = K Q^T     P^T = exp2(S^T - lse)        dV += P^T dO
+//     dP^T = V dO^T   dS^T = P^T (dP^T - delta)    dK += dS^T Q
+//                     dS^T -> shared memory        dQ  = dS K, of which each warpgroup makes one 64 x 64 part
+//
+// Blocks of other keys add to the same dQ. It is summed in float32 in global memory, in the order of the fragments, so that
+// a lane adds 16 bytes at once and a warp 512 in a row; `round_dq` brings it into rows at the end. With `turn`, the blocks
+// add in the order of their keys, and every run gives the same bits.
+#include "common/launch.cuh"
+#include "common/tma.cuh"
+#include "common/wgmma.cuh"
+#include "resources.cuh"
+#include "rows.cuh"
+#include "sight.cuh"
+
+namespace flash {
+namespace {
+
+constexpr int WARPGROUP = 128, WARPS = WARPGROUP / WARP, GROUPS = 2, GROUP_KEYS = 64, KEYS = GROUPS * GROUP_KEYS;
+constexpr int THREADS = (GROUPS + 1) * WARPGROUP;
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+constexpr int STAGES = 2;
+constexpr int ROW_BYTES = BOX_COLUMNS * 2;
+constexpr int PART = 64;  // a part of dQ is PART x PART: 32 registers of each thread of a warpgroup
+constexpr int DS_READY = 1;  // hardware barrier
+
+// dK and dV take D registers of a consumer, S and dP 64 to 128 more: a narrow D leaves room for twice the queries.
+template <int D_>
+struct Shape {
+    static constexpr int D = D_, ROWS = D == 64 ? 128 : 64;
+    // Whether dP has registers of its own while S becomes P.
+    static constexpr bool EARLY_DP = ROWS == 64;
+    static constexpr int BOXES = D / BOX_COLUMNS, ROW_BOXES = ROWS / BOX_COLUMNS;
+    static constexpr int KEY_BYTES = KEYS * D * 2, ROW_TILE_BYTES = ROWS * D * 2, DS_BYTES = KEYS * ROWS * 2;
+    static constexpr int SHARED_BYTES = 2 * KEY_BYTES + 2 * STAGES * ROW_TILE_BYTES + 2 * DS_BYTES + 1024;
+    static constexpr int STATISTICS = 2 * ROWS;         // lse and delta of a tile
+    static constexpr int DQ_FLOATS = GROUPS * PART * PART;  // = ROWS x D
+};
+
+// Where the scratch of a sequence's tiles begins. A packed sequence gets a whole number of tiles of its own.
+template <class Sh>
+__host__ __device__ int64_t tiles_in_all(const Arguments& a) {
+    if (a.cu_seqlens_q != nullptr) return a.total_q / Sh::ROWS + a.batch;
+    return a.batch * ((a.queries + Sh::ROWS - 1) / Sh::ROWS);
+}
+
+template <class Sh>
+__device__ int64_t tile_index(const Arguments& a, const Sequence& sequence, int64_t b, int64_t h, int tile) {
+    const int64_t first = a.cu_seqlens_q != nullptr ? sequence.q_begin / Sh::ROWS + b
+                                                    : b * ((a.queries + Sh::ROWS - 1) / Sh::ROWS);
+    return h * tiles_in_all<Sh>(a) + first + tile;
+}
+
+// --- before: lse in base 2 and delta, tile by tile --------------------------------------------------------------------------
+
+// One warp a row. Rows past the end of a sequence and rows that see no key get lse = inf, which makes their P zero.
+template <class Half, class Sh>
+__global__ void __launch_bounds__(WARPGROUP) prepare_kernel(const __grid_constant__ Arguments a) {
+    const int tiles = int((a.queries + Sh::ROWS - 1) / Sh::ROWS), lane = threadIdx.x % WARP;
+    const Work work = work_of(blockIdx.x, a.heads, tiles, false);
+    const Sequence sequence = sequence_of(a, work.b);
+    if (work.tile * Sh::ROWS >= sequence.T) return;
+    float* const lse = a.delta + tile_index<Sh>(a, sequence, work.b, work.h, work.tile) * Sh::STATISTICS;
+    for (int i = threadIdx.x / WARP; i < Sh::ROWS; i += WARPS) {
+        const int64_t row = sequence.q_begin + work.tile * Sh::ROWS + i;
+        float sum = 0.0f, row_lse = -INFINITY;
+        if (work.tile * Sh::ROWS + i < sequence.T) {
+            const Half* out = row_of<Half>(a.out, sequence.b, work.h, row);
+            const Half* dout = row_of<Half>(a.dout, sequence.b, work.h, row);
+            for (int column = lane; column < a.head_dim; column += WARP) sum += widen(out[column]) * widen(dout[column]);
+            for (int offset = WARP / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffff, sum, offset);
+            const int64_t index = lse_index(a, sequence.b, work.h, row);
+            row_lse = a.lse[index];
+            if (a.dlse != nullptr && row_lse != -INFINITY) sum -= a.dlse[index];
+        }
+        if (lane == 0) {
+            lse[i] = row_lse == -INFINITY ? INFINITY : row_lse * LOG2E;
+            lse[Sh::ROWS + i] = row_lse == -INFINITY ? 0.0f : sum;
+        }
+    }
+}
+
+// --- the main kernel --------------------------------------------------------------------------------------------------------
+
+struct Maps {
+    CUtensorMap q, k, v, dout;
+};
+
+struct Barriers {
+    uint64_t kv_full, q_full[STAGES], q_empty[STAGES], dout_full[STAGES], dout_empty[STAGES];
+};
+
+struct Buffers {
+    uint8_t *K, *V, *Q, *dO, *dS;
+    float* statistics;
+};
+
+// What a block works on: KEYS keys from `key` on of one kv head, and the tiles of queries that see any of them.
+struct Block {
+    Sequence sequence;
+    Sight sight;
+    int64_t b, kv;
+    int key, first_tile, last_tile;
+};
+
+template <class Sh>
+__device__ Block block_of(const Arguments& a) {
+    const Work work = work_of(blockIdx.x, a.kv_heads, int((a.keys + KEYS - 1) / KEYS), false);
+    const Sequence sequence = sequence_of(a, work.b);
+    const Sight sight = sight_of(a, sequence);
+    const int key = work.tile * KEYS, last_key = min(key + KEYS, sequence.S) - 1;
+    const int first = sight.first_query(key), last = min(sequence.T, sight.last_query(last_key));
+    return {sequence, sight, work.b, work.h, key, first / Sh::ROWS, first < last ? (last + Sh::ROWS - 1) / Sh::ROWS : 0};
+}
+
+template <class Sh, int ROWS>
+__device__ void load_tile(uint8_t* target, const CUtensorMap* map, uint64_t* full, int row, int head, int batch) {
+#pragma unroll
+    for (int box = 0; box < Sh::BOXES; ++box)
+        load_box(target + box * ROWS * ROW_BYTES, map, full, box * BOX_COLUMNS, row, head, batch);
+}
+
+template <class Sh>
+__device__ void produce(const Maps& maps, const Arguments& a, const Block& block, Buffers buffers, Barriers& barriers) {
+    const int batch = int(block.sequence.b), key_row = int(block.sequence.k_begin) + block.key;
+    arrive_and_expect(&barriers.kv_full, 2 * Sh::KEY_BYTES);
+    load_tile<Sh, KEYS>(buffers.K, &maps.k, &barriers.kv_full, key_row, int(block.kv), batch);
+    load_tile<Sh, KEYS>(buffers.V, &maps.v, &barriers.kv_full, key_row, int(block.kv), batch);
+    Ring<STAGES> ring;
+    const int group = int(a.heads / a.kv_heads);
+    for (int head = int(block.kv) * group; head < (int(block.kv) + 1) * group; ++head)
+        for (int tile = block.first_tile; tile < block.last_tile; ++tile, ring.next()) {
+            const int s = ring.stage, row = int(block.sequence.q_begin) + tile * Sh::ROWS;
+            wait(&barriers.q_empty[s], ring.parity ^ 1);
+            arrive_and_expect(&barriers.q_full[s], Sh::ROW_TILE_BYTES + Sh::STATISTICS * 4);
+            load_tile<Sh, Sh::ROWS>(buffers.Q + s * Sh::ROW_TILE_BYTES, &maps.q, &barriers.q_full[s], row, head, batch);
+            load_line(buffers.statistics + s * Sh::STATISTICS,
+                      a.delta + tile_index<Sh>(a, block.sequence, block.b, head, tile) * Sh::STATISTICS,
+                      &barriers.q_full[s], Sh::STATISTICS * 4);
+            wait(&barriers.dout_empty[s], ring.parity ^ 1);
+            arrive_and_expect(&barriers.dout_full[s], Sh::ROW_TILE_BYTES);
+            load_tile<Sh, Sh::ROWS>(buffers.dO + s * Sh::ROW_TILE_BYTES, &maps.dout, &barriers.dout_full[s], row, head,
+                                    batch);
+        }
+}
+
+// C (64 keys x ROWS) = A B^T, where A is this warpgroup's 64 of the KEYS rows of a tile and B a tile of ROWS rows.
+template <class Half, class Sh>
+__device__ void issue_transposed(float (&C)[Sh::ROWS / 8][4], uint32_t A, uint32_t B) {
+#pragma unroll
+    for (int k = 0; k < Sh::D / 16; ++k)
+        multiply_shared<Half, false, false>(C, k_major(A + k / 4 * KEYS * ROW_BYTES + k % 4 * 32),
+                                            k_major(B + k / 4 * Sh::ROWS * ROW_BYTES + k % 4 * 32), k > 0);
+    commit_products();
+}
+
+// C (64 keys x D) += A B, where A (64 x ROWS) is in registers and B a tile of ROWS rows.
+template <class Half, class Sh>
+__device__ void issue_gradient(float (&C)[Sh::D / 8][4], const uint32_t (&A)[Sh::ROWS / 16][4], uint32_t B) {
+#pragma unroll
+    for (int k = 0; k < Sh::ROWS / 16; ++k)
+        multiply_registers<Half>(C, A[k], n_major(B + k * 16 * ROW_BYTES, Sh::ROWS * ROW_BYTES), true);
+    commit_products();
+}
+
+// One part of dQ (64 queries x 64 columns) = dS K over all KEYS keys: dS is stored with a key a row, as K is.
+template <class Half>
+__device__ void issue_dq(float (&dQ)[PART / 8][4], uint32_t dS, uint32_t K) {
+#pragma unroll
+    for (int k = 0; k < KEYS / 16; ++k)
+        multiply_shared<Half, true, true>(dQ, n_major(dS + k * 16 * ROW_BYTES, 0), n_major(K + k * 16 * ROW_BYTES, 0),
+                                          k > 0);
+    commit_products();
+}
+
+template <class Half, class Sh>
+struct Consumer {
+    const Arguments& a;
+    const Block& block;
+    Barriers& barriers;
+    const Buffers& buffers;
+    const int group, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % WARPS;
+    const float to_base_2 = a.scale * LOG2E;
+
+    __device__ int key_in_group(int r) const { return warp * 16 + r * 8 + lane / 4; }
+
+    __device__ void release(uint64_t* empty) const {
+        if (lane == 0) arrive(empty);
+    }
+
+    // P = exp2(S - lse), zero where the query does not see the key. A query is a column here.
+    __device__ void probabilities(float (&S)[Sh::ROWS / 8][4], const float* lse, int top) const {
+        const int group_key = block.key + group * GROUP_KEYS;
+        if (!block.sight.sees_all(top, Sh::ROWS, group_key, GROUP_KEYS))
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int key = group_key + key_in_group(r);
+                const int last = key < block.sight.S ? block.sight.last_query(key) : 0;
+                mask_row(S, r, block.sight.first_query(key) - top, last - top);
+            }
+#pragma unroll
+        for (int j = 0; j < Sh::ROWS / 8; ++j) {
+            const float2 minus = reinterpret_cast<const float2*>(lse)[4 * j + lane % 4];
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                S[j][e] = fast_exp2(fmaf(S[j][e], to_base_2, e % 2 == 0 ? -minus.x : -minus.y));
+        }
+    }
+
+    // dS = P (dP - delta), in place of dP. P comes from its fragments: its floats have made room for dP.
+    __device__ void score_gradients(float (&dP)[Sh::ROWS / 8][4], const uint32_t (&P)[Sh::ROWS / 16][4],
+                                    const float* delta) const {
+#pragma unroll
+        for (int j = 0; j < Sh::ROWS / 8; ++j) {
+            const float2 minus = reinterpret_cast<const float2*>(delta)[4 * j + lane % 4];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const float2 p = unpack<Half>(P[j / 2][j % 2 * 2 + r]);
+                dP[j][2 * r] = p.x * (dP[j][2 * r] - minus.x);
+                dP[j][2 * r + 1] = p.y * (dP[j][2 * r + 1] - minus.y);
+            }
+        }
+    }
+
+    // Fragments of dS to shared memory: boxes of KEYS rows (keys) of 64 queries, swizzled as TMA would.
+    __device__ void share(uint32_t dS, const uint32_t (&words)[Sh::ROWS / 16][4]) const {
+        const int row = group * GROUP_KEYS + warp * 16 + lane % 16;
+#pragma unroll
+        for (int k = 0; k < Sh::ROWS / 16; ++k) {
+            const int chunk = 2 * (k % 4) + lane / 16;
+            stmatrix(dS + k / 4 * KEYS * ROW_BYTES + row * ROW_BYTES + (chunk ^ row % 8) * 16, words[k]);
+        }
+    }
+
+    __device__ void add_dq(const float (&dQ)[PART / 8][4], int64_t tile) const {
+        const int thread = threadIdx.x % WARPGROUP;
+        float* target = a.dq_sum + tile * Sh::DQ_FLOATS + group * PART * PART + thread * 4;
+#pragma unroll
+        for (int j = 0; j < PART / 8; ++j) add_global(target + j * WARPGROUP * 4, dQ[j]);
+    }
+
+    // Wait until the blocks of all earlier keys have added to this part of dQ, add, and let the next one in.
+    __device__ void add_dq_in_turn(const float (&dQ)[PART / 8][4], int64_t tile, int top) const {
+        const int order = block.key / KEYS - block.sight.first(top) / KEYS;
+        int32_t* const turn = a.turn + tile * GROUPS + group;
+        if (threadIdx.x % WARPGROUP == 0)
+            while (atomicAdd(turn, 0) != order) __nanosleep(64);
+        meet(2 + group, WARPGROUP);
+        add_dq(dQ, tile);
+        __threadfence();
+        meet(2 + group, WARPGROUP);
+        if (threadIdx.x % WARPGROUP == 0) atomicAdd(turn, 1);
+    }
+
+    __device__ void run() {
+        const uint32_t K = shared_address(buffers.K), V = shared_address(buffers.V);
+        const uint32_t own = group * GROUP_KEYS * ROW_BYTES;  // this warpgroup's rows in a tile of keys
+        float dK[Sh::D / 8][4] = {}, dV[Sh::D / 8][4] = {};
+        Ring<STAGES> ring;
+        const int64_t heads = a.heads / a.kv_heads;
+        wait(&barriers.kv_full, 0);
+        for (int64_t head = block.kv * heads; head < (block.kv + 1) * heads; ++head)
+            for (int tile = block.first_tile; tile < block.last_tile; ++tile, ring.next()) {
+                const int s = ring.stage, top = tile * Sh::ROWS;
+                const uint32_t Q = shared_address(buffers.Q) + s * Sh::ROW_TILE_BYTES;
+                const uint32_t dO = shared_address(buffers.dO) + s * Sh::ROW_TILE_BYTES;
+                const uint32_t dS = shared_address(buffers.dS) + s * Sh::DS_BYTES;
+                const float* lse = buffers.statistics + s * Sh::STATISTICS;
+                float S[Sh::ROWS / 8][4], dP[Sh::ROWS / 8][4];
+                uint32_t P[Sh::ROWS / 16][4];
+
+                wait(&barriers.q_full[s], ring.parity);
+                products_begin();
+                issue_transposed<Half, Sh>(S, K + own, Q);
+                wait(&barriers.dout_full[s], ring.parity);
+                if constexpr (Sh::EARLY_DP) issue_transposed<Half, Sh>(dP, V + own, dO);
+                wait_products<Sh::EARLY_DP ? 1 : 0>();
+                pin(S);
+                probabilities(S, lse, top);
+                pack_all<Half>(P, S);
+                products_begin();
+                if constexpr (!Sh::EARLY_DP) issue_transposed<Half, Sh>(dP, V + own, dO);
+                issue_gradient<Half, Sh>(dV, P, dO);
+                wait_products<1>();
+                pin(dP);
+                score_gradients(dP, P, lse + Sh::ROWS);
+                uint32_t ds_words[Sh::ROWS / 16][4];
+                pack_all<Half>(ds_words, dP);
+                share(dS, ds_words);
+                show_to_async();
+                products_begin();
+                issue_gradient<Half, Sh>(dK, ds_words, Q);
+                meet(DS_READY, GROUPS * WARPGROUP);
+
+                float dQ[PART / 8][4];
+                products_begin();
+                issue_dq<Half>(dQ, dS + (Sh::ROW_BOXES > 1 ? group : 0) * KEYS * ROW_BYTES,
+                               K + (Sh::BOXES > 1 ? group : 0) * KEYS * ROW_BYTES);
+                wait_products<1>();
+                pin(dV);
+                pin(dK);
+                release(&barriers.dout_empty[s]);
+                release(&barriers.q_empty[s]);
+                wait_products<0>();
+                pin(dQ);
+                const int64_t index = tile_index<Sh>(a, block.sequence, block.b, head, tile);
+                if (a.turn == nullptr) add_dq(dQ, index);
+                else add_dq_in_turn(dQ, index, top);
+            }
+        store(a.dk, dK, a.scale);
+        store(a.dv, dV, 1.0f);
+    }
+
+    __device__ void store(const Matrix& x, const float (&C)[Sh::D / 8][4], float factor) const {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int key = block.key + group * GROUP_KEYS + key_in_group(r);
+            Half* target = row_of<Half>(x, block.sequence.b, block.kv, block.sequence.k_begin + key);
+            store_row<Half>(target, C, r, factor, key < block.sight.S, a.head_dim);
+        }
+    }
+};
+
+template <class Half, class Sh>
+__global__ void __launch_bounds__(THREADS, 1)
+    backward_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments a) {
+    extern __shared__ uint8_t shared[];
+    __shared__ Barriers barriers;
+    __shared__ __align__(128) float statistics[STAGES * Sh::STATISTICS];
+    const Block block = block_of<Sh>(a);
+    if (block.key >= block.sequence.S) return;
+    uint8_t* const K = shared + (1024 - shared_address(shared) % 1024) % 1024;  // the swizzle counts from 1,024 bytes
+    uint8_t *const V = K + Sh::KEY_BYTES, *const Q = V + Sh::KEY_BYTES;
+    uint8_t *const dO = Q + STAGES * Sh::ROW_TILE_BYTES, *const dS = dO + STAGES * Sh::ROW_TILE_BYTES;
+    const Buffers buffers{K, V, Q, dO, dS, statistics};
+
+    if (threadIdx.x == 0) {
+        constexpr int CONSUMER_WARPS = GROUPS * WARPS;
+        barrier_init(&barriers.kv_full, 1);
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(&barriers.q_full[i], 1);
+            barrier_init(&barriers.dout_full[i], 1);
+            barrier_init(&barriers.q_empty[i], CONSUMER_WARPS);
+            barrier_init(&barriers.dout_empty[i], CONSUMER_WARPS);
+        }
+        barriers_ready();
+    }
+    __syncthreads();
+
+    if (threadIdx.x >= GROUPS * WARPGROUP) {
+        give_registers<PRODUCER_REGISTERS>();
+        if (threadIdx.x == GROUPS * WARPGROUP) produce<Sh>(maps, a, block, buffers, barriers);
+    } else {
+        take_registers<CONSUMER_REGISTERS>();
+        const int group = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
+        Consumer<Half, Sh>{a, block, barriers, buffers, group}.run();
+    }
+}
+
+// --- after: dQ from fragments to rows -----------------------------------------------------------------------------------------
+
+// One warpgroup reads back one part as it was added, and writes it times `scale`.
+template <class Half, class Sh>
+__global__ void __launch_bounds__(WARPGROUP) round_dq_kernel(const __grid_constant__ Arguments a) {
+    const int tiles = int((a.queries + Sh::ROWS - 1) / Sh::ROWS), part = blockIdx.x % GROUPS;
+    const Work work = work_of(blockIdx.x / GROUPS, a.heads, tiles, false);
+    const Sequence sequence = sequence_of(a, work.b);
+    if (work.tile * Sh::ROWS >= sequence.T) return;
+    const int64_t tile = tile_index<Sh>(a, sequence, work.b, work.h, work.tile);
+    const float* source = a.dq_sum + tile * Sh::DQ_FLOATS + part * PART * PART + threadIdx.x * 4;
+    float dQ[PART / 8][4];
+#pragma unroll
+    for (int j = 0; j < PART / 8; ++j)
+        *reinterpret_cast<float4*>(dQ[j]) = *reinterpret_cast<const float4*>(source + j * WARPGROUP * 4);
+    const int row_part = Sh::ROW_BOXES > 1 ? part : 0, column = (Sh::BOXES > 1 ? part : 0) * PART;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int row = work.tile * Sh::ROWS + row_part * PART + threadIdx.x / WARP * 16 + r * 8 + threadIdx.x % WARP / 4;
+        Half* target = row_of<Half>(a.dq, sequence.b, work.h, sequence.q_begin + row) + column;
+        store_row<Half>(target, dQ, r, a.scale, row < sequence.T, a.head_dim - column);
+    }
+}
+
+// --- host -------------------------------------------------------------------------------------------------------------------
+
+template <class Sh>
+const char* make_maps(Maps& maps, const Arguments& a) {
+    const bool is_bf16 = a.dtype == BFLOAT16;
+    const int64_t batch = a.cu_seqlens_q != nullptr ? 1 : a.batch;
+    const auto make = [&](CUtensorMap& map, const Matrix& x, int64_t heads, int64_t rows, int box_rows) {
+        return make_map(&map, is_bf16, x.data, {batch, heads, rows, a.head_dim}, {x.batch, x.head, x.row}, box_rows);
+    };
+    if (const char* error = make(maps.q, a.q, a.heads, a.total_q, Sh::ROWS)) return error;
+    if (const char* error = make(maps.dout, a.dout, a.heads, a.total_q, Sh::ROWS)) return error;
+    if (const char* error = make(maps.k, a.k, a.kv_heads, a.total_k, KEYS)) return error;
+    return make(maps.v, a.v, a.kv_heads, a.total_k, KEYS);
+}
+
+template <class Half, class Sh>
+const char* run_backward(const Arguments& a, void* stream) {
+    Maps maps;
+    if (const char* error = make_maps<Sh>(maps, a)) return error;
+    const int64_t row_tiles = a.batch * a.heads * ((a.queries + Sh::ROWS - 1) / Sh::ROWS);
+    const int64_t key_tiles = a.batch * a.kv_heads * ((a.keys + KEYS - 1) / KEYS);
+    if (const char* error = launch(prepare_kernel<Half, Sh>, row_tiles, WARPGROUP, 0, stream, a)) return error;
+    if (const char* error = launch(backward_kernel<Half, Sh>, key_tiles, THREADS, Sh::SHARED_BYTES, stream, maps, a))
+        return error;
+    return launch(round_dq_kernel<Half, Sh>, row_tiles * GROUPS, WARPGROUP, 0, stream, a);
+}
+
+template <class Run>
+const char* with_types(const Arguments& a, const Run& run) {
+    const bool is_bf16 = a.dtype == BFLOAT16;
+    if (a.head_dim > 128) return "the gradients of a head_dim over 128 do not fit the registers of this kernel";
+    if (a.head_dim <= 64) return is_bf16 ? run.template operator()<Bf16, Shape<64>>() : run.template operator()<Fp16, Shape<64>>();
+    return is_bf16 ? run.template operator()<Bf16, Shape<128>>() : run.template operator()<Fp16, Shape<128>>();
+}
+
+}  // namespace
+
+// How much scratch the caller must bring: floats of `delta`, floats of `dq_sum` (zeroed), integers of `turn` (zeroed).
+extern "C" const char* scratch(const Arguments* a, int64_t* sizes) {
+    return with_types(*a, [&]<class Half, class Sh>() -> const char* {
+        const int64_t tiles = a->heads * tiles_in_all<Sh>(*a);
+        sizes[0] = tiles * Sh::STATISTICS;
+        sizes[1] = tiles * Sh::DQ_FLOATS;
+        sizes[2] = tiles * GROUPS;
+        return nullptr;
+    });
+}
+
+extern "C" const char* backward(const Arguments* a, void* stream) {
+    return with_types(*a, [&]<class Half, class Sh>() { return run_backward<Half, Sh>(*a, stream); });
+}
+
+extern "C" const char* resources(const Arguments* a, Resources* out) {
+    return with_types(*a, [&]<class Half, class Sh>() {
+        return measure_resources(backward_kernel<Half, Sh>, THREADS, Sh::SHARED_BYTES, out);
+    });
+}
+
+}  // namespace flash

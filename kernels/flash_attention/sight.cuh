@@ -1,0 +1,70 @@
+// Which keys a query sees, and where a sequence lies in memory: what every CUDA step asks.
+#pragma once
+#include "arguments.h"
+
+namespace flash {
+
+// One sequence of the batch. Packed sequences lie in one batch row, one after another.
+struct Sequence {
+    int64_t b;               // batch row in memory
+    int64_t q_begin, k_begin;  // its first rows in memory
+    int T, S;                // its lengths
+};
+
+__device__ inline Sequence sequence_of(const Arguments& a, int64_t b) {
+    if (a.cu_seqlens_q == nullptr) return {b, 0, 0, int(a.queries), int(a.keys)};
+    const int q = a.cu_seqlens_q[b], k = a.cu_seqlens_k[b];
+    return {0, q, k, a.cu_seqlens_q[b + 1] - q, a.cu_seqlens_k[b + 1] - k};
+}
+
+// The query in row i of a sequence stands at key i + S - T (the last query on the last key), and sees the keys
+// first(i) .. last(i) - 1. Both grow with i, so a tile of rows sees first(top row) .. last(bottom row) - 1.
+struct Sight {
+    int T, S;
+    int window;  // 0: none
+    bool causal;
+
+    __device__ int first(int i) const { return window > 0 ? max(0, i + S - T - window + 1) : 0; }
+    __device__ int last(int i) const { return causal ? min(S, max(0, i + S - T + 1)) : S; }
+    __device__ bool sees(int i, int j) const { return j >= first(i) && j < last(i); }
+
+    // Whether every row of row .. row + rows - 1 sees all of the keys j .. j + keys - 1: then nothing is masked.
+    __device__ bool sees_all(int row, int rows, int j, int keys) const {
+        return j >= first(row + rows - 1) && j + keys <= last(row);
+    }
+
+    // The queries that see key j are first_query(j) .. last_query(j) - 1.
+    __device__ int first_query(int j) const { return causal ? max(0, j - (S - T)) : 0; }
+    __device__ int last_query(int j) const { return window > 0 ? max(0, min(T, j + window - (S - T))) : T; }
+};
+
+__device__ inline Sight sight_of(const Arguments& a, const Sequence& sequence) {
+    const int window = a.window >= sequence.S ? 0 : int(a.window);
+    return {sequence.T, sequence.S, window, a.causal != 0};
+}
+
+// Where element (row, 0) of one head is.
+template <class T>
+__device__ T* row_of(const Matrix& x, int64_t b, int64_t h, int64_t row) {
+    return static_cast<T*>(x.data) + b * x.batch + h * x.head + row * x.row;
+}
+
+__device__ inline int64_t lse_index(const Arguments& a, int64_t b, int64_t h, int64_t row) {
+    return b * a.lse_batch + h * a.lse_head + row;
+}
+
+// One block's work: a tile of rows of one head of one sequence.
+struct Work {
+    int64_t b, h;
+    int tile;
+};
+
+// Blocks of one head are neighbours, so that they find its keys in the L2 cache. Under a causal mask the last tile of
+// rows is the longest, and long work goes first.
+__device__ inline Work work_of(int64_t index, int64_t heads, int tiles, bool longest_first) {
+    const int tile = int(index % tiles);
+    const int64_t bh = index / tiles;
+    return {bh / heads, bh % heads, longest_first ? tiles - 1 - tile : tile};
+}
+
+}  // namespace flash

@@ -1,0 +1,408 @@
+"""Every step of the flash-attention ladder that this machine can run, against plain float64 attention."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tformer_lib import jit, masks
+from tformer_lib.flash_attention import flash_attention, flash_attention_varlen
+
+HAS_CPU_TWIN = jit.can_build_cpp()
+HAS_GPU = torch.cuda.is_available()
+ON_HOPPER = HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def backends():
+    """(step, device, dtype) of everything that runs here."""
+    found = [(0, "cpu", torch.float32)]
+    if HAS_CPU_TWIN:
+        found += [("cpu", "cpu", dtype) for dtype in (torch.float32, *HALVES)]
+    if HAS_GPU:
+        found += [(step, "cuda", torch.float32) for step in (1, 2)]
+        found += [(step, "cuda", dtype) for step in ((3, 4) if ON_HOPPER else (3,)) for dtype in HALVES]
+    return [pytest.param(*x, id=f"step{x[0]}-{x[1]}-{str(x[2])[6:]}") for x in found]
+
+
+every_backend = pytest.mark.parametrize(("step", "device", "dtype"), backends())
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+needs_cpu_twin = pytest.mark.skipif(not HAS_CPU_TWIN, reason="needs a C++ compiler and ninja")
+
+
+def plain(q, k, v, *, causal=False, window=None, mask=None, scale=None):
+    """Textbook attention and log-sum-exp, in the precision of its inputs; zeros for a query that sees nothing."""
+    T, S, heads = q.shape[2], k.shape[2], q.shape[1]
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    seen = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device) if mask is None else mask
+    if causal or window:
+        seen = seen & masks.causal(T, S, device=q.device)
+    if window:
+        seen = seen & masks.sliding_window(T, S, window=window, device=q.device)
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    some = seen.any(-1, keepdim=True)
+    probabilities = scores.masked_fill(~seen & some, -math.inf).softmax(-1) * some
+    lse = scores.masked_fill(~seen, -math.inf).logsumexp(-1)
+    return probabilities.to(q.dtype) @ v, lse
+
+
+def inputs(shape, dtype, device, *, seed=0, grad=False):
+    """q, k and v of (batch, heads, kv_heads, T, S, head_dim)."""
+    batch, heads, kv_heads, T, S, d = shape
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((heads, T), (kv_heads, S), (kv_heads, S))
+    made = (torch.randn(batch, h, n, d, generator=generator) for h, n in sizes)
+    return [x.to(device, dtype).requires_grad_(grad) for x in made]
+
+
+def doubles(*tensors):
+    return [x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
+
+
+def assert_close(got, exact, low, *, factor):
+    """The error is at most ``factor`` times that of plain attention in the same precision, plus 1e-5."""
+    assert torch.isfinite(got).all()
+    error = (got.double() - exact).abs().max().item() if got.numel() else 0.0
+    allowed = (low.double() - exact).abs().max().item() if got.numel() else 0.0
+    assert error <= factor * allowed + 1e-5
+
+
+def check_against_plain(shape, dtype, device, step, *, backward=False, **options):
+    q, k, v = inputs(shape, dtype, device, grad=backward)
+    out, lse = flash_attention(q, k, v, step=step, return_lse=True, **options)
+    exact_inputs = doubles(q, k, v)
+    exact, exact_lse = plain(*exact_inputs, **options)
+    low, _ = plain(q, k, v, **options)
+    assert out.shape == q.shape
+    assert out.dtype == q.dtype
+    assert_close(out, exact, low, factor=2)
+    empty = exact_lse == -math.inf
+    assert torch.equal(lse == -math.inf, empty)
+    assert out[empty].abs().sum() == 0
+    torch.testing.assert_close(lse[~empty].double(), exact_lse[~empty], rtol=1e-4, atol=1e-4)
+    if backward:
+        dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        got = torch.autograd.grad(out, (q, k, v), dout)
+        exact_grads = torch.autograd.grad(exact, exact_inputs, dout.double())
+        low_grads = torch.autograd.grad(low, (q, k, v), dout)
+        for got_grad, exact_grad, low_grad in zip(got, exact_grads, low_grads, strict=True):
+            assert_close(got_grad, exact_grad, low_grad, factor=3)
+
+
+LENGTHS = [(1, 1), (1, 239), (3, 799), (113, 203), (127, 512), (239, 1), (799, 3), (129, 128), (257, 385)]
+
+
+@every_backend
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_lengths(step, device, dtype, lengths, causal):
+    check_against_plain((2, 2, 1, *lengths, 64), dtype, device, step, backward=True, causal=causal)
+
+
+@every_backend
+@pytest.mark.parametrize("head_dim", [8, 32, 40, 64, 80, 96, 128, 160, 192, 224, 256])
+def test_head_dims(step, device, dtype, head_dim):
+    check_against_plain((1, 2, 2, 150, 190, head_dim), dtype, device, step, backward=True, causal=True)
+
+
+@pytest.mark.parametrize("head_dim", [1, 59, 111])
+@pytest.mark.parametrize("step", [0, pytest.param("cpu", marks=needs_cpu_twin)])
+def test_odd_head_dims(step, head_dim):
+    check_against_plain((1, 2, 2, 70, 90, head_dim), torch.float32, "cpu", step, backward=True)
+
+
+@every_backend
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+def test_kv_head_ratios(step, device, dtype, kv_heads):
+    check_against_plain((2, 6, kv_heads, 133, 170, 64), dtype, device, step, backward=True, causal=True)
+
+
+@every_backend
+@pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 200, 1000])
+def test_windows(step, device, dtype, window):
+    check_against_plain((1, 2, 1, 300, 410, 128), dtype, device, step, backward=True, window=window)
+    check_against_plain((1, 2, 1, 333, 60, 64), dtype, device, step, backward=True, window=window)
+
+
+@every_backend
+def test_scale(step, device, dtype):
+    check_against_plain((1, 2, 2, 100, 100, 64), dtype, device, step, backward=True, scale=0.37)
+
+
+@every_backend
+def test_large_scores_do_not_overflow(step, device, dtype):
+    q, k, v = inputs((1, 1, 1, 64, 300, 64), dtype, device)
+    out = flash_attention(q * 100, k, v, step=step)
+    exact, _ = plain(*doubles(q * 100, k, v))
+    low, _ = plain(q * 100, k, v)
+    assert_close(out, exact, low, factor=2)
+
+
+@every_backend
+def test_strided_inputs_need_no_copy_to_be_right(step, device, dtype):
+    qkv = torch.randn(2, 150, 3, 4, 64, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (batch, T, 3, heads, d) -> three of (batch, heads, T, d)
+    expected = flash_attention(q.contiguous(), k.contiguous(), v.contiguous(), causal=True, step=step)
+    torch.testing.assert_close(flash_attention(q, k, v, causal=True, step=step), expected, rtol=0, atol=0)
+    shifted = torch.empty(2 * 4 * 150 * 64 + 1, device=device, dtype=dtype)[1:].view(2, 4, 150, 64).copy_(q)
+    torch.testing.assert_close(flash_attention(shifted, k, v, causal=True, step=step), expected, rtol=0, atol=0)
+    columns = q.mT.contiguous().mT
+    torch.testing.assert_close(flash_attention(columns, k, v, causal=True, step=step), expected, rtol=0, atol=0)
+    one = k[:, :1].expand(2, 4, 150, 64)
+    expected = flash_attention(q, one.contiguous(), one.contiguous(), step=step)
+    torch.testing.assert_close(flash_attention(q, one, one, step=step), expected, rtol=0, atol=0)
+
+
+@every_backend
+def test_future_tokens_change_nothing(step, device, dtype):
+    q, k, v = inputs((1, 2, 1, 200, 200, 64), dtype, device)
+    before = flash_attention(q, k, v, causal=True, step=step)
+    k[:, :, 150:], v[:, :, 150:] = 7.0, -7.0
+    after = flash_attention(q, k, v, causal=True, step=step)
+    assert torch.equal(before[:, :, :150], after[:, :, :150])
+    assert not torch.equal(before[:, :, 150:], after[:, :, 150:])
+
+
+@every_backend
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 40}], ids=str)
+def test_packed_sequences(step, device, dtype, options):
+    if step == 4:
+        pytest.skip("step 4 takes no packed sequences")
+    lengths_q, lengths_k = [5, 0, 130, 1, 77, 3], [9, 4, 100, 0, 300, 3]
+    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int().to(device) for n in (lengths_q, lengths_k))
+    generator = torch.Generator().manual_seed(5)
+    sizes = ((int(cu_q[-1]), 4), (int(cu_k[-1]), 2), (int(cu_k[-1]), 2))
+    q, k, v = (torch.randn(n, h, 64, generator=generator).to(device, dtype).requires_grad_() for n, h in sizes)
+    out, lse = flash_attention_varlen(q, k, v, cu_q, cu_k, step=step, return_lse=True, **options)
+    dout = torch.randn(out.shape, generator=generator).to(device, dtype)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
+        part = [x[None].transpose(1, 2).detach().requires_grad_() for x in (q[a:b], k[c:d], v[c:d])]
+        alone, alone_lse = flash_attention(*part, step=0, return_lse=True, **options)
+        alone_grads = torch.autograd.grad(alone, part, dout[a:b][None].transpose(1, 2))
+        tolerance = 2e-5 if dtype == torch.float32 else 4e-2
+        torch.testing.assert_close(out[a:b], alone[0].transpose(0, 1), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(lse[:, a:b], alone_lse[0], rtol=1e-4, atol=1e-4)
+        for x, rows, y in zip(grads, ((a, b), (c, d), (c, d)), alone_grads, strict=True):
+            torch.testing.assert_close(x[slice(*rows)], y[0].transpose(0, 1), rtol=tolerance, atol=tolerance)
+
+
+@every_backend
+def test_a_packed_neighbour_of_nan_does_not_leak(step, device, dtype):
+    if step == 4:
+        pytest.skip("step 4 takes no packed sequences")
+    cu = torch.tensor([0, 70, 150, 200], dtype=torch.int32, device=device)
+    q, k, v = (torch.randn(200, 2, 64).to(device, dtype) for _ in range(3))
+    for x in (k, v):
+        x[:70], x[150:] = math.nan, math.nan
+    assert torch.isfinite(flash_attention_varlen(q, k, v, cu, cu, step=step)[70:150]).all()
+
+
+@every_backend
+def test_gradient_of_lse(step, device, dtype):
+    q, k, v = inputs((1, 2, 2, 65, 90, 64), dtype, device, grad=True)
+    exact_inputs = doubles(q, k, v)
+    _, lse = flash_attention(q, k, v, step=step, return_lse=True)
+    _, exact = plain(*exact_inputs)
+    _, low = plain(q, k, v)
+    weights = torch.linspace(-1, 1, 65, device=device)
+    got = torch.autograd.grad((lse * weights).sum(), (q, k))
+    expected = torch.autograd.grad((exact * weights.double()).sum(), exact_inputs[:2])
+    low_grads = torch.autograd.grad((low.float() * weights).sum(), (q, k))
+    for a, b, c in zip(got, expected, low_grads, strict=True):
+        assert_close(a, b, c, factor=3)
+
+
+@every_backend
+def test_empty_inputs(step, device, dtype):
+    q, k, v = inputs((2, 2, 2, 5, 0, 64), dtype, device)
+    out, lse = flash_attention(q, k, v, step=step, return_lse=True)
+    assert out.abs().sum() == 0
+    assert (lse == -math.inf).all()
+    q, k, v = inputs((2, 2, 2, 0, 5, 64), dtype, device)
+    assert flash_attention(q, k, v, step=step).shape == (2, 2, 0, 64)
+    q, k, v = inputs((0, 2, 2, 4, 5, 64), dtype, device)
+    assert flash_attention(q, k, v, step=step).shape == (0, 2, 4, 64)
+
+
+@every_backend
+def test_forward_is_deterministic(step, device, dtype):
+    q, k, v = inputs((2, 4, 2, 300, 300, 64), dtype, device)
+    first = flash_attention(q, k, v, causal=True, step=step)
+    assert all(torch.equal(first, flash_attention(q, k, v, causal=True, step=step)) for _ in range(3))
+
+
+@every_backend
+def test_backward_can_be_deterministic(step, device, dtype):
+    q, k, v = inputs((2, 4, 2, 500, 500, 64), dtype, device, grad=True)
+
+    def grads():
+        out = flash_attention(q, k, v, causal=True, step=step, deterministic=True)
+        return torch.autograd.grad(out.sum(), (q, k, v))
+
+    first = grads()
+    assert all(torch.equal(a, b) for _ in range(3) for a, b in zip(first, grads(), strict=True))
+
+
+@every_backend
+def test_opcheck_and_compile(step, device, dtype):
+    q, k, v = inputs((1, 4, 2, 70, 90, 64), dtype, device, grad=True)
+    options = (None, None, None, 70, 90, True, 0, 0.125, str(step), False)
+    torch.library.opcheck(torch.ops.tformer_lab.flash_attention, (q, k, v, *options))
+    compiled = torch.compile(
+        lambda *x: flash_attention(*x, causal=True, step=step) * 2, fullgraph=True, backend="aot_eager"
+    )
+    out = compiled(q, k, v)
+    expected = flash_attention(q, k, v, causal=True, step=step) * 2
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    for a, b in zip(
+        torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), (q, k, v)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    T=st.integers(1, 70),
+    S=st.integers(1, 70),
+    d=st.integers(1, 40),
+    ratio=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 80),
+)
+@pytest.mark.parametrize("step", [0, pytest.param("cpu", marks=needs_cpu_twin)])
+def test_any_small_shape(step, T, S, d, ratio, causal, window):
+    check_against_plain((1, *ratio, T, S, d), torch.float32, "cpu", step, backward=True, causal=causal, window=window)
+
+
+def test_step_0_is_exact_in_float64():
+    q, k, v = inputs((2, 4, 2, 150, 280, 24), torch.float64, "cpu", grad=True)
+    out, lse = flash_attention(q, k, v, causal=True, return_lse=True)
+    exact, exact_lse = plain(q, k, v, causal=True)
+    torch.testing.assert_close(out, exact, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-12, atol=1e-12)
+    small = inputs((1, 2, 1, 5, 7, 4), torch.float64, "cpu", grad=True)
+    assert torch.autograd.gradcheck(lambda *x: flash_attention(*x, window=3, return_lse=True), small)
+
+
+def test_any_mask_runs_step_0():
+    q, k, v = inputs((2, 2, 1, 140, 150, 16), torch.float32, "cpu", grad=True)
+    for mask in (torch.rand(2, 2, 140, 150) > 0.5, masks.padding(torch.tensor([0, 90]), 150), torch.rand(140, 1) > 0.5):
+        out = flash_attention(q, k, v, mask=mask)
+        exact, _ = plain(q, k, v, mask=mask)
+        torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(exact.sum(), (q, k, v)), rtol=1e-3, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("step", [0, pytest.param("cpu", marks=needs_cpu_twin)])
+def test_memory_grows_linearly(step):
+    """The peak resident memory at 8,192 tokens stays far under one 8,192 x 8,192 matrix of floats (256 MB)."""
+    code = f"""
+import resource, torch
+torch.set_num_threads(2)
+from tformer_lib.flash_attention import flash_attention
+q, k, v = (torch.randn(1, 1, 8192, 16) for _ in range(3))
+flash_attention(q[:, :, :64], k[:, :, :64], v[:, :, :64], step={step!r})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+flash_attention(q, k, v, step={step!r})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
+    kilobytes = int(done.stdout) / (1 if sys.platform == "linux" else 1024)
+    assert kilobytes < 64 * 1024
+
+
+def test_errors_name_what_came():
+    q, k, v = inputs((1, 4, 2, 5, 6, 8), torch.float32, "cpu")
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        flash_attention(q, k, v, window=0)
+    with pytest.raises(ValueError, match="step must be one of"):
+        flash_attention(q, k, v, step=7)
+    with pytest.raises(ValueError, match="runs on cuda"):
+        flash_attention(q, k, v, step=3)
+    with pytest.raises(ValueError, match="v must have q's head_dim 8"):
+        flash_attention(q, k, torch.zeros(1, 2, 6, 4))
+    with pytest.raises(ValueError, match="q has 4 heads, which 3 kv heads do not divide"):
+        flash_attention(q, k.new_zeros(1, 3, 6, 8), v.new_zeros(1, 3, 6, 8))
+    with pytest.raises(ValueError, match="must have 3 dimensions"):
+        flash_attention_varlen(q, k, v, torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"must be \(batch \+ 1,\) int32"):
+        flash_attention_varlen(q[0], k[0], v[0], torch.zeros(2), torch.zeros(2, dtype=torch.int32))
+
+
+@needs_cpu_twin
+def test_a_step_refuses_what_it_cannot_do():
+    q, k, v = inputs((1, 2, 2, 5, 6, 8), torch.float32, "cpu")
+    with pytest.raises(ValueError, match="step cpu cannot do this: kernels know the masks causal and window"):
+        flash_attention(q, k, v, mask=torch.ones(5, 6, dtype=torch.bool), step="cpu")
+    with pytest.raises(ValueError, match=r"float32, bfloat16 and float16, got torch.float64"):
+        flash_attention(q.double(), k.double(), v.double(), step="cpu")
+    with pytest.raises(ValueError, match="head_dim must be at most 256"):
+        flash_attention(*inputs((1, 1, 1, 2, 2, 264), torch.float32, "cpu"), step="cpu")
+
+
+@needs_gpu
+def test_steps_refuse_dtypes():
+    q, k, v = inputs((1, 2, 2, 5, 6, 64), torch.bfloat16, "cuda")
+    with pytest.raises(ValueError, match="takes float32"):
+        flash_attention(q, k, v, step=2)
+    with pytest.raises(ValueError, match="bfloat16 and float16"):
+        flash_attention(q.float(), k.float(), v.float(), step=3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_graph_replays(dtype):
+    q, k, v = inputs((1, 4, 2, 300, 300, 64), dtype, "cuda")
+    flash_attention(q, k, v, causal=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flash_attention(q, k, v, causal=True)
+    q.normal_()
+    graph.replay()
+    torch.testing.assert_close(out, flash_attention(q, k, v, causal=True), rtol=0, atol=0)
+
+
+@needs_gpu
+def test_uses_the_current_stream():
+    q, k, v = inputs((1, 8, 8, 2000, 2000, 64), torch.bfloat16, "cuda")
+    expected = flash_attention(q, k, v)
+    late = torch.zeros_like(q)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(q)
+        out = flash_attention(late, k, v)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("step", [3, pytest.param(4, marks=pytest.mark.skipif(not ON_HOPPER, reason="needs sm_90"))])
+def test_more_than_two_to_the_31_elements(step):
+    batch, heads, T, d = 18, 16, 65536, 128  # 2.4e9 elements in q and out
+    if torch.cuda.get_device_properties(0).total_memory < 40e9:
+        pytest.skip("needs 40 GB")
+    q = torch.randn(1, 1, T, d, device="cuda", dtype=torch.bfloat16).expand(batch, heads, T, d).contiguous()
+    k, v = (torch.randn(batch, 1, 64, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = flash_attention(q, k, v, step=step)
+    exact, _ = plain(q[-1:, -1:, -500:].double(), k[-1:].double(), v[-1:].double())
+    torch.testing.assert_close(out[-1:, -1:, -500:].double(), exact, rtol=2e-2, atol=2e-2)
+
+
+@needs_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_uses_the_tensors_device():
+    q, k, v = inputs((1, 2, 2, 100, 100, 64), torch.bfloat16, "cuda:1")
+    with torch.cuda.device(0):
+        out = flash_attention(q, k, v)
+    exact, _ = plain(*doubles(q, k, v))
+    torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=2e-2)
