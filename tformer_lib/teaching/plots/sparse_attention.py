@@ -1,0 +1,90 @@
+"""Figures of the sparse-attention chapter."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tformer_lib.teaching import style
+
+
+def gallery(masks: dict[str, Tensor], *, columns: int = 3, block: int | None = None) -> None:
+    """Several (T, T) masks in a grid, each under its name with the share of pairs that it keeps.
+
+    Args:
+        masks: name -> mask.
+        columns: panels in a row.
+        block: draw lines between blocks of this many positions.
+    """
+    rows = -(-len(masks) // columns)
+    _, axes = style.figure(rows, columns, height=2.35 * rows + 0.3, squeeze=False)
+    for ax, (name, mask) in zip(axes.flat, masks.items(), strict=False):
+        ax.imshow(mask.float().numpy(), cmap=style.WEIGHTS, vmin=0, vmax=1.5, interpolation="nearest")
+        ax.set_title(f"{name}: {mask.float().mean():.0%}", fontsize=9.5)
+        frame(ax)
+        for edge in range(block or 0, mask.shape[0] if block else 0, block or 1):
+            ax.axhline(edge - 0.5, color=style.GREY, linewidth=0.5)
+            ax.axvline(edge - 0.5, color=style.GREY, linewidth=0.5)
+    for ax in axes.flat[len(masks) :]:
+        ax.set_axis_off()
+    for ax in axes[:, 0]:
+        ax.set_ylabel("query")
+    style.show()
+
+
+def frame(ax) -> None:
+    """No ticks and no grid, and a thin border all around."""
+    ax.set(xticks=[], yticks=[])
+    ax.grid(False)
+    for spine in ax.spines.values():
+        spine.set(visible=True, color=style.GREY)
+
+
+def reach(curves: dict[str, Sequence[float]]) -> None:
+    """Share of its past that the last token can know of, over the number of layers."""
+    _, ax = style.figure(height=3.2)
+    layers = range(1, len(next(iter(curves.values()))) + 1)
+    style.lines(ax, list(layers), curves)
+    ax.set(xlabel="layers", ylabel="share of the past in reach", ylim=(0, 1.05))
+    ax.set_xticks(list(layers))
+    style.show()
+
+
+def growth(lengths: Sequence[int], panels: dict[str, dict[str, Sequence[float]]]) -> None:
+    """Measured growth with the length on logarithmic axes, a panel for each quantity."""
+    _, axes = style.figure(1, len(panels), height=3.6, squeeze=False)
+    for ax, (label, curves) in zip(axes.flat, panels.items(), strict=True):
+        style.lines(ax, lengths, curves)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xticks(list(lengths), [f"{n:,}" for n in lengths])
+        ax.minorticks_off()
+        ax.set(xlabel="tokens N", ylabel=label)
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high * 12)  # room for the legend
+        ax.legend(fontsize=8.5, loc="upper left")
+    style.show()
+
+
+def by_live_blocks(points: dict[str, tuple[int, float]]) -> None:
+    """Milliseconds over the number of live blocks, a labelled point a pattern, and the line through the origin."""
+    _, ax = style.figure(height=3.4)
+    slope = sum(live * ms for live, ms in points.values()) / sum(live * live for live, _ in points.values())
+    most = max(live for live, _ in points.values())
+    ax.plot([0, 1.1 * most], [0, 1.1 * slope * most], color=style.GREY, linewidth=1.0, label="proportional")
+    for i, (name, (live, ms)) in enumerate(points.items()):
+        ax.plot(live, ms, style.MARKERS[i % 6], color=style.PALETTE[i % 6], label=name, markersize=7)
+    ax.set(xlabel="live blocks", ylabel="milliseconds", xlim=(0, 1.15 * most), ylim=(0, None))
+    ax.legend(fontsize=8.5)
+    style.show()
+
+
+def retrieval(distances: Sequence[int], measured: dict[str, Sequence[float]], predicted: dict[str, Sequence[float]]):
+    """Share of pairs recalled over their distance: points measured, lines predicted from the mask alone."""
+    _, axes = style.figure(1, len(measured), height=2.7, sharey=True)
+    for i, (ax, name) in enumerate(zip(axes, measured, strict=True)):
+        ax.plot(distances, predicted[name], color=style.GREY, linewidth=1.5, drawstyle="steps-mid")
+        ax.plot(distances, measured[name], style.MARKERS[i], color=style.PALETTE[i], markersize=3.2)
+        ax.set(xlabel="distance", ylim=(0, 1.06))
+        ax.set_title(name, fontsize=10)
+    axes[0].set_ylabel("share recalled")
+    style.show()
