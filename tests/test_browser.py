@@ -9,6 +9,7 @@ Without Chromium, or where MathJax could not be fetched by ``book/vendor.py``, t
 
 import functools
 import http.server
+import importlib.util
 import subprocess
 import sys
 import threading
@@ -25,10 +26,24 @@ CONTENTS = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
 PAGES = [CONTENTS["root"], *(chapter["file"] for part in CONTENTS["parts"] for chapter in part["chapters"])]
 CHAPTERS = [page for page in PAGES if page.startswith("notebooks/")]
 
+AXE = (
+    "axe-core@4.10.3",
+    "Xm7bpRXnDSX2YE2YFfBk2FnF0ep6tmG7xPh8iHee8MIcrgq762Nkce856dYtJYLkuIoYZvGfTs/PbZhideTcEg==",
+)
+"""Package and version, and the archive's SHA-512."""
+
 LIGHT = 2_000_000
 """Bytes: the most that the HTML and the pictures of a chapter may weigh together."""
 
 pytestmark = pytest.mark.skipif(executable() is None, reason="Chromium is not installed (apt install chromium)")
+
+
+def script(path: Path):
+    """A script of the book as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -101,6 +116,28 @@ def test_interactive_figures_move(browser, address, page, width):
     assert browser.messages == []
 
 
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory) -> str:
+    """The source of axe-core, which finds what hinders readers with a disability."""
+    vendor = script(ROOT / "book" / "vendor.py")
+    try:
+        package = vendor.fetch(*AXE, tmp_path_factory.mktemp("axe"))
+    except vendor.Unavailable as reason:
+        pytest.skip(f"axe-core could not be fetched: {reason}")
+    return (package / "axe.min.js").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("page", PAGES)
+def test_page_is_accessible(browser, address, axe, page, theme):
+    browser.resize(1280, 900)
+    browser.open(f"{address}{page}.html")
+    browser.evaluate(f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}')")
+    browser.open(f"{address}{page}.html")
+    browser.evaluate(f"{axe}; 0")
+    assert browser.evaluate(SERIOUS_FINDINGS) == []
+
+
 @pytest.mark.parametrize("page", CHAPTERS)
 def test_both_themes_show_figures_on_a_light_ground(browser, address, page):
     for theme in ("light", "dark"):
@@ -138,6 +175,12 @@ def test_internal_links_and_anchors_resolve(site):
                 broken.append(f"{file.relative_to(site)}: {link['href']}")
     assert broken == []
 
+
+SERIOUS_FINDINGS = """
+axe.run(document, { runOnly: ['wcag2a', 'wcag2aa'] }).then((found) => found.violations
+  .filter((v) => ['serious', 'critical'].includes(v.impact))
+  .map((v) => `${v.id}, ${v.nodes.length} times: ${v.nodes[0].html.slice(0, 200)} ${v.nodes[0].failureSummary}`))
+"""
 
 MISSING_IMAGES = "[...document.images].filter((i) => i.complete && !i.naturalWidth).map((i) => i.src)"
 

@@ -1,5 +1,6 @@
 """What every notebook keeps, beside the outputs that ``pytest --nbval`` compares."""
 
+import importlib
 import json
 import re
 from itertools import pairwise
@@ -132,3 +133,14 @@ def outputs_of_check(path: Path, name: str) -> list[str]:
 
 def test_notebook_is_light(notebook):
     assert notebook.stat().st_size <= LIGHT
+
+
+def test_interactive_figures_are_the_library_s(notebook):
+    states = load(notebook)["metadata"].get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {})
+    figures = [s["state"] for s in states.get("state", {}).values() if "_anywidget_id" in s["state"]]
+    for figure in figures:
+        module, _, name = figure["_anywidget_id"].rpartition(".")
+        drawn = getattr(importlib.import_module(module), name)
+        told = f"{name} has changed since: make notebooks NB=notebooks/{notebook.name}"
+        assert figure["_esm"] == drawn._esm, told
+        assert figure["_css"] == drawn._css, told

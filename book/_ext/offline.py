@@ -1,6 +1,4 @@
-"""What the pages load: as little as can be, and from the book itself.
-
-MathJax, RequireJS and the widget manager are served from the book where ``book/vendor.py`` has fetched them.
+"""Serve MathJax, RequireJS and the widget manager from the book itself, where ``book/vendor.py`` has fetched them.
 
 Without them the pages ask their content delivery networks, as Sphinx and MyST-NB do by default, and the build says so.
 """
@@ -29,14 +27,7 @@ def use_vendored(app: Sphinx, config: Config) -> None:
     config.nb_ipywidgets_js = {f"{ADDRESS}/{name}": {} for name in SCRIPTS}
 
 
-def drop_thebe(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
-    """Leave out Thebe, which the book does not use: its script is put in twice, and the second one is an error."""
-    scripts = context.get("script_files", [])
-    context["script_files"] = [s for s in scripts if "thebe" not in f"{s} {getattr(s, 'attributes', '')}".lower()]
-
-
 def setup(app: Sphinx) -> dict:
     """Register with Sphinx; before MyST-NB reads its configuration."""
     app.connect("config-inited", use_vendored, priority=10)
-    app.connect("html-page-context", drop_thebe, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
