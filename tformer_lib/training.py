@@ -144,7 +144,7 @@ PRESETS = {
         TrainingConfig(  # what chapter 06 trains while you watch
             preset="quick",
             model=llama_like(width=128, layers=2, heads=4),
-            batch=8, context=256, steps=300, learning_rate=3e-3, min_learning_rate=3e-4, warmup=30,
+            batch=4, context=256, steps=500, learning_rate=3e-3, min_learning_rate=3e-4, warmup=30,
             eval_interval=100, eval_windows=64, save_interval=100,
         ),
         TrainingConfig(  # the model in tformer_lib/weights, which later chapters load

@@ -1,7 +1,6 @@
 """The figures of chapter 06."""
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import numpy as np
 
@@ -11,36 +10,17 @@ from tformer_lib.teaching import style
 def loop() -> None:
     """The loop of training, as boxes and arrows."""
     _, ax = style.figure(height=2.3)
-    boxes = [
-        (0, "text\nas tokens"),
-        (1.5, "windows\n(batch, T)"),
-        (3.0, "model\n(random at first)"),
-        (4.5, "loss\n-log p(next token)"),
-        (6.0, "gradient\nof the loss"),
-    ]
-    for x, words in boxes:
-        ax.text(
-            x,
-            1,
-            words,
-            ha="center",
-            va="center",
-            fontsize=9,
-            bbox={"boxstyle": "round,pad=0.45", "facecolor": "white", "edgecolor": style.BLUE},
-        )
+    boxes = ["text\nas tokens", "windows\n(batch, T)", "model\n(at first random)", "loss\n-log p(next)", "gradient"]
+    look = {"boxstyle": "round,pad=0.45", "facecolor": "white", "edgecolor": style.BLUE}
     arrow = {"arrowstyle": "-|>", "color": style.INK, "linewidth": 1.3}
-    for (a, _), (b, _) in pairwise(boxes):
-        ax.annotate("", (b - 0.62, 1), (a + 0.62, 1), arrowprops=arrow)
-    ax.annotate(
-        "",
-        (3.0, 0.62),
-        (6.0, 0.62),
-        arrowprops=arrow | {"connectionstyle": "arc,angleA=-90,angleB=-90,armA=38,armB=38,rad=6"},
-    )
-    ax.text(
-        4.5, 0.28, "AdamW: a small step of every weight", ha="center", va="center", fontsize=9, color=style.VERMILION
-    )
-    ax.set(xlim=(-0.8, 6.8), ylim=(0.05, 1.4))
+    for i, words in enumerate(boxes):
+        ax.text(2 * i, 1, words, ha="center", va="center", fontsize=8.5, bbox=look)
+        if i:
+            ax.annotate("", (2 * i - 0.72, 1), (2 * i - 1.25, 1), arrowprops=arrow)
+    ax.plot([8, 8, 4], [0.68, 0.3, 0.3], color=style.INK, linewidth=1.3)
+    ax.annotate("", (4, 0.72), (4, 0.29), arrowprops=arrow)
+    ax.text(6, 0.22, "AdamW: a small step of every weight", ha="center", va="top", fontsize=9, color=style.VERMILION)
+    ax.set(xlim=(-0.9, 8.9), ylim=(0.0, 1.4))
     ax.axis("off")
     style.show()
 
@@ -66,7 +46,7 @@ def valley(paths: dict[str, np.ndarray], curvature: tuple[float, float]) -> None
         )
     ax.plot(0, 0, marker="*", color=style.INK, markersize=13, linestyle="none", label="the lowest point")
     ax.set(xlabel="weight 1 (flat)", ylabel="weight 2 (steep)", xlim=(-10.5, 1.5), ylim=(-1.5, 1.5))
-    ax.legend(loc="lower left")
+    ax.legend(loc="upper right")
     style.show()
 
 
@@ -89,18 +69,18 @@ def losses(short: Sequence[dict], long: Sequence[dict], floor: float) -> None:
         floor: nats per token that no model can expect to beat.
     """
     _, axes = style.figure(1, 2, height=3.2, sharey=True)
-    titles = ("this page: a small model, seconds", "recorded: the stories model, on a GPU")
+    titles = ("this page: seconds", "recorded: on a GPU")
     for ax, title, history in zip(axes, titles, (short, long), strict=True):
         train = [(h["step"], h["loss"]) for h in history if "loss" in h]
-        val = [(h["step"], h["val_loss"]) for h in history if "val_loss" in h]
+        val = [(max(h["step"], 1), h["val_loss"]) for h in history if "val_loss" in h]  # no 0 on a logarithmic axis
         ax.plot(*zip(*train, strict=True), color=style.SKY, linewidth=1.2, label="training batch")
         ax.plot(*zip(*val, strict=True), color=style.BLUE, marker="o", markersize=4, label="validation")
         ax.axhline(floor, color=style.VERMILION, linestyle="--", label=f"floor: {floor:.3f}")
-        ax.set(title=title, xlabel="step", yscale="log", ylim=(0.22, 8))
+        ax.set(title=title, xlabel="step", xscale="log", yscale="log", ylim=(0.22, 8))
         ax.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["0.25", "0.5", "1", "2", "4", "8"])
         ax.minorticks_off()
     axes[0].set_ylabel("nats per token")
-    axes[0].legend()
+    axes[1].legend(loc="upper right")
     style.show()
 
 
