@@ -8,6 +8,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from tformer_lib.teaching import style
+from tformer_lib.teaching.display import show_markdown
 
 
 def who_sees_whom(mask: Tensor, queries: Sequence[str], keys: Sequence[str]) -> None:
@@ -95,3 +96,13 @@ def losses(curves: dict[str, Sequence[float]], floor: float) -> None:
 def note(fig: plt.Figure, text: str) -> None:
     """A line of small print under the figure."""
     fig.supxlabel(text, fontsize=9, color=style.INK)
+
+
+def verdicts(results: dict[str, dict[str, bool]]) -> None:
+    """A table of forms (rows) and tests (columns): name of a form -> name of a test -> did it pass."""
+    tests = list(next(iter(results.values())))
+    rows = [
+        f"| `{name}` | " + " | ".join("ok" if fine else "**fails**" for fine in passed.values()) + " |"
+        for name, passed in results.items()
+    ]
+    show_markdown("\n".join([f"| | {' | '.join(tests)} |", "|---" * (len(tests) + 1) + "|", *rows]))
