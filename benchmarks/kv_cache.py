@@ -21,7 +21,7 @@ from statistics import median
 import torch
 
 from benchmarks.harness import Report, Timing, copy_rate, measure, synchronize
-from tformer_lib.generation import StaticStep, generate, generate_uncached, prefill
+from tformer_lib.generation import StaticStep, decode_step, generate, generate_uncached, prefill
 from tformer_lib.kv_cache import CacheShape, GrowingCache, KVCache, PreallocatedCache, RingCache, pass_cost
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
 
@@ -98,7 +98,7 @@ class Bench:
 
     def gpu_variants(self) -> list[Callable[[], None]]:
         """What is launched kernel by kernel, what is recorded, and a peer."""
-        return [self.same_text, self.uncached, self.cached_preallocated, self.cuda_graph, self.transformers]
+        return [self.same_text, self.plans, self.uncached, self.cached_preallocated, self.cuda_graph, self.transformers]
 
     def cpu_variants(self) -> list[Callable[[], None]]:
         """What a machine without a GPU can show."""
@@ -107,6 +107,20 @@ class Bench:
     def uncached(self) -> None:
         """The plain loop: the whole text again for each token, kernels launched one by one."""
         self.time_run("uncached", lambda: generate_uncached(self.model, self.prompt, max_new_tokens=self.new_tokens))
+
+    @torch.no_grad()
+    def plans(self) -> None:
+        """What PyTorch's own choice of attention costs when each call has a new length, and when all have the same."""
+        for name, lengths in (("new lengths", range(300, 340)), ("one length", [300] * 40)):
+            inputs = [torch.zeros(1, length, dtype=torch.int64, device=self.device) for length in lengths]
+            self.model(inputs[0])
+            synchronize(self.device)
+            begin = time.perf_counter()
+            for tokens in inputs:
+                self.model(tokens)
+            synchronize(self.device)
+            milliseconds = (time.perf_counter() - begin) / len(inputs) * 1e3
+            self.report.note(**{f"milliseconds_per_pass_by_default_{name.replace(' ', '_')}": round(milliseconds, 2)})
 
     def same_text(self) -> None:
         """In float64, where ties do not break at random: does a recorded step write the uncached loop's text?"""
@@ -160,7 +174,7 @@ class Bench:
 
     def time_cached(self, name: str, cache: KVCache) -> None:
         """Time decoding on a cache with an ordinary step."""
-        step = lambda tokens: self.model(tokens, cache=cache)[:, -1]  # noqa: E731
+        step = decode_step(self.model, cache)
         self.time_run(name, lambda: self.decode(cache, step))
 
     def time_static(self, name: str, *, compile: bool) -> StaticStep:
