@@ -144,7 +144,7 @@ PRESETS = {
         TrainingConfig(  # what chapter 06 trains while you watch
             preset="quick",
             model=llama_like(width=128, layers=2, heads=4),
-            batch=4, context=256, steps=500, learning_rate=3e-3, min_learning_rate=3e-4, warmup=30,
+            batch=4, context=256, steps=400, learning_rate=3e-3, min_learning_rate=3e-4, warmup=30,
             eval_interval=100, eval_windows=64, save_interval=100,
         ),
         TrainingConfig(  # the model in tformer_lib/weights, which later chapters load
@@ -612,8 +612,12 @@ class Run:
         """Append one measurement to the history and to metrics.jsonl."""
         line = {"step": self.step, **values}
         self.history.append(line)
-        with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        path = self.out / "metrics.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(f"could not write {path}: {error.strerror}; the last checkpoint is kept") from error
 
     def facts(self) -> dict:
         """What a file of weights says about itself."""
