@@ -108,6 +108,13 @@ def test_lengths(step, device, dtype, lengths, causal):
 @pytest.mark.parametrize("head_dim", [8, 32, 40, 64, 80, 96, 128, 160, 192, 224, 256])
 def test_head_dims(step, device, dtype, head_dim):
     check_against_plain((1, 2, 2, 150, 190, head_dim), dtype, device, step, backward=True, causal=True)
+    check_against_plain((1, 2, 1, 300, 190, head_dim), dtype, device, step)
+
+
+@every_backend
+def test_many_keys(step, device, dtype):
+    check_against_plain((1, 2, 1, 270, 8500, 128), dtype, device, step, causal=True)
+    check_against_plain((1, 2, 1, 140, 8500, 128), dtype, device, step, window=5000)
 
 
 @pytest.mark.parametrize("head_dim", [1, 59, 111])

@@ -227,6 +227,7 @@ def build(name: str, source: Path, flags: list[str], folder: Path, arch: str) ->
     from torch.utils import cpp_extension
 
     (folder / "lock").unlink(missing_ok=True)  # torch's own lock file, which a killed build leaves behind
+    cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(name, None)  # else torch skips what it has tried before
     target = f"kernels/{source.parent.name}/{source.name}" + (f" for sm_{arch}" if arch else "")
     is_cuda = source.suffix == ".cu"
     start = time.perf_counter()

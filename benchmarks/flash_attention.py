@@ -1,0 +1,275 @@
+"""How fast the flash-attention ladder is, beside torch's own attention: ``python -m benchmarks.flash_attention``.
+
+Theory. The forward of T queries over S keys does 4 T S d floating-point operations a head (2 T S d for Q K^T, as many
+for P V), half of it under a causal mask; the backward does five such products instead of two. At these lengths both
+are limited by arithmetic: a tile of K and V is used for 64 to 192 queries, hundreds of operations for each byte. So the
+limit beside each row is the rate of a large matrix product on the same device in the same run.
+
+On a GPU the script measures the forward (steps 3 and 4), the backward, the float32 steps 1 and 2, what single ideas buy
+(the same kernel with one of them taken out), the error against float64, the build times and the registers. On a CPU it
+measures the C++ twin beside torch's attention and the naive one.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import copytree
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.harness import Report, copies_past_cache, matmul_rate, measure
+from tformer_lib import flash_attention as flash
+from tformer_lib import jit
+
+TOKENS, WIDTH = 16384, 2048  # tokens of a batch, and heads x head_dim
+SHAPES = [(d, length, causal) for d in (64, 128) for length in (4096, 16384) for causal in (False, True)]
+PEERS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
+SECONDS = 0.2  # of each measurement
+
+HOPPER, TENSOR_CORE = "4_hopper.cu", "3_tensor_core.cu"
+WITHOUT_TURNS = [("meet(1 + group, 2 * WARPGROUP);", ""), ("report(1 + (group + 1) % Sh::GROUPS, 2 * WARPGROUP);", "")]
+WITHOUT_OVERLAP = [("wait_products<1>();\n                pin(S);", "wait_products<0>();\n                pin(S);")]
+WITHOUT_SWIZZLE = [("((chunk ^ (row % 8)) * 16)", "(chunk * 16)")]
+ABLATIONS = [  # (step, what is changed, file, edits)
+    (3, "without the swizzle", TENSOR_CORE, WITHOUT_SWIZZLE),
+    (4, "without turns", HOPPER, WITHOUT_TURNS),
+    (4, "without overlap inside a warpgroup", HOPPER, WITHOUT_OVERLAP),
+    (4, "without either", HOPPER, WITHOUT_TURNS + WITHOUT_OVERLAP),
+    (4, "128 keys a tile", HOPPER, [("Shape<128, 2, 176>", "Shape<128, 2, 128>")]),
+    (4, "192 keys a tile", HOPPER, [("Shape<128, 2, 176>", "Shape<128, 2, 192>")]),
+    (4, "192 keys a tile, without turns", HOPPER, [("Shape<128, 2, 176>", "Shape<128, 2, 192>"), *WITHOUT_TURNS]),
+]
+
+
+def flops(batch: int, heads: int, T: int, S: int, d: int, causal: bool, products: int = 2) -> float:
+    """Operations of ``products`` matrix products over all scores, half of which a causal mask removes."""
+    return 2.0 * products * batch * heads * T * S * d * (0.5 if causal else 1.0)
+
+
+def random_inputs(d: int, length: int, device: str, dtype: torch.dtype, count: int = 3) -> tuple[Tensor, ...]:
+    """``count`` tensors of (batch, heads, length, d)."""
+    shape = (TOKENS // length, WIDTH // d, length, d)
+    return tuple(torch.randn(shape, device=device, dtype=dtype) for _ in range(count))
+
+
+def peer(backend: SDPBackend, causal: bool) -> Callable:
+    """torch's attention, held to one backend."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    return attend
+
+
+def own(step: int | str, causal: bool) -> Callable:
+    """One step of the ladder."""
+    return lambda q, k, v: flash.flash_attention(q, k, v, causal=causal, step=step)
+
+
+def label(d: int, length: int, causal: bool) -> str:
+    """A shape, as the rows name it."""
+    return f"d {d}, {length:,}{', causal' if causal else ''}"
+
+
+# --- GPU -----------------------------------------------------------------------------------------------------------
+
+
+def time_forward(report: Report, limit: float) -> None:
+    """Steps 3 and 4 beside torch's two fast backends."""
+    for d, length, causal in SHAPES:
+        inputs = copies_past_cache(lambda d=d, n=length: random_inputs(d, n, "cuda", torch.bfloat16), "cuda")
+        contestants = {name: peer(backend, causal) for name, backend in PEERS.items()}
+        contestants |= {f"step {step}": own(step, causal) for step in (3, 4)}
+        for name, attend in contestants.items():
+            timing = measure(attend, inputs, device="cuda", seconds=SECONDS)
+            work = flops(TOKENS // length, WIDTH // d, length, length, d, causal)
+            name = f"forward, {label(d, length, causal)}: {name}"
+            report.add(name, timing, flops=work, limit=limit, d=d, length=length, causal=causal)
+
+
+def time_backward(report: Report, limit: float) -> None:
+    """The gradients of all three inputs, with and without the deterministic order."""
+    for d, length, causal in SHAPES:
+        q, k, v, dout = random_inputs(d, length, "cuda", torch.bfloat16, 4)
+        for x in (q, k, v):
+            x.requires_grad_()
+        contestants = {name: peer(backend, causal) for name, backend in PEERS.items()}
+        contestants["backward.cu"] = own(4, causal)
+        contestants["backward.cu, deterministic"] = lambda q, k, v, causal=causal: flash.flash_attention(
+            q, k, v, causal=causal, deterministic=True
+        )
+        for name, attend in contestants.items():
+            out = attend(q, k, v)
+            run = lambda out=out, x=(q, k, v), dout=dout: torch.autograd.grad(out, x, dout, retain_graph=True)  # noqa: E731
+            timing = measure(run, device="cuda", seconds=SECONDS)
+            work = flops(TOKENS // length, WIDTH // d, length, length, d, causal, products=5)
+            name = f"backward, {label(d, length, causal)}: {name}"
+            report.add(name, timing, flops=work, limit=limit, d=d, length=length, causal=causal)
+
+
+def time_float32(report: Report) -> None:
+    """Steps 1 and 2 beside torch's memory-efficient backend, in float32."""
+    limit = matmul_rate("cuda", torch.float32)
+    report.note(matmul_float32_tflops=limit / 1e12)
+    for d in (64, 128):
+        inputs = [random_inputs(d, 4096, "cuda", torch.float32)]
+        contestants = {"sdpa efficient": peer(SDPBackend.EFFICIENT_ATTENTION, False)}
+        contestants |= {f"step {step}": own(step, False) for step in (1, 2)}
+        for name, attend in contestants.items():
+            timing = measure(attend, inputs, device="cuda", seconds=SECONDS, min_calls=3)
+            work = flops(TOKENS // 4096, WIDTH // d, 4096, 4096, d, False)
+            name = f"forward, float32, {label(d, 4096, False)}: {name}"
+            report.add(name, timing, flops=work, limit=limit, d=d, length=4096, causal=False)
+
+
+@contextmanager
+def edited(file: str, edits: list[tuple[str, str]]) -> Iterator[None]:
+    """Load kernels from a copy in which ``file`` has each text replaced by another."""
+    original = jit.kernels_folder()
+    with tempfile.TemporaryDirectory() as folder:
+        copytree(original, folder, dirs_exist_ok=True)
+        path = Path(folder) / flash.TOPIC / file
+        text = path.read_text()
+        for old, new in edits:
+            if old not in text:
+                raise ValueError(f"{file} no longer holds {old!r}")
+            text = text.replace(old, new)
+        path.write_text(text)
+        jit.kernels_folder, keep = (lambda: Path(folder)), jit.kernels_folder
+        flash.kernel.cache_clear()
+        try:
+            yield
+        finally:
+            jit.kernels_folder = keep
+            flash.kernel.cache_clear()
+
+
+def time_ablations(report: Report, limit: float) -> None:
+    """What one idea buys: the same kernel without it."""
+    for step, change, file, edits in ABLATIONS:
+        with edited(file, edits):
+            for d in (64, 128):
+                if "keys" in change and d == 64:
+                    continue
+                inputs = [random_inputs(d, 16384, "cuda", torch.bfloat16)]
+                timing = measure(own(step, False), inputs, device="cuda", seconds=SECONDS)
+                work = flops(1, WIDTH // d, 16384, 16384, d, False)
+                name = f"forward, {label(d, 16384, False)}: step {step}, {change}"
+                report.add(name, timing, flops=work, limit=limit, d=d, length=16384, causal=False)
+
+
+def exact_rows(q: Tensor, k: Tensor, v: Tensor, rows: slice, causal: bool) -> Tensor:
+    """Float64 attention of some rows."""
+    q, k, v = q[:, :, rows].double(), k.double(), v.double()
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if causal:
+        positions = torch.arange(k.shape[2], device=q.device)
+        scores = scores.masked_fill(positions > positions[rows, None], -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+def note_errors(report: Report) -> None:
+    """The largest error against float64 of each contestant, on the same inputs."""
+    for d, causal in ((64, False), (64, True), (128, False), (128, True)):
+        torch.manual_seed(d)
+        q, k, v = (x[:1, :4] for x in random_inputs(d, 4096, "cuda", torch.bfloat16))
+        rows = slice(0, 4096, 7)
+        exact = exact_rows(q, k, v, rows, causal)
+        contestants = {name: peer(backend, causal) for name, backend in PEERS.items()}
+        contestants |= {f"step {step}": own(step, causal) for step in (3, 4)}
+        for name, attend in contestants.items():
+            error = (attend(q, k, v)[:, :, rows].double() - exact).abs().max().item()
+            report.note(**{f"error, d {d}{', causal' if causal else ''}: {name}": error})
+
+
+def note_builds(report: Report) -> None:
+    """Seconds of a cold build of each step, and of a second load in a new process."""
+    for step in (1, 2, 3, 4, "backward"):
+        jit.load(flash.TOPIC, step)
+        source = jit.find_source(flash.TOPIC, step)
+        key = jit.build_key(source, jit.compile_flags(source, jit.architecture()))
+        folder = jit.cache_folder() / f"tformer_{flash.TOPIC}_{source.stem}_{key}"
+        report.note(**{f"build seconds, step {step}": float((folder / jit.BUILT).read_text())})
+    code = "import time, torch; t = time.time(); from tformer_lib import jit; jit.load('flash_attention', 4); "
+    code += "print(time.time() - t)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    report.note(second_load_seconds=float(done.stdout))
+
+
+def note_resources(report: Report) -> None:
+    """Registers, spills, shared memory and resident blocks of every step."""
+    for step, dtype in ((1, torch.float32), (2, torch.float32), (3, torch.bfloat16), (4, torch.bfloat16)):
+        for d in (64, 128, 256):
+            q = torch.empty(1, 1, 4096, d, device="cuda", dtype=dtype)
+            report.note(**{f"resources, step {step}, d {d}": flash.resources(step, q, q)})
+    for d in (64, 128):
+        q = torch.empty(1, 1, 4096, d, device="cuda", dtype=torch.bfloat16)
+        report.note(**{f"resources, backward, d {d}": flash.resources("backward", q, q)})
+
+
+def run_gpu(report: Report, ablations: bool) -> None:
+    """Everything that a Hopper GPU can show."""
+    limit = matmul_rate("cuda", torch.bfloat16)
+    report.note(matmul_bfloat16_tflops=limit / 1e12)
+    time_forward(report, limit)
+    time_backward(report, limit)
+    note_errors(report)
+    note_builds(report)
+    note_resources(report)
+    report.finish()  # what there is so far, should the rest be cut short
+    time_float32(report)
+    if ablations:
+        time_ablations(report, limit)
+
+
+# --- CPU -----------------------------------------------------------------------------------------------------------
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention with the whole matrix of scores in memory."""
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
+
+
+def run_cpu(report: Report) -> None:
+    """The C++ twin at 4,096 tokens, 8 heads, d 64, float32."""
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    limit = matmul_rate("cpu", torch.float32)
+    report.note(matmul_float32_tflops=limit / 1e12)
+    start = time.perf_counter()
+    jit.load(flash.TOPIC, "cpu")
+    report.note(load_seconds=time.perf_counter() - start)
+    inputs = [tuple(torch.randn(1, 8, 4096, 64) for _ in range(3))]
+    contestants = {"naive": naive, "sdpa": F.scaled_dot_product_attention, "C++ twin": own("cpu", False)}
+    for name, attend in contestants.items():
+        timing = measure(attend, inputs, device="cpu", seconds=6.0)
+        work = flops(1, 8, 4096, 4096, 64, False)
+        report.add(f"forward, float32, 8 heads, {label(64, 4096, False)}: {name}", timing, flops=work, limit=limit)
+
+
+def main() -> None:
+    """Measure, print and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--no-ablations", action="store_true", help="skip the kernels with one idea taken out")
+    parser.add_argument("--out", help="folder for the JSON instead of benchmarks/results/<device>")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    report = Report("flash_attention", options.device, options.out)
+    if options.device == "cpu":
+        run_cpu(report)
+    else:
+        run_gpu(report, not options.no_ablations)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The loader: builds what is asked for, once, says so, heals, and explains what is missing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tformer_lib import jit
+
+needs_compiler = pytest.mark.skipif(not jit.can_build_cpp(), reason="needs a C++ compiler and ninja")
+SMALL = 'extern "C" int answer() { return %d; }\n'
+
+
+@pytest.fixture
+def kernels(tmp_path, monkeypatch):
+    """A small ``kernels/`` with one topic, and an empty cache."""
+    folder = tmp_path / "kernels" / "small"
+    folder.mkdir(parents=True)
+    (tmp_path / "kernels" / "common").mkdir()
+    (folder / "cpu.cpp").write_text('#include "common/number.h"\nextern "C" int answer() { return NUMBER; }\n')
+    (folder / "1_first.cpp").write_text(SMALL % 1)
+    (folder / "2_second.cu").write_text("// never built here\n")
+    (tmp_path / "kernels" / "common" / "number.h").write_text("#define NUMBER 42\n")
+    monkeypatch.setattr(jit, "kernels_folder", lambda: tmp_path / "kernels")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    yield folder
+    jit.load_source.cache_clear()
+
+
+def test_a_step_is_found_by_number_or_name(kernels):
+    assert jit.find_source("small", 1).name == "1_first.cpp"
+    assert jit.find_source("small", "1_first").name == "1_first.cpp"
+    assert jit.find_source("small", "cpu").name == "cpu.cpp"
+    with pytest.raises(FileNotFoundError, match=r"kernels/small has no step 7; it has: 1_first, 2_second, cpu"):
+        jit.find_source("small", 7)
+
+
+def test_the_repository_holds_every_step_of_the_ladder():
+    for step in ("cpu", 1, 2, 3, 4, "backward"):
+        assert jit.find_source("flash_attention", step).exists()
+
+
+@needs_compiler
+def test_builds_only_what_is_asked_for_and_says_so(kernels, tmp_path, capfd):
+    assert not jit.is_built("small", "cpu")
+    assert jit.load("small", "cpu").answer() == 42
+    said = capfd.readouterr().err
+    assert "building kernels/small/cpu.cpp" in said
+    assert "built kernels/small/cpu.cpp in" in said
+    assert jit.is_built("small", "cpu")
+    assert [p.name.split("_")[2] for p in (tmp_path / "cache").iterdir()] == ["cpu"]
+    jit.load_source.cache_clear()
+    assert jit.load("small", "cpu").answer() == 42
+    assert capfd.readouterr().err == ""
+
+
+@needs_compiler
+def test_a_changed_header_or_source_is_built_again(kernels):
+    assert jit.load("small", "cpu").answer() == 42
+    (kernels.parent / "common" / "number.h").write_text("#define NUMBER 43\n")
+    jit.load_source.cache_clear()
+    assert jit.load("small", "cpu").answer() == 43
+
+
+@needs_compiler
+def test_a_compiler_error_is_shown(kernels):
+    (kernels / "1_first.cpp").write_text("this is no C++\n")
+    with pytest.raises(jit.BuildError, match=r"kernels/small/1_first.cpp does not build(.|\n)*this is no C"):
+        jit.load("small", 1)
+    (kernels / "1_first.cpp").write_text(SMALL % 5)
+    assert jit.load("small", 1).answer() == 5
+
+
+@needs_compiler
+def test_an_interrupted_build_heals(kernels, tmp_path):
+    code = f"""
+from pathlib import Path
+from tformer_lib import jit
+jit.kernels_folder = lambda: Path({str(tmp_path / "kernels")!r})
+jit.load("small", 1)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process.stderr.readline()  # it has said that it builds
+    while not list((tmp_path / "cache").glob("*/lock")) and process.poll() is None:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert jit.load("small", 1).answer() == 1
+
+
+@needs_compiler
+def test_two_processes_build_once(kernels, tmp_path):
+    code = f"""
+from pathlib import Path
+from tformer_lib import jit
+jit.kernels_folder = lambda: Path({str(tmp_path / "kernels")!r})
+print(jit.load("small", 1).answer())
+"""
+    run = lambda: subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True)  # noqa: E731
+    results = [process.communicate() for process in (run(), run())]
+    assert [out for out, _ in results] == ["1\n", "1\n"]
+    assert sum("built kernels" in err for _, err in results) == 1
+
+
+def test_a_missing_compiler_is_named(kernels, monkeypatch):
+    monkeypatch.setattr(jit, "compiler", lambda: None)
+    with pytest.raises(jit.BuildError, match=r"needs a C\+\+ compiler: install g\+\+"):
+        jit.check_tools(kernels / "cpu.cpp")
+
+
+def test_a_missing_ninja_is_named(kernels, monkeypatch):
+    monkeypatch.setattr(jit, "compiler", lambda: "c++")
+    monkeypatch.setattr(jit, "ninja", lambda: None)
+    with pytest.raises(jit.BuildError, match="needs ninja: `pip install ninja`"):
+        jit.check_tools(kernels / "cpu.cpp")
+
+
+def test_a_missing_nvcc_is_named(kernels, monkeypatch):
+    from torch.utils import cpp_extension
+
+    monkeypatch.setattr(jit, "compiler", lambda: "c++")
+    monkeypatch.setattr(jit, "ninja", lambda: "bin")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    with pytest.raises(jit.BuildError, match="needs nvcc: install the CUDA toolkit"):
+        jit.check_tools(kernels / "2_second.cu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_named(kernels):
+    with pytest.raises(jit.BuildError, match="torch sees no CUDA device"):
+        jit.load("small", 2)
+
+
+def test_hopper_gets_its_own_instructions(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert jit.architecture() == "90a"
+    source = jit.find_source("flash_attention", 4)
+    assert "-gencode=arch=compute_90a,code=sm_90a" in jit.compile_flags(source, "90a")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    assert jit.architecture() == "86"
