@@ -60,7 +60,7 @@ def growth(lengths: Sequence[int], panels: dict[str, dict[str, Sequence[float]]]
         ax.minorticks_off()
         ax.set(xlabel="tokens N", ylabel=label)
         low, high = ax.get_ylim()
-        ax.set_ylim(low, high * 12)  # room for the legend
+        ax.set_ylim(low, high * 6)  # room for the legend
         ax.legend(fontsize=8.5, loc="upper left")
     style.show()
 
