@@ -21,12 +21,14 @@ from statistics import median
 import torch
 
 from benchmarks.harness import Report, Timing, copy_rate, measure, synchronize
-from tformer_lib.generation import StaticStep, decode_step, generate, generate_uncached, prefill
+from tformer_lib.generation import StaticStep, changing_shapes, decode_step, generate, generate_uncached, prefill
 from tformer_lib.kv_cache import CacheShape, GrowingCache, KVCache, PreallocatedCache, RingCache, pass_cost
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
 
 GPT2 = ModelConfig(vocab_size=50257, max_length=2048, width=768, layers=12, heads=12, feed_forward="gelu_tanh")
 SMALL = ModelConfig(vocab_size=512, max_length=2048, width=192, layers=4, heads=6, feed_forward="gelu_tanh")
+
+THEIRS = "transformers generate, default cache"
 
 
 def main() -> None:
@@ -40,13 +42,13 @@ def main() -> None:
     bench = Bench(args.device, GPT2 if gpu else SMALL, torch.bfloat16 if gpu else torch.float32, args.new_tokens)
     bench.describe()
     variants = bench.gpu_variants() if gpu else bench.cpu_variants()
-    for variant in (*variants, bench.contexts, bench.ratios):
+    for variant in (*variants, bench.ratios):
         bench.try_out(variant)
     bench.report.finish()
-    if gpu:  # compiling takes the longest, so what is known is written before it
-        bench.try_out(bench.cuda_graph_compiled)
-        bench.try_out(bench.ratios)
-        bench.report.finish()
+    late = (bench.cuda_graph_compiled, bench.ratios) if gpu else (bench.contexts,)
+    for variant in late:  # compiling takes the longest, so what is known is written before it
+        bench.try_out(variant)
+    bench.report.finish()
 
 
 class Bench:
@@ -60,7 +62,6 @@ class Bench:
         self.model = Decoder(config).to(self.device, dtype).eval()
         self.seconds: dict[str, float] = {}
         self.texts: dict[str, list[int]] = {}
-        self.graph_step: StaticStep | None = None
 
     def describe(self) -> None:
         """Note the sizes and the bandwidth that the rows are compared with."""
@@ -81,9 +82,9 @@ class Bench:
         """One row of this model."""
         return CacheShape.of(self.model, 1)
 
-    def preallocated(self) -> PreallocatedCache:
-        """A cache with room for the whole run."""
-        return PreallocatedCache(self.shape(), 2048)
+    def preallocated(self, capacity: int | None = None) -> PreallocatedCache:
+        """A cache with room for the whole run, as ``generate`` makes it, or for ``capacity`` tokens."""
+        return PreallocatedCache(self.shape(), capacity or len(self.prompt) + self.new_tokens)
 
     def try_out(self, variant: Callable[[], None]) -> None:
         """Run a variant; if it fails, record why."""
@@ -98,7 +99,8 @@ class Bench:
 
     def gpu_variants(self) -> list[Callable[[], None]]:
         """What is launched kernel by kernel, what is recorded, and a peer."""
-        return [self.same_text, self.plans, self.uncached, self.cached_preallocated, self.cuda_graph, self.transformers]
+        ours = [self.same_text, self.plans, self.uncached, self.cached_preallocated, self.cuda_graph]
+        return [*ours, self.transformers, self.transformers_without_cudnn]
 
     def cpu_variants(self) -> list[Callable[[], None]]:
         """What a machine without a GPU can show."""
@@ -144,14 +146,23 @@ class Bench:
 
     def cuda_graph(self) -> None:
         """The step recorded once, one launch per token."""
-        self.graph_step = self.time_static("cached, CUDA graph", compile=False)
+        self.time_static("cached, CUDA graph", compile=False)
 
     def cuda_graph_compiled(self) -> None:
         """The step's kernels fused by torch.compile, then recorded."""
-        self.graph_step = self.time_static("cached, torch.compile + CUDA graph", compile=True)
+        self.time_static("cached, torch.compile + CUDA graph", compile=True)
 
     def transformers(self) -> None:
         """The same shape in transformers, by its generate with the default cache."""
+        self.time_transformers(THEIRS)
+
+    def transformers_without_cudnn(self) -> None:
+        """The same, spared the plans that cuDNN makes for each new shape."""
+        with changing_shapes():
+            self.time_transformers(THEIRS + ", cuDNN off")
+
+    def time_transformers(self, name: str) -> None:
+        """Time its greedy generate, launched as its documentation does."""
         model = transformers_gpt2(self.config).to(self.device, self.dtype).eval()
         tokens = torch.tensor([self.prompt], device=self.device)
 
@@ -170,21 +181,20 @@ class Bench:
         import transformers
 
         self.report.note(transformers_version=transformers.__version__)
-        self.time_run("transformers generate, default cache", run, keep_text=False)
+        self.time_run(name, run, keep_text=False)
 
     def time_cached(self, name: str, cache: KVCache) -> None:
         """Time decoding on a cache with an ordinary step."""
         step = decode_step(self.model, cache)
         self.time_run(name, lambda: self.decode(cache, step))
 
-    def time_static(self, name: str, *, compile: bool) -> StaticStep:
+    def time_static(self, name: str, *, compile: bool) -> None:
         """Time decoding by a step recorded beforehand; what the recording took stands beside it."""
         cache, begin = self.preallocated(), time.perf_counter()
         step = StaticStep(self.model, cache, compile=compile)
         synchronize(self.device)
         setup = time.perf_counter() - begin
         self.time_run(name, lambda: self.decode(cache, step), setup_seconds=round(setup, 2))
-        return step
 
     @torch.no_grad()
     def decode(self, cache: KVCache, step: Callable[[torch.Tensor], torch.Tensor]) -> list[int]:
@@ -225,15 +235,16 @@ class Bench:
 
     @torch.no_grad()
     def contexts(self) -> None:
-        """Time per token at several context lengths: with no cache, a cache, and a recorded step."""
+        """Time per token at several context lengths: with no cache, a cache, and a recorded step over 2,048 slots."""
+        graph_step = StaticStep(self.model, self.preallocated(2048)) if self.device.type == "cuda" else None
         for context in (32, 128, 256, 512, 1024, 1536, 2000)[: 7 if self.device.type == "cuda" else 5]:
             text = torch.randint(self.config.vocab_size, (1, context), device=self.device)
             self.time_at(context, "uncached", lambda text=text: self.model(text))
-            cache = self.preallocated()
-            step = lambda tokens, cache=cache: self.model(tokens, cache=cache)  # noqa: E731
+            cache = self.preallocated(2048)
+            step = decode_step(self.model, cache)
             self.time_at(context, "cached", self.steps_from(cache, step, text), steps=8)
-            if self.graph_step is not None:
-                recorded = self.steps_from(self.graph_step.cache, self.graph_step, text)
+            if graph_step is not None:
+                recorded = self.steps_from(graph_step.cache, graph_step, text)
                 self.time_at(context, "recorded", recorded, steps=8)
 
     def steps_from(self, cache: KVCache, step: Callable, text: torch.Tensor, steps: int = 8) -> Callable[[], None]:
@@ -262,7 +273,7 @@ class Bench:
         """How many times faster each variant is than the uncached loop and than transformers; do the texts agree?"""
         for name, seconds in self.seconds.items():
             facts = {}
-            for base in ("uncached", "transformers generate, default cache"):
+            for base in ("uncached", THEIRS, THEIRS + ", cuDNN off"):
                 if base in self.seconds and base != name:
                     facts[f"{name} / {base}"] = round(self.seconds[base] / seconds, 2)
             with contextlib.suppress(KeyError):
