@@ -99,6 +99,8 @@ FORMS = [
     Form("repeated-heads", "tformer_lib.grouped_query_attention:attend_repeated"),
     Form("linear", "tformer_lib.linear_attention:attend", oracle=plain_linear_attention, masks=False),
     Form("linear-parallel", "tformer_lib.linear_attention:parallel", oracle=plain_linear_attention),
+    Form("flash", "tformer_lib.flash_attention:flash_attention", value_dim=False),
+    Form("flash-tiled", "tformer_lib.flash_attention:flash_attention", {"step": 0}, value_dim=False),
     Form("sparse", "tformer_lib.sparse_attention:attend", {"pattern": sparse_attention.everything(), "block": 16}),
 ]
 CACHES = {"growing": GrowingCache, "preallocated": partial(PreallocatedCache, capacity=40)}
