@@ -83,15 +83,16 @@ class Browser:
 
     def send(self, method: str, **parameters) -> dict:
         """Send one command and return its result; what the page reports meanwhile is kept."""
-        number = next(self.ids)
+        number, deadline = next(self.ids), time.monotonic() + 60
         self.socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
-        while True:
+        while time.monotonic() < deadline:
             message = json.loads(self.socket.recv())
             if message.get("id") == number:
                 if "error" in message:
                     raise RuntimeError(f"{method}: {message['error']['message']}")
                 return message["result"]
             self.note(message)
+        raise TimeoutError(f"Chromium did not answer {method} within a minute")
 
     def note(self, event: dict) -> None:
         """Keep what an event says about errors, requests and loading."""
@@ -108,11 +109,12 @@ class Browser:
         elif name == "Page.loadEventFired":
             self.loaded = True
 
-    def listen(self, seconds: float) -> None:
-        """Take what the page reports until it has been quiet for ``seconds``."""
+    def listen(self, seconds: float, *, most: float = 10.0) -> None:
+        """Take what the page reports until it has been quiet for ``seconds``, or ``most`` seconds have passed."""
+        deadline = time.monotonic() + most
         self.socket.settimeout(seconds)
         try:
-            while True:
+            while time.monotonic() < deadline:
                 self.note(json.loads(self.socket.recv()))
         except websocket.WebSocketTimeoutException:
             pass
