@@ -239,6 +239,16 @@ def test_resumed_is_bit_identical_to_unbroken(data, tmp_path):
     assert {name for name in ours if not torch.equal(ours[name], theirs[name])} == set()
 
 
+def test_stopped_before_the_first_step_a_run_goes_on(data, tmp_path):
+    trained(tiny(data, tmp_path / "unbroken", steps=4))
+    run = Run(tiny(data, tmp_path / "stopped", steps=4))
+    run.start()
+    run.evaluate()
+    run.save()
+    Run.resume(tmp_path / "stopped").train(quiet=True)
+    assert_same_state(tmp_path / "stopped", tmp_path / "unbroken")
+
+
 DRIVER = """
 # A process that starts runs in children and kills them. Children are forked, so that torch is imported once.
 import json, os, random, signal, sys, time
@@ -469,7 +479,7 @@ def test_another_corpus_a_damaged_file_and_bare_weights_are_refused(data, tmp_pa
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
-    run = Run(tiny(data, tmp_path))
+    run = Run(tiny(data, tmp_path, average=0.0))
     nn.init.constant_(run.model.unembedding.weight, float("nan"))
     with pytest.raises(FloatingPointError, match="the loss is nan at step"):
         run.train(quiet=True)

@@ -513,7 +513,7 @@ class Run:
         self.model = Decoder(config.model).to(self.device)
         self.optimizer = make_optimizer(self.model, config)
         self.average = weights_of(self.model, copy=True) if config.average else {}
-        self.step, self.best, self.history = 0, math.inf, []
+        self.step, self.best, self.history, self.started = 0, math.inf, [], False
         end = end_of_document(self.corpus)
         windows = evaluation_windows(self.corpus.val, config.context, count=config.eval_windows, end_of_document=end)
         self.val_inputs, self.val_targets = (x.to(self.device) for x in windows)
@@ -674,7 +674,7 @@ class Run:
                 self.optimizer.state[parameter] = {
                     k: v.to(counter if k == "step" else parameter.device) for k, v in state.items()
                 }
-        self.step, self.best = facts["step"], facts["best"]
+        self.step, self.best, self.started = facts["step"], facts["best"], True
         self.history = [line for line in read_metrics(self.out) if line["step"] <= self.step]
         write_atomically(self.out / "metrics.jsonl", "".join(json.dumps(x) + "\n" for x in self.history).encode())
         restore_random_states(tensors, facts["random"])
@@ -694,6 +694,7 @@ class Run:
         write_atomically(self.out / "config.json", (json.dumps(asdict(self.config), indent=1) + "\n").encode())
         save_encoding(self.corpus.encoding, self.out)
         (self.out / "metrics.jsonl").unlink(missing_ok=True)
+        self.started = True
 
     def train(self, *, quiet: bool = False) -> bool:
         """Train to the end, or until Ctrl-C, then save.
@@ -707,10 +708,10 @@ class Run:
         Raises:
             FloatingPointError: if the loss is not finite any more; the last checkpoint is left as it was.
         """
-        if self.step == 0:
+        if not self.started:
             self.start()
         with Progress(self, quiet) as progress, interrupts() as interrupted:
-            if self.step == 0:
+            if not self.history:
                 progress.evaluated(self.evaluate())
             while self.step < self.config.steps and not interrupted:
                 loss, norm = self.take_step()
