@@ -726,9 +726,13 @@ def flash_attention_backward_fake(
 
 def choose_backward(step: str, q: Tensor, mask: Tensor | None, packed: bool, scale: float) -> str:
     """Whose gradients: the C++ twin's on a CPU, backward.cu's on a Hopper GPU, and step 0's everywhere else."""
-    if step == "0" or refusal("backward" if q.is_cuda else "cpu", q, mask, packed, scale):
+    if step == "0":
         return "0"
-    return "backward" if q.is_cuda else "cpu"
+    kernel_step = "backward" if q.is_cuda else "cpu"
+    reason = refusal(kernel_step, q, mask, packed, scale)
+    if reason and q.is_cuda:
+        warnings.warn(f"the gradients run step 0, plain PyTorch, which is slow: {reason}", stacklevel=2)
+    return "0" if reason else kernel_step
 
 
 def save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -34,6 +34,7 @@ constexpr int ROW_BYTES = BOX_COLUMNS * 2;
 template <int D_, int GROUPS_, int KEYS_>
 struct Shape {
     static constexpr int D = D_, GROUPS = GROUPS_, KEYS = KEYS_, ROWS = GROUPS * GROUP_ROWS;
+    static constexpr bool TURNS = D == 64;  // at wider d the products are long enough to hide a softmax in any order
     static constexpr int THREADS = (GROUPS + 1) * WARPGROUP;
     static constexpr int BOXES = D / BOX_COLUMNS;
     static constexpr int Q_BYTES = ROWS * D * 2, TILE_BYTES = KEYS * D * 2;
@@ -162,8 +163,12 @@ struct Consumer {
     int q_parity = 0;
 
     // Turns: group g waits for turn g, and hands on to the next group.
-    __device__ void wait_turn() const { meet(1 + group, 2 * WARPGROUP); }
-    __device__ void pass_turn() const { report(1 + (group + 1) % Sh::GROUPS, 2 * WARPGROUP); }
+    __device__ void wait_turn() const {
+        if constexpr (Sh::TURNS) meet(1 + group, 2 * WARPGROUP);
+    }
+    __device__ void pass_turn() const {
+        if constexpr (Sh::TURNS) report(1 + (group + 1) % Sh::GROUPS, 2 * WARPGROUP);
+    }
 
     __device__ void release(uint64_t* empty) const {
         if (lane == 0) arrive(empty);
