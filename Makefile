@@ -51,8 +51,9 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks
 
 notebooks: $(READY)
-	cd notebooks && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+	cd notebooks && TFORMER_PROGRESS= ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=300 $(notdir $(NB))
+	$(BIN)/python book/status.py
 
 lint: $(READY)
 	$(BIN)/ruff check
