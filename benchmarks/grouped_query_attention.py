@@ -1,14 +1,15 @@
-"""What fewer key and value heads cost in quality, and what they save in cache and in time.
+"""What fewer key and value heads save in time, and what they cost in quality.
 
-    python -m benchmarks.grouped_query_attention --device cpu                  # a taste, under half a minute
-    python -m benchmarks.grouped_query_attention --device cpu --steps 300      # the recorded run
-
-The pretrained model has as many kv heads as query heads. It is converted to fewer by mean-pooling, its validation loss
-is measured, it is up-trained for a few steps on new stories, and measured again. So is the unconverted model, with the
-same further training: otherwise more training would pass for less loss by grouping.
+    python -m benchmarks.grouped_query_attention --device cpu                  # decode attention, under half a minute
+    python -m benchmarks.grouped_query_attention --device cpu --steps 60       # up-training, some minutes
 
 The theory of a decode step's attention: it reads every cached key and value once, so its time is proportional to
-kv_heads, as long as the bandwidth is what limits it.
+kv_heads, as long as the bandwidth is what limits it, and nobody copies heads.
+
+Quality: the pretrained model has as many kv heads as query heads. It is converted to fewer by mean-pooling, its
+validation loss is measured, it is up-trained for a few steps on new stories, and measured again. So is the unconverted
+model, with the same further training: otherwise more training would pass for less loss by grouping. The result is
+``grouped_query_attention-uptraining.json``.
 """
 
 import argparse
@@ -26,15 +27,17 @@ from tformer_lib.training import evaluate, evaluation_windows, next_token_loss, 
 
 
 def main() -> None:
-    """Quality for every number of kv heads, then the time of a decode step's attention."""
+    """The time of a decode step's attention, or with ``--steps`` the quality for every number of kv heads."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--steps", type=int, default=8, help="steps of up-training for each model")
+    parser.add_argument("--steps", type=int, default=0, help="steps of up-training for each model")
     parser.add_argument("--batch", type=int, default=8, help="windows of 256 tokens in a step")
     args = parser.parse_args()
-    report = Report("grouped_query_attention", args.device)
-    quality(report, args)
-    decode_speed(report, args.device)
+    report = Report(f"grouped_query_attention{'-uptraining' if args.steps else ''}", args.device)
+    if args.steps:
+        quality(report, args)
+    else:
+        decode_speed(report, args.device)
     report.finish()
 
 
@@ -91,7 +94,9 @@ def batches(tokens: np.ndarray, context: int, args: argparse.Namespace) -> list[
 def decode_speed(report: Report, device: str) -> None:
     """One query per head over 4,096 keys, by kv heads, and with the keys and values copied for each query head."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    batch, heads, keys, head_dim = (2, 16, 4096, 64) if device == "cpu" else (16, 32, 8192, 128)
+    batch, heads, keys, head_dim = (1, 16, 4096, 64) if device == "cpu" else (16, 32, 8192, 128)
+    if device == "cpu":
+        torch.set_num_threads(1)  # the products are small: two threads would wait for each other
     bandwidth = copy_rate(device)
     report.note(copy_bytes_per_second=bandwidth, decode_shape=[batch, heads, keys, head_dim], decode_dtype=str(dtype))
     for kv_heads in divisors(heads):
@@ -102,7 +107,7 @@ def decode_speed(report: Report, device: str) -> None:
         inputs = copies_past_cache(make, device, most=3)
         work = {"bytes": 2 * inputs[0][1].numel() * dtype.itemsize, "limit": bandwidth, "kv_heads": kv_heads}
         for name, form in (("grouped", attend), ("copied", attend_repeated)):
-            timing = measure(form, inputs, device=device, seconds=0.2)
+            timing = measure(form, inputs, device=device, seconds=1.0)
             report.add(f"decode attention, {kv_heads} kv heads, {name}", timing, form=name, **work)
 
 

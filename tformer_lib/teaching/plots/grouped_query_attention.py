@@ -39,45 +39,41 @@ def uptraining(losses: Sequence[float], before: float, pretrained: float) -> Non
         xlabel="step of up-training",
         ylabel="nats per token",
         title="A few steps undo most of the damage",
-        ylim=(0, None),
+        ylim=(0, 1.45 * before),
     )
     ax.legend()
     style.show()
 
 
-def trade_off(record: dict) -> None:
-    """Validation loss over the cache's bytes per token: as converted, and after up-training."""
-    rows = record["facts"]["quality"]
+def trade_off(*records: dict) -> None:
+    """Validation loss over the cache's bytes per token: as converted, and after each record's up-training."""
+    rows = records[0]["facts"]["quality"]
     size = [row["bytes_per_token"] / 1024 for row in rows]
-    _, (left, right) = style.figure(1, 2, height=3.3)
-    left.plot(size, [row["loss_converted"] for row in rows], linestyle="--", marker="s", color=style.VERMILION)
+    curves = {
+        f"{r['facts']['steps']} steps of {r['facts']['batch']} windows": [
+            q["loss_uptrained"] for q in r["facts"]["quality"]
+        ]
+        for r in records
+    }
+    _, (left, right) = style.figure(1, 2, height=3.4)
+    style.lines(left, size, {"pooled": [row["loss_converted"] for row in rows]})
+    style.lines(right, size, curves)
     left.set(title="Right after pooling", ylabel="validation loss, nats per token")
-    right.plot(size, [row["loss_uptrained"] for row in rows], linestyle="-", marker="o", color=style.BLUE)
-    right.set(title=f"After {record['facts']['steps']} steps of up-training")
-    for ax, key in ((left, "loss_converted"), (right, "loss_uptrained")):
-        ax.set(xscale="log", xlabel="cache, KiB per token")
-        ax.set_xticks(size, [f"{x:g}" for x in size])
+    right.set(title="After up-training")
+    right.legend(loc="lower right")
+    for ax in (left, right):
+        top = max(max(line.get_ydata()) for line in ax.get_lines())
+        ax.axhline(records[0]["facts"]["loss_pretrained"], color=style.GREY, linewidth=1)
+        ax.set(xscale="log", xlabel="KiB of cache per token (kv heads)", ylim=(0, 1.1 * top))
+        ax.set_xticks(size, [f"{x:g} ({row['kv_heads']})" for x, row in zip(size, rows, strict=True)])
         ax.minorticks_off()
-        for x, row in zip(size, rows, strict=True):
-            ax.annotate(f"{row['kv_heads']} kv", (x, row[key]), xytext=(4, 6), textcoords="offset points", fontsize=9)
-        ax.margins(0.15)
     style.show()
 
 
-def decode_time(record: dict) -> None:
-    """Time of one decode step's attention over the number of kv heads: grouped, with copied heads, and the bound."""
-    rows = [row for row in record["rows"] if "kv_heads" in row["extra"]]
-    kv_heads = sorted({row["extra"]["kv_heads"] for row in rows})
-    pick = lambda form: [  # noqa: E731
-        next(r for r in rows if r["extra"]["kv_heads"] == n and r["extra"]["form"] == form) for n in kv_heads
-    ]
-    curves = {
-        "copied for each query head": [1e3 * r["seconds"] for r in pick("copied")],
-        "grouped, nothing copied": [1e3 * r["seconds"] for r in pick("grouped")],
-        "bound: bytes / bandwidth": [1e3 * r["bytes"] / r["limit"] for r in pick("grouped")],
-    }
+def decode_time(kv_heads: Sequence[int], milliseconds: dict[str, Sequence[float]]) -> None:
+    """Milliseconds of one decode step's attention over the number of kv heads, one line a form."""
     _, ax = style.figure(height=3.3)
-    style.lines(ax, kv_heads, curves)
+    style.lines(ax, kv_heads, milliseconds)
     ax.set(xscale="log", yscale="log", xlabel="kv heads", ylabel="milliseconds", title="One decode step's attention")
     ax.set_xticks(kv_heads, [str(n) for n in kv_heads])
     ax.minorticks_off()

@@ -84,18 +84,18 @@ def filters(names: Sequence[str], probabilities: Sequence[Tensor]) -> None:
     style.show()
 
 
-def recorded(record: dict) -> None:
-    """What ``benchmarks/kv_cache.py`` measured on a GPU: whole generations as bars, time per token over the context."""
-    whole = [row for row in record["rows"] if "milliseconds_per_token" in row["extra"]]
-    _, (left, right) = style.figure(1, 2, height=3.6, width_ratios=(1.1, 1))
+def recorded(record: dict, contexts: dict) -> None:
+    """What ``benchmarks/kv_cache.py`` measured on a GPU: whole generations as bars, single steps over the context."""
+    whole = sorted(record["rows"], key=lambda row: -row["seconds"])
+    _, (left, right) = style.figure(1, 2, height=3.8, width_ratios=(1.1, 1))
     names = [row["name"].replace(", ", ",\n", 1).replace(" + ", "\n+ ") for row in whole]
     values = [row["extra"]["milliseconds_per_token"] for row in whole]
     bars = left.barh(range(len(whole)), values, color=style.BLUE)
-    left.bar_label(bars, fmt="%.2f", padding=3)
-    left.set_yticks(range(len(whole)), names)
+    left.bar_label(bars, fmt="%.2f", padding=3, fontsize=9)
+    left.set_yticks(range(len(whole)), names, fontsize=8.5)
     left.invert_yaxis()
-    left.set(title="A generation, per token", xlabel="milliseconds per token", xlim=(0, 1.2 * max(values)))
-    by_context(right, record)
+    left.set(title="A whole generation", xscale="log", xlabel="milliseconds per token", xlim=(0.3, 6 * max(values)))
+    by_context(right, contexts)
     style.show()
 
 
@@ -108,4 +108,4 @@ def by_context(ax, record: dict) -> None:
         label: [1e3 * row["seconds"] for row in points if row["extra"]["kind"] == kind] for kind, label in names.items()
     }
     style.lines(ax, contexts, {label: line for label, line in lines.items() if len(line) == len(contexts)})
-    ax.set(title="One step", xlabel="tokens so far", ylabel="milliseconds", ylim=(0, None))
+    ax.set(title="One step", xlabel="tokens so far", ylabel="milliseconds", ylim=(0, 6.5))
