@@ -11,7 +11,7 @@ using Fp16 = __half;
 constexpr int WARP = 32;
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
-// --- numbers ----------------------------------------------------------------------------------------------------------
+// --- numbers ---------------------------------------------------------------------------------------------------------
 
 // 2^x by the special-function unit: one instruction. exp2(-inf) is 0.
 __device__ inline float fast_exp2(float x) {
@@ -55,7 +55,7 @@ __device__ inline float2 unpack<Fp16>(uint32_t word) {
     return __half22float2(reinterpret_cast<const __half2&>(word));
 }
 
-// --- mma.sync -----------------------------------------------------------------------------------------------------------
+// --- mma.sync --------------------------------------------------------------------------------------------------------
 
 // C (16 x 8) += A (16 x 16) B (16 x 8), by one warp. Lane 4 g + t holds
 //
@@ -106,7 +106,7 @@ __device__ inline void stmatrix(uint32_t address, const uint32_t (&r)[4]) {
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// --- asynchronous copies --------------------------------------------------------------------------------------------------
+// --- asynchronous copies ---------------------------------------------------------------------------------------------
 
 // 16 bytes from global to shared memory without passing through registers; zeros where `valid` is false.
 __device__ inline void copy_async(uint32_t target, const void* source, bool valid) {
@@ -122,7 +122,7 @@ __device__ inline void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// --- moves between lanes --------------------------------------------------------------------------------------------------
+// --- moves between lanes ---------------------------------------------------------------------------------------------
 
 // Among four neighbouring lanes: lane t has w[0..3]; after it, lane t has the w[t] of lanes 0..3.
 //

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-// --- barriers -----------------------------------------------------------------------------------------------------------
+// --- barriers --------------------------------------------------------------------------------------------------------
 
 // A barrier completes a phase when `arrivals` threads have arrived and all expected bytes have landed. A waiter names
 // the parity of the phase it waits for: 0 for the first, 1 for the second, 0 for the third, ...
@@ -56,7 +56,7 @@ __device__ inline void report(int number, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// --- registers ------------------------------------------------------------------------------------------------------------
+// --- registers -------------------------------------------------------------------------------------------------------
 
 template <int REGISTERS>
 __device__ inline void give_registers() {
@@ -68,7 +68,7 @@ __device__ inline void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// --- copies ---------------------------------------------------------------------------------------------------------------
+// --- copies ----------------------------------------------------------------------------------------------------------
 
 constexpr int BOX_COLUMNS = 64;  // halves in 128 bytes, the row that the swizzle works on
 

@@ -13,6 +13,16 @@
 //      warpgroup 1:          | QK PV | softmax     | QK PV | softmax
 //                      turn 0  turn 1        turn 0  turn 1
 //
+// Ledger (H200, bfloat16, 16,384 tokens, figures in benchmarks/results/nvidia-h200/flash_attention.json)
+//   hypothesis  wgmma reads its operands from shared memory without a warp's help, TMA fills it without one, and the
+//               softmax hides behind products of the same and of the other warpgroup
+//   predicted   what FlashAttention-3 reports for this plan: 640 to 660 TFLOP/s at d 128, most of it from wgmma and TMA, a
+//               tenth from turns and overlap
+//   measured    538 at d 64 (cuDNN 461), 633 at d 128 (cuDNN 618); causal 496 (445) and 609 (569)
+//               turns bought 5 % at d 64 and cost 3 % at d 128 (655 without), where they are off since; overlap inside a
+//               warpgroup bought 1 % at d 64, and at d 128 nothing that stands out of the spread of 3 %. With two or three
+//               warpgroups, the hardware's own scheduling already does most of what both were meant for
+//
 // Blocks are persistent, one a multiprocessor, and walk over the tiles in an order that both sides compute.
 #include <algorithm>
 
@@ -86,7 +96,7 @@ __device__ KeyTiles key_tiles(const Sight& sight, int top) {
     return {begin, end > begin ? (end - begin + Sh::KEYS - 1) / Sh::KEYS : 0};
 }
 
-// --- producer -------------------------------------------------------------------------------------------------------------
+// --- producer --------------------------------------------------------------------------------------------------------
 
 template <class Sh, int ROWS>
 __device__ void load_tile(uint8_t* target, const CUtensorMap* map, uint64_t* full, int row, int head, int batch) {
@@ -129,7 +139,7 @@ __device__ void produce(const Plan& plan, const Arguments& a, Buffers buffers, B
     }
 }
 
-// --- consumers ------------------------------------------------------------------------------------------------------------
+// --- consumers -------------------------------------------------------------------------------------------------------
 
 // S = Q K^T: D / 16 products, four in each box of 64 columns, 32 bytes apart in its rows.
 template <class Half, class Sh>
@@ -299,7 +309,7 @@ __global__ void __launch_bounds__(Sh::THREADS, 1)
     }
 }
 
-// --- host -----------------------------------------------------------------------------------------------------------------
+// --- host ------------------------------------------------------------------------------------------------------------
 
 template <class Sh>
 const char* make_plan(Plan& plan, const Arguments& a) {

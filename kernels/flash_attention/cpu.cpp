@@ -119,7 +119,7 @@ void multiply(int64_t rows, int64_t panels, int64_t depth, Left a, const float* 
     }
 }
 
-// --- packing ----------------------------------------------------------------------------------------------------------
+// --- packing ---------------------------------------------------------------------------------------------------------
 
 // All heads of one matrix as float panels. `head(b, h)` is where the panels of one head begin.
 struct Panels {
@@ -187,7 +187,7 @@ void store_row(Matrix& x, int64_t b, int64_t h, int64_t row, int64_t d, float fa
     for (int64_t column = 0; column < d; ++column) target[column] = T(source[column] * factor);
 }
 
-// --- which keys a query sees --------------------------------------------------------------------------------------------
+// --- which keys a query sees -----------------------------------------------------------------------------------------
 
 // One sequence: where it lies in memory, and its lengths.
 struct Sequence {
@@ -218,7 +218,7 @@ void mask_scores(float* S, const Sight& sight, int64_t row, int64_t rows, int64_
     }
 }
 
-// --- forward ------------------------------------------------------------------------------------------------------------
+// --- forward ---------------------------------------------------------------------------------------------------------
 
 float sum_of(Floats x) {
     float sum = 0;
@@ -310,7 +310,7 @@ void run_forward(Arguments& a) {
     });
 }
 
-// --- backward -----------------------------------------------------------------------------------------------------------
+// --- backward --------------------------------------------------------------------------------------------------------
 
 // Two passes over the tiles, so that every number has one writer: dQ by tiles of queries, dK and dV by tiles of keys.
 // Both compute one tile of P = exp(S - lse) and dS = P (dP - delta) again, as the mathematics says.
