@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tformer_lib import flash_attention as flash_module
 from tformer_lib import jit, masks
 from tformer_lib.flash_attention import flash_attention, flash_attention_varlen
 
@@ -360,6 +361,16 @@ def test_a_step_refuses_what_it_cannot_do():
         flash_attention(q.double(), k.double(), v.double(), step="cpu")
     with pytest.raises(ValueError, match="head_dim must be at most 256"):
         flash_attention(*inputs((1, 1, 1, 2, 2, 264), torch.float32, "cpu"), step="cpu")
+
+
+def test_a_machine_without_a_compiler_is_told_that_it_runs_step_0(monkeypatch):
+    monkeypatch.setattr(flash_module, "has_cpu_twin", lambda: False)
+    q, k, v = inputs((1, 2, 2, 5, 6, 8), torch.float32, "cpu")
+    with pytest.warns(UserWarning, match=r"runs step 0, plain PyTorch, which is slow: no C\+\+ compiler"):
+        out = flash_attention(q, k, v)
+    torch.testing.assert_close(out, flash_attention(q, k, v, step=0), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"step cpu cannot do this: no C\+\+ compiler"):
+        flash_attention(q, k, v, step="cpu")
 
 
 @needs_gpu

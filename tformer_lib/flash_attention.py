@@ -40,6 +40,7 @@ MOST_HEAD_DIM = 256
 HALVES = (torch.bfloat16, torch.float16)
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CPU_LADDER, CUDA_LADDER = ("cpu", "0"), ("4", "3", "2", "0")
+NO_TOOLS = "no C++ compiler and ninja to build it with: install g++ and `pip install ninja`"
 STEPS = ("0", "cpu", "1", "2", "3", "4")
 
 
@@ -353,10 +354,17 @@ def choose_step(step: str, q: Tensor, mask: Tensor | None, packed: bool, scale: 
         return step
     ladder = {"cpu": CPU_LADDER, "cuda": CUDA_LADDER}.get(q.device.type, ("0",))
     chosen = next(name for name in ladder if not refusal(name, q, mask, packed, scale))
-    if chosen == "0" and q.is_cuda:
-        reason = refusal("3" if q.dtype in HALVES else "2", q, mask, packed, scale)
-        warnings.warn(f"flash attention runs step 0, plain PyTorch, which is slow: {reason}", stacklevel=2)
+    if chosen == "0" and len(ladder) > 1:
+        warn_of_step_0(q, mask, packed, scale)
     return chosen
+
+
+def warn_of_step_0(q: Tensor, mask: Tensor | None, packed: bool, scale: float) -> None:
+    """Say why a machine that could run a kernel runs PyTorch instead: a GPU always, a CPU if it lacks the tools."""
+    usual = "cpu" if not q.is_cuda else "3" if q.dtype in HALVES else "2"
+    reason = refusal(usual, q, mask, packed, scale)
+    if q.is_cuda or reason == NO_TOOLS:
+        warnings.warn(f"flash attention runs step 0, plain PyTorch, which is slow: {reason}", stacklevel=3)
 
 
 def refusal(step: str, q: Tensor, mask: Tensor | None, packed: bool, scale: float) -> str | None:
@@ -381,9 +389,13 @@ def refusal_of_cpu(q: Tensor) -> str | None:
     """Why the C++ twin cannot do this."""
     if q.dtype not in DTYPE_CODES:
         return f"the C++ twin takes float32, bfloat16 and float16, got {q.dtype}"
-    if not jit.can_build_cpp() and not jit.is_built(TOPIC, "cpu"):
-        return "no C++ compiler and ninja to build it with: install g++ and `pip install ninja`"
-    return None
+    return None if has_cpu_twin() else NO_TOOLS
+
+
+@cache
+def has_cpu_twin() -> bool:
+    """Whether the C++ twin is built, or can be."""
+    return jit.can_build_cpp() or jit.is_built(TOPIC, "cpu")
 
 
 def refusal_of_cuda(step: str, q: Tensor, packed: bool) -> str | None:
