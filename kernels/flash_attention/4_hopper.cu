@@ -7,7 +7,7 @@
 // Two things keep the tensor cores busy while the special-function units compute exponentials:
 //
 //   inside a warpgroup    Q K(i+1) and P(i) V(i) run while softmax(i+1) waits for the first of them alone
-//   between warpgroups    they take turns to issue products, so that one's softmax falls into the other's products
+//   between warpgroups    at d 64 they take turns to issue products, so that one's softmax falls into the other's products
 //
 //      warpgroup 0:  | QK PV | softmax     | QK PV | softmax     |
 //      warpgroup 1:          | QK PV | softmax     | QK PV | softmax
