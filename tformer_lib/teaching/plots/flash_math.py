@@ -107,13 +107,13 @@ def errors(sizes: Sequence[float], curves: dict[str, Sequence[float]]) -> None:
     """Largest error against float64 over the size of the scores; a line ends where the result is no number."""
     _, ax = style.figure(height=3.6)
     style.lines(ax, sizes, curves)
-    for i, values in enumerate(curves.values()):
+    for i, (name, values) in enumerate(curves.items()):
         finite = [j for j, value in enumerate(values) if np.isfinite(value)]
         if finite and len(finite) < len(values):
             end = finite[-1]
             arrow = {"arrowstyle": "-", "color": style.PALETTE[i]}
-            place = (sizes[end], values[end] / 6)
-            ax.annotate("from here on NaN", (sizes[end], values[end]), place, ha="center", fontsize=9, arrowprops=arrow)
+            point, place = (sizes[end], values[end]), (sizes[end], values[end] / 6)
+            ax.annotate(f"{name}: NaN beyond", point, place, ha="center", fontsize=9, arrowprops=arrow)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(list(sizes), [f"{s:g}" for s in sizes])
