@@ -52,7 +52,8 @@ bench: $(READY)
 
 notebooks: $(READY)
 	cd notebooks && TFORMER_PROGRESS= ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
-	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=300 $(notdir $(NB))
+	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=300 \
+	  --CoalesceStreamsPreprocessor.enabled=True $(notdir $(NB))
 	$(BIN)/python book/status.py
 
 lint: $(READY)
