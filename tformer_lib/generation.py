@@ -19,6 +19,7 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
+from tformer_lib import profiling
 from tformer_lib.kv_cache import CacheShape, KVCache, PreallocatedCache
 
 STEPS_BETWEEN_CHECKS = 32
@@ -351,16 +352,19 @@ def decode(
     sampler = Sampler(rules, prompts, max_new_tokens, model.config.vocab_size, device)
     with evaluating(model):
         step = decode_step(model, cache, cuda_graph=cuda_graph, compile=compile)
-        logits = prefill(model, prompts, cache, chunk=chunk)  # (batch, vocab_size)
+        with profiling.range("prefill"):
+            logits = prefill(model, prompts, cache, chunk=chunk)  # (batch, vocab_size)
         for done in range(1, max_new_tokens + 1):
-            tokens = sampler(logits)  # (batch,)
+            with profiling.range("sampling"):
+                tokens = sampler(logits)  # (batch,)
             yield tokens
             if stop_tokens:
                 stopped |= torch.isin(tokens, stops)
                 if done % check_every == 0 and stopped.all():
                     return
             if done < max_new_tokens:
-                logits = step(tokens[:, None])
+                with profiling.range("decode"):
+                    logits = step(tokens[:, None])
 
 
 def decode_step(

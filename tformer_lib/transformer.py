@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tformer_lib import positional_encoding
+from tformer_lib import positional_encoding, profiling
 from tformer_lib.attention import MultiHeadAttention
 from tformer_lib.masks import padding
 from tformer_lib.rope import Rope
@@ -237,10 +237,13 @@ class Block(nn.Module):
             cache: this layer's part of a KV cache.
         """
         attend = partial(self.attention, mask=mask, causal=causal, bias=bias, rotate=rotate, cache=cache)
-        x = self._add(x, self.attention_norm, attend)
+        with profiling.range("attention"):
+            x = self._add(x, self.attention_norm, attend)
         if self.cross_attention is not None:
-            x = self._add(x, self.cross_norm, partial(self.cross_attention, context=memory, mask=memory_mask))
-        return self._add(x, self.feed_forward_norm, self.feed_forward)
+            with profiling.range("cross-attention"):
+                x = self._add(x, self.cross_norm, partial(self.cross_attention, context=memory, mask=memory_mask))
+        with profiling.range("feed-forward"):
+            return self._add(x, self.feed_forward_norm, self.feed_forward)
 
     def _add(self, x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """The residual connection: pre-norm keeps the sum untouched, post-norm normalises it."""
@@ -328,12 +331,14 @@ class Decoder(nn.Module):
         """
         if positions is None and cache is not None:
             positions = cache.positions(tokens.shape[1])
-        x = self.embedding(tokens, positions)  # (batch, T, width)
+        with profiling.range("embed"):
+            x = self.embedding(tokens, positions)  # (batch, T, width)
         bias = self.score_bias(tokens.shape[1], cache)
         x = self.stack(x, mask=mask, causal=True, bias=bias, rotate=self.rotation(tokens, positions), cache=cache)
         if cache is not None:
             cache.advance(tokens.shape[1])
-        return self.unembedding(x)  # (batch, T, vocab_size)
+        with profiling.range("unembed"):
+            return self.unembedding(x)  # (batch, T, vocab_size)
 
     def rotation(self, tokens: Tensor, positions: Tensor | None) -> Callable[[Tensor], Tensor] | None:
         """RoPE's rotation at these positions, worked out once for all layers, if the config asks for it."""
