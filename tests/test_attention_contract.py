@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from tformer_lib import sparse_attention
 from tformer_lib.kv_cache import CacheShape, GrowingCache, PreallocatedCache
+from tformer_lib.paged_attention import PagedKVCache
 
 ALL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -104,6 +105,7 @@ FORMS = [
     Form("sparse", "tformer_lib.sparse_attention:attend", {"pattern": sparse_attention.everything(), "block": 16}),
 ]
 CACHES = {"growing": GrowingCache, "preallocated": partial(PreallocatedCache, capacity=40)}
+CACHES |= {"paged": partial(PagedKVCache, blocks=24, block_size=4)}
 HERE = [(form, device) for form in FORMS for device in DEVICES if form.exists and device in form.devices]
 IDS = [f"{form.name}-{device}" for form, device in HERE]
 over_forms = pytest.mark.parametrize(("form", "device"), HERE, ids=IDS)
