@@ -1,0 +1,193 @@
+"""Every CUDA kernel of a topic under compute-sanitizer: ``python -m benchmarks.sanitize flash_attention``.
+
+Three tools watch each kernel on small odd shapes, one process for each pair: ``memcheck`` (reads and writes outside of
+an allocation; torch's caching allocator is off, so that every tensor is an allocation of its own), ``racecheck``
+(shared memory read or written by two threads with nothing that orders them) and ``synccheck`` (barriers used wrongly).
+Two controls show that the tools see these kernels at all: a launch whose lse has too few elements, and a kernel without
+one of its barriers. They must fail.
+
+A topic joins by a function that returns its cases by name, and a row in TOPICS. The summary goes to
+``<results>/<topic>-sanitizer.json``, the full output of a case that fails to the screen.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import RESULTS, command, device_name, environment
+from tformer_lib import jit
+
+TOOLS = ("memcheck", "racecheck", "synccheck")
+FOUND = 9  # exit status of compute-sanitizer where the tool found something
+SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?).*")
+MOST_SECONDS = 300  # of one case
+
+
+def from_cpu(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Random numbers made on the CPU, so that no other kernel runs under the tool."""
+    return torch.randn(*shape).to("cuda", dtype)
+
+
+# --- flash attention -----------------------------------------------------------------------------------------------
+
+
+def flash_cases() -> dict[str, Callable]:
+    """The steps of the ladder, the gradients, and the two controls."""
+    cases = {f"step {step}": partial(run_flash_forward, step) for step in (1, 2, 3, 4)}
+    for name in filter(partial(has_source, "flash_attention"), ("backward", "backward_tensor_core", "backward_tiled")):
+        cases[name] = partial(run_flash_backward, name)
+    return cases | {"control: lse too short": write_past_lse, "control: a barrier left out": leave_out_a_barrier}
+
+
+def has_source(topic: str, name: str) -> bool:
+    """Whether the kernel is there."""
+    return (jit.kernels_folder() / topic / f"{name}.cu").exists()
+
+
+def flash_dtype(step: int | str) -> torch.dtype:
+    """What a step computes with."""
+    return torch.float32 if step in (1, 2, "backward_tiled") else torch.bfloat16
+
+
+def run_flash_forward(step: int) -> None:
+    """Odd lengths, two heads to a kv head, every width of tile, causal, a window, packed sequences."""
+    from tformer_lib.flash_attention import flash_attention, flash_attention_varlen
+
+    dtype = flash_dtype(step)
+    for d, (T, S), options in itertools.product(
+        (40, 64, 128, 256), ((70, 203), (203, 70)), ({}, {"causal": True}, {"window": 33})
+    ):
+        q, k, v = (from_cpu(1, h, n, d, dtype=dtype) for h, n in ((2, T), (1, S), (1, S)))
+        flash_attention(q, k, v, step=step, **options)
+    starts = torch.tensor([0, 70, 70, 203], dtype=torch.int32).cuda()
+    for d in (64, 128, 256):
+        q, k, v = (from_cpu(203, h, d, dtype=dtype) for h in (2, 1, 1))
+        flash_attention_varlen(q, k, v, starts, starts, 133, 133, causal=True, step=step)
+    torch.cuda.synchronize()
+
+
+def run_flash_backward(name: str) -> None:
+    """The gradients at odd lengths: both orders of dq, two heads to a kv head, packed sequences."""
+    from tformer_lib import flash_attention as flash
+
+    dtype, widths = flash_dtype(name), (40, 64, 128) if name == "backward" else (40, 64, 128, 256)
+    starts = torch.tensor([0, 70, 70, 203], dtype=torch.int32).cuda()
+    for d, (T, S), deterministic, packed in itertools.product(
+        widths, ((70, 203), (203, 70)), (False, True), (False, True)
+    ):
+        (T, S), cu_seqlens = ((203, 203), (starts, starts)) if packed else ((T, S), None)
+        q, k, v, out, dout = (from_cpu(1, h, n, d, dtype=dtype) for h, n in ((2, T), (1, S), (1, S), (2, T), (2, T)))
+        lse, longest = torch.zeros(1, 2, T).cuda(), (133, 133) if packed else (T, S)
+        flash.run_backward(
+            name, dout, None, q, k, v, out, lse, None, cu_seqlens, longest, True, 0, d**-0.5, deterministic
+        )
+    torch.cuda.synchronize()
+
+
+def write_past_lse() -> None:
+    """Step 1 with an lse of half the elements: memcheck must find the writes past its end."""
+    from tformer_lib import flash_attention as flash
+
+    q, k, v = (from_cpu(1, 1, 2048, 64, dtype=torch.float32) for _ in range(3))
+    out, lse = flash.empty_outputs(q)
+    arguments = flash.describe(q, k, v)
+    arguments.out, arguments.lse = flash.matrix(out), lse[..., :1024].clone().data_ptr()
+    flash.launch("1", "forward", arguments, q.device)
+    torch.cuda.synchronize()
+
+
+def leave_out_a_barrier() -> None:
+    """Step 2 without the barrier between the reads of K and the loads of V: racecheck must find the race."""
+    from benchmarks.flash_attention import edited
+    from tformer_lib.flash_attention import flash_attention
+
+    with edited("2_tiled.cu", [("__syncthreads();  // K has been read, P is written", "")]):
+        flash_attention(*(from_cpu(1, 1, 200, 64, dtype=torch.float32) for _ in range(3)), step=2)
+        torch.cuda.synchronize()
+
+
+TOPICS = {"flash_attention": flash_cases}
+CONTROLS = {"control: lse too short": "memcheck", "control: a barrier left out": "racecheck"}
+
+
+# --- running the tools ---------------------------------------------------------------------------------------------
+
+
+def pairs(cases: dict[str, Callable], tools: list[str]) -> list[tuple[str, str]]:
+    """(tool, case) of everything to run; a control has one tool."""
+    return [(t, c) for t, c in itertools.product(tools, cases) if t == CONTROLS.get(c, t)]
+
+
+def check(topic: str, tool: str, case: str) -> dict:
+    """Run one case under one tool in a process of its own, and read the summary."""
+    words = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), "python", "-m", "benchmarks.sanitize"]
+    words += [topic, "--run", case]
+    start = time.perf_counter()
+    real = [sys.executable if word == "python" else word for word in words]
+    environ = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(real, capture_output=True, text=True, timeout=MOST_SECONDS, env=environ)
+        output, status = done.stdout + done.stderr, done.returncode
+    except subprocess.TimeoutExpired as error:
+        output, status = str(error), None
+    found = SUMMARY.search(output)
+    return {
+        "case": case,
+        "tool": tool,
+        "clean": status == 0 and found is not None and found[1] == "0",
+        "expected": "errors" if case in CONTROLS else "clean",
+        "summary": found[0] if found else f"no summary; exit status {status}",
+        "seconds": round(time.perf_counter() - start, 1),
+        "command": " ".join(f"'{w}'" if " " in w else w for w in words),
+        "output": output,
+    }
+
+
+def as_hoped(result: dict) -> bool:
+    """A kernel is clean; a control is not, and the tool said why."""
+    return result["clean"] if result["expected"] == "clean" else not result["summary"].startswith("no summary")
+
+
+def main() -> None:
+    """Run one case (what the tool watches), or all of them under every tool."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("topic", choices=TOPICS)
+    parser.add_argument("--run", help="run this case alone, with no tool")
+    parser.add_argument("--tools", nargs="+", default=TOOLS, choices=(*TOOLS, "initcheck"))
+    parser.add_argument("--cases", nargs="+", help="only these")
+    parser.add_argument("--jobs", type=int, default=8, help="processes at a time")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    cases = TOPICS[options.topic]()
+    if options.run:
+        return cases[options.run]()
+    cases = {name: run for name, run in cases.items() if name in (options.cases or cases)}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(lambda pair: check(options.topic, *pair), pairs(cases, options.tools)))
+    for result in results:
+        verdict = "as it should be" if as_hoped(result) else "NOT as it should be"
+        print(f"{result['tool']:<10} {result['case']:<28} {result['summary']:<60} {verdict}  {result['seconds']} s")
+        output = result.pop("output")
+        if not as_hoped(result):
+            print("\n".join(output.splitlines()[:60]))
+    device = torch.device("cuda")
+    folder = Path(os.environ.get("TFORMER_RESULTS") or RESULTS / device_name(device))
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"topic": options.topic, **environment(device), "command": command(), "results": results}
+    (folder / f"{options.topic}-sanitizer.json").write_text(json.dumps(facts, indent=1) + "\n")
+    sys.exit(0 if all(map(as_hoped, results)) else 1)
+
+
+if __name__ == "__main__":
+    main()
