@@ -15,6 +15,7 @@ How the time is taken, so that two runs agree:
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
+
+from tformer_lib import profiling
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -156,6 +159,95 @@ def copy_rate(device: torch.device | str, *, size: int | None = None) -> float:
     return 2 * n / measure(target.copy_, [(source,)], device=device).median
 
 
+def launch_seconds(device: torch.device | str) -> float:
+    """What it takes to start one operator that has next to nothing to do: the floor of any small operator's time.
+
+    The operators are issued one after the other and waited for once, as a model does it.
+    """
+    device, many = torch.device(device), 1000
+    x = torch.zeros(8, device=device)
+
+    def issue() -> None:
+        for _ in range(many):
+            x.add_(1.0)
+
+    times = []
+    for _ in range(7):
+        synchronize(device)
+        start = time.perf_counter()
+        issue()
+        synchronize(device)
+        times.append((time.perf_counter() - start) / many)
+    return median(times[2:])
+
+
+def compare(
+    one: Callable[[], object], other: Callable[[], object], *, device: torch.device | str = "cpu", pairs: int = 15
+) -> Timing:
+    """How many times longer ``one`` takes than ``other``, called in turns so that both see the same machine.
+
+    A ratio of neighbours is steadier than a ratio of two medians: what slows the machine for a while slows both.
+
+    Returns:
+        A :class:`Timing` whose numbers are ratios: the median over the pairs, and its 10th and 90th percentile.
+    """
+    device = torch.device(device)
+    for fn in (one, other, one, other):
+        fn()
+    ratios = [host_seconds(one, device) / host_seconds(other, device) for _ in range(pairs)]
+    p10, *_, p90 = quantiles(ratios, n=10)
+    return Timing(median(ratios), p10, p90, pairs)
+
+
+def host_seconds(fn: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call by the host's clock, until the device has finished."""
+    synchronize(device)
+    start = time.perf_counter()
+    fn()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def profiled(fn: Callable[[], object], *, device: torch.device | str, warmup: int = 3) -> None:
+    """Run ``fn`` for an outside profiler: what ``--nvtx`` does in a script instead of measuring.
+
+    After ``warmup`` calls, one call stands inside the NVTX range "measured", which ``benchmarks/nsys.sh`` and
+    ``benchmarks/ncu.sh`` look for; the library's own ranges lie within. Nothing is timed and nothing is written, for
+    a program that runs under a profiler is slower than alone.
+    """
+    device = torch.device(device)
+    for _ in range(warmup):
+        fn()
+    synchronize(device)
+    profiling.enable()
+    with profiling.range("measured"):
+        fn()
+        synchronize(device)
+    profiling.disable()
+
+
+def noise(fn: Callable[[], object], *, device: torch.device | str = "cpu", repeats: int = 20, **options) -> dict:
+    """What the harness says when nothing changes: the same measurement again and again.
+
+    Args:
+        fn: anything; it must do the same on every call.
+        repeats: how many whole measurements.
+        options: passed on to :func:`measure`.
+
+    Returns:
+        The medians in seconds, their spread (largest over smallest, less 1), and the typical distance of one from
+        the median of all, as a share of it.
+    """
+    medians = [measure(fn, device=device, **options).median for _ in range(repeats)]
+    middle = median(medians)
+    return {
+        "repeats": repeats,
+        "medians": medians,
+        "spread": max(medians) / min(medians) - 1,
+        "typical": median(abs(m - middle) for m in medians) / middle,
+    }
+
+
 @dataclass
 class Row:
     """One measurement: what was run, how long it took, what it did, and what the limit is.
@@ -231,22 +323,37 @@ class Report:
         for name, value in facts.items():
             print(f"  {name}: {value}", flush=True)
 
+    def attach(self, **facts) -> None:
+        """Keep facts that are too long to print, such as a recording of kernels; only their names are printed."""
+        self.facts.update(facts)
+        print(f"  attached: {', '.join(facts)}", flush=True)
+
     def as_dict(self) -> dict:
         """All that the JSON holds."""
         rows = [{**asdict(r), "rate": r.rate, "share": r.share} for r in self.rows]
         return {"topic": self.topic, **environment(self.device), "facts": self.facts, "rows": rows}
 
-    def finish(self) -> Path:
-        """Print the table, write ``<out>/<topic>.json`` atomically, and return its path."""
+    def save(self) -> Path:
+        """Write ``<out>/<topic>.json`` atomically with what is known so far, and return its path."""
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / f"{self.topic}.json"
         temporary = path.with_suffix(".json.part")
-        temporary.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        temporary.write_text(as_json(self.as_dict()) + "\n")
         temporary.replace(path)
+        return path
+
+    def finish(self) -> Path:
+        """Save, and print the table."""
+        path = self.save()
         print(f"\n{self.topic} on {device_label(self.device)}")
         print("\n".join(format_row(row) for row in self.rows))
         print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
         return path
+
+
+def as_json(value) -> str:
+    """Indented JSON, in which a list that holds only numbers takes one line."""
+    return re.sub(r"\[[\s\d.,eE+-]+\]", lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(value, indent=1))
 
 
 def format_row(row: Row) -> str:

@@ -20,7 +20,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.harness import Report, Timing, copy_rate, measure, synchronize
+from benchmarks.harness import Report, Timing, copy_rate, measure, profiled, synchronize
 from tformer_lib.generation import StaticStep, changing_shapes, decode_step, generate, generate_uncached, prefill
 from tformer_lib.kv_cache import CacheShape, GrowingCache, KVCache, PreallocatedCache, RingCache, pass_cost
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
@@ -36,10 +36,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--new-tokens", type=int, help="tokens to generate; 1,024 on a GPU, 192 on a CPU")
+    parser.add_argument("--nvtx", action="store_true", help="measure nothing: decode a few tokens for a profiler")
     args = parser.parse_args()
     torch.manual_seed(0)
     gpu = args.device == "cuda"
     bench = Bench(args.device, GPT2 if gpu else SMALL, torch.bfloat16 if gpu else torch.float32, args.new_tokens)
+    if args.nvtx:
+        return bench.decode_for_profiler()
     bench.describe()
     variants = bench.gpu_variants() if gpu else bench.cpu_variants()
     for variant in (*variants, bench.ratios):
@@ -77,6 +80,13 @@ class Bench:
             copy_bytes_per_second=self.bandwidth,
             bandwidth_bound_seconds_per_token=self.step_bytes / self.bandwidth,
         )
+
+    def decode_for_profiler(self, tokens: int = 4) -> None:
+        """A few eager steps on a preallocated cache, inside NVTX ranges."""
+        self.new_tokens = tokens
+        cache = self.preallocated()
+        step = decode_step(self.model, cache)
+        profiled(lambda: self.decode(cache, step), device=self.device)
 
     def shape(self) -> CacheShape:
         """One row of this model."""

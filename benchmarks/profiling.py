@@ -1,0 +1,259 @@
+"""Three bottlenecks, each before and after its repair, with what the roofline promised; and how steady the clock is.
+
+    python -m benchmarks.profiling --device cpu
+    python -m benchmarks.profiling --device cuda    # GPT-2's 124M shape; records the kernels of a decode step too
+
+The theory: an operator takes at least as long as its arithmetic, its memory traffic, or its launch, whichever is
+longest. A decode step of a small model has a hundred operators that do little, so launches decide; the repair is one
+launch for all (a CUDA graph) or more work for each (a batch). A softmax written as five operators moves 8 times its
+matrix, written as one 2 times. Keys that are transposed and copied before each use move 3 times instead of once.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import (
+    Report,
+    compare,
+    copies_past_cache,
+    copy_rate,
+    launch_seconds,
+    matmul_rate,
+    measure,
+    noise,
+)
+from benchmarks.kv_cache import GPT2, SMALL
+from tformer_lib import profiling
+from tformer_lib.generation import StaticStep, decode_step, generate, prefill
+from tformer_lib.kv_cache import CacheShape, PreallocatedCache, pass_cost
+from tformer_lib.transformer import Decoder
+
+CONTEXT, CAPACITY = 512, 1056
+"""Tokens in the cache when a decode step is looked at, and those that it has room for."""
+
+
+def main() -> None:
+    """The limits, the noise, the three bottlenecks; on a GPU also the recordings of its kernels."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    report = Report("profiling", args.device)
+    limits(report)
+    for stage in (decoding, softmax, transposed_keys, steadiness, ranges_off):
+        stage(report)
+        report.save()
+    report.finish()
+
+
+def limits(report: Report) -> None:
+    """Note the roofline of the device: the rates of a product and of a copy, and the cost of a launch."""
+    report.dtype = torch.bfloat16 if report.device.type == "cuda" else torch.float32
+    report.roofline = profiling.Roofline(
+        matmul_rate(report.device, report.dtype), copy_rate(report.device), launch_seconds(report.device)
+    )
+    report.note(
+        dtype=str(report.dtype),
+        matmul_flops_per_second=report.roofline.flops_per_second,
+        copy_bytes_per_second=report.roofline.bytes_per_second,
+        launch_seconds=report.roofline.launch_seconds,
+    )
+
+
+@torch.no_grad()
+def decoding(report: Report) -> None:
+    """A decode step over the batch, kernel by kernel; on a GPU also recorded in a CUDA graph."""
+    gpu = report.device.type == "cuda"
+    model = Decoder(GPT2 if gpu else SMALL).to(report.device, report.dtype).eval()
+    kinds = {"eager": eager, "CUDA graph": recorded} if gpu else {"eager": eager}
+    recordings = {}
+    for kind, make in kinds.items():
+        for batch in (1, 2, 4, 8, 16, 32) if gpu else (1, 4, 16):
+            step, tokens, cache = make(model, batch)
+            call = returning(step, tokens, cache)
+            timing = measure(call, device=report.device, seconds=0.25, min_calls=5)
+            work = pass_cost(model.config, held=CONTEXT, new=1, itemsize=report.dtype.itemsize)
+            more_rows = (batch - 1) * (CONTEXT + 1) * CacheShape.of(model, 1).bytes_per_token  # the weights are shared
+            title = f"decode step, {kind}, batch {batch}"
+            facts = {"kind": kind, "batch": batch, "flops_of_products": batch * work.flops}
+            report.add(title, timing, bytes=work.bytes + more_rows, limit=report.roofline.bytes_per_second, **facts)
+            if batch == 1:
+                recordings[kind] = record_steps(report, kind, call)
+    report.attach(decode_recordings=recordings)
+
+
+def eager(model: Decoder, batch: int) -> tuple[Callable, Tensor, PreallocatedCache]:
+    """A step that launches its kernels one by one, on a cache that holds ``CONTEXT`` tokens a row."""
+    cache = filled(model, batch)
+    return decode_step(model, cache), torch.zeros(batch, 1, dtype=torch.int64, device=cache.lengths.device), cache
+
+
+def recorded(model: Decoder, batch: int) -> tuple[Callable, Tensor, PreallocatedCache]:
+    """The same step, recorded in a CUDA graph."""
+    cache = PreallocatedCache(CacheShape.of(model, batch), CAPACITY)
+    step = StaticStep(model, cache)
+    fill(model, cache)
+    return step, torch.zeros(batch, 1, dtype=torch.int64, device=cache.lengths.device), cache
+
+
+def filled(model: Decoder, batch: int) -> PreallocatedCache:
+    """A cache with ``CONTEXT`` tokens in each row."""
+    cache = PreallocatedCache(CacheShape.of(model, batch), CAPACITY)
+    fill(model, cache)
+    return cache
+
+
+def fill(model: Decoder, cache: PreallocatedCache) -> None:
+    """Prefill random tokens, in chunks so that their logits stay small."""
+    batch = cache.lengths.shape[0]
+    prefill(model, torch.randint(model.config.vocab_size, (batch, CONTEXT)).tolist(), cache, chunk=128)
+
+
+def returning(step: Callable, tokens: Tensor, cache: PreallocatedCache) -> Callable[[], Tensor]:
+    """One step that starts again at ``CONTEXT`` once the cache is full."""
+
+    def call() -> Tensor:
+        if max(cache.host_lengths) >= CAPACITY:
+            cache.truncate([CONTEXT] * len(cache.host_lengths))
+        return step(tokens)
+
+    return call
+
+
+def record_steps(report: Report, kind: str, call: Callable, steps: int = 4) -> dict:
+    """The intervals of a few steps, and what they add up to; the first trace of a process is thrown away."""
+    for _ in range(2):
+        with profiling.trace() as trace:
+            for _ in range(steps):
+                call()
+    intervals = trace.intervals()
+    window = max(i["start_us"] + i["duration_us"] for i in intervals)
+    busy = profiling.utilisation(intervals, 0, window)
+    print(f"{kind}: {steps} steps\n{trace.table(12)}", flush=True)
+    facts = {"steps": steps, "launches": trace.launches(), "kernels": len(intervals), "utilisation": busy}
+    return profiling.pack(intervals, window) | facts | {"phases": trace.phases()}
+
+
+def record_call(fn: Callable, inputs: list[tuple]) -> dict:
+    """The intervals of one call that was not the first."""
+    with profiling.trace() as trace:
+        for _ in range(2):
+            fn(*inputs[0])
+    intervals = trace.intervals()
+    half = intervals[len(intervals) // 2]["start_us"]
+    second = [i | {"start_us": round(i["start_us"] - half, 2)} for i in intervals if i["start_us"] >= half]
+    return profiling.pack(second, max(i["start_us"] + i["duration_us"] for i in second))
+
+
+def unfused_softmax(x: Tensor) -> Tensor:
+    """Softmax over the last dimension, an operator a line: (rows, columns) -> the same."""
+    x = x - x.amax(-1, keepdim=True)  # reads the matrix twice, writes it once
+    x = x.exp()  # reads, writes
+    return x / x.sum(-1, keepdim=True)  # reads twice, writes once
+
+
+def fused_softmax(x: Tensor) -> Tensor:
+    """The same in one operator, which reads the matrix and writes it."""
+    return x.softmax(-1)
+
+
+def softmax(report: Report) -> None:
+    """Both, on scores far larger than the cache."""
+    size = 16384 if report.device.type == "cuda" else 3072
+    inputs = copies_past_cache(
+        lambda: (torch.randn(size, size, device=report.device, dtype=report.dtype),), report.device, most=3
+    )
+    for fn in (unfused_softmax, fused_softmax):
+        add_by_bytes(report, fn.__name__.replace("_", " "), fn, inputs, size=size)
+
+
+def add_by_bytes(report: Report, title: str, fn: Callable, inputs: list[tuple], **facts) -> None:
+    """Time a function, and put beside it the bytes that its operators move and what the roofline makes of them."""
+    with profiling.count() as work:
+        fn(*inputs[0])
+    timing = measure(fn, inputs, device=report.device, seconds=0.4, min_calls=3)
+    predicted = report.roofline.seconds(work.flops, work.bytes, work.calls)
+    facts |= {"operators": work.calls, "predicted_seconds": predicted, "recording": record_call(fn, inputs)}
+    report.add(title, timing, bytes=work.bytes, limit=report.roofline.bytes_per_second, **facts)
+
+
+def with_copies(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one query over keys stored as (batch, S, heads, head_dim), copied into the order of the kernel."""
+    k, v = (x.transpose(1, 2).contiguous() for x in (k, v))  # (batch, heads, S, head_dim)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def with_views(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same over the same tensors, transposed by their strides alone."""
+    return F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2))
+
+
+def in_order(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same over keys stored as (batch, heads, S, head_dim) in the first place, as the course's caches do."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def transposed_keys(report: Report) -> None:
+    """One query a row over a cache that is larger than the processor's."""
+    gpu = report.device.type == "cuda"
+    batch, heads, S, head_dim = (8, 32, 4096, 128) if gpu else (1, 8, 8192, 64)
+
+    def make(order: tuple[int, int]) -> list[tuple]:
+        shape = (batch, *order, head_dim)
+        new = lambda *shape: torch.randn(shape, device=report.device, dtype=report.dtype)  # noqa: E731
+        return copies_past_cache(
+            lambda: (new(batch, heads, 1, head_dim), new(*shape), new(*shape)), report.device, most=8
+        )
+
+    sizes = {"batch": batch, "heads": heads, "S": S, "head_dim": head_dim}
+    for title, fn, order in (
+        ("keys copied", with_copies, (S, heads)),
+        ("keys viewed", with_views, (S, heads)),
+        ("keys in order", in_order, (heads, S)),
+    ):
+        add_by_bytes(report, f"attention, {title}", fn, make(order), **sizes)
+
+
+def steadiness(report: Report) -> None:
+    """The same measurement many times, of a short and of a longer operator; and a ratio of a function to itself."""
+    size = 1024 if report.device.type == "cuda" else 256
+    small, large = (torch.randn(n, n, device=report.device, dtype=report.dtype) for n in (size, 4 * size))
+    found = {}
+    for name, x in (("a short product", small), ("a longer product", large)):
+        found[name] = noise(lambda x=x: x @ x, device=report.device, seconds=0.05, warmup=0.02)
+    itself = compare(lambda: large @ large, lambda: large @ large, device=report.device)
+    found["a product beside itself"] = {"ratio": itself.median, "p10": itself.p10, "p90": itself.p90}
+    for name, facts in found.items():
+        print(f"  noise of {name}: { ({k: v for k, v in facts.items() if k != 'medians'}) }", flush=True)
+    report.attach(noise=found)
+
+
+def ranges_off(report: Report) -> None:
+    """What the ranges of a decode loop cost when nobody listens, as a share of the loop."""
+    model, tokens, opened = Decoder(SMALL).to(report.device).eval(), 16, []
+    prompt = list(range(32))
+    with profiling.listening(lambda name: opened.append(name) or profiling._off):
+        generate(model, [prompt], max_new_tokens=tokens)
+    loop = measure(lambda: generate(model, [prompt], max_new_tokens=tokens), device=report.device, seconds=0.6)
+    many = 10_000
+
+    def ranges() -> None:
+        for _ in range(many):
+            with profiling.range("nothing"):
+                pass
+
+    each = measure(ranges, seconds=0.3).median / many
+    report.note(
+        ranges_in_a_decode_loop=len(opened),
+        seconds_of_a_range_when_off=each,
+        seconds_of_the_decode_loop=loop.median,
+        share_of_ranges_when_off=len(opened) * each / loop.median,
+    )
+
+
+if __name__ == "__main__":
+    main()
