@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tformer_lib import masks
 from tformer_lib.kv_cache import CacheShape, GrowingCache, PreallocatedCache, RingCache, pass_cost
+from tformer_lib.paged_attention import PagedKVCache
 from tformer_lib.transformer import Decoder, ModelConfig
 
 WINDOW, SINKS = 5, 2
@@ -14,6 +15,7 @@ CACHES = {
     "growing": lambda shape: GrowingCache(shape),
     "preallocated": lambda shape: PreallocatedCache(shape, 40),
     "ring": lambda shape: RingCache(shape, WINDOW, SINKS),
+    "paged": lambda shape: PagedKVCache(shape, 10 * shape.batch, block_size=4),
 }
 MODELS = {
     "gpt2-like": {"positions": "learned", "kv_heads": None},
@@ -210,7 +212,7 @@ def test_the_cache_returns_views_of_its_memory_not_copies():
 # Editing
 
 
-@pytest.mark.parametrize("name", ["growing", "preallocated"])
+@pytest.mark.parametrize("name", ["growing", "preallocated", "paged"])
 @torch.no_grad()
 def test_truncated_rows_go_on_as_if_the_rest_had_never_been(name):
     model, tokens, other = MODEL["llama-like"], tokens_of(3, 12), tokens_of(3, 12, seed=9)
@@ -278,7 +280,7 @@ def test_a_pass_that_failed_half_way_leaves_the_cache_usable():
 # Static shapes
 
 
-@pytest.mark.parametrize("name", ["preallocated", "ring"])
+@pytest.mark.parametrize("name", ["preallocated", "ring", "paged"])
 @torch.no_grad()
 def test_static_passes_equal_ordinary_ones_on_ragged_rows(name):
     model, tokens = MODEL["llama-like"], tokens_of(3, 30)
@@ -288,6 +290,7 @@ def test_static_passes_equal_ordinary_ones_on_ragged_rows(name):
     for _ in range(15):
         ordinary = torch.stack(feed(model, caches[0], tokens, [1, 1, 1]))
         new = torch.stack([tokens[b, n : n + 1] for b, n in enumerate(caches[1].host_lengths)])
+        caches[1].check_room([n + 1 for n in caches[1].host_lengths])
         with caches[1].static_shapes():
             static = model(new, cache=caches[1])
         caches[1].replayed()

@@ -286,9 +286,8 @@ def gather_blocks(pool: Tensor, block_tables: Tensor, lengths: Tensor, S: int) -
     used_blocks = blocks_for(S, block_size)
     held = torch.arange(used_blocks * block_size, device=pool.device) < lengths[:, None]  # (batch, slots)
     blocks = block_tables[:, :used_blocks].long().masked_fill(~held[:, ::block_size], 0)  # (batch, used_blocks)
-    x = as_numbers(pool)[blocks].view(pool.dtype)  # (batch, used_blocks, kv_heads, block_size, head_dim)
-    x = x.transpose(1, 2).flatten(2, 3)[:, :, :S]  # (batch, kv_heads, S, head_dim)
-    return torch.where(held[:, None, :S, None], x.to(torch.promote_types(x.dtype, torch.bfloat16)), 0.0)
+    x = as_numbers(pool)[blocks].transpose(1, 2).flatten(2, 3)[:, :, :S]  # (batch, kv_heads, S, head_dim)
+    return x.masked_fill(~held[:, None, :S, None], 0).view(pool.dtype)
 
 
 def visible_keys(lengths: Tensor, count: int, S: int, window: int | None) -> Tensor:
