@@ -253,6 +253,13 @@ def test_translate_is_the_argmax_step_by_step_and_stops():
         assert set(row[stop:]) <= {2}
 
 
+def test_the_logits_of_some_places_are_those_of_all():
+    model = decoder("llama").double()
+    tokens = torch.randint(61, (2, 9))
+    some = torch.tensor([8, 0, 3, 3])
+    torch.testing.assert_close(model(tokens, only=some), model(tokens)[:, some], rtol=0, atol=1e-12)
+
+
 def test_tied_tables_are_one_and_counted_once():
     tied, loose = decoder("gpt2"), decoder("gpt2", tie_embeddings=False)
     assert tied.unembedding.weight is tied.embedding.tokens.weight

@@ -313,7 +313,13 @@ class Decoder(nn.Module):
             self.unembedding.weight = self.embedding.tokens.weight
 
     def forward(
-        self, tokens: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None, cache=None
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache=None,
+        only: Tensor | None = None,
     ) -> Tensor:
         """The logits of the token after each one.
 
@@ -322,9 +328,11 @@ class Decoder(nn.Module):
             positions: (T,) or (batch, T) int64, the place of each token; by default 0, 1, ... or what the cache says.
             mask: boolean, broadcastable to (batch, heads, T, T), on top of the causal mask.
             cache: a KV cache; T new tokens are appended to what it holds.
+            only: (n,) int64, the places along T whose logits are wanted; all if not given. A server that reads a
+                prompt needs those of its last token alone, and the vocabulary is the widest matrix.
 
         Returns:
-            (batch, T, vocab_size).
+            (batch, T, vocab_size), or (batch, n, vocab_size) with ``only``.
 
         Raises:
             ValueError: if ``tokens`` has another shape or dtype, or a token is too far along for the model.
@@ -338,7 +346,7 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance(tokens.shape[1])
         with profiling.range("unembed"):
-            return self.unembedding(x)  # (batch, T, vocab_size)
+            return self.unembedding(x if only is None else x[:, only])  # (batch, T or n, vocab_size)
 
     def rotation(self, tokens: Tensor, positions: Tensor | None) -> Callable[[Tensor], Tensor] | None:
         """RoPE's rotation at these positions, worked out once for all layers, if the config asks for it."""

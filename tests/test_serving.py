@@ -1,0 +1,449 @@
+"""Serving: under every schedule a request gets what it would get alone, and every block comes back."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tformer_lib import pretrained
+from tformer_lib.generation import cut, generate
+from tformer_lib.paged_attention import BlockAllocator
+from tformer_lib.serving import (
+    LLM,
+    Engine,
+    Params,
+    Scheduler,
+    TextStream,
+    blocks_that_fit,
+    graph_sizes,
+    main,
+    overlap,
+)
+from tformer_lib.tokens import characters
+from tformer_lib.transformer import Decoder, ModelConfig
+
+VOCAB, CONTEXT = 23, 40
+
+
+def make_model(seed=5, **options):
+    torch.manual_seed(seed)
+    shape = {"width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "positions": "rope", **options}
+    model = Decoder(ModelConfig(vocab_size=VOCAB, max_length=CONTEXT, **shape)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)  # sharper than at initialisation, so that texts differ
+    return model
+
+
+MODEL = make_model()
+ALONE: dict = {}
+
+
+def alone(prompt, **rules):
+    """What the request gets without an engine."""
+    key = (tuple(prompt), tuple(sorted(rules.items())))
+    if key not in ALONE:
+        ALONE[key] = generate(MODEL, [prompt], **rules)[0]
+    return ALONE[key]
+
+
+def check_all_blocks_are_back(engine):
+    allocator = engine.allocator
+    assert not engine.busy
+    assert allocator.held == 0
+    assert allocator.available == allocator.blocks
+    assert set(allocator.holders) == {0}
+    assert len(engine.scheduler.free_seats) == len(engine.scheduler.tables) - 1
+
+
+# Any schedule
+
+
+PREFIXES = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 11, 12], [7]]
+
+
+@st.composite
+def requests(draw):
+    """(step at which it arrives, prompt, max_new_tokens, stop token or None, step at which it is cancelled or None)."""
+    prefix = draw(st.sampled_from(PREFIXES))
+    tail = draw(st.lists(st.integers(0, VOCAB - 1), max_size=4))
+    new = draw(st.integers(1, 14))
+    stop = draw(st.none() | st.integers(0, VOCAB - 1))
+    cancelled = draw(st.none() | st.none() | st.integers(1, 20))
+    return draw(st.integers(0, 12)), prefix[: draw(st.integers(1, len(prefix)))] + tail, new, stop, cancelled
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    plans=st.lists(requests(), min_size=1, max_size=7),
+    seats=st.integers(1, 5),
+    more_budget=st.integers(0, 12),
+    block_size=st.sampled_from([1, 2, 4, 8]),
+    more_blocks=st.integers(0, 8),
+    ahead=st.integers(0, 1),
+    prefix_cache=st.booleans(),
+    spare=st.sampled_from([0.0, 1.0]),
+)
+def test_every_schedule_writes_what_each_request_gets_alone(
+    plans, seats, more_budget, block_size, more_blocks, ahead, prefix_cache, spare
+):
+    longest = max(len(prompt) + new - 1 for _, prompt, new, _, _ in plans)
+    engine = Engine(
+        MODEL,
+        blocks=-(-longest // block_size) + more_blocks,  # the longest fits, most of the time not two
+        block_size=block_size,
+        seats=seats,
+        budget=seats + more_budget,
+        ahead=ahead,
+        prefix_cache=prefix_cache,
+        spare_blocks=spare,
+    )
+    made, step = {}, 0
+    while engine.busy or len(made) < len(plans):
+        for i, (arrives, prompt, new, stop, cancelled) in enumerate(plans):
+            if arrives == step:
+                stops = () if stop is None else (stop,)
+                made[i] = engine.add(prompt, {"max_new_tokens": new, "stop_tokens": stops})
+            if cancelled == step and i in made:
+                engine.cancel(made[i])
+        engine.step()
+        step += 1
+        assert step < 2000, "the engine makes no progress"
+    for i, (_, prompt, new, stop, cancelled) in enumerate(plans):
+        expected = cut(alone(prompt, max_new_tokens=new), () if stop is None else (stop,))
+        if made[i].finish_reason == "cancelled":
+            assert cancelled is not None
+            expected = expected[: len(made[i].new_tokens)]
+        else:
+            assert made[i].finish_reason == ("stop" if stop is not None and expected[-1] == stop else "length")
+        assert made[i].new_tokens == expected
+    check_all_blocks_are_back(engine)
+
+
+def test_a_shortage_preempts_the_latest_and_loses_nothing():
+    prompts = [[i, 2, 3, 4, 5, 6] for i in range(6)]
+    engine = Engine(MODEL, blocks=12, block_size=4, seats=6, budget=32, prefix_cache=False)
+    made = [engine.add(prompt, {"max_new_tokens": 20}) for prompt in prompts]
+    while engine.busy:
+        engine.step()
+        arrivals = [request.arrival for request in engine.scheduler.running]
+        assert arrivals == sorted(arrivals)
+        assert all(r.arrival > max(arrivals, default=-1) for r in engine.scheduler.waiting)
+    assert engine.scheduler.preemptions > 0
+    assert made[0].preemptions == 0
+    assert [request.new_tokens for request in made] == [alone(prompt, max_new_tokens=20) for prompt in prompts]
+    check_all_blocks_are_back(engine)
+
+
+def test_no_step_passes_its_budget_and_long_prompts_come_in_pieces():
+    engine = Engine(MODEL, block_size=4, seats=3, budget=5)
+    made = [engine.add(list(range(20)), {"max_new_tokens": 6}) for _ in range(3)]
+    engine.run()
+    assert all(step.tokens <= 5 for step in engine.log)
+    assert [count for step in engine.log for arrival, _, count in step.rows if arrival == 0][:4] == [5, 5, 5, 5]
+    mixed = [step for step in engine.log if step.samples and step.tokens > step.samples]
+    assert mixed, "no step read a prompt while another row wrote"
+    assert all(request.new_tokens == made[0].new_tokens for request in made)
+
+
+def test_a_shared_beginning_is_computed_once():
+    prompt = list(range(1, 18))
+    engine = Engine(MODEL, block_size=4, seats=4, budget=64)
+    first = engine.add(prompt, {"max_new_tokens": 3})
+    engine.run()
+    again = engine.add(prompt, {"max_new_tokens": 3})
+    engine.run()
+    assert (first.reused, again.reused) == (0, 16)
+    assert again.new_tokens == first.new_tokens
+    exact = engine.add(prompt[:16], {"max_new_tokens": 3})  # fills its last block, all of which is known
+    engine.run()
+    assert exact.reused == 12
+    assert exact.new_tokens == alone(prompt[:16], max_new_tokens=3)
+    together = [engine.add([20, *prompt], {"max_new_tokens": 3}) for _ in range(3)]  # in one step
+    engine.run()
+    assert [request.reused for request in together] == [0, 16, 16]
+    assert all(request.new_tokens == alone([20, *prompt], max_new_tokens=3) for request in together)
+    check_all_blocks_are_back(engine)
+
+
+def test_a_written_text_is_a_prefix_for_the_next_turn():
+    engine = Engine(MODEL, block_size=4, seats=2, budget=64)
+    first = engine.add([1, 2, 3], {"max_new_tokens": 14})
+    engine.run()
+    second = engine.add([*first.tokens, 9], {"max_new_tokens": 3})
+    engine.run()
+    assert second.reused == 16
+    assert second.new_tokens == alone([*first.tokens, 9], max_new_tokens=3)
+
+
+# Sampling
+
+
+@settings(max_examples=15, deadline=None)
+@given(seeds=st.lists(st.integers(0, 50), min_size=2, max_size=4), more=st.integers(0, 9), ahead=st.integers(0, 1))
+def test_a_seeded_request_does_not_depend_on_its_neighbours(seeds, more, ahead):
+    rules = [
+        {"temperature": 1.3, "top_k": 20, "top_p": 0.95},
+        {"temperature": 1.0, "repetition_penalty": 1.5},
+        {"repetition_penalty": 2.0},
+        {},
+    ]
+    engine = Engine(MODEL, blocks=12, block_size=4, seats=4, budget=4 + more, ahead=ahead)
+    plans = [([seed % VOCAB, 3, 1], {"seed": seed, **rules[i % 4]}) for i, seed in enumerate(seeds)]
+    made = [engine.add(prompt, {"max_new_tokens": 12, **rule}) for prompt, rule in plans]
+    engine.run()
+    for request, (prompt, rule) in zip(made, plans, strict=True):
+        assert request.new_tokens == alone(prompt, max_new_tokens=12, **rule)
+
+
+def test_sampled_requests_survive_a_preemption():
+    rules = {"temperature": 1.5, "repetition_penalty": 1.3, "max_new_tokens": 20}
+    engine = Engine(MODEL, blocks=12, block_size=4, seats=6, budget=32, prefix_cache=False)
+    made = [engine.add([i, 2, 3, 4, 5, 6], {"seed": i, **rules}) for i in range(6)]
+    engine.run()
+    assert engine.scheduler.preemptions > 0
+    for i, request in enumerate(made):
+        assert request.new_tokens == alone([i, 2, 3, 4, 5, 6], seed=i, **rules)
+
+
+# Other models
+
+
+@pytest.mark.parametrize("options", [{"positions": "learned"}, {"positions": "sinusoidal"}, {"feed_forward": "swiglu"}])
+def test_other_decoders_are_served_too(options):
+    model = make_model(**options)
+    engine = Engine(model, blocks=14, block_size=4, seats=3, budget=6)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
+    made = [engine.add(prompt, {"max_new_tokens": 12}) for prompt in prompts]
+    engine.run()
+    assert [request.new_tokens for request in made] == generate(model, prompts, max_new_tokens=12)
+
+
+def test_models_whose_rows_depend_on_each_other_are_refused():
+    with pytest.raises(ValueError, match="ALiBi"):
+        Engine(make_model(positions="alibi"))
+    with pytest.raises(ValueError, match="DynamicNTK turns keys by the length"):
+        Engine(make_model(rope_scaling={"rope_type": "dynamic", "factor": 2.0}))
+    with pytest.raises(ValueError, match="max_context is 41, the model has learned 40 positions"):
+        Engine(make_model(positions="learned"), max_context=41)
+    with pytest.raises(ValueError, match="at least 1 token for each of 8 seats, got 4"):
+        Engine(MODEL, seats=8, budget=4)
+
+
+# Text
+
+
+TEXT = "A naïve café: 漢字, 🙂🙃 and the end. The end."
+
+
+class Bytes:
+    """An encoding with a token for each byte: every character that is not ASCII is cut."""
+
+    n_vocab, eot_token = 256, 0
+
+    def encode_ordinary(self, text):
+        return list(text.encode())
+
+    def decode_single_token_bytes(self, token):
+        return bytes([token])
+
+
+def test_pieces_are_whole_characters():
+    stream = TextStream(Bytes())
+    pieces = [stream.push(token) for token in TEXT.encode()] + [stream.finish()]
+    assert "".join(pieces) == TEXT
+    assert all(len(piece) <= 1 for piece in pieces)
+    cut_off = TextStream(Bytes())
+    assert [cut_off.push(token) for token in "é".encode()[:1]] == [""]
+    assert cut_off.finish() == "\N{REPLACEMENT CHARACTER}"
+    assert TextStream(Bytes()).push(300) == ""
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text(alphabet="abé🙂", max_size=30),
+    stop=st.lists(st.text(alphabet="abé🙂", min_size=1, max_size=4), max_size=3),
+)
+def test_stop_strings_end_the_text_wherever_tokens_are_cut(text, stop):
+    beginnings = [text[:n] for n in range(len(text) + 1)]
+    ended = next((t for t in beginnings if any(string in t for string in stop)), None)
+    expected = text if ended is None else ended[: min(ended.find(string) for string in stop if string in ended)]
+    stream, shown = TextStream(Bytes(), stop), ""
+    for token in text.encode():
+        shown += stream.push(token)
+        assert expected.startswith(shown), "something was shown that had to be taken back"
+        if stream.stopped:
+            break
+    assert stream.stopped == (ended is not None)
+    assert shown + ("" if stream.stopped else stream.finish()) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [("abc", "cd", 1), ("abab", "abac", 2), ("aa", "aaa", 2), ("aaa", "aaa", 2), ("", "x", 0)],
+)
+def test_overlap_is_the_longest_begun_stop_string(text, stop, expected):
+    assert overlap(text, stop) == expected
+
+
+def test_a_stop_string_ends_one_request_alone():
+    model, encoding = pretrained.load()
+    prompts = ["Once upon a time", "One day"]
+    free = LLM(model, encoding).generate(prompts, {"max_new_tokens": 50})
+    stop = free[0].text[21:28]
+    stopped = LLM(model, encoding).generate(prompts, [{"max_new_tokens": 50, "stop": [stop]}, {"max_new_tokens": 50}])
+    assert stopped[0].text == free[0].text[: free[0].text.index(stop)]
+    assert (stopped[0].finish_reason, stopped[1].finish_reason) == ("stop", "length")
+    assert stopped[1].new_tokens == free[1].new_tokens
+    assert free[0].text == encoding.decode(free[0].new_tokens)
+
+
+def test_the_stream_yields_what_generate_returns_and_stops_when_nobody_listens():
+    model, encoding = pretrained.load()
+    prompts, rules = ["Once upon a time", "One day a", "The"], {"max_new_tokens": 20}
+    whole = LLM(model, encoding).generate(prompts, rules)
+    texts, tokens = ["", "", ""], [[], [], []]
+    for piece in LLM(model, encoding).stream(prompts, rules):
+        texts[piece.request.id] += piece.text
+        tokens[piece.request.id].append(piece.token)
+    assert texts == [request.text for request in whole]
+    assert tokens == [request.new_tokens for request in whole]
+    llm = LLM(model, encoding)
+    listening = llm.stream(prompts, rules)
+    next(listening)
+    listening.close()
+    llm.engine.run()
+    check_all_blocks_are_back(llm.engine)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "the prompt is empty"),
+        ([1] * 30, {"max_new_tokens": 11}, "30 tokens and 11 new ones are 41, the engine takes 40 a request"),
+        ([1] * 20, {"max_new_tokens": 14}, "need 9 blocks, there are 8 blocks of 4"),
+        ([1, 99], {}, "holds token 99, the model knows 0 to 22"),
+        ("text", {}, "needs an engine with an encoding"),
+        ([1], {"stop": ["x"], "max_new_tokens": 2}, "stop strings need an engine with an encoding"),
+        ([1], {"stop": "x"}, "stop must be a list of strings"),
+        ([1], {"temprature": 1.0, "top": 3}, "unknown parameters: temprature, top; there are temperature, seed"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ([1], {"temperature": -1.0}, "temperature must be at least 0"),
+        ([1], {"seed": [1]}, "seed must be one number"),
+    ],
+)
+def test_a_bad_request_is_refused_and_the_others_go_on(prompt, params, message):
+    options = {"blocks": 8, "block_size": 4, "seats": 2, "budget": 8}
+    good = [1, 2, 3]
+    with pytest.raises(ValueError, match=message):
+        Engine(MODEL, **options).add(prompt, params)
+    answers = LLM(MODEL, **options).generate(
+        [good, prompt, good], [{"max_new_tokens": 5}, params, {"max_new_tokens": 5}]
+    )
+    assert [request.finish_reason for request in answers] == ["length", "error", "length"]
+    assert message.split(",")[0] in answers[1].error
+    assert answers[0].new_tokens == answers[2].new_tokens == alone(good, max_new_tokens=5)
+
+
+def test_senseless_calls_are_refused():
+    llm = LLM(MODEL)
+    with pytest.raises(ValueError, match="must be a list of prompts"):
+        llm.generate("text")
+    with pytest.raises(ValueError, match="one for each of 2 prompts, got 1"):
+        llm.generate([[1], [2]], [{}])
+    with pytest.raises(ValueError, match="unknown parameters"):
+        Params.of({"stop_token": 1})
+
+
+def test_cancelling_twice_or_late_does_nothing():
+    engine = Engine(MODEL, blocks=16, block_size=4, seats=1, budget=8)
+    done, running, waiting = (engine.add([1, i], {"max_new_tokens": 4}) for i in range(3))
+    while done.finish_reason is None:
+        engine.step()
+    engine.step()
+    for request in (done, running, running, waiting):
+        engine.cancel(request)
+    assert [r.finish_reason for r in (done, running, waiting)] == ["length", "cancelled", "cancelled"]
+    assert running.new_tokens == alone([1, 1], max_new_tokens=4)[: len(running.new_tokens)]
+    check_all_blocks_are_back(engine)
+
+
+# Counting
+
+
+def test_the_log_counts_what_was_done():
+    engine = Engine(MODEL, block_size=4, seats=4, budget=16, prefix_cache=False)
+    prompts = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10]]
+    made = [engine.add(prompt, {"max_new_tokens": 6}) for prompt in prompts]
+    engine.run()
+    assert sum(step.samples for step in engine.log) == sum(len(request.new_tokens) for request in made)
+    assert sum(step.tokens for step in engine.log) == sum(len(prompt) + 5 for prompt in prompts)
+    for step in engine.log:
+        assert step.held_blocks * 4 == step.live_tokens + step.unused_slots
+        assert 0 <= step.waste < 1
+        assert step.finished >= step.started
+    assert [step.is_decode for step in engine.log] == [False] + [True] * 5
+
+
+def test_sizes():
+    assert graph_sizes(5) == [1, 2, 4, 5]
+    assert graph_sizes(8) == [1, 2, 4, 8]
+    assert graph_sizes(70) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 70]
+    assert blocks_that_fit(MODEL, 10 * 2 * 2 * 2 * 4 * 8 * 16) == 10  # 2 layers, k and v, 2 heads of 4, 8 bytes
+
+
+def test_the_scheduler_alone_needs_no_model():
+    from tformer_lib.serving import Request
+
+    scheduler = Scheduler(BlockAllocator(4, 4), seats=2, budget=4, max_blocks=4)
+    scheduler.add(Request(0, range(6), Params(max_new_tokens=2)))
+    (row,) = scheduler.plan()
+    assert (row.start, row.count, row.samples) == (0, 4, False)
+    (row,) = scheduler.plan()
+    assert (row.start, row.count, row.samples) == (4, 2, True)
+
+
+# The command
+
+
+def test_the_command_answers_a_file(tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "Once upon a time", "max_new_tokens": 8}, {"prompt": ""}, {"prompt": "One", "tempo": 1}]
+    file.write_text("\n\n".join(json.dumps(line) for line in lines))
+    main(["--prompts", str(file)])
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["finish_reason"] for answer in answers] == ["length", "error", "error"]
+    assert "the prompt is empty" in answers[1]["error"]
+    assert "unknown parameters: tempo" in answers[2]["error"]
+    main(["--prompt", "Once upon a time", "--max-new-tokens", "8"])
+    assert capsys.readouterr().out == "Once upon a time" + answers[0]["text"] + "\n"
+    file.write_text("[1, 2]\n")
+    with pytest.raises(SystemExit, match="line 1: one JSON object was expected"):
+        main(["--prompts", str(file)])
+
+
+# On a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_on_a_gpu_the_text_is_the_same(cuda_graphs):
+    model = make_model().cuda()
+    prompts = [[i % VOCAB, *range(1 + i % 9)] for i in range(12)]
+    engine = Engine(model, blocks=30, block_size=8, seats=8, budget=16, cuda_graphs=cuda_graphs)
+    made = [engine.add(prompt, {"max_new_tokens": 20}) for prompt in prompts]
+    engine.run()
+    assert [request.new_tokens for request in made] == [generate(model, [p], max_new_tokens=20)[0] for p in prompts]
+    check_all_blocks_are_back(engine)
+
+
+def test_an_encoding_of_characters_serves_too():
+    encoding = characters("abcdefghijklmnopqrstu")
+    request = LLM(MODEL, encoding).generate(["abc"], {"max_new_tokens": 5})[0]
+    assert request.text == "".join(encoding.decode([t]) for t in request.new_tokens if t < encoding.n_vocab)
