@@ -1,0 +1,272 @@
+"""The exercises of the chapter on the kernels of flash attention."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from tformer_lib.teaching import kernels
+from tformer_lib.teaching.exercises.engine import exercise, require, require_close
+
+GROUPS = 8
+"""Groups of four banks: where a piece of 16 bytes can lie in a line of 128."""
+
+
+def require_integer(x, name: str) -> None:
+    """Fail unless ``x`` is a whole number."""
+    require(isinstance(x, int) and not isinstance(x, bool), f"{name} should be an int, and is a {type(x).__name__}")
+
+
+# --- swizzle -------------------------------------------------------------------------------------------------------
+
+
+@exercise(
+    "flash_kernels.swizzle",
+    title="A swizzle for rows of any width",
+    hints=(
+        "The bank group of a place is place % 8. A row of 8 pieces begins at group 0 each time: XOR with row % 8.",
+        "With rows of 4 pieces, two rows share a line of 128 bytes: rows 0 and 1 differ already, rows 0 and 2 do not.",
+        "XOR the chunk with (row * chunks // 8) % min(chunks, 8) when a row is at most a line, else with row % 8.",
+    ),
+)
+def check_swizzle(fn):
+    for chunks in (8, 16, 32, 4, 2):
+        places = [[fn(row, chunk, chunks) for chunk in range(chunks)] for row in range(32)]
+        rows = f"rows of {chunks} pieces"
+        for row, found in enumerate(places):
+            for x in found:
+                require_integer(x, "the place")
+            own = set(range(row * chunks, (row + 1) * chunks))
+            strange = sorted(set(found) - own)
+            require(not strange, f"{rows}: row {row} owns the places {min(own)} to {max(own)}, and uses {strange[:1]}")
+            require(len(set(found)) == chunks, f"{rows}: two pieces of row {row} share a place")
+        for top in range(0, 32, 8):
+            for chunk in range(chunks):
+                turns = turns_of([places[row][chunk] for row in range(top, top + 8)])
+                what = f"{rows}: piece {chunk} of rows {top} to {top + 7}"
+                require(turns == 1, f"{what} takes {turns} turns: bank groups are shared")
+
+
+def turns_of(places: list[int]) -> int:
+    """How often the busiest group of banks is read."""
+    groups = [place % GROUPS for place in places]
+    return max(groups.count(group) for group in groups)
+
+
+# --- occupancy -----------------------------------------------------------------------------------------------------
+
+
+LAUNCHES = {  # (threads, registers, shared bytes): blocks. The first ten are the steps, as the driver told on an H200
+    (256, 37, 0): 6,
+    (256, 40, 0): 6,
+    (256, 60, 0): 4,
+    (256, 128, 52224): 2,
+    (256, 128, 84992): 2,
+    (128, 168, 71168): 3,
+    (128, 255, 81920): 2,
+    (128, 255, 98304): 2,
+    (384, 168, 214096): 1,
+    (512, 128, 91216): 1,
+    (32, 16, 0): 32,
+    (1024, 64, 0): 1,
+    (128, 32, 116736): 1,
+    (64, 32, 1): 32,
+    (256, 33, 0): 6,
+}
+
+
+@exercise(
+    "flash_kernels.occupancy",
+    title="Blocks that fit a multiprocessor",
+    hints=(
+        "Three things run out: 65,536 registers, 233,472 bytes of shared memory, 2,048 threads. The cap is 32.",
+        "A warp's registers are handed out in portions of 256: round registers * 32 up to the next one, for each warp.",
+        "Each block takes 1,024 bytes of shared memory for the system, beside its own: shared_bytes + 1024.",
+    ),
+)
+def check_occupancy(fn):
+    for (threads, registers, shared_bytes), blocks in LAUNCHES.items():
+        found = fn(threads, registers, shared_bytes)
+        require_integer(found, "the number of blocks")
+        launch = f"{threads} threads of {registers} registers, {shared_bytes:,} bytes"
+        require(found == blocks, f"{launch}: {blocks} blocks fit, and you say {found}")
+
+
+# --- roofline ------------------------------------------------------------------------------------------------------
+
+
+@exercise(
+    "flash_kernels.limit",
+    title="Which limit binds",
+    hints=(
+        "Operations: 4 * rows * keys * d. Bytes: K and V once, q in and out once, each number of element_bytes.",
+        "The memory allows intensity * bandwidth operations a second. The arithmetic units allow `flops`.",
+        "return operations / moved, min(flops, operations / moved * bandwidth)",
+    ),
+)
+def check_limit(fn):
+    cases = ((128, 4096, 128, 2), (1, 4096, 128, 2), (8, 1024, 64, 2), (64, 64, 64, 4), (1, 1, 8, 4))
+    for rows, keys, d, element_bytes in cases:
+        for flops, bandwidth in ((6.9e14, 4.3e12), (1.2e11, 2.0e10)):
+            result = fn(rows, keys, d, element_bytes, flops, bandwidth)
+            require(
+                isinstance(result, (tuple, list)) and len(result) == 2, "return two numbers: the intensity, the rate"
+            )
+            what = f"{rows} queries, {keys} keys, d {d}, {element_bytes} bytes a number"
+            for name, found in zip(("intensity", "rate"), result, strict=True):
+                require(isinstance(found, (int, float)), f"the {name} should be a number")
+            intensity = 4 * rows * keys * d / ((2 * keys + 2 * rows) * d * element_bytes)
+            require(
+                close(result[0], intensity), f"{what}: {intensity:.4g} operations a byte, and you say {result[0]:.4g}"
+            )
+            rate = min(flops, intensity * bandwidth)
+            said = f"{what}, {flops:.3g} operations and {bandwidth:.3g} bytes a second"
+            require(close(result[1], rate), f"{said}: {rate:.4g} operations a second, and you say {result[1]:.4g}")
+
+
+def close(found: float, wanted: float) -> bool:
+    """Equal to six digits."""
+    return math.isclose(found, wanted, rel_tol=1e-6)
+
+
+# --- order of tiles ------------------------------------------------------------------------------------------------
+
+
+@exercise(
+    "flash_kernels.order",
+    title="An order for causal tiles",
+    hints=(
+        "Tile i has i + 1 tiles of keys. In which order should the tiles be handed out, so that the end is even?",
+        "Longest first: the tile of place p is tiles - 1 - p // heads. A block takes places block, block + blocks, ...",
+        "Every second round goes backwards: in odd rounds block b takes place round * blocks + blocks - 1 - b.",
+    ),
+)
+def check_order(fn):
+    for blocks, heads, tiles in ((4, 1, 8), (4, 2, 8), (3, 4, 7), (8, 1, 3), (132, 16, 128)):
+        what = f"{blocks} blocks, {heads} heads of {tiles} tiles"
+        taken = [list(fn(block, blocks, heads, tiles)) for block in range(blocks)]
+        for block, work in enumerate(taken):
+            pairs = all(isinstance(w, (tuple, list)) and len(w) == 2 for w in work)
+            require(pairs, f"{what}: block {block} should list pairs (head, tile)")
+        every = [tuple(w) for work in taken for w in work]
+        wanted = {(head, tile) for head in range(heads) for tile in range(tiles)}
+        missing, twice = wanted - set(every), len(every) - len(set(every))
+        require(not missing, f"{what}: nobody takes (head, tile) {min(missing, default='')}")
+        require(set(every) <= wanted, f"{what}: there is no (head, tile) {min(set(every) - wanted, default='')}")
+        require(not twice, f"{what}: {twice} tiles are taken twice")
+        ends = [sum(tile + 1 for _, tile in work) for work in taken]
+        most = max(tiles, 1.1 * sum(ends) / blocks, most_even(blocks, heads, tiles))
+        late = f"the last block ends at {max(ends)}, and {most:.0f} can be had"
+        require(max(ends) <= most, f"{what}: {late}; all together would end at {sum(ends) / blocks:.1f}")
+
+
+def most_even(blocks: int, heads: int, tiles: int) -> int:
+    """When the last block ends if long tiles come first and every second round goes backwards."""
+    costs = [tile + 1 for tile in reversed(range(tiles)) for _ in range(heads)]
+    ends = [0] * blocks
+    for i, cost in enumerate(costs):
+        turn, place = divmod(i, blocks)
+        ends[place if turn % 2 == 0 else blocks - 1 - place] += cost
+    return max(ends)
+
+
+# --- C++ -----------------------------------------------------------------------------------------------------------
+
+
+def compiled(fn: Callable) -> kernels.Path:
+    """The library of a learner's function that returns C++."""
+    text = fn()
+    require(isinstance(text, str), f"return the C++ as a string; yours is a {type(text).__name__}")
+    try:
+        return kernels.compile_small(text)
+    except kernels.KernelError as failure:
+        require(False, str(failure))
+
+
+def small_cases() -> Iterator[tuple[str, Tensor, Tensor, Tensor, bool]]:
+    """What, q, k, v, causal: lengths around the tiles of 16 and 32, and scores that fall and rise."""
+    for T, S, causal in ((16, 32, False), (16, 64, False), (5, 70, False), (37, 90, True), (37, 24, True)):
+        q, k, v = torch.randn(T, 8), torch.randn(S, 8), torch.randn(S, 8)
+        yield f"{T} queries, {S} keys{', causal' if causal else ''}", q, k, v, causal
+    rising = torch.linspace(-20, 20, 96)[:, None] * torch.ones(8)
+    yield "scores that rise from tile to tile", torch.ones(16, 8), rising, torch.randn(96, 8), False
+    yield "scores that fall from tile to tile", torch.ones(16, 8), -rising, torch.randn(96, 8), False
+
+
+def true_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window: int = 0, softcap: float = 0.0
+) -> Tensor:
+    """Attention in float64; a row that sees nothing is zero."""
+    q, k, v = q.double(), k.double(), v.double()
+    scores = q @ k.T / q.shape[1] ** 0.5
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    T, S = scores.shape
+    here, there = torch.arange(T)[:, None] + S - T, torch.arange(S)
+    seen = torch.ones(T, S, dtype=torch.bool)
+    seen = seen & (there <= here) if causal else seen
+    seen = seen & (there > here - window) if window else seen
+    return scores.masked_fill(~seen, -math.inf).softmax(1).nan_to_num(0.0) @ v
+
+
+def require_attention(library, what: str, q: Tensor, k: Tensor, v: Tensor, **options) -> None:
+    """Fail unless the learner's library computes attention."""
+    try:
+        out = kernels.run_small(library, q, k, v, **options)
+    except kernels.KernelError as failure:
+        require(False, f"{what}: {failure}")
+    require_close(out, true_attention(q, k, v, **options), f"{what}: the output is wrong", tolerance=1e-3)
+
+
+@exercise(
+    "flash_kernels.rescale",
+    title="The softmax of a tile, in C++",
+    hints=(
+        "Write down m, l and O before and after a tile whose maximum is higher. Which were made with the old m?",
+        "l and every O[c] are multiplied by exp(m_old - m_new), before the new terms are added.",
+        "Where all scores so far are -INF, m_new is -INF: subtract 0 instead. See `anchor` in small.cpp.",
+    ),
+)
+def check_rescale(fn):
+    library = compiled(fn)
+    for what, q, k, v, causal in small_cases():
+        require_attention(library, what, q, k, v, causal=causal)
+
+
+@exercise(
+    "flash_kernels.tile",
+    title="Two bugs in a tile loop",
+    hints=(
+        "The first shows with 70 keys in tiles of 32: how many keys has the last tile?",
+        "The second shows where causal queries of one tile end at different keys: which row sees the most?",
+        "keys = std::min(KEYS, end - key), and end = last_key(p, row + rows - 1), of the tile's last row.",
+    ),
+)
+def check_tile(fn):
+    library = compiled(fn)
+    for what, q, k, v, causal in small_cases():
+        require_attention(library, what, q, k, v, causal=causal)
+
+
+@exercise(
+    "flash_kernels.window",
+    title="A sliding window and a soft cap, in C++",
+    hints=(
+        "score() alone knows the soft cap; first_key() alone knows the window. Zero means: off.",
+        "Query i stands at key i + S - T, and sees p.window keys of which that one is the last.",
+        "first_key is never negative: std::max(0, i + p.S - p.T - p.window + 1). softcap * std::tanh(sum / softcap).",
+    ),
+)
+def check_window(fn):
+    library = compiled(fn)
+    for what, q, k, v, causal in small_cases():
+        require_attention(library, f"{what}, no window, no cap", q, k, v, causal=causal)
+    for T, S, window in ((40, 40, 1), (40, 40, 7), (20, 75, 33), (33, 33, 100), (50, 20, 4)):
+        q, k, v = torch.randn(T, 8), torch.randn(S, 8), torch.randn(S, 8)
+        what = f"{T} queries, {S} keys, a window of {window}"
+        require_attention(library, what, q, k, v, causal=True, window=window)
+    q, k, v = 5 * torch.randn(20, 8), 5 * torch.randn(50, 8), torch.randn(50, 8)
+    require_attention(library, "a soft cap of 10", q, k, v, softcap=10.0)
+    require_attention(
+        library, "a soft cap of 2 and a window of 9", q, k[:20], v[:20], causal=True, window=9, softcap=2.0
+    )

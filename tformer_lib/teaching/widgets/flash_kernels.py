@@ -1,0 +1,59 @@
+"""The interactive figures of chapter 11: the banks of shared memory under a swizzle, and the pipeline of step 4."""
+
+from tformer_lib.teaching.widgets import Interactive, module
+
+ROWS = 8
+"""Rows that one phase of ldmatrix reads at once."""
+
+GROUPS = 8
+"""Groups of four banks: 128 bytes of shared memory hold one piece of 16 bytes in each."""
+
+
+class BankExplorer(Interactive):
+    """Choose a layout and a piece, and see which banks eight rows of it fall into."""
+
+    _esm = module("flash_kernels.js")
+
+
+class PipelineExplorer(Interactive):
+    """Choose a schedule and the times of its parts, and see when the tensor cores stand idle."""
+
+    _esm = module("flash_kernels.js")
+
+
+def place(row: int, chunk: int, chunks: int, layout: str) -> int:
+    """Where chunk ``chunk`` of row ``row`` lies, counted in pieces of 16 bytes, for rows of ``chunks`` pieces."""
+    if layout == "as it comes":
+        return row * chunks + chunk
+    if layout == "one piece of padding a row":
+        return row * (chunks + 1) + chunk
+    return row * chunks + (chunk ^ (row % GROUPS))
+
+
+def banks() -> BankExplorer:
+    """The explorer for rows of 64 and of 128 halves."""
+    layouts = ("as it comes", "one piece of padding a row", "XOR swizzle")
+    places = {
+        f"{d}": {
+            layout: [[place(row, chunk, d // 8, layout) for chunk in range(d // 8)] for row in range(ROWS)]
+            for layout in layouts
+        }
+        for d in (64, 128)
+    }
+    return BankExplorer(
+        label="Bank explorer: one piece of eight rows, read at once",
+        data={"figure": "banks", "groups": GROUPS, "places": places},
+    )
+
+
+def pipeline(presets: dict[str, dict[str, int]]) -> PipelineExplorer:
+    """The explorer of schedules.
+
+    Args:
+        presets: name -> cycles of one matrix product of a warpgroup ("product"), of its softmax ("softmax"), and of
+            loading one tile of K or V ("load").
+    """
+    return PipelineExplorer(
+        label="Pipeline explorer: when do the tensor cores wait?",
+        data={"figure": "pipeline", "tiles": 6, "shown": 4, "presets": presets},
+    )
