@@ -147,10 +147,11 @@ function simulate(schedule, state, tiles) {
   }
   const from = by[`QK ${tiles / 2} 0`].start; // by then the pattern repeats
   const to = by[`QK ${tiles - 1} 0`].start;
+  const period = (to - from) / (tiles / 2 - 1);
   const busy = {};
   for (const resource of Object.keys(free)) {
-    const inside = list.filter((task) => task.resource === resource).map((task) => Math.max(0, Math.min(task.end, to) - Math.max(task.start, from)));
-    busy[resource] = inside.reduce((sum, x) => sum + x, 0) / (to - from);
+    const work = list.filter((task) => task.resource === resource && task.tile === 0).reduce((sum, task) => sum + task.length, 0);
+    busy[resource] = work / period;
   }
   return { list, busy, idle: Math.max(0, 1 - busy["tensor cores"]) };
 }
@@ -161,13 +162,13 @@ function lanes(run, state, shown, kit) {
   const list = run.list.filter((task) => task.tile < shown);
   const end = Math.max(...list.map((task) => task.end));
   const scale = width / end;
-  const rows = [["TMA", "copies by TMA"], ["tensor cores", "tensor cores"], ["softmax", "softmax (special-function units)"]];
+  const rows = [["TMA", "copies by TMA"], ["tensor cores", "tensor cores (S: Q Kᵀ, O: P V)"], ["softmax", "softmax (special-function units)"]];
   const colours = ["var(--tf-blue)", "var(--tf-vermilion)"];
   const drawn = rows.flatMap(([resource, title], i) => {
     const y = top + i * (height + gap);
     const pieces = list.filter((task) => task.resource === resource && task.length > 0).map((task) => {
       const colour = task.group === null ? "var(--tf-green)" : colours[task.group];
-      const what = task.name.startsWith("load") ? `${task.name[5]}${task.tile}` : resource === "softmax" ? `${task.tile}` : `${task.name.slice(0, 2)}${task.tile}`;
+      const what = task.name.startsWith("load") ? `${task.name[5]}${task.tile}` : resource === "softmax" ? `${task.tile}` : `${task.name[0] === "Q" ? "S" : "O"}${task.tile}`;
       const wide = task.length * scale;
       return kit.svg("g", {},
         kit.svg("rect", { x: left + task.start * scale, y, width: Math.max(1, wide), height, "stroke-width": 1.5, "stroke-dasharray": task.group === 1 ? "4 2" : false, style: `fill:${kit.shade(0.3, colour)};stroke:${colour}` }),

@@ -55,5 +55,5 @@ def pipeline(presets: dict[str, dict[str, int]]) -> PipelineExplorer:
     """
     return PipelineExplorer(
         label="Pipeline explorer: when do the tensor cores wait?",
-        data={"figure": "pipeline", "tiles": 6, "shown": 4, "presets": presets},
+        data={"figure": "pipeline", "tiles": 24, "shown": 4, "presets": presets},
     )
