@@ -25,6 +25,7 @@ counts from 0, and what runs over its end is cut there.
 Sources: Amdahl 1967 (the law); Williams, Waterman and Patterson 2009 (the roofline); the NVTX documentation.
 """
 
+import csv
 import gzip
 import json
 import os
@@ -351,6 +352,52 @@ def utilisation(intervals: Sequence[dict], start_us: float, end_us: float) -> fl
         raise ValueError(f"the window must end after it starts, got {start_us} to {end_us} us")
     inside = ((max(begin, start_us), min(end, end_us)) for begin, end in spans(intervals))
     return sum(max(0.0, end - begin) for begin, end in inside) / (end_us - start_us)
+
+
+COUNTERS = {
+    "seconds": "gpu__time_duration.sum",
+    "dram_bytes": "dram__bytes.sum",
+    "dram_share": "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm_share": "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "occupancy": "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "registers": "launch__registers_per_thread",
+}
+"""Our word -> Nsight Compute's: time, bytes to and from memory, shares of memory's and of the processors' peak."""
+
+UNITS = {"ns": 1e-9, "us": 1e-6, "usecond": 1e-6, "nsecond": 1e-9, "ms": 1e-3, "msecond": 1e-3, "s": 1.0, "second": 1.0}
+UNITS |= {f"{prefix}byte": 10.0**power for prefix, power in (("", 0), ("K", 3), ("M", 6), ("G", 9))} | {"%": 0.01}
+
+
+def read_counters(path: Path | str, wanted: dict[str, str] = COUNTERS) -> list[dict]:
+    """The kernels of a CSV that ``ncu --import report --csv --page raw`` printed, in the order they ran.
+
+    Args:
+        path: the file.
+        wanted: our word -> the counter's name; those that were not collected are left out.
+
+    Returns:
+        One dict a kernel: its short name as ``"kernel"``, and each counter in seconds, bytes, shares or plain numbers.
+
+    Raises:
+        ValueError: the file is not ncu's raw page.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    rows = [] if start is None else list(csv.DictReader(lines[start:]))
+    if not rows or "Kernel Name" not in rows[0]:
+        raise ValueError(f"{path} is not the raw page of ncu: make it with ncu --import FILE --csv --page raw")
+    units, *kernels = rows
+    return [{"kernel": short_name(row["Kernel Name"])} | counters_of(row, units, wanted) for row in kernels]
+
+
+def counters_of(row: dict[str, str], units: dict[str, str], wanted: dict[str, str]) -> dict[str, float]:
+    """One row's counters as numbers, in the unit that the second line of the file names."""
+    found = {}
+    for word, name in wanted.items():
+        text = (row.get(name) or "").replace(",", "")
+        if text and text != "n/a":
+            found[word] = float(text) * UNITS.get(units[name], 1.0)
+    return found
 
 
 @dataclass

@@ -1,0 +1,159 @@
+"""The exercises of the profiling chapter."""
+
+from collections.abc import Callable
+
+import torch
+
+from tformer_lib import profiling
+from tformer_lib.attention import attend_sdpa
+from tformer_lib.teaching.exercises.engine import exercise, require, require_close
+
+KINDS = ("arithmetic", "memory", "launches")
+
+
+@exercise(
+    "profiling.least_time",
+    title="The least time, and what decides it",
+    hints=(
+        "Work out three times: what each of arithmetic, memory and launches would take if it were alone.",
+        "They overlap at best, so they do not add up: which of the three can you not beat?",
+        "times = {'arithmetic': flops / roof.flops_per_second, ...}; word = max(times, key=times.get)",
+    ),
+)
+def check_least_time(fn: Callable) -> None:
+    roof = profiling.Roofline(1e14, 2e12, launch_seconds=4e-6)
+    cases = (
+        (1e12, 1e9, 1, "a large matrix product"),
+        (1e9, 4e9, 1, "a large copy"),
+        (1e6, 1e6, 200, "200 small operators"),
+        (1e10, 1e9, 10, "work on the memory side of the ridge"),
+    )
+    for flops, moved, launches, name in cases:
+        answer = fn(flops, moved, launches, roof)
+        require(isinstance(answer, tuple) and len(answer) == 2, "return two things: the seconds, and what decides")
+        seconds, word = answer
+        require(word in KINDS, f"what decides should be one of {', '.join(KINDS)}, and is {word!r}")
+        expected, parts = roof.bound(flops, moved, launches), roof.parts(flops, moved, launches)
+        require(word == expected, f"{name}: {word} would take {parts[word]:.2g} s, {expected} {parts[expected]:.2g} s")
+        require(
+            abs(seconds - sum(parts.values())) > 1e-12 or seconds == parts[word],
+            f"{name}: {seconds:.3g} s is the sum of the three, but they run at the same time at best",
+        )
+        require(abs(seconds / parts[expected] - 1) < 1e-6, f"{name}: {seconds:.3g} s, expected {parts[expected]:.3g} s")
+
+
+@exercise(
+    "profiling.worth",
+    title="Which repair is worth the most",
+    hints=(
+        "A repair touches one phase. What does the whole take afterwards?",
+        "The rest stays: whole - seconds + seconds / speedup. The best repair leaves the least.",
+        "min(speedups, key=lambda name: sum(seconds.values()) - seconds[name] * (1 - 1 / speedups[name]))",
+    ),
+)
+def check_worth(fn: Callable) -> None:
+    cases = (
+        (
+            {"attention": 2.0, "feed-forward": 6.0, "sampling": 2.0},
+            {"attention": 10.0, "feed-forward": 1.5},
+            "feed-forward",
+        ),
+        ({"attention": 5.0, "feed-forward": 4.0}, {"attention": 1.1, "feed-forward": 4.0}, "feed-forward"),
+        ({"prefill": 1.0, "decode": 99.0}, {"prefill": 1000.0, "decode": 1.05}, "decode"),
+        ({"a": 4.0, "b": 4.0, "c": 1.0}, {"a": 2.0, "b": 3.0, "c": 50.0}, "b"),
+    )
+    for seconds, speedups, expected in cases:
+        found = fn(seconds, speedups)
+        require(found in speedups, f"return the name of a repair, one of {', '.join(speedups)}; this is {found!r}")
+        after = {n: sum(seconds.values()) - seconds[n] * (1 - 1 / s) for n, s in speedups.items()}
+        require(
+            found == expected,
+            f"of phases {seconds} with speed-ups {speedups}: repairing {found} leaves {after[found]:.3g} s, "
+            f"repairing {expected} leaves {after[expected]:.3g} s",
+        )
+
+
+@exercise(
+    "profiling.busy",
+    title="How busy a device was in a window",
+    hints=(
+        "Two kernels on two streams may run at the same time: that time counts once.",
+        "Sort by the start and walk: remember where the busy stretch ends that you are in. Cut at the window's ends.",
+        "covered = 0; reached = start; for b, e in sorted(...): covered += max(0, min(e, end) - max(b, reached)); "
+        "reached = max(reached, min(e, end))",
+    ),
+)
+def check_busy(fn: Callable) -> None:
+    make = lambda *pairs: [  # noqa: E731
+        {"name": "k", "start_us": float(b), "duration_us": float(e - b), "stream": s} for b, e, s in pairs
+    ]
+    cases = (
+        (make((0, 4, 0), (6, 8, 0)), 0, 10, 0.6, "two kernels one after the other"),
+        (make((0, 6, 0), (2, 8, 1)), 0, 10, 0.8, "two streams that overlap"),
+        (make((0, 10, 0), (2, 4, 1), (5, 6, 1)), 0, 10, 1.0, "short kernels beside a long one"),
+        (make((0, 4, 0), (9, 20, 0)), 2, 10, 0.375, "kernels that begin before the window and end after it"),
+        (make((6, 8, 0), (0, 4, 0)), 0, 10, 0.6, "intervals that are not in order"),
+        ([], 0, 10, 0.0, "an idle device"),
+    )
+    for intervals, start, end, expected, name in cases:
+        found = fn(intervals, float(start), float(end))
+        require(isinstance(found, int | float), f"{name}: the share should be a number, and is {type(found).__name__}")
+        require(found <= 1 + 1e-9, f"{name}: {found:.3g} is more than all of the time: overlaps count once")
+        require(abs(found - expected) < 1e-9, f"{name}: {found:.3g} of the window, expected {expected:.3g}")
+
+
+@exercise(
+    "profiling.without_copies",
+    title="Attention over keys that lie in the wrong order, without moving them",
+    hints=(
+        "`profiling.count()` around your function lists the operators that move bytes. Which of them is not attention?",
+        "`.contiguous()`, `.clone()` and most `.reshape()`s of a transposed tensor write it anew. What reads strides?",
+        "attend_sdpa reads any strides: attend_sdpa(q, k.transpose(1, 2), v.transpose(1, 2))",
+    ),
+)
+def check_without_copies(fn: Callable) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 1, 16, generator=generator)
+    k, v = torch.randn(2, 2, 300, 4, 16, generator=generator)  # (batch, S, heads, head_dim)
+    with profiling.count() as work, torch.no_grad():
+        out = fn(q, k, v)
+    wanted = attend_sdpa(q, k.transpose(1, 2), v.transpose(1, 2))
+    require_close(out, wanted, "the output is not attention over all keys of each head", name="the output")
+    size = k.numel() * k.element_size()
+    copies = [name for name in ("aten.clone", "aten.copy_", "aten.cat", "aten.stack") if moved(work, name) >= size]
+    require(not copies, f"{', '.join(copies)} moves the keys or values: {work.bytes:,} bytes in all for {2 * size:,}")
+    require(work.bytes < 4 * size, f"{work.bytes:,} bytes are moved; reading k and v once is {2 * size:,}")
+
+
+def moved(work: profiling.Work, name: str) -> int:
+    """Bytes that one operator moved."""
+    return work.operators[name]["bytes"] if name in work.operators else 0
+
+
+@exercise(
+    "profiling.slower",
+    title="A guard that tells a slow kernel from a slow machine",
+    hints=(
+        "The two lists were measured in turns: ours[i] and peers[i] saw the same machine. What do you compare?",
+        "A ratio for each pair, and of those the median: one disturbed pair must not decide.",
+        "statistics.median(a / b for a, b in zip(ours, peers)) > recorded * tolerance",
+    ),
+)
+def check_slower(fn: Callable) -> None:
+    peers = [1.0, 1.1, 0.9, 1.0, 1.05, 0.95, 1.0]
+    double = lambda times: [2 * t for t in times]  # noqa: E731
+    busy = [1, 1, 3, 4, 5, 5, 6]  # the machine slows down for both
+    disturbed = [*peers[:-1], 40.0]
+    cases = (
+        (peers, peers, False, "nothing changed"),
+        (double(peers), peers, True, "our kernel takes twice as long"),
+        (double(peers), double(peers), False, "the whole machine is half as fast"),
+        ([t * b for t, b in zip(peers, busy, strict=True)], [float(b) for b in busy], False, "the machine became busy"),
+        (disturbed, peers, False, "one single call was disturbed"),
+        (double(peers), [*peers[:-1], 40.0], True, "our kernel is slower, and one call of the peer was disturbed"),
+    )
+    for ours, others, expected, name in cases:
+        found = fn(list(ours), list(others), 1.0, 1.5)
+        require(found in (True, False), f"return True or False; this is {found!r}")
+        word = "is no alarm" if not expected else "should raise an alarm"
+        require(bool(found) == expected, f"{name}: that {word}, and the answer is {found}")

@@ -1,0 +1,203 @@
+"""Figures of the profiling chapter: timelines of recorded kernels, rooflines, before and after."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+
+from tformer_lib.profiling import Roofline, amdahl, totals, unpack, utilisation
+from tformer_lib.teaching import style
+
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++")
+
+
+def timeline(recordings: dict[str, dict], *, window_us: float | None = None, named: int = 4, title: str = "") -> None:
+    """What a device did over the same fixed window, one strip a recording: kernels as bars by stream, gaps left white.
+
+    Args:
+        recordings: label -> what :func:`tformer_lib.profiling.pack` made.
+        window_us: the window from 0 that every strip shows; by default the shortest recording's.
+        named: how many of the kernels that take the most time have a colour of their own.
+    """
+    window = window_us or min(r["window_us"] for r in recordings.values())
+    unit, size = ("ms", 1e3) if window >= 2000 else ("µs", 1.0)
+    shown = {label: [i for i in unpack(r) if i["start_us"] < window] for label, r in recordings.items()}
+    looks = looks_of([i for intervals in shown.values() for i in intervals], named)
+    _, axes = style.figure(len(shown), 1, height=1.1 + 1.15 * len(shown), sharex=True, squeeze=False)
+    for ax, (label, intervals) in zip(axes[:, 0], shown.items(), strict=True):
+        strip(ax, intervals, looks, size)
+        busy = utilisation(intervals, 0, window) if intervals else 0.0
+        ax.set_title(f"{label}: something runs {busy:.0%} of the time", fontsize=10)
+    axes[-1, 0].set(xlim=(0, window / size), xlabel=f"{unit} since the window opened")
+    legend(axes[-1, 0], looks)
+    if title:
+        axes[0, 0].figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+    style.show()
+
+
+def looks_of(intervals: Sequence[dict], named: int) -> dict[str, tuple[str, str]]:
+    """Name -> (colour, hatch) for those that take the most time; the others share the last entry."""
+    names = list(totals(intervals))[:named]
+    return {name: (style.PALETTE[i], HATCHES[i]) for i, name in enumerate(names)} | {"others": (style.GREY, "")}
+
+
+def strip(ax: Axes, intervals: Sequence[dict], looks: dict[str, tuple[str, str]], size: float) -> None:
+    """One recording: a row for each stream."""
+    streams = sorted({i["stream"] for i in intervals})
+    for name, (colour, _) in looks.items():
+        mine = [i for i in intervals if (i["name"] if i["name"] in looks else "others") == name]
+        for row, stream in enumerate(streams):
+            bars = [(i["start_us"] / size, i["duration_us"] / size) for i in mine if i["stream"] == stream]
+            ax.broken_barh(bars, (row - 0.42, 0.84), facecolor=colour, edgecolor=colour, linewidth=0.2)
+    ax.set_yticks(range(len(streams)), [f"stream {i + 1}" for i in range(len(streams))])
+    ax.set_ylim(-0.6, max(len(streams), 1) - 0.4)
+    ax.grid(False)
+
+
+def legend(ax: Axes, looks: dict[str, tuple[str, str]]) -> None:
+    """The named kernels, under the axis."""
+    handles = [Patch(facecolor=colour, label=shortened(name)) for name, (colour, _) in looks.items()]
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.42), ncols=2, fontsize=8.5)
+
+
+def shortened(name: str, longest: int = 38) -> str:
+    """A name that fits beside another."""
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
+def roofline(roof: Roofline, points: dict[str, tuple[float, float]], *, title: str = "The roofline") -> None:
+    """The limit over the intensity, and what was reached.
+
+    Args:
+        roof: the device's limits.
+        points: label -> (FLOPs per byte, FLOP/s reached); a label with no rate (0) stands on the roof as a promise.
+    """
+    at = [intensity for intensity, _ in points.values()] + [roof.ridge]
+    x = np.geomspace(min(at) / 3, max(at) * 6, 200)
+    _, ax = style.figure(height=3.6)
+    ax.plot(x, [roof.rate(i) / 1e9 for i in x], color=style.INK, label="the limit")
+    ax.axvline(roof.ridge, color=style.GREY, linestyle=":", linewidth=1.2)
+    for i, (label, (intensity, rate)) in enumerate(points.items()):
+        value, filled = (rate or roof.rate(intensity)) / 1e9, "full" if rate else "none"
+        colour, marker = style.PALETTE[i % 6], style.MARKERS[i % 6]
+        ax.plot(intensity, value, marker, color=colour, markersize=8, label=label, fillstyle=filled)
+        if rate:
+            ax.plot([intensity] * 2, [value, roof.rate(intensity) / 1e9], ":", color=colour, linewidth=1.2)
+    ax.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="GFLOP/s")
+    ax.set_title(f"{title}: memory decides left of the dotted line, arithmetic right", fontsize=10.5)
+    ax.legend(fontsize=8.5, loc="lower right")
+    style.show()
+
+
+def before_after(pairs: dict[str, tuple[float, float, float | None]], *, unit: str = "ms", title: str = "") -> None:
+    """Bars of times: measured, and the roofline's prediction as a mark.
+
+    Args:
+        pairs: label -> (seconds, half the spread in seconds, predicted seconds or None).
+    """
+    size = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}[unit]
+    _, ax = style.figure(height=0.9 + 0.45 * len(pairs))
+    for row, (_, (seconds, error, predicted)) in enumerate(pairs.items()):
+        ax.barh(row, seconds / size, 0.6, color=style.BLUE if row == len(pairs) - 1 else style.SKY, xerr=error / size)
+        ax.text(seconds / size, row, f"  {seconds / size:.3g} {unit}", va="bottom", fontsize=9)
+        if predicted is not None:
+            ax.plot([predicted / size] * 2, [row - 0.4, row + 0.4], color=style.VERMILION, linewidth=3)
+    ax.plot([], [], color=style.VERMILION, linewidth=3, label="predicted")
+    ax.set_yticks(range(len(pairs)), list(pairs))
+    ax.invert_yaxis()
+    ax.set(xlabel=unit, xlim=(0, 1.22 * max(s + e for s, e, _ in pairs.values()) / size))
+    ax.set_title(title, fontsize=10.5)
+    ax.legend(loc="lower right")
+    ax.grid(axis="y", visible=False)
+    style.show()
+
+
+def steps_over_batch(batches: Sequence[int], lines: dict[str, Sequence[float]], predicted: dict[str, Sequence[float]]):
+    """Milliseconds of a decode step over the batch: measured with markers, predicted as thin lines."""
+    _, ax = style.figure(height=3.4)
+    style.lines(ax, batches, {name: [1e3 * s for s in seconds] for name, seconds in lines.items()})
+    for i, (name, seconds) in enumerate(predicted.items()):
+        ax.plot(batches, [1e3 * s for s in seconds], color=style.GREY, linestyle=style.DASHES[i + 2], label=name)
+    ax.set(xscale="log", yscale="log", xlabel="rows in the batch", ylabel="milliseconds of a step")
+    ax.set_xticks(list(batches), [str(b) for b in batches])
+    ax.minorticks_off()
+    ax.set_title("One decode step, for more and more rows at once")
+    ax.legend(fontsize=8.5)
+    style.show()
+
+
+def three_times(parts: dict[str, dict[str, float]]) -> None:
+    """For each piece of work, the seconds that arithmetic, memory and launches would take alone; the longest decides.
+
+    Args:
+        parts: label -> what :meth:`Roofline.parts` gives.
+    """
+    _, ax = style.figure(height=3.0)
+    kinds = ("arithmetic", "memory", "launches")
+    for i, kind in enumerate(kinds):
+        values = [1e3 * p[kind] for p in parts.values()]
+        ax.bar(
+            np.arange(len(parts)) + 0.27 * (i - 1), values, 0.25, color=style.PALETTE[i], hatch=HATCHES[i], label=kind
+        )
+    ax.set_xticks(range(len(parts)), list(parts), fontsize=9)
+    ax.set(yscale="log", ylabel="milliseconds, alone")
+    ax.set_title("Three times for the same work: the longest is the least that it takes")
+    ax.grid(axis="x", visible=False)
+    ax.legend(ncols=3, fontsize=9)
+    style.show()
+
+
+def law_of_amdahl(shares: Sequence[float]) -> None:
+    """How much faster the whole gets as a part of it gets faster."""
+    _, ax = style.figure(height=3.0)
+    speedups = np.geomspace(1, 100, 60)
+    style.lines(
+        ax,
+        speedups,
+        {f"{share:.0%} of the time": [amdahl(share, s) for s in speedups] for share in shares},
+        markers=False,
+    )
+    ax.set(xscale="log", xlabel="times that the part gets faster", ylabel="times that the whole does", ylim=(0, None))
+    ax.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
+    ax.minorticks_off()
+    ax.set_title("Amdahl's law: what is left over decides")
+    style.show()
+
+
+def steadiness(found: dict[str, dict]) -> None:
+    """The medians of the same measurement, repeated: each as a share of the median of all."""
+    _, ax = style.figure(height=2.4)
+    rows = {name: facts["medians"] for name, facts in found.items() if "medians" in facts}
+    for row, medians in enumerate(rows.values()):
+        shares = [m / float(np.median(medians)) for m in medians]
+        ax.plot(shares, [row] * len(medians), style.MARKERS[row], color=style.PALETTE[row], alpha=0.6)
+    ax.axvline(1.0, color=style.GREY, linewidth=1)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set(xlabel="time, of the median of all", ylim=(-0.6, len(rows) - 0.4))
+    ax.set_title("The same measurement, again and again: nothing changed")
+    style.show()
+
+
+def counters(kernels: Sequence[dict]) -> None:
+    """For each kernel: its shares of the processors' and the memory's peak, and its occupancy."""
+    names = [f"{i + 1}. {shortened(k['kernel'], 30)}" for i, k in enumerate(kernels)]
+    _, ax = style.figure(height=1.0 + 0.5 * len(kernels))
+    words = {"sm_share": "processors busy", "dram_share": "memory busy", "occupancy": "warps resident"}
+    for i, (word, label) in enumerate(words.items()):
+        values = [100 * k.get(word, 0.0) for k in kernels]
+        ax.barh(
+            np.arange(len(kernels)) + 0.26 * (i - 1),
+            values,
+            0.24,
+            color=style.PALETTE[i],
+            hatch=HATCHES[i],
+            label=label,
+        )
+    ax.set_yticks(range(len(names)), names, fontsize=8.5)
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 100), xlabel="% of the peak")
+    ax.set_title("What the hardware counted")
+    ax.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3)
+    ax.grid(axis="y", visible=False)
+    style.show()
