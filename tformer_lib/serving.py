@@ -499,8 +499,7 @@ class Runner:
         self.buffer = torch.zeros(room, dtype=torch.uint8, device=self.device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         if compile:
-            for block in model.stack.blocks:
-                block.compile(dynamic=True)
+            compile_blocks(model)
 
     @torch.no_grad()
     def launch(self, rows: list[Row], tables: np.ndarray) -> Launched:
@@ -616,6 +615,18 @@ class Runner:
         return self.seen[seats]
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """Fuse the kernels of each block with ``torch.compile``, for any number of tokens; all blocks share the result.
+
+    Attention over blocks stays a call of its own: its kernels are written by hand, and what it is told differs from
+    step to step.
+    """
+    if not hasattr(PackedLayer.attend, "_torchdynamo_disable"):
+        PackedLayer.attend = torch.compiler.disable(PackedLayer.attend)
+    for block in model.stack.blocks:
+        block.compile(dynamic=True)
+
+
 # --- the engine ----------------------------------------------------------------------------------------------------
 
 
@@ -639,7 +650,9 @@ class Step:
     """Blocks that running rows hold; a shared one counts once."""
     block_size: int
     started: float
-    """Seconds, by a clock of no meaning."""
+    """Seconds, by a clock that counts from some moment or other."""
+    launched: float = float("nan")
+    """When the host had asked for all of it."""
     finished: float = float("nan")
     """When its tokens had come back."""
 
@@ -774,6 +787,7 @@ class Engine:
         if rows:
             step = self._describe(rows, self.scheduler.preemptions - before, started)
             self.launched.append((self.runner.launch(rows, self.scheduler.tables), step))
+            step.launched = time.perf_counter()
         while len(self.launched) > (self.ahead if rows else 0):
             self._finish(pieces)
         return pieces

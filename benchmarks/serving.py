@@ -1,0 +1,402 @@
+"""What continuous batching over blocks gains over a static batch, and how near a step comes to its bound.
+
+    python -m benchmarks.serving --device cuda      # 256 requests on a 1B Llama shape, 4 GiB of keys and values
+    python -m benchmarks.serving --device cpu       # 16 requests on the pretrained stories model
+
+The theory: a decode step reads all weights and the keys and values of all rows, once. Its bound is those bytes over the
+bandwidth. A static batch reads the weights for as many rows as could be reserved at full length, and goes on until its
+longest row has ended; a continuous one reads them for as many rows as really fit, and fills each place at once.
+
+Variants, each in a process of its own, on the same requests (prompts and outputs of 100 to 1,024 tokens, drawn from one
+seed, no stop tokens):
+
+- engine: ``serving.Engine``.
+- static: the same engine and kernels, given a batch at a time: as many requests as can be reserved at full length
+  (2,048 tokens), all of which go on until the longest has ended.
+- contiguous: ``generation.generate`` on a preallocated cache with its recorded step, one such batch.
+- transformers: the same shape, its own generate, one such batch, greedy, bfloat16, SDPA without cuDNN (which would
+  prepare a plan for every new shape).
+- timeline: what the GPU does in a window of fixed length, in the middle of a batch: a naive growing cache against the
+  engine. Written to serving-timeline.json.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from statistics import median, quantiles
+
+import torch
+
+from benchmarks.harness import Report, Timing, synchronize
+from tformer_lib import pretrained, profiling
+from tformer_lib.generation import changing_shapes, generate, prefill
+from tformer_lib.kv_cache import CacheShape, GrowingCache
+from tformer_lib.serving import Engine, Step, blocks_that_fit
+from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
+
+LLAMA_1B = ModelConfig(
+    vocab_size=128256,
+    max_length=2048,
+    width=2048,
+    layers=16,
+    heads=32,
+    kv_heads=8,
+    head_dim=64,
+    feed_forward_width=8192,
+    norm="rmsnorm",
+    feed_forward="swiglu",
+    positions="rope",
+    rope_base=500_000.0,
+    bias=False,
+)
+MEMORY = 4 * 2**30
+FULL_LENGTH = 2048
+BANDWIDTH = 4.3e12
+"""Bytes a second that an H200 reads at best; what the bound of a step is taken of."""
+REQUESTS, SHORTEST, LONGEST = 256, 100, 1024
+ROWS_RESERVED = MEMORY // (FULL_LENGTH * 2 * 16 * 8 * 64 * 2)
+WINDOW_US = 50_000.0
+
+SECONDS = {"engine": 100, "static": 100, "transformers": 80, "contiguous": 80, "timeline": 60, "stories": 60}
+"""How long each part may take."""
+
+
+def main() -> None:
+    """Run each part in a process of its own; one that fails is recorded, and the others go on."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="which parts to run; all that fit the device")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        result = PARTS[args.part](args.device)
+        args.out.write_text(json.dumps(result))
+        return
+    report = Report("serving", args.device)
+    report.note(requests=REQUESTS, kv_memory_bytes=MEMORY, rows_reserved_at_full_length=ROWS_RESERVED)
+    parts = args.parts or (["stories"] if args.device == "cpu" else [p for p in PARTS if p != "stories"])
+    for part in parts:
+        result = run_apart(part, args.device)
+        timeline = result.pop("timeline", None)
+        add_rows(report, result.pop("rows", []))
+        report.note(**{f"{part}_{name}": value for name, value in result.items()})
+        if timeline:
+            keep_timeline(report, timeline)
+        compare(report)
+        report.finish()
+
+
+def run_apart(part: str, device: str) -> dict:
+    """A part's result, or why there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "benchmarks.serving", "--device", device, "--part", part, "--out", str(out)]
+        begin = time.perf_counter()
+        try:
+            subprocess.run(command, timeout=SECONDS[part], check=True)
+            result = json.loads(out.read_text())
+        except subprocess.SubprocessError as error:
+            result = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        return {**result, "wall_seconds": round(time.perf_counter() - begin, 1)}
+
+
+def add_rows(report: Report, rows: list[dict]) -> None:
+    """Rows that came from another process."""
+    for row in rows:
+        report.add(row.pop("name"), Timing(*row.pop("timing")), **row)
+
+
+def compare(report: Report) -> None:
+    """How many times more tokens a second the engine writes."""
+    rates = {row.name: row.extra["tokens_per_second"] for row in report.rows if "tokens_per_second" in row.extra}
+    ours = rates.get("engine")
+    for name, rate in rates.items():
+        if ours and name != "engine":
+            report.note(**{f"engine / {name}": round(ours / rate, 2)})
+
+
+def keep_timeline(report: Report, timeline: dict) -> None:
+    """The recorded windows beside the report."""
+    report.out.mkdir(parents=True, exist_ok=True)
+    kept = {key: value for key, value in report.as_dict().items() if key not in ("rows", "facts")}
+    path = report.out / "serving-timeline.json"
+    path.write_text(json.dumps({**kept, **timeline}, separators=(",", ":")) + "\n")
+    print(f"wrote {path} ({path.stat().st_size / 1e3:.0f} kB)")
+
+
+# the workload
+
+
+def workload() -> list[tuple[list[int], int]]:
+    """(prompt, number of tokens to write) of each request."""
+    random = Random(0)
+    pairs = [(random.randint(SHORTEST, LONGEST), random.randint(SHORTEST, LONGEST)) for _ in range(REQUESTS)]
+    return [([random.randrange(LLAMA_1B.vocab_size) for _ in range(p)], new) for p, new in pairs]
+
+
+def llama(device: str) -> Decoder:
+    """The 1B shape with random weights, made on the device."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = Decoder(LLAMA_1B)
+    torch.set_default_dtype(torch.float32)
+    return model.eval()
+
+
+def weight_bytes(model: Decoder) -> int:
+    """What a step reads of the weights: a tied table once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def make_engine(model: Decoder, *, seats: int, **options) -> Engine:
+    """An engine with 4 GiB of keys and values, warmed up."""
+    begin = time.perf_counter()
+    settings = {"budget": 4096, "prefix_cache": False, "compile": True, "spare_blocks": 1.0, **options}
+    engine = Engine(model, blocks=blocks_that_fit(model, MEMORY), seats=seats, **settings)
+    for length in (700, 300, 700, 2000):  # compiles for any number of tokens, and lets libraries choose their kernels
+        engine.add(list(range(length)), {"max_new_tokens": 4})
+        engine.add(list(range(length // 2)), {"max_new_tokens": 4})
+        engine.run()
+    engine.log.clear()
+    print(f"engine ready after {time.perf_counter() - begin:.1f} s", flush=True)
+    return engine
+
+
+# the parts
+
+
+def engine_part(device: str) -> dict:
+    """All requests at once."""
+    model = llama(device)
+    engine = make_engine(model, seats=REQUESTS)
+    seconds = []
+    for _ in range(2):
+        engine.log.clear()
+        seconds.append(time_engine(engine, [workload()]))
+    written = sum(new for _, new in workload())
+    log, per_token = list(engine.log), CacheShape.of(model, 1).bytes_per_token
+    rows = [total_row("engine", seconds, written), *decode_rows("engine", log, weight_bytes(model), per_token)]
+    trace = [[step.samples, step.tokens, step.live_tokens, step.waiting, step.held_blocks] for step in log]
+    every_fourth = list(zip(log, trace, strict=True))[::4]
+    return {
+        "rows": rows,
+        "parameters": count_parameters(model),
+        "written_tokens": written,
+        "peak_waste": max(step.waste for step in log),
+        "waste_at_peak_use": max(log, key=lambda step: step.held_blocks).waste,
+        "steps": len(log),
+        "decode_steps": sum(step.is_decode for step in log),
+        "preemptions": sum(step.preemptions for step in log),
+        "most_rows": max(len(step.rows) for step in log),
+        "seconds_in_decode_steps": sum(s for _, s in decode_times(log)),
+        "median_host_seconds_per_decode_step": median(s.launched - s.started for s in log if s.is_decode),
+        "log": [[round(step.finished - log[0].started, 4), *numbers] for step, numbers in every_fourth],
+        "log_columns": ["seconds", "tokens written", "tokens computed", "live tokens", "waiting", "held blocks"],
+    }
+
+
+def static_part(device: str) -> dict:
+    """A batch at a time, each row going on until the longest has ended."""
+    model = llama(device)
+    engine = make_engine(model, seats=ROWS_RESERVED)
+    engine.log.clear()
+    requests = workload()
+    batches = [requests[i : i + ROWS_RESERVED] for i in range(0, REQUESTS, ROWS_RESERVED)]
+    longest = [[(prompt, max(new for _, new in batch)) for prompt, _ in batch] for batch in batches]
+    seconds = [time_engine(engine, longest)]
+    written = sum(new for _, new in requests)
+    log, per_token = list(engine.log), CacheShape.of(model, 1).bytes_per_token
+    used = [sum(len(p) + new / 2 for p, new in batch) / (len(batch) * FULL_LENGTH) for batch in batches]
+    rows = [total_row("static", seconds, written), *decode_rows("static", log, weight_bytes(model), per_token)]
+    trace = [[round(s.finished - log[0].started, 4), s.samples, s.tokens, s.live_tokens] for s in log]
+    return {"rows": rows, "steps": len(log), "mean_waste": 1 - sum(used) / len(used), "log": trace[::4]}
+
+
+def time_engine(engine: Engine, batches: list[list[tuple[list[int], int]]]) -> float:
+    """Seconds for all batches, one after the other."""
+    begin = time.perf_counter()
+    for batch in batches:
+        for prompt, new in batch:
+            engine.add(prompt, {"max_new_tokens": new})
+        engine.run()
+    return time.perf_counter() - begin
+
+
+def total_row(name: str, seconds: list[float], written: int) -> dict:
+    """The whole workload as a row."""
+    timing = (median(seconds), min(seconds), max(seconds), len(seconds))
+    return {"name": name, "timing": timing, "tokens": written, "tokens_per_second": round(written / median(seconds))}
+
+
+def decode_times(log: list[Step]) -> list[tuple[Step, float]]:
+    """The steps in which all rows wrote and whose forerunner did too, with the seconds between their ends."""
+    steps = [pair for pair in pairwise(log) if all(step.is_decode for step in pair)]
+    return [(now, now.finished - before.finished) for before, now in steps]
+
+
+def decode_rows(name: str, log: list[Step], weights: int, per_token: int) -> list[dict]:
+    """Decode steps against the bytes that they must read: all of them, and those with many rows."""
+    rows = []
+    for what, least in (("all", 1), ("of 128 rows or more", 128), ("of 33 to 64 rows", 33)):
+        chosen = [(s, t) for s, t in decode_times(log) if s.samples >= least and (least != 33 or s.samples <= 64)]
+        if len(chosen) < 10:
+            continue
+        times = [t for _, t in chosen]
+        moved = [weights + step.live_tokens * per_token for step, _ in chosen]
+        p10, *_, p90 = quantiles(times, n=10)
+        bound = sum(moved) / BANDWIDTH
+        extra = {"steps": len(chosen), "share_of_total_bound": round(bound / sum(times), 4)}
+        extra["mean_rows"] = round(sum(s.samples for s, _ in chosen) / len(chosen), 1)
+        timing = (median(times), p10, p90, len(times))
+        row = {"name": f"{name}, decode steps, {what}", "timing": timing, "bytes": median(moved), "limit": BANDWIDTH}
+        rows.append({**row, **extra})
+    return rows
+
+
+def contiguous_part(device: str) -> dict:
+    """One batch by ``generation.generate``: its recorded step looks at all reserved slots behind a mask."""
+    model, batch = llama(device), workload()[:ROWS_RESERVED]
+    prompts, longest = [prompt for prompt, _ in batch], max(new for _, new in batch)
+    begin = time.perf_counter()
+    generate(model, prompts, max_new_tokens=longest, chunk=64, cuda_graph=True)
+    synchronize(torch.device(device))
+    return {"rows": [total_row("contiguous", [time.perf_counter() - begin], sum(new for _, new in batch))]}
+
+
+def transformers_part(device: str) -> dict:
+    """One batch by transformers, padded on the left as its documentation asks."""
+    import transformers
+
+    model, batch = transformers_llama(device), workload()[:ROWS_RESERVED]
+    width, longest = max(len(prompt) for prompt, _ in batch), max(new for _, new in batch)
+    tokens = torch.tensor([[0] * (width - len(p)) + p for p, _ in batch], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p, _ in batch], device=device)
+
+    def run(new: int) -> None:
+        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        with changing_shapes(), torch.no_grad():
+            model.generate(tokens, attention_mask=mask, **options)
+        synchronize(torch.device(device))
+
+    run(4)
+    begin = time.perf_counter()
+    run(longest)
+    seconds = [time.perf_counter() - begin]
+    rows = [total_row("transformers", seconds, sum(new for _, new in batch))]
+    return {"rows": rows, "version": transformers.__version__, "batch": len(batch), "steps": longest}
+
+
+def transformers_llama(device: str) -> torch.nn.Module:
+    """transformers' Llama of the same shape, with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=LLAMA_1B.vocab_size,
+        hidden_size=LLAMA_1B.width,
+        intermediate_size=LLAMA_1B.feed_forward_width,
+        num_hidden_layers=LLAMA_1B.layers,
+        num_attention_heads=LLAMA_1B.heads,
+        num_key_value_heads=LLAMA_1B.kv_heads,
+        head_dim=LLAMA_1B.head_dim,
+        max_position_embeddings=LLAMA_1B.max_length,
+        rope_theta=LLAMA_1B.rope_base,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+        bos_token_id=0,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return model.eval()
+
+
+def timeline_part(device: str) -> dict:
+    """A window of what the GPU does, a quarter of the way into the outputs: naive, and the engine."""
+    model, requests = llama(device), workload()
+    naive = record(naive_step(model, [prompt for prompt, _ in requests[:ROWS_RESERVED]]))
+    engine = make_engine(model, seats=REQUESTS)
+    for prompt, new in requests:
+        engine.add(prompt, {"max_new_tokens": new})
+    while len(engine.log) < 300:
+        engine.step()
+    ours = record(engine.step)
+    rows = {"naive": ROWS_RESERVED, "engine": len(engine.scheduler.running)}
+    return {"timeline": {"rows": rows, "naive": naive, "engine": ours}}
+
+
+def naive_step(model: Decoder, prompts: list[list[int]]) -> Callable[[], None]:
+    """A decode step on a cache that grows by concatenation, its kernels launched one by one."""
+    cache = GrowingCache(CacheShape.of(model, len(prompts)))
+    state = {"tokens": prefill(model, prompts, cache, chunk=64).argmax(-1, keepdim=True)}
+
+    @torch.no_grad()
+    def step() -> None:
+        with changing_shapes():
+            logits = model(state["tokens"], cache=cache)[:, -1]
+        state["tokens"] = logits.argmax(-1, keepdim=True)
+        state["tokens"].tolist()  # a server must look at what was written
+
+    for _ in range(10):
+        step()
+    return step
+
+
+def record(step: Callable[[], object]) -> dict:
+    """The kernels of a window, from a little after its beginning."""
+    torch.cuda.synchronize()
+    with profiling.trace() as trace:
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < 2.5 * WINDOW_US / 1e6:
+            step()
+    intervals = [{**i, "start_us": i["start_us"] - WINDOW_US} for i in trace.intervals()]
+    packed = profiling.pack([i for i in intervals if i["start_us"] >= 0], WINDOW_US)
+    shown = profiling.unpack(packed)
+    return {**packed, "busy": round(profiling.utilisation(shown, 0.0, WINDOW_US), 4), "kernels": len(shown)}
+
+
+def stories_part(device: str) -> dict:
+    """16 requests on the pretrained model: one after the other, and together."""
+    model, encoding = pretrained.load(device=device)
+    random = Random(0)
+    openings = ["Once upon a time", "One day", "A little girl named", "The dog"]
+    prompts = [encoding.encode_ordinary(openings[i % 4]) + [random.randrange(256) for _ in range(i)] for i in range(16)]
+    rules = {"max_new_tokens": 60}
+    seconds: dict[str, list[float]] = {"sequential": [], "engine": []}
+    for _ in range(3):
+        begin = time.perf_counter()
+        alone = [generate(model, [prompt], **rules)[0] for prompt in prompts]
+        seconds["sequential"].append(time.perf_counter() - begin)
+        engine = Engine(model, seats=16, budget=256)
+        begin = time.perf_counter()
+        made = [engine.add(prompt, rules) for prompt in prompts]
+        engine.run()
+        seconds["engine"].append(time.perf_counter() - begin)
+    rows = [total_row(name, times, 16 * 60) for name, times in seconds.items()]
+    return {"rows": rows, "same_texts": alone == [request.new_tokens for request in made]}
+
+
+PARTS: dict[str, Callable[[str], dict]] = {
+    "engine": engine_part,
+    "static": static_part,
+    "timeline": timeline_part,
+    "transformers": transformers_part,
+    "contiguous": contiguous_part,
+    "stories": stories_part,
+}
+
+if __name__ == "__main__":
+    os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")  # the parts compile the same blocks
+    main()
