@@ -158,7 +158,7 @@ def prefix_and_eviction(stage: Stage) -> None:
     stage.start("C")
     stage.append("C", "A long text that has nothing in common with what came before it here and never ends")
     stage.show(
-        "C takes the empty blocks first, then evicts the cached one that was freed first: the tail of the prompt."
+        "C takes the empty blocks, then evicts the cached one that was freed first: the tail of the prompt."
     )
     table = stage.start("D")
     prompt = f"{system} : Hoo".split()

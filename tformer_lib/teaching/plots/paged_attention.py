@@ -1,0 +1,167 @@
+"""The figures of chapter 12."""
+
+from collections.abc import Sequence
+
+import torch
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
+
+from tformer_lib.paged_attention import BlockTable
+from tformer_lib.teaching import style
+
+KINDS = ("keys and values", "reserved, used later", "reserved, never used", "free, but no gap fits")
+COLOURS = (style.BLUE, style.SKY, "#F3C98B", "#FFFFFF")
+HATCHES = ("", "//", "xx", "")
+
+
+def shares(found: dict[str, Sequence[float]]) -> None:
+    """Stacked bars: what the slots of a pool are used for under each policy.
+
+    Args:
+        found: name -> four shares that add up to 1, in the order of KINDS.
+    """
+    _, ax = style.figure(height=0.55 * len(found) + 1.5)
+    left = torch.zeros(len(found))
+    for kind, colour, hatch, values in zip(KINDS, COLOURS, HATCHES, zip(*found.values(), strict=True), strict=True):
+        widths = 100 * torch.tensor(values)
+        bars = ax.barh(range(len(found)), widths, left=left, color=colour, hatch=hatch, edgecolor=style.INK, label=kind)
+        for bar in bars:
+            bar.set_linewidth(0.6)
+        left += widths
+    for row, values in enumerate(found.values()):
+        dark = values[0] > 0.25
+        ax.text(
+            1, row, f"{100 * values[0]:.0f} %", va="center", color="white" if dark else style.INK, fontweight="bold"
+        )
+    ax.set_yticks(range(len(found)), found)
+    ax.invert_yaxis()
+    ax.grid(False, axis="y")
+    ax.set(xlabel="share of the slots, in percent", xlim=(0, 100))
+    ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.22 - 0.55 / len(found)))
+    style.show()
+
+
+def maps(memories: dict[str, Tensor], *, columns: int = 64) -> None:
+    """What stands in each part of a pool at one moment, row by row like a page of text.
+
+    Args:
+        memories: name -> (cells,) int64, an index into KINDS for each cell.
+        columns: cells in a row.
+    """
+    _, axes = style.figure(2, 2, height=3.6)
+    colours = ListedColormap([*COLOURS])
+    for ax, (name, cells) in zip(axes.flatten(), memories.items(), strict=True):
+        ax.imshow(cells.view(-1, columns).numpy(), cmap=colours, vmin=0, vmax=3, aspect="auto", interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
+        ax.grid(False)
+        ax.spines[:].set_visible(True)
+        ax.set_title(name, fontsize=10)
+    patches = [
+        Patch(facecolor=c, edgecolor=style.INK, linewidth=0.6, label=k) for k, c in zip(KINDS, COLOURS, strict=True)
+    ]
+    axes[0, 0].figure.legend(handles=patches, ncols=2, loc="outside lower center")
+    style.show()
+
+
+def page_table(tables: dict[str, BlockTable], texts: dict[str, Sequence[str]], blocks: int) -> None:
+    """Sequences as they see themselves, and where their blocks lie in the pool.
+
+    Args:
+        tables: name -> the sequence's block table.
+        texts: name -> its words.
+        blocks: how many blocks the pool has.
+    """
+    size = next(iter(tables.values())).allocator.block_size
+    _, (top, bottom) = style.figure(2, 1, height=3.8, height_ratios=(1.25, 1))
+    words: list[str] = [""] * (blocks * size)
+    owner: list[int | None] = [None] * blocks
+    for line, (name, table) in enumerate(tables.items()):
+        top.text(-0.4, -line + 0.5, name, fontweight="bold", va="center", ha="right")
+        for place, block in enumerate(table.blocks):
+            owner[block] = line
+            start = place * (size + 0.6)
+            part = list(texts[name][place * size : (place + 1) * size])
+            words[block * size : block * size + len(part)] = part
+            draw_block(top, start, -line, part, size, line)
+            top.text(start + size / 2, -line + 0.97, f"→ block {block}", ha="center", va="bottom", fontsize=8.5)
+    for block in range(blocks):
+        column, row = block % 4, block // 4
+        held = words[block * size : (block + 1) * size] if owner[block] is not None else []
+        draw_block(bottom, column * (size + 0.6), -1.4 * row, [w for w in held if w], size, owner[block])
+        bottom.text(column * (size + 0.6), -1.4 * row + 1.02, f"block {block}", va="bottom", fontsize=8.5)
+    width = 4 * (size + 0.6)
+    top.set(title="What the sequences see", xlim=(-1.2, width), ylim=(-len(tables) + 0.8, 1.5))
+    bottom.set(title="What the pool holds", xlim=(-1.2, width), ylim=(-1.4 * ((blocks - 1) // 4) - 0.1, 1.5))
+    for ax in (top, bottom):
+        ax.axis("off")
+    style.show()
+
+
+def draw_block(ax, x: float, y: float, words: Sequence[str], size: int, owner: int | None) -> None:
+    """One block of slots with words in them; empty slots are white."""
+    colour = "white" if owner is None else (style.BLUE, style.VERMILION)[owner]
+    for offset in range(size):
+        filled = offset < len(words)
+        ax.add_patch(
+            Rectangle((x + offset, y + 0.1), 1, 0.8, facecolor=colour if filled else "white", alpha=0.22, linewidth=0)
+        )
+        if filled:
+            ax.text(x + offset + 0.5, y + 0.5, words[offset], ha="center", va="center", fontsize=8)
+    dash = "-" if owner != 1 else "--"
+    edge = style.GREY if owner is None else (style.BLUE, style.VERMILION)[owner]
+    ax.add_patch(Rectangle((x, y + 0.1), size, 0.8, fill=False, edgecolor=edge, linewidth=1.4, linestyle=dash))
+
+
+def block_sizes(sizes: Sequence[int], waste: Sequence[float], formula: Sequence[float], entries: Sequence[int]) -> None:
+    """The two sides of a block size: slots wasted, and how long the tables are."""
+    _, (left, right) = style.figure(1, 2, height=3.2)
+    style.lines(
+        left, sizes, {"simulated": [100 * w for w in waste], "(B − 1) / 2 per sequence": [100 * w for w in formula]}
+    )
+    left.set(xscale="log", xlabel="tokens in a block, B", ylabel="percent of held slots", ylim=(0, None))
+    left.set_title("Slots held and empty")
+    style.lines(right, sizes, {"entries": entries})
+    right.set(xscale="log", yscale="log", xlabel="tokens in a block, B", ylabel="entries for 8,192 tokens")
+    right.set_title("Table of one sequence")
+    for ax in (left, right):
+        ax.set_xticks(sizes, [str(s) for s in sizes])
+        ax.minorticks_off()
+    style.show()
+
+
+def prefix_saving(names: Sequence[str], computed: Sequence[int], blocks: Sequence[int]) -> None:
+    """Bars: prompt tokens that were computed, and blocks that are held, without sharing and with it."""
+    _, axes = style.figure(1, 2, height=2.4)
+    for ax, values, label in zip(axes, (computed, blocks), ("prompt tokens computed", "blocks held"), strict=True):
+        bars = ax.barh(range(len(names)), values, color=[style.VERMILION, style.BLUE], hatch=None)
+        ax.bar_label(bars, padding=3)
+        ax.set_yticks(range(len(names)), names)
+        ax.invert_yaxis()
+        ax.set(title=label, xlim=(0, 1.2 * max(values)))
+        ax.grid(False, axis="y")
+    axes[1].set_yticklabels([])
+    style.show()
+
+
+def decode_step(
+    batches: Sequence[int], weights: Sequence[float], keys: Sequence[float], compute: Sequence[float]
+) -> None:
+    """Lower bounds of a decode step over the batch, in milliseconds: read the weights, read keys and values, compute."""
+    _, ax = style.figure(height=3.4)
+    lines = {"read the weights": weights, "read keys and values": keys, "compute everything": compute}
+    style.lines(ax, batches, lines)
+    ax.set(xscale="log", yscale="log", xlabel="sequences in the batch", ylabel="milliseconds, at least")
+    ax.set_title("A decode step is bound by what it reads")
+    ax.set_xticks(batches, [str(b) for b in batches])
+    ax.minorticks_off()
+    style.show()
+
+
+def bookkeeping(rows: dict[str, Sequence[float]], sequences: Sequence[int]) -> None:
+    """Microseconds of Python per decode step over the number of sequences."""
+    _, ax = style.figure(height=3.0)
+    style.lines(ax, sequences, rows)
+    ax.set(xlabel="sequences that append a token", ylabel="microseconds per step", ylim=(0, None))
+    ax.set_title("What the books cost, on this CPU")
+    style.show()
