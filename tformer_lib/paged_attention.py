@@ -15,18 +15,22 @@ tables. Pools are (blocks, kv_heads, block_size, head_dim); token p of a sequenc
 at offset ``p % block_size``, and its slot is block * block_size + offset.
 """
 
+import ctypes
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from tformer_lib import jit
 from tformer_lib.attention import attend, attend_sdpa, gather, masked_softmax, scaled_scores
 from tformer_lib.contract import check_heads
-from tformer_lib.flash_attention import flash_attention
+from tformer_lib.flash_attention import NO_TOOLS, flash_attention
 from tformer_lib.kv_cache import CacheShape, KVCache, LayerCache, Pass
 from tformer_lib.rope import rotate
 
@@ -67,7 +71,8 @@ def write_cache(
         ValueError: shapes, dtypes or devices do not fit; the message names what was expected and what came.
     """
     check_write(k, v, k_pool, v_pool, slots, cos, sin)
-    write_in_pytorch(k, v, k_pool, v_pool, slots, cos, sin, layout, k_scale, v_scale)
+    run = torch.ops.tformer_lab.write_cache if is_traced(k) else run_write
+    run(k, v, k_pool, v_pool, slots, cos, sin, layout, k_scale, v_scale, None if step is None else str(step))
 
 
 def paged_attention(
@@ -118,8 +123,13 @@ def paged_attention(
     if checked:
         check_indices(k_pool, block_tables, lengths, query_starts, q.shape[0])
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    rows = (block_tables, lengths, query_starts)
-    out, lse = attend_in_pytorch(q, k_pool, v_pool, *rows, scale, window, k_scale, v_scale)
+    step = None if step is None else str(step)
+    rows = (block_tables, lengths, query_starts, max_queries)
+    options = (scale, window, float(k_scale), float(v_scale), step)
+    if is_traced(q):
+        out, lse = torch.ops.tformer_lab.paged_attention(q, k_pool, v_pool, *rows, *options)
+    else:
+        out, lse = run_attention(q, k_pool, v_pool, *rows, *options, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -858,3 +868,374 @@ def running_sum(counts: Sequence[int]) -> list[int]:
     for count in counts:
         sums.append(sums[-1] + count)
     return sums
+
+
+# --- which step ----------------------------------------------------------------------------------------------------
+
+TOPIC = "paged_attention"
+STEPS = ("0", "cpu", "1", "2", "prefill")
+HALVES = (torch.bfloat16, torch.float16)
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, FP8: 3}
+DECODE_LADDER, PREFILL_LADDER, CPU_LADDER = ("2", "1", "0"), ("prefill", "0"), ("cpu", "0")
+DECODE_HEAD_DIMS, PREFILL_HEAD_DIMS, MOST_HEAD_DIM = (64, 128), (64, 128, 256), 256
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What decides which kernels can do it, apart from addresses: hashable, so that the answer is kept."""
+
+    device: torch.device
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    head_dim: int
+    block_size: int
+    one_query: bool
+
+
+def choose_step(step: str | None, q: Tensor, k_pool: Tensor, v_pool: Tensor, one_query: bool, scale: float) -> str:
+    """The step asked for, if it can do this; without one, the top one that can."""
+    kind = Kind(q.device, q.dtype, k_pool.dtype, q.shape[-1], k_pool.shape[2], one_query)
+    tensors = (q, k_pool, v_pool)
+    if step is None:
+        return next(name for name in ladder(kind) if refusal_of_tensors(name, tensors, scale) is None)
+    if step not in STEPS:
+        raise ValueError(f"step must be one of {', '.join(STEPS)}, got {step!r}")
+    if reason := refusal(step, kind) or refusal_of_tensors(step, tensors, scale):
+        raise ValueError(f"step {step} cannot do this: {reason}")
+    return step
+
+
+@cache
+def ladder(kind: Kind) -> tuple[str, ...]:
+    """The steps that can do it, the fastest first."""
+    names = {"cpu": CPU_LADDER, "cuda": DECODE_LADDER if kind.one_query else PREFILL_LADDER}
+    return tuple(name for name in names.get(kind.device.type, ("0",)) if refusal(name, kind) is None)
+
+
+def refusal(step: str, kind: Kind) -> str | None:
+    """Why ``step`` cannot do this, or None if it can."""
+    if step == "0":
+        return None
+    wanted = "cpu" if step == "cpu" else "cuda"
+    if kind.device.type != wanted:
+        return f"it runs on {wanted}, and q is on {kind.device.type}"
+    if kind.dtype not in DTYPE_CODES or kind.dtype == FP8:
+        return f"kernels take float32, bfloat16 and float16, got {kind.dtype}"
+    if step == "cpu":
+        return None if has_cpu_twin() else NO_TOOLS
+    if step in ("1", "2") and not kind.one_query:
+        return "it takes one query a row: leave query_starts out, or say max_queries=1"
+    if step == "1":
+        return None if kind.head_dim <= MOST_HEAD_DIM else f"head_dim is at most {MOST_HEAD_DIM}, got {kind.head_dim}"
+    return refusal_of_tensor_cores(step, kind)
+
+
+def refusal_of_tensor_cores(step: str, kind: Kind) -> str | None:
+    """Why a tensor-core step cannot do this."""
+    widths = DECODE_HEAD_DIMS if step == "2" else PREFILL_HEAD_DIMS
+    if kind.dtype not in HALVES:
+        return f"tensor-core steps take bfloat16 and float16, got {kind.dtype}"
+    if kind.head_dim not in widths:
+        return f"head_dim must be one of {', '.join(map(str, widths))}, got {kind.head_dim}"
+    if kind.block_size & (kind.block_size - 1):
+        return f"the block size must be a power of two, got {kind.block_size}"
+    capability = torch.cuda.get_device_capability(kind.device)
+    if capability < (8, 0):
+        return f"mma.sync with bfloat16 and cp.async need compute capability 8.0, this GPU has {capability}"
+    return None
+
+
+@cache
+def has_cpu_twin() -> bool:
+    """Whether the C++ twin is built, or can be."""
+    return jit.can_build_cpp() or jit.is_built(TOPIC, "cpu")
+
+
+def refusal_of_tensors(step: str, tensors: tuple[Tensor, Tensor, Tensor], scale: float) -> str | None:
+    """Why ``step`` cannot read these very tensors."""
+    if step == "0":
+        return None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "kernels have no gradients: call it under torch.no_grad()"
+    pools = tensors[1:]
+    if any(pool.stride(3) != 1 for pool in pools):
+        return "the columns of the pools must be adjacent"
+    if step in ("1", "cpu"):
+        return None
+    if not all(is_aligned(pool) for pool in pools):
+        return "16-byte loads need pools whose addresses and strides are multiples of 16 bytes"
+    if step == "prefill" and scale <= 0:
+        return f"it takes the maximum of the scores before it scales them: scale must be positive, got {scale}"
+    return None
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether every row of x begins at a multiple of 16 bytes."""
+    step = 16 // x.element_size()
+    return x.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in x.stride()[:-1])
+
+
+# --- the kernels ---------------------------------------------------------------------------------------------------
+
+ARGUMENTS = struct.Struct("Pqq Pqq Pqqq Pqqq 6P 8q ff ii")
+"""``paged::Arguments`` of kernels/paged_attention/arguments.h: packing it takes a microsecond, where a
+ctypes structure takes ten, and decode calls are short."""
+
+WRITE_ARGUMENTS = struct.Struct("Pqq Pqq Pqqq Pqqq 3P 7q ff iii")
+"""``paged::WriteArguments`` of the same file."""
+
+
+@cache
+def kernel(step: str, device: torch.device, name: str) -> ctypes._CFuncPtr:
+    """A C function of a step's library, built at the first call."""
+    function = getattr(jit.load(TOPIC, step, device=device), name)
+    function.restype = ctypes.c_char_p  # null, or what went wrong
+    function.argtypes = [ctypes.c_char_p, ctypes.c_void_p] + ([ctypes.c_int32] if name == "prefill" else [])
+    return function
+
+
+def launch(step: str, name: str, device: torch.device, arguments: bytes, *more: int) -> None:
+    """Call a C function of a step: on a GPU with the tensors' device current, on that device's current stream."""
+    function = kernel(step, device, name)
+    if device.type == "cpu":
+        error = function(arguments, None, *more)
+    elif torch.cuda.current_device() == device.index:
+        error = function(arguments, stream_of(device), *more)
+    else:
+        with torch.cuda.device(device):
+            error = function(arguments, stream_of(device), *more)
+    if error:
+        raise RuntimeError(f"paged attention, step {step}, {name}: {error.decode()}")
+
+
+def stream_of(device: torch.device) -> int:
+    """The handle of the device's current stream."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def tokens_of(x: Tensor) -> tuple[int, ...]:
+    """``paged::Tokens``: a (tokens, heads, head_dim) tensor as a kernel sees it."""
+    return x.data_ptr(), *x.stride()[:2]
+
+
+def pool_of(x: Tensor) -> tuple[int, ...]:
+    """``paged::Pool``: a (blocks, kv_heads, block_size, head_dim) tensor as a kernel sees it."""
+    return x.data_ptr(), *x.stride()[:3]
+
+
+_scratch: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+_outgrown: list[Tensor] = []
+
+
+def scratch_of(device: torch.device, pairs: int) -> tuple[int, int]:
+    """Where step 2 leaves partial results and counts arrivals: one place for each stream, kept from call to call.
+
+    A CUDA graph holds its addresses, so what it outgrew is never given back; and two graphs that were captured on one
+    stream must not run at the same time.
+
+    Args:
+        device: a GPU.
+        pairs: rows times heads at least; each counts its arrivals.
+
+    Returns:
+        the addresses of the partial results and of the counts, which are zeros between calls.
+    """
+    key = (device.index, stream_of(device))
+    if key not in _scratch or _scratch[key][1].numel() < pairs:
+        _outgrown.extend(_scratch.get(key, ()))
+        count = torch.cuda.get_device_properties(device).multi_processor_count
+        partial = torch.empty(count * MOST_PARTIAL, dtype=torch.float32, device=device)
+        _scratch[key] = (partial, torch.zeros(max(pairs, 2**16), dtype=torch.int32, device=device))
+    return tuple(x.data_ptr() for x in _scratch[key])
+
+
+MOST_PARTIAL = 2 * 2 * 16 * (128 + 2)
+"""Floats of partial results a multiprocessor: two blocks, two results each, of 16 heads."""
+
+
+def run_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor | None,
+    max_queries: int | None,
+    scale: float,
+    window: int | None,
+    k_scale: float,
+    v_scale: float,
+    step: str | None,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Choose a step and run it; lse is None where it was not asked for and costs something."""
+    one_query = query_starts is None or max_queries == 1
+    chosen = choose_step(step, q, k_pool, v_pool, one_query, scale)
+    if chosen == "0":
+        rows = (block_tables, lengths, query_starts)
+        return attend_in_pytorch(q, k_pool, v_pool, *rows, scale, window, k_scale, v_scale)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if with_lse else None
+    if out.numel() == 0:
+        return out, lse
+    device = q.device
+    readable = q.stride(2) == 1 and (device.type == "cpu" or is_aligned(q))
+    q = q if readable else q.clone(memory_format=torch.contiguous_format)
+    tables = block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
+    lengths = lengths.contiguous()
+    uses_step_2 = chosen == "2" or (chosen == "prefill" and q.shape[2] in DECODE_HEAD_DIMS)
+    partial, arrivals = scratch_of(device, lengths.shape[0] * q.shape[1]) if uses_step_2 else (None, None)
+    arguments = ARGUMENTS.pack(
+        *tokens_of(q),
+        *tokens_of(out),
+        *pool_of(k_pool),
+        *pool_of(v_pool),
+        tables.data_ptr(),
+        lengths.data_ptr(),
+        0 if query_starts is None else query_starts.contiguous().data_ptr(),
+        0 if lse is None else lse.data_ptr(),
+        partial or 0,
+        arrivals or 0,
+        tables.stride(0),
+        lengths.shape[0],
+        *q.shape[:2],
+        k_pool.shape[1],
+        q.shape[2],
+        k_pool.shape[2],
+        window or 0,
+        scale * k_scale,
+        v_scale,
+        DTYPE_CODES[q.dtype],
+        DTYPE_CODES[k_pool.dtype],
+    )
+    if chosen == "cpu":
+        launch("cpu", "attend", device, arguments)
+    elif chosen == "prefill":
+        launch("prefill", "prefill", device, arguments, 2 if uses_step_2 else 1)
+        if uses_step_2:
+            launch("2", "decode", device, arguments)  # the rows with one query
+    else:
+        launch(chosen, "decode", device, arguments)
+    return out, lse
+
+
+def run_write(
+    k: Tensor,
+    v: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slots: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    layout: str,
+    k_scale: float,
+    v_scale: float,
+    step: str | None,
+) -> None:
+    """Choose a step of :func:`write_cache` and run it: a GPU has one kernel, a CPU its twin."""
+    if step is not None and step not in STEPS:
+        raise ValueError(f"step must be one of {', '.join(STEPS)}, got {step!r}")
+    reason = refusal_of_write(step, k, v, k_pool, v_pool)
+    if reason and step is not None and step != "0":
+        raise ValueError(f"step {step} cannot do this: {reason}")
+    if reason or step == "0":
+        return write_in_pytorch(k, v, k_pool, v_pool, slots, cos, sin, layout, k_scale, v_scale)
+    if k.numel() == 0:
+        return None
+    k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
+    cos, sin = (None if x is None else x if x.stride(1) == 1 else x.contiguous() for x in (cos, sin))
+    slots = slots.contiguous()
+    arguments = WRITE_ARGUMENTS.pack(
+        *tokens_of(k),
+        *tokens_of(v),
+        *pool_of(k_pool),
+        *pool_of(v_pool),
+        slots.data_ptr(),
+        0 if cos is None else cos.data_ptr(),
+        0 if sin is None else sin.data_ptr(),
+        0 if cos is None else cos.stride(0),
+        0 if sin is None else sin.stride(0),
+        *k.shape,
+        k_pool.shape[2],
+        0 if cos is None else 2 * cos.shape[1],
+        k_scale,
+        v_scale,
+        layout == "interleaved",
+        DTYPE_CODES[k.dtype],
+        DTYPE_CODES[k_pool.dtype],
+    )
+    launch("cpu" if k.device.type == "cpu" else "write_cache", "write_cache", k.device, arguments)
+    return None
+
+
+def refusal_of_write(step: str | None, k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor) -> str | None:
+    """Why no kernel can write this, or None if one can."""
+    if k.device.type not in ("cpu", "cuda"):
+        return f"kernels run on cpu and cuda, and k is on {k.device.type}"
+    if step is not None and (step == "cpu") != (k.device.type == "cpu"):
+        return f"k is on {k.device.type}"
+    if k.dtype not in DTYPE_CODES or k.dtype == FP8 or v.dtype != k.dtype:
+        return f"kernels take k and v in float32, bfloat16 or float16, got {k.dtype} and {v.dtype}"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, k_pool, v_pool)):
+        return "kernels have no gradients: call it under torch.no_grad()"
+    if k_pool.stride(3) != 1 or v_pool.stride(3) != 1:
+        return "the columns of the pools must be adjacent"
+    return NO_TOOLS if k.device.type == "cpu" and not has_cpu_twin() else None
+
+
+# --- the operators -------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tformer_lab::paged_attention", mutates_args=())
+def paged_attention_op(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor | None,
+    max_queries: int | None,
+    scale: float,
+    window: int | None,
+    k_scale: float,
+    v_scale: float,
+    step: str | None,
+) -> tuple[Tensor, Tensor]:
+    """What torch.compile sees of :func:`paged_attention`."""
+    rows = (block_tables, lengths, query_starts, max_queries)
+    return run_attention(q, k_pool, v_pool, *rows, scale, window, k_scale, v_scale, step, True)
+
+
+@paged_attention_op.register_fake
+def paged_attention_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """The shapes and dtypes of what the operator returns."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide)
+
+
+@torch.library.custom_op("tformer_lab::write_cache", mutates_args=("k_pool", "v_pool"))
+def write_cache_op(
+    k: Tensor,
+    v: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slots: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    layout: str,
+    k_scale: float,
+    v_scale: float,
+    step: str | None,
+) -> None:
+    """What torch.compile sees of :func:`write_cache`."""
+    run_write(k, v, k_pool, v_pool, slots, cos, sin, layout, k_scale, v_scale, step)
+
+
+@write_cache_op.register_fake
+def write_cache_fake(*_: object) -> None:
+    """It returns nothing."""
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether a compiler looks on, who must see one operator; else calling the kernel directly saves 15 us."""
+    return torch.compiler.is_compiling() or type(x) is not Tensor

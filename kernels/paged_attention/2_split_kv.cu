@@ -1,0 +1,562 @@
+// Step 2: decode at the speed of memory (sm_80 and later), bfloat16 and float16, pools of the same or of float8.
+//
+// A decode step reads every key and value once and does 4 operations a number with them: nothing counts but that enough
+// bytes are on their way at any time. 4.4 TB/s x 1 us are 4.4 MB, 33 KB a multiprocessor, and the ring below holds 192.
+//
+//   all tiles of all (row, kv head) pairs, end to end, cut into equal shares, one a block:
+//
+//     | row 0, head 0      | row 0, head 1      | row 1, head 0 | row 1, head 1 | row 2, head 0 ...
+//     |------ block 0 ------|------ block 1 ------|------ block 2 ------|------ block 3 -----
+//
+//   A pair that lies in one block is finished there. Of a pair that is cut, each block leaves a partial result (m, l, O)
+//   and the block that arrives last merges them in order. The cuts depend on the lengths alone, so two runs agree in
+//   every bit, no host needs to know the lengths, and a ragged batch keeps all multiprocessors busy to the end.
+//
+//   inside a block: a tile is KEYS keys for each warp. Each warp has a ring of its own and never waits for another:
+//
+//     table --shuffle--> 16 addresses --cp.async--> [K V | K V | K V | K V | K V | K V] --ldmatrix--> mma.sync
+//                                                     ^ read now        ^ on their way
+//
+//   The query heads that share a kv head are the rows of one product (16, of which `group` are real), so that a key is
+//   read once for all of them.
+#include <algorithm>
+
+#include "common/launch.cuh"
+#include "common/mma.cuh"
+#include "rows.cuh"
+
+namespace paged {
+namespace {
+
+// A multiprocessor has one block with a ring of 192 KB: STAGES steps of KEYS keys and values for each warp.
+template <class Half_, class Cache_, int D_, int ROWS_>
+struct Shape {
+    using Half = Half_;    // of q, out and the products
+    using Cache = Cache_;  // of the pools
+    static constexpr int D = D_;
+    static constexpr int ROWS = ROWS_;  // query heads that fit: 8 or 16 of the 16 rows of a product
+    static constexpr int WARPS = 4, THREADS = WARPS * WARP, BLOCKS = 1;
+    static constexpr int ROW_BYTES = D * sizeof(Cache);
+    static constexpr int KEYS = ROW_BYTES >= 256 ? 16 : 32, TILE = WARPS * KEYS;
+    static constexpr int STEP_BYTES = 2 * KEYS * ROW_BYTES;
+    static constexpr int STAGES = 192 * 1024 / BLOCKS / (WARPS * STEP_BYTES);
+    static constexpr int CHUNKS = ROW_BYTES / 16;
+    static constexpr int RING_BYTES = WARPS * STAGES * STEP_BYTES, MERGE_BYTES = WARPS * ROWS * D * 4;
+    static constexpr int SHARED_BYTES = RING_BYTES + MERGE_BYTES;
+    static constexpr bool IS_FP8 = sizeof(Cache) == 1;
+};
+
+// --- who does what ---------------------------------------------------------------------------------------------------
+
+// Query heads are taken `rows` at a time: a pair is a row of the batch and one such bundle of heads.
+struct Bundles {
+    int group, a_group;  // query heads of a kv head; bundles of a kv head
+    int in_all;          // bundles of a row
+    __device__ Bundles(const Arguments& a, int rows)
+        : group(int(a.heads / a.kv_heads)), a_group((group + rows - 1) / rows), in_all(int(a.kv_heads) * a_group) {}
+};
+
+// The keys of a decode row: first .. last - 1, in `tiles` tiles that begin at `base`.
+struct Keys {
+    int first, last, base, tiles;
+};
+
+template <class Sh>
+__device__ Keys keys_of(const Arguments& a, int b) {
+    const Row row = row_of(a, b);
+    const Sight sight = sight_of(a, row);
+    const int first = sight.first(0), last = row.T == 1 ? row.S : 0, base = first / Sh::TILE * Sh::TILE;
+    return {first, last, base, last > first ? (last - base + Sh::TILE - 1) / Sh::TILE : 0};
+}
+
+// A place in the sequence of all tiles.
+template <class Sh>
+struct Cursor {
+    int b, bundle, tile;
+    Keys keys;
+
+    __device__ void next(const Arguments& a, const Bundles& bundles) {
+        if (++tile < keys.tiles) return;
+        tile = 0;
+        if (++bundle < bundles.in_all) return;
+        bundle = 0;
+        do {
+            if (++b == a.batch) return;
+            keys = keys_of<Sh>(a, b);
+        } while (keys.tiles == 0);
+    }
+};
+
+// The share of this block: tiles begin .. end - 1 of `total`, cut among `blocks` of them.
+struct Share {
+    int total, blocks;
+    __device__ int begin(int block) const { return int(int64_t(block) * total / blocks); }
+    __device__ int owner(int tile) const { return int((int64_t(tile + 1) * blocks - 1) / total); }
+};
+
+__device__ int warp_prefix(int x) {
+    for (int offset = 1; offset < WARP; offset *= 2) {
+        const int lower = __shfl_up_sync(0xffffffff, x, offset);
+        if (threadIdx.x % WARP >= offset) x += lower;
+    }
+    return x;
+}
+
+// Add up the tiles of all rows (each thread a run of rows), and find where this block's share begins.
+template <class Sh>
+__device__ Share find_share(const Arguments& a, const Bundles& bundles, Cursor<Sh>& start) {
+    __shared__ int sums[Sh::WARPS], begin_row[2];
+    const int run = int((a.batch + Sh::THREADS - 1) / Sh::THREADS), top = threadIdx.x * run;
+    const int bottom = min(top + run, int(a.batch));
+    int own = 0;
+    for (int b = top; b < bottom; ++b) own += keys_of<Sh>(a, b).tiles;
+    int before = warp_prefix(own);
+    if (threadIdx.x % WARP == WARP - 1) sums[threadIdx.x / WARP] = before;
+    __syncthreads();
+    before -= own;
+    int total = 0;
+    for (int warp = 0; warp < Sh::WARPS; ++warp) {
+        if (warp < threadIdx.x / WARP) before += sums[warp];
+        total += sums[warp];
+    }
+    const Share share{total * bundles.in_all, min(int(gridDim.x), total * bundles.in_all)};
+    if (int(blockIdx.x) >= share.blocks) return share;
+
+    const int begin = share.begin(blockIdx.x);
+    int at = before * bundles.in_all;
+    for (int b = top; b < bottom; ++b) {
+        const int tiles = keys_of<Sh>(a, b).tiles * bundles.in_all;
+        if (begin >= at && begin < at + tiles) begin_row[0] = b, begin_row[1] = begin - at;
+        at += tiles;
+    }
+    __syncthreads();
+    start.b = begin_row[0];
+    start.keys = keys_of<Sh>(a, start.b);
+    start.bundle = begin_row[1] / start.keys.tiles;
+    start.tile = begin_row[1] % start.keys.tiles;
+    return share;
+}
+
+// --- loading ---------------------------------------------------------------------------------------------------------
+
+// Chunk `chunk` (16 bytes) of row `row`. Chunks are exchanged inside lines of 128 bytes, so that the 8 rows that ldmatrix
+// reads at once lie in 8 different places.
+template <class Sh>
+__device__ int place(int row, int chunk) {
+    if constexpr (Sh::ROW_BYTES == 64) return row * 64 + ((chunk ^ (row / 2 % 4)) * 16);
+    return chunk / 8 * Sh::KEYS * 128 + row * 128 + ((chunk % 8 ^ row % 8) * 16);
+}
+
+// One warp's loads, STAGES - 1 steps ahead of its products.
+template <class Sh>
+struct Loader {
+    const Arguments& a;
+    const Bundles& bundles;
+    const int shift;  // log2 of block_size
+    uint32_t ring;
+    Cursor<Sh> cursor;
+    int left;  // tiles not yet looked up
+    int stage = 0;
+    int64_t k_offset, v_offset;  // of this lane's key, -1: none
+
+    // Look up this lane's key of the next step, one step before it is needed: the table's answer takes its time.
+    __device__ void look_up() {
+        k_offset = v_offset = -1;
+        if (left-- <= 0) return;
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+        const int key = cursor.keys.base + cursor.tile * Sh::TILE + warp * Sh::KEYS + lane % Sh::KEYS;
+        if (key >= cursor.keys.first && key < cursor.keys.last) {
+            const int64_t block = a.block_tables[cursor.b * a.table_stride + (key >> shift)];
+            const int kv = cursor.bundle / bundles.a_group, row = key & ((1 << shift) - 1);
+            k_offset = place_of(a.k, block, kv, row);
+            v_offset = place_of(a.v, block, kv, row);
+        }
+        cursor.next(a, bundles);
+    }
+
+    // Start the copies of a step; keys that are not there become zeros, whatever the pool holds.
+    __device__ void start() {
+        using Cache = typename Sh::Cache;
+        constexpr int ROWS = WARP / Sh::CHUNKS;  // that one instruction of the warp copies
+        const int lane = threadIdx.x % WARP, chunk = lane % Sh::CHUNKS;
+        const uint32_t K = ring + stage * Sh::STEP_BYTES, V = K + Sh::STEP_BYTES / 2;
+        const auto *keys = static_cast<const Cache*>(a.k.data), *values = static_cast<const Cache*>(a.v.data);
+        const int column = chunk * (16 / int(sizeof(Cache)));
+#pragma unroll
+        for (int i = 0; i < Sh::KEYS / ROWS; ++i) {
+            const int row = i * ROWS + lane / Sh::CHUNKS;
+            const int64_t from = __shfl_sync(0xffffffff, k_offset, row);
+            copy_async(K + place<Sh>(row, chunk), keys + (from < 0 ? 0 : from + column), from >= 0);
+        }
+#pragma unroll
+        for (int i = 0; i < Sh::KEYS / ROWS; ++i) {
+            const int row = i * ROWS + lane / Sh::CHUNKS;
+            const int64_t from = __shfl_sync(0xffffffff, v_offset, row);
+            copy_async(V + place<Sh>(row, chunk), values + (from < 0 ? 0 : from + column), from >= 0);
+        }
+        commit_copies();
+        stage = stage + 1 == Sh::STAGES ? 0 : stage + 1;
+        look_up();
+    }
+};
+
+// --- products --------------------------------------------------------------------------------------------------------
+
+// Two float8 in the low 16 bits as two halves.
+template <class Half>
+__device__ uint32_t widen_pair(uint32_t pair) {
+    const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(pair), __NV_E4M3);
+    if constexpr (std::is_same_v<Half, Fp16>) return raw.x | uint32_t(raw.y) << 16;
+    const float2 wide = __half22float2(__half2(raw));
+    return pack<Half>(wide.x, wide.y);
+}
+
+// Which column of a row lane t's number e of accumulator tile j is. Transposing float8 by ldmatrix, which moves pairs,
+// puts even columns into one tile and odd ones into the next.
+template <class Sh>
+__device__ int column_of(int j, int e) {
+    const int t = threadIdx.x % 4;
+    return Sh::IS_FP8 ? j / 2 * 16 + 4 * t + 2 * e + j % 2 : j * 8 + 2 * t + e;
+}
+
+// The queries as left sides: rows are heads, zeros past the last. The columns of a step of 16 may come in any order, if
+// only keys have the same: with float8 a lane holds four neighbours, as ldmatrix gives them.
+template <class Sh>
+__device__ void load_queries(uint32_t (&Q)[Sh::D / 16][4], const typename Sh::Half* q, int64_t stride, int rows) {
+    const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int k = 0; k < Sh::D / 16; ++k)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int row = g + e % 2 * 8, column = k * 16 + (Sh::IS_FP8 ? 4 * t + e / 2 * 2 : 2 * t + e / 2 * 8);
+            Q[k][e] = 0;
+            if (e % 2 * 8 < Sh::ROWS && row < rows)
+                Q[k][e] = *reinterpret_cast<const uint32_t*>(q + row * stride + column);
+        }
+}
+
+// S = Q K^T for the KEYS keys of a step.
+template <class Sh>
+__device__ void multiply_scores(float (&S)[Sh::KEYS / 8][4], const uint32_t (&Q)[Sh::D / 16][4], uint32_t K) {
+    using Half = typename Sh::Half;
+    const int lane = threadIdx.x % WARP, row = lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
+#pragma unroll
+    for (int j = 0; j < Sh::KEYS / 8; j += 2) {
+        if constexpr (Sh::IS_FP8) {
+#pragma unroll
+            for (int k = 0; k < Sh::D / 16; k += 2) {
+                uint32_t b[4];  // keys 0-7 and 8-15, each of columns 0-15 and 16-31
+                ldmatrix(b, K + place<Sh>(j * 8 + row, k + half));
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    mma<Half>(S[j + i / 2], Q[k + i % 2], widen_pair<Half>(b[i] & 0xffff), widen_pair<Half>(b[i] >> 16));
+            }
+        } else {
+#pragma unroll
+            for (int k = 0; k < Sh::D / 16; ++k) {
+                uint32_t b[4];
+                ldmatrix(b, K + place<Sh>(j * 8 + row, 2 * k + half));
+                mma<Half>(S[j], Q[k], b[0], b[1]);
+                mma<Half>(S[j + 1], Q[k], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// O += P V.
+template <class Sh>
+__device__ void multiply_values(float (&O)[Sh::D / 8][4], const float (&P)[Sh::KEYS / 8][4], uint32_t V) {
+    using Half = typename Sh::Half;
+    const int lane = threadIdx.x % WARP, row = lane % 16, half = lane / 16;
+#pragma unroll
+    for (int k = 0; k < Sh::KEYS / 16; ++k) {
+        const float(&p)[4] = P[2 * k], (&r)[4] = P[2 * k + 1];
+        const uint32_t a[4] = {pack<Half>(p[0], p[1]), pack<Half>(p[2], p[3]), pack<Half>(r[0], r[1]),
+                               pack<Half>(r[2], r[3])};
+#pragma unroll
+        for (int j = 0; j < Sh::D / 8; j += Sh::IS_FP8 ? 4 : 2) {
+            uint32_t b[4];
+            if constexpr (Sh::IS_FP8) {
+                ldmatrix_transposed(b, V + place<Sh>(16 * k + row, j / 2 + half));
+#pragma unroll
+                for (int i = 0; i < 4; i += 2) {  // columns 0-15, then 16-31; b[i]: keys 0-7, b[i + 1]: keys 8-15
+                    mma<Half>(O[j + i], a, widen_pair<Half>(__byte_perm(b[i], 0, 0x20)),
+                              widen_pair<Half>(__byte_perm(b[i + 1], 0, 0x20)));
+                    mma<Half>(O[j + i + 1], a, widen_pair<Half>(__byte_perm(b[i], 0, 0x31)),
+                              widen_pair<Half>(__byte_perm(b[i + 1], 0, 0x31)));
+                }
+            } else {
+                ldmatrix_transposed(b, V + place<Sh>(16 * k + row, j + half));
+                mma<Half>(O[j], a, b[0], b[1]);
+                mma<Half>(O[j + 1], a, b[2], b[3]);
+            }
+        }
+    }
+}
+
+// What one warp has found: lane 4 g + t holds rows g and g + 8. m is in base 2, l this lane's share.
+template <class Sh>
+struct Sums {
+    float O[Sh::D / 8][4] = {}, m[Sh::ROWS / 8], l[Sh::ROWS / 8];
+
+    __device__ Sums() {
+#pragma unroll
+        for (int r = 0; r < Sh::ROWS / 8; ++r) m[r] = -INFINITY, l[r] = 0.0f;
+    }
+
+    // One step of the online softmax: scores become probabilities.
+    __device__ void softmax(float (&S)[Sh::KEYS / 8][4], float to_base_2, int key, const Keys& keys) {
+        const int t = threadIdx.x % 4;
+        const bool all = key >= keys.first && key + Sh::KEYS <= keys.last;
+#pragma unroll
+        for (int r = 0; r < Sh::ROWS / 8; ++r) {
+            float most = -INFINITY;
+#pragma unroll
+            for (int j = 0; j < Sh::KEYS / 8; ++j)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const int at = key + j * 8 + 2 * t + e;
+                    float& s = S[j][2 * r + e];
+                    s = all || (at >= keys.first && at < keys.last) ? s * to_base_2 : -INFINITY;
+                    most = fmaxf(most, s);
+                }
+            const float m_new = fmaxf(m[r], quad_max(most));
+            const float anchor = m_new == -INFINITY ? 0.0f : m_new;  // a row that has seen no key
+            if (__any_sync(0xffffffff, m_new != m[r])) {             // rarely, after the first keys
+                const float correction = fast_exp2(m[r] - anchor);
+                l[r] *= correction;
+#pragma unroll
+                for (int j = 0; j < Sh::D / 8; ++j) O[j][2 * r] *= correction, O[j][2 * r + 1] *= correction;
+                m[r] = m_new;
+            }
+#pragma unroll
+            for (int j = 0; j < Sh::KEYS / 8; ++j)
+#pragma unroll
+                for (int e = 2 * r; e < 2 * r + 2; ++e) l[r] += S[j][e] = fast_exp2(S[j][e] - anchor);
+        }
+    }
+};
+
+// --- merging ---------------------------------------------------------------------------------------------------------
+
+// Four columns of one head from several partial results: sum of 2^(m_i - m) O_i, with its m and l.
+struct Merged {
+    float m = -INFINITY, l = 0.0f;
+    float4 O = {0.0f, 0.0f, 0.0f, 0.0f};
+
+    __device__ void add(float m_i, float l_i, const float4& O_i) {
+        const float m_new = fmaxf(m, m_i), anchor = m_new == -INFINITY ? 0.0f : m_new;
+        const float mine = fast_exp2(m - anchor), theirs = fast_exp2(m_i - anchor);
+        l = l * mine + l_i * theirs;
+        O = {O.x * mine + O_i.x * theirs, O.y * mine + O_i.y * theirs, O.z * mine + O_i.z * theirs,
+             O.w * mine + O_i.w * theirs};
+        m = m_new;
+    }
+};
+
+template <class Sh>
+struct Merger {
+    const Arguments& a;
+    const Bundles& bundles;
+    const Share share;
+    float* O;                 // in shared memory: (WARPS, ROWS, D)
+    float2 (*stats)[Sh::ROWS];  // m and l of each warp and row
+    int* is_last;
+
+    static constexpr int PARTIAL = Sh::ROWS * (Sh::D + 2);  // floats of a partial result: O, then m and l
+
+    // Of a block's partial results the first is of the pair that its share begins in, the second of the one it ends in.
+    __device__ float* partial(int block, bool second) const {
+        return a.partial + (2 * int64_t(block) + second) * PARTIAL;
+    }
+
+    __device__ void write(const Cursor<Sh>& pair, int row, int column, const Merged& x) const {
+        using Half = typename Sh::Half;
+        const int64_t head = int64_t(pair.bundle / bundles.a_group) * bundles.group +
+                             pair.bundle % bundles.a_group * Sh::ROWS + row;
+        const int64_t token = row_of(a, pair.b).token;
+        const float factor = x.l > 0.0f ? a.v_scale / x.l : 0.0f;
+        uint2 words = {pack<Half>(x.O.x * factor, x.O.y * factor), pack<Half>(x.O.z * factor, x.O.w * factor)};
+        Half* out = static_cast<Half*>(a.out.data) + token * a.out.token + head * a.out.head + column;
+        *reinterpret_cast<uint2*>(out) = words;
+        if (column == 0 && a.lse != nullptr)
+            a.lse[token * a.heads + head] = x.l > 0.0f ? (x.m + log2f(x.l)) * LN2 : -INFINITY;
+    }
+
+    // The share of pair `pair` that this block has seen is done; the pair's first tile is `first` of all tiles.
+    __device__ void finish(const Sums<Sh>& sums, const Cursor<Sh>& pair, int first) const {
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, tid = threadIdx.x;
+        const int rows = min(Sh::ROWS, bundles.group - pair.bundle % bundles.a_group * Sh::ROWS);
+#pragma unroll
+        for (int r = 0; r < Sh::ROWS / 8; ++r) {
+            const int row = lane / 4 + r * 8;
+            const float l = quad_sum(sums.l[r]);
+            if (row >= rows) continue;
+            if (lane % 4 == 0) stats[warp][row] = {sums.m[r], l};
+            float* target = O + (warp * Sh::ROWS + row) * Sh::D;
+#pragma unroll
+            for (int j = 0; j < Sh::D / 8; ++j)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) target[column_of<Sh>(j, e)] = sums.O[j][2 * r + e];
+        }
+        __syncthreads();
+        const int begin = share.begin(blockIdx.x), last = first + pair.keys.tiles - 1;
+        const int first_block = share.owner(first), last_block = share.owner(last);
+        const bool whole = first_block == last_block;
+        float* mine = partial(blockIdx.x, begin < first);
+        for (int i = tid; i < rows * Sh::D / 4; i += Sh::THREADS) {
+            const int row = i / (Sh::D / 4), column = i % (Sh::D / 4) * 4;
+            Merged merged;
+#pragma unroll
+            for (int w = 0; w < Sh::WARPS; ++w)
+                merged.add(stats[w][row].x, stats[w][row].y,
+                           *reinterpret_cast<const float4*>(O + (w * Sh::ROWS + row) * Sh::D + column));
+            if (whole) {
+                write(pair, row, column, merged);
+            } else {
+                *reinterpret_cast<float4*>(mine + row * Sh::D + column) = merged.O;
+                if (column == 0)
+                    *reinterpret_cast<float2*>(mine + Sh::ROWS * Sh::D + 2 * row) = {merged.m, merged.l};
+            }
+        }
+        if (!whole) {
+            const int64_t pair_index = int64_t(pair.b) * bundles.in_all + pair.bundle;
+            __threadfence();
+            __syncthreads();
+            if (tid == 0) *is_last = atomicAdd(a.arrivals + pair_index, 1) == last_block - first_block;
+            __syncthreads();
+            if (*is_last) {
+                __threadfence();
+                merge_blocks(pair, rows, first, first_block, last_block);
+                if (tid == 0) a.arrivals[pair_index] = 0;  // as it was found
+            }
+        }
+        __syncthreads();
+    }
+
+    __device__ void merge_blocks(const Cursor<Sh>& pair, int rows, int first, int first_block, int last_block) const {
+        for (int i = threadIdx.x; i < rows * Sh::D / 4; i += Sh::THREADS) {
+            const int row = i / (Sh::D / 4), column = i % (Sh::D / 4) * 4;
+            Merged merged;
+#pragma unroll 4
+            for (int block = first_block; block <= last_block; ++block) {
+                const float* theirs = partial(block, share.begin(block) < first);
+                const float2 ml = __ldcg(reinterpret_cast<const float2*>(theirs + Sh::ROWS * Sh::D + 2 * row));
+                merged.add(ml.x, ml.y, __ldcg(reinterpret_cast<const float4*>(theirs + row * Sh::D + column)));
+            }
+            write(pair, row, column, merged);
+        }
+    }
+};
+
+// Rows without a key: zeros, and a log-sum-exp of -inf.
+template <class Half>
+__device__ void write_empty_rows(const Arguments& a) {
+    for (int b = blockIdx.x; b < a.batch; b += gridDim.x) {
+        const Row row = row_of(a, b);
+        if (row.T != 1 || row.S > 0) continue;
+        for (int64_t i = threadIdx.x; i < a.heads * a.head_dim; i += blockDim.x) {
+            const int64_t head = i / a.head_dim, column = i % a.head_dim;
+            store_float(static_cast<Half*>(a.out.data) + row.token * a.out.token + head * a.out.head + column, 0.0f);
+            if (column == 0 && a.lse != nullptr) a.lse[row.token * a.heads + head] = -INFINITY;
+        }
+    }
+}
+
+template <class Sh>
+__global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) decode_kernel(const __grid_constant__ Arguments a, int shift) {
+    using Half = typename Sh::Half;
+    extern __shared__ __align__(1024) uint8_t shared[];
+    __shared__ float2 stats[Sh::WARPS][Sh::ROWS];
+    __shared__ int is_last;
+    const int warp = threadIdx.x / WARP;
+    const Bundles bundles(a, Sh::ROWS);
+
+    write_empty_rows<Half>(a);
+    Cursor<Sh> cursor;
+    const Share share = find_share<Sh>(a, bundles, cursor);
+    if (int(blockIdx.x) >= share.blocks) return;
+    const int begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
+
+    const uint32_t ring = shared_address(shared) + warp * Sh::STAGES * Sh::STEP_BYTES;
+    Loader<Sh> loader{a, bundles, shift, ring, cursor, end - begin};
+    loader.look_up();
+    for (int i = 0; i < Sh::STAGES - 1; ++i) loader.start();
+
+    const Merger<Sh> merger{a, bundles, share, reinterpret_cast<float*>(shared + Sh::RING_BYTES), stats, &is_last};
+    const float to_base_2 = a.scale * LOG2E;
+    int stage = 0;
+    for (int i = begin; i < end;) {
+        const int first = i - cursor.tile, stop = min(end, first + cursor.keys.tiles);
+        uint32_t Q[Sh::D / 16][4];
+        const int head = cursor.bundle / bundles.a_group * bundles.group + cursor.bundle % bundles.a_group * Sh::ROWS;
+        load_queries<Sh>(Q, static_cast<const Half*>(a.q.data) + row_of(a, cursor.b).token * a.q.token + head * a.q.head,
+                         a.q.head, bundles.group - cursor.bundle % bundles.a_group * Sh::ROWS);
+        Sums<Sh> sums;
+        int key = cursor.keys.base + cursor.tile * Sh::TILE + warp * Sh::KEYS;
+        for (; i < stop; ++i, key += Sh::TILE) {
+            wait_copies<Sh::STAGES - 2>();
+            __syncwarp();  // this step has arrived for all lanes, and the step before it has been read by all
+            loader.start();
+            const uint32_t K = ring + stage * Sh::STEP_BYTES;
+            float S[Sh::KEYS / 8][4] = {};
+            multiply_scores<Sh>(S, Q, K);
+            sums.softmax(S, to_base_2, key, cursor.keys);
+            multiply_values<Sh>(sums.O, S, K + Sh::STEP_BYTES / 2);
+            stage = stage + 1 == Sh::STAGES ? 0 : stage + 1;
+        }
+        merger.finish(sums, cursor, first);
+        cursor.tile = cursor.keys.tiles - 1;
+        cursor.next(a, bundles);
+    }
+    wait_copies<0>();
+}
+
+// --- host ------------------------------------------------------------------------------------------------------------
+
+template <class Half, class Cache, class Run>
+const char* with_shape(const Arguments& a, const Run& run) {
+    const bool few = a.heads / a.kv_heads <= 8;
+    switch (a.head_dim) {
+        case 64: return few ? run(Shape<Half, Cache, 64, 8>{}) : run(Shape<Half, Cache, 64, 16>{});
+        case 128: return few ? run(Shape<Half, Cache, 128, 8>{}) : run(Shape<Half, Cache, 128, 16>{});
+        default: return "step 2 takes a head_dim of 64 or 128";
+    }
+}
+
+template <class Run>
+const char* with_types(const Arguments& a, const Run& run) {
+    if (a.cache_dtype == FLOAT8)
+        return a.dtype == BFLOAT16 ? with_shape<Bf16, Fp8>(a, run) : with_shape<Fp16, Fp8>(a, run);
+    return a.dtype == BFLOAT16 ? with_shape<Bf16, Bf16>(a, run) : with_shape<Fp16, Fp16>(a, run);
+}
+
+int64_t multiprocessors() {
+    int device = 0, count = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+}
+
+}  // namespace
+
+extern "C" const char* decode(const Arguments* a, void* stream) {
+    return with_types(*a, [&](auto shape) {
+        using Sh = decltype(shape);
+        return launch(decode_kernel<Sh>, multiprocessors() * Sh::BLOCKS, Sh::THREADS, Sh::SHARED_BYTES, stream, *a,
+                      log2_of(a->block_size));
+    });
+}
+
+// Elements of scratch: floats of `partial`, and numbers of `arrivals`.
+extern "C" const char* scratch(const Arguments* a, int64_t* sizes) {
+    return with_types(*a, [&](auto shape) -> const char* {
+        using Sh = decltype(shape);
+        const int64_t group = a->heads / a->kv_heads;
+        sizes[0] = multiprocessors() * Sh::BLOCKS * 2 * Merger<Sh>::PARTIAL;
+        sizes[1] = a->batch * a->kv_heads * ((group + Sh::ROWS - 1) / Sh::ROWS);
+        return nullptr;
+    });
+}
+
+}  // namespace paged
