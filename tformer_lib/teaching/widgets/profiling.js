@@ -114,7 +114,7 @@ function picture(state, found, text, kit) {
   );
 }
 
-// One of the three times as a bar on a logarithmic scale from 100 ns; the one that decides is filled.
+// One of the three times as a bar on a logarithmic scale from 1 ns; the one that decides is filled.
 function bar(kind, i, found, kit) {
   const top = PLOT.top + PLOT.height + 40 + 30 * i;
   const longest = Math.max(-2, Math.log10(found.seconds));

@@ -1,0 +1,238 @@
+"""What is measured and what is written about it: the harness, the guard of ratios, the page of results, the prose."""
+
+import importlib.util
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import harness, ratios
+from tformer_lib.attention import attend, attend_sdpa
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+FILES = sorted(RESULTS.glob("*/*.json"))
+
+
+def extension(name: str):
+    """An extension of the book as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "book" / "_ext" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- the harness
+
+
+def test_every_input_set_takes_its_turn():
+    seen = []
+    timing = harness.measure(seen.append, [(1,), (2,), (3,)], seconds=0.0, warmup=0.0, min_calls=6, max_calls=6)
+    assert timing.calls == 6
+    assert seen[-6:] == [1, 2, 3, 1, 2, 3]
+
+
+def test_report_is_written_whole_and_read_back(tmp_path):
+    report = harness.Report("topic", "cpu", out=tmp_path)
+    report.add("row", harness.Timing(2.0, 1.0, 3.0, 9), flops=4e9, limit=8e9, batch=1)
+    report.attach(recording={"rows": [[0, 1.5, 2.0, 7], [1, 2.25, 1e-3, 7]]})
+    path = report.finish()
+    record = json.loads(path.read_text())
+    assert record["rows"][0] | {"rate": 2e9, "share": 0.25} == record["rows"][0]
+    assert record["facts"]["recording"]["rows"] == [[0, 1.5, 2.0, 7], [1, 2.25, 1e-3, 7]]
+    assert {"device", "versions", "date", "command"} <= set(record)
+    assert [p.name for p in tmp_path.iterdir()] == ["topic.json"]
+
+
+def test_numbers_of_a_list_share_a_line():
+    value = {"a": [1, 2.5, -3e-7], "b": ["x", 1], "c": [[1, 2], [3, 4]], "d": "[1,\n 2]"}
+    text = harness.as_json(value)
+    assert json.loads(text) == value
+    assert "[ 1, 2.5, -3e-07 ]" in text
+
+
+def test_compare_calls_in_turns():
+    calls = []
+    found = harness.compare(lambda: calls.append("a"), lambda: calls.append("b"), pairs=5)
+    assert calls == ["a", "b"] * 7
+    assert found.calls == 5
+
+
+# --- the guard
+
+
+@pytest.fixture
+def guard(tmp_path, monkeypatch):
+    """The guard with one small case, whose record and results stay in the test's folder."""
+    q, k, v = torch.randn(3, 1, 2, 192, 32)
+    kernel = {"fast": lambda: attend_sdpa(q, k, v, causal=True)}
+    case = {"attention: fused / plain": lambda device: (lambda: kernel["fast"](), lambda: attend(q, k, v, causal=True))}
+    monkeypatch.setattr(ratios, "CASES", case)
+    monkeypatch.setattr(ratios, "RESULTS", tmp_path)
+    monkeypatch.setenv("TFORMER_RESULTS", str(tmp_path / "cpu"))
+    return kernel
+
+
+def test_a_slowed_kernel_is_caught(guard, capsys):
+    assert ratios.main(["--record"]) == 0
+    fast = guard["fast"]
+    guard["fast"] = lambda: (time.sleep(0.02), fast())
+    assert ratios.main([]) == 1
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("SLOWER"))
+    assert "attention: fused / plain" in line
+    assert "was recorded" in line
+
+
+def test_a_kernel_that_became_faster_is_none_the_worse(guard, capsys):
+    fast = guard["fast"]
+    guard["fast"] = lambda: (time.sleep(0.02), fast())
+    assert ratios.main(["--record"]) == 0
+    guard["fast"] = fast
+    assert ratios.main([]) == 0
+    assert "no kernel became slower" in capsys.readouterr().out
+
+
+def test_comparing_does_not_touch_the_record(guard, tmp_path):
+    ratios.main(["--record"])
+    before = (tmp_path / "cpu" / "ratios.json").read_bytes()
+    ratios.main([])
+    assert (tmp_path / "cpu" / "ratios.json").read_bytes() == before
+
+
+def test_without_a_record_it_says_so(guard, capsys):
+    assert ratios.main([]) == 0
+    assert "nothing is recorded" in capsys.readouterr().out
+
+
+def test_bench_fails_when_a_topic_fails(monkeypatch, capsys):
+    import benchmarks.__main__ as bench
+
+    monkeypatch.setattr(bench, "topics", lambda: ["ratios", "rope"])
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
+    code = lambda command: type("Done", (), {"returncode": int("benchmarks.ratios" in command)})()  # noqa: E731
+    monkeypatch.setattr(bench.subprocess, "run", code)
+    assert bench.main() == 1
+    assert "failed: ratios on cpu" in capsys.readouterr().out
+
+
+def test_every_case_is_on_record():
+    recorded = json.loads((RESULTS / "cpu" / "ratios.json").read_text())["facts"]
+    assert set(ratios.CASES) <= set(recorded)
+
+
+# --- the page of results
+
+
+def test_the_page_has_every_row_of_every_file():
+    page = extension("results").sections(RESULTS)
+    for file in FILES:
+        record = json.loads(file.read_text())
+        if isinstance(record, dict) and "command" in record:
+            assert f"`{file.stem}`" in page
+            assert record["command"] in page
+            for row in record.get("rows", []):
+                assert f"| {row['name']} | " in page or "seconds" not in row, f"{file.stem} has {row['name']}"
+
+
+def test_a_row_stands_beside_its_peer():
+    results = extension("results")
+    rows = {"step 4": {"name": "step 4", "seconds": 1.0}, "theirs": {"name": "theirs", "seconds": 2.0}}
+    rows["step 4"]["extra"] = {"peer": "theirs"}
+    assert results.beside({"topic": "x"}, rows["step 4"], rows) == "2.00 times as fast as theirs"
+    assert results.beside({"topic": "x"}, rows["theirs"], rows) == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4.56e-6, "4.56 µs"), (3e-8, "30 ns")]
+)
+def test_times_have_units(seconds, text):
+    assert extension("results").time(seconds) == text
+
+
+# --- figures in prose
+
+UNIT = (
+    r"(?:[TGM]?FLOP/s|[TGM]B/s|tokens/s|tokens (?:per|a) second|ms|µs|milliseconds?|microseconds?"
+    r"|times (?:faster|slower|as fast|as slow|as long)|% of (?:the|its) (?:limit|peak|bandwidth|roof))"
+)
+FIGURE = re.compile(rf"(?P<number>\d[\d,]*(?:\.\d+)?)[ \u00a0\n]*(?P<unit>{UNIT})(?!\w)")
+SCALES = {
+    "T": (1e-12,),
+    "G": (1e-9,),
+    "M": (1e-6,),
+    "ms": (1e3, 1.0),
+    "milli": (1e3, 1.0),
+    "µs": (1e6, 1.0),
+    "micro": (1e6, 1.0),
+    "%": (100.0,),
+}
+"""How a unit begins -> what a number in a file (in seconds, bytes, FLOPs) is multiplied by to be in that unit."""
+
+PAGES = sorted((ROOT / "notebooks").glob("*.ipynb")) + sorted((ROOT / "book").glob("*.md"))
+
+
+def figures(text: str):
+    """Each measured figure of a text that stands in a paragraph without a citation: (whole, number, unit)."""
+    for paragraph in re.split(r"\n\s*\n", text):
+        if "{cite" not in paragraph:
+            yield from ((m[0], m["number"], m["unit"]) for m in FIGURE.finditer(paragraph))
+
+
+def page_of(file: Path) -> tuple[str, str, list[Path]]:
+    """A page's prose, what its cells hold and print, and the files of results that it reads."""
+    if file.suffix == ".md":
+        return file.read_text(encoding="utf-8"), "", FILES
+    cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    prose = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    code = [c for c in cells if c["cell_type"] == "code"]
+    outputs = [o for c in code for o in c["outputs"]]
+    printed = ["".join(o.get("text", "")) + "".join(o.get("data", {}).get("text/markdown", "")) for o in outputs]
+    source = "\n".join("".join(c["source"]) for c in code)
+    topics = set(re.findall(r"results\(\s*[\"']([\w-]+)[\"'],\s*[\"']([\w.-]+)[\"']", source))
+    return prose, "\n".join([source, *printed]), [RESULTS / device / f"{topic}.json" for device, topic in topics]
+
+
+def numbers_in(value) -> set[float]:
+    """Every number of a JSON value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return set().union(*map(numbers_in, value)) if value else set()
+    return {float(value)} if isinstance(value, int | float) and not isinstance(value, bool) else set()
+
+
+def rounds_to(value: float, number: str) -> bool:
+    """Whether a value is what is written, to the digits that are written; zeros at the end of an integer are none."""
+    written = float(number.replace(",", ""))
+    decimals = len(number.partition(".")[2])
+    zeros = 0 if decimals else len(number) - len(number.rstrip("0"))
+    return abs(value - written) <= 0.5 * 10.0 ** (zeros - decimals) * (1 + 1e-9)
+
+
+def is_backed(number: str, unit: str, cells: str, values: set[float]) -> bool:
+    """Whether a figure stands in a cell or its output, or in a file of results in some prefix of its unit."""
+    if re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d]|[.,]\d)", cells):
+        return True
+    scales = next((s for start, s in SCALES.items() if unit.startswith(start)), (1.0,))
+    values = values | ({float(n) for n in re.findall(r"\d+\.?\d*e\d+", cells)} if cells else set())
+    return any(rounds_to(value * scale, number) for value in values for scale in scales)
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: file.stem)
+def test_every_figure_of_speed_comes_from_a_file_or_a_cell(file):
+    prose, cells, files = page_of(file)
+    values = set().union(*(numbers_in(json.loads(f.read_text(encoding="utf-8"))) for f in files)) if files else set()
+    unbacked = [whole for whole, number, unit in figures(prose) if not is_backed(number, unit, cells, values)]
+    assert not unbacked, f"{file.name} says {unbacked}: cite it, print it, or record it"
+
+
+def test_an_invented_figure_is_found():
+    text = "It reaches 812.5 TFLOP/s and is 3.7 times faster.\n\nThey reach 740 TFLOP/s {cite}`shah2024`."
+    assert [(number, unit) for _, number, unit in figures(text)] == [("812.5", "TFLOP/s"), ("3.7", "times faster")]
+    assert is_backed("812.5", "TFLOP/s", "", {8.1251e14})
+    assert not is_backed("812.5", "TFLOP/s", "", {8.1261e14, 812.5})
+    assert is_backed("3.7", "times faster", "faster: 3.7", set())
+    assert not is_backed("3.7", "times faster", "13.7 and 3.75 and 3,7", {3.76})
