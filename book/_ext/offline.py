@@ -11,6 +11,7 @@ from sphinx.util import logging
 
 ADDRESS = "../offline"  # seen from _static/, where Sphinx looks for scripts
 SCRIPTS = ("require.js", "rq-config.js", "embed-amd.js")
+LATER = {"defer": "defer"}  # the words and pictures of a page are shown before its interactive figures are loaded
 
 
 def use_vendored(app: Sphinx, config: Config) -> None:
@@ -21,10 +22,11 @@ def use_vendored(app: Sphinx, config: Config) -> None:
             "book/vendor is not there: pages with mathematics or interactive figures will load MathJax and the widget "
             "manager from the network. `python book/vendor.py` fetches them, and the book then needs no network."
         )
+        config.nb_ipywidgets_js = {url: {**how, **LATER} for url, how in config.nb_ipywidgets_js.items()}
         return
     config.html_extra_path = [*config.html_extra_path, "vendor"]
     config.mathjax_path = f"{ADDRESS}/mathjax/tex-mml-chtml.js"
-    config.nb_ipywidgets_js = {f"{ADDRESS}/{name}": {} for name in SCRIPTS}
+    config.nb_ipywidgets_js = {f"{ADDRESS}/{name}": LATER for name in SCRIPTS}
 
 
 def setup(app: Sphinx) -> dict:
