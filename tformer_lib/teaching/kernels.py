@@ -7,6 +7,7 @@ built by the same loader, and run in a process of their own, which may crash or 
 """
 
 import contextlib
+import ctypes
 import io
 import math
 import re
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -46,7 +48,8 @@ def show_kernel(file: str, *names: str, start: str | None = None, stop: str | No
         file: under ``kernels/``, such as ``"flash_attention/1_scalar.cu"``.
         names: functions or structs, each shown whole with the comment above it.
         start: show the lines from the first that holds this text ...
-        stop: ... up to the first after it that holds this one, which is left out.
+        stop: ... up to the first after it that holds this one, which is left out; without it, to the brace that closes
+            the first line's.
     """
     text = kernel_text(file)
     parts = [definition(text, name) for name in names]
@@ -96,13 +99,16 @@ def closing(text: str, opening: int) -> int:
 
 
 def between(text: str, start: str, stop: str | None) -> str:
-    """The lines from the first with ``start`` up to the next with ``stop``, moved to the left edge."""
+    """The lines from the first with ``start`` up to the next with ``stop`` or to its brace, moved to the left edge."""
+    if stop is None and start in text:
+        first = text.rfind("\n", 0, text.find(start)) + 1
+        return dedent(text[first : closing(text, text.find("{", text.find(start)))])
     lines = text.splitlines()
     first = next((i for i, line in enumerate(lines) if start in line), None)
     if first is None:
         raise ValueError(f"no line holds {start!r}")
     rest = range(first + 1, len(lines))
-    last = len(lines) if stop is None else next((i for i in rest if stop in lines[i]), None)
+    last = next((i for i in rest if stop in lines[i]), None)
     if last is None:
         raise ValueError(f"no line after {start!r} holds {stop!r}")
     return dedent("\n".join(lines[first:last]).rstrip())
@@ -112,6 +118,12 @@ def dedent(text: str) -> str:
     """Move lines to the left by the indentation of the first."""
     margin = len(text) - len(text.lstrip(" "))
     return "\n".join(line[margin:] if line[:margin].isspace() else line for line in text.split("\n"))
+
+
+def show_table(head: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """A Markdown table: the first column to the left, the others as they come."""
+    lines = [head, ["---"] * len(head), *rows]
+    show_markdown("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines))
 
 
 # --- compile and run -----------------------------------------------------------------------------------------------
@@ -157,18 +169,21 @@ def compile_small(edited: str = "") -> Path:
     if not jit.can_build_cpp():
         raise KernelError("this exercise needs a C++ compiler and ninja: install g++ and `pip install ninja`")
     text = kernel_text(SMALL)
-    if edited:
-        text = replace_functions(text, edited)
+    try:
+        return Path(compile_text(replace_functions(text, edited) if edited else text)._name)
+    except jit.BuildError as failure:
+        errors = re.findall(r"^.*?([^/\n]*:\d+:\d+: (?:fatal )?error: .*)$", str(failure), flags=re.MULTILINE)
+        raise KernelError(f"it does not compile: {errors[0] if errors else 'the linker refused it'}") from None
+
+
+def compile_text(text: str) -> ctypes.CDLL:
+    """Build a C++ text that exports C functions, without a word on the page, and load it."""
     folder = Path(tempfile.mkdtemp(prefix="tformer-")) / "flash_attention"
     folder.mkdir()
     source = folder / "small.cpp"
     source.write_text(text, encoding="utf-8")
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            return Path(jit.load_source("small", source, "")._name)
-    except jit.BuildError as failure:
-        errors = re.findall(r"^.*?([^/\n]*:\d+:\d+: (?:fatal )?error: .*)$", str(failure), flags=re.MULTILINE)
-        raise KernelError(f"it does not compile: {errors[0] if errors else 'the linker refused it'}") from None
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        return jit.load_source("small", source, "")
 
 
 RUNNER = """

@@ -221,7 +221,9 @@ def require_attention(library, what: str, q: Tensor, k: Tensor, v: Tensor, **opt
         out = kernels.run_small(library, q, k, v, **options)
     except kernels.KernelError as failure:
         require(False, f"{what}: {failure}")
-    require_close(out, true_attention(q, k, v, **options), f"{what}: the output is wrong", tolerance=1e-3)
+    require_close(
+        out, true_attention(q, k, v, **options), f"{what}: the output is wrong", tolerance=1e-3, name=f"{what}: out"
+    )
 
 
 @exercise(

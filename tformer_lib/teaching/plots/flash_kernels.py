@@ -262,13 +262,13 @@ def ladder(panels: dict[str, dict[str, tuple[float, float]]], here: dict[str, fl
 
     Args:
         panels: title -> {name -> (TFLOP/s, share of a matrix product on the same device)}; names that start with
-            "step" are the course's own.
+            "step" or "backward" are the course's own.
         here: name -> TFLOP/s on this machine's GPU, where there is one.
     """
     _, axes = style.figure(1, len(panels), height=4.2, sharey=True)
     for ax, (title, rows) in zip(np.atleast_1d(axes), panels.items(), strict=True):
         for i, (name, (rate, share)) in enumerate(rows.items()):
-            own = name.startswith("step")
+            own = name.startswith(("step", "backward"))
             ax.barh(i, rate, height=0.62, color=style.BLUE if own else style.GREY, alpha=1 if own else 0.6)
             if here and name in here:
                 ax.plot(here[name], i, "D", color=style.VERMILION, markeredgecolor="white", markersize=8)
@@ -305,21 +305,19 @@ def times(seconds: dict[str, float], limit: float, flops: float) -> None:
     style.show()
 
 
-def busy(heads: int, shares: dict[str, tuple[Sequence[int], Sequence[float]]]) -> None:
-    """The share of a GPU's multiprocessors that have a tile to work on, over the length of a text.
+def busy(lengths: Sequence[int], shares: dict[str, Sequence[float]]) -> None:
+    """The share of the multiprocessors' time that has a tile to work on, over the length of a text.
 
     Args:
-        heads: batch times heads.
-        shares: name -> (lengths, shares).
+        lengths: tokens.
+        shares: name -> a share for each length.
     """
     _, ax = style.figure(height=3.2)
-    for i, (name, (lengths, values)) in enumerate(shares.items()):
-        look = {"color": style.PALETTE[i], "linestyle": style.DASHES[i], "marker": style.MARKERS[i]}
-        ax.plot(lengths, values, label=name, **look)
+    style.lines(ax, lengths, shares)
     ax.set_xscale("log", base=2)
     ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
     ax.minorticks_off()
     ax.yaxis.set_major_formatter("{x:.0%}")
-    ax.set(xlabel=f"tokens, {heads} heads, batch of 1", ylabel="multiprocessor time with work", ylim=(0, 1.05))
+    ax.set(xlabel="tokens", ylabel="multiprocessor time with work", ylim=(0, 1.05))
     ax.legend(loc="lower right")
     style.show()

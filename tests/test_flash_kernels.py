@@ -1,0 +1,123 @@
+"""What the chapter on kernels stands on: excerpts of the sources, the learner's loop, and the figures' formulas."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tformer_lib import jit
+from tformer_lib.teaching import kernels
+from tformer_lib.teaching.exercises.flash_kernels import true_attention
+from tformer_lib.teaching.widgets import flash_kernels as widgets
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "nvidia-h200"
+needs_compiler = pytest.mark.skipif(not jit.can_build_cpp(), reason="needs a C++ compiler and ninja")
+
+TEXT = """
+struct Pair {
+    int a, b;
+};
+
+// Twice x.
+template <class T>
+T twice(T x) {
+    if (x > 0) { return x + x; }
+    return twice<T>(-x);
+}
+
+int other() { return twice(2); }
+"""
+
+
+def test_a_definition_is_shown_with_its_comment_and_no_more():
+    assert kernels.definition(TEXT, "Pair") == "struct Pair {\n    int a, b;\n};"
+    assert kernels.definition(TEXT, "twice").startswith("// Twice x.\ntemplate <class T>\nT twice(T x) {")
+    assert kernels.definition(TEXT, "twice").endswith("return twice<T>(-x);\n}")
+    with pytest.raises(ValueError, match="nothing called 'thrice'"):
+        kernels.definition(TEXT, "thrice")
+
+
+def test_lines_are_shown_up_to_a_text_or_to_their_brace():
+    assert kernels.between(TEXT, "if (x > 0)", None) == "if (x > 0) { return x + x; }"
+    assert kernels.between(TEXT, "struct Pair", "Twice x") == "struct Pair {\n    int a, b;\n};"
+    with pytest.raises(ValueError, match="no line holds"):
+        kernels.between(TEXT, "nowhere", "Pair")
+    with pytest.raises(ValueError, match="no line after"):
+        kernels.between(TEXT, "other()", "Pair")
+
+
+def test_functions_are_replaced_by_name():
+    text = kernels.replace_functions(TEXT, "\nint other() { return 5; }\n")
+    assert "return 5;" in text
+    assert "twice(2)" not in text
+    assert f'#line 2 "{kernels.EDITED}"' in text
+    for wrong, message in (("7", "no function in your text"), ("int third() { return 3; }", "no function 'third'")):
+        with pytest.raises(kernels.KernelError, match=message):
+            kernels.replace_functions(TEXT, wrong)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("T", "S", "causal"), [(1, 1, False), (16, 32, True), (33, 70, True), (50, 20, True)])
+def test_the_small_kernel_is_attention(T, S, causal):
+    q, k, v = torch.randn(T, 12), torch.randn(S, 12), torch.randn(S, 12)
+    out = kernels.run_small(kernels.compile_small(), q, k, v, causal=causal)
+    torch.testing.assert_close(out.double(), true_attention(q, k, v, causal), rtol=0, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("edited", "message"),
+    [
+        ("int last_key(const Problem& p, int i) { return p.missing; }", r"does not compile: your kernel:1:\d+: error"),
+        ("int last_key(const Problem& p, int i) { __builtin_trap(); }", "it crashed"),
+        ("int first_key(const Problem& p, int) { p.out[-1] = 0; return 0; }", "writes outside of out"),
+    ],
+)
+def test_a_kernel_that_fails_harms_nobody(edited, message):
+    q = torch.randn(4, 8)
+    with pytest.raises(kernels.KernelError, match=message):
+        kernels.run_small(kernels.compile_small(edited), q, q, q)
+
+
+@needs_compiler
+def test_a_kernel_that_hangs_is_stopped(monkeypatch):
+    monkeypatch.setattr(kernels, "SECONDS", 0.5)
+    q = torch.randn(4, 8)
+    endless = 'int first_key(const Problem&, int) { for (;;) asm volatile(""); }'
+    with pytest.raises(kernels.KernelError, match="does a loop not move on"):
+        kernels.run_small(kernels.compile_small(endless), q, q, q)
+
+
+def test_without_a_compiler_the_learner_is_told_what_to_install(monkeypatch):
+    monkeypatch.setattr(jit, "can_build_cpp", lambda: False)
+    with pytest.raises(kernels.KernelError, match=r"install g\+\+"):
+        kernels.compile_small()
+
+
+def test_every_layout_of_the_bank_explorer_keeps_all_pieces_apart():
+    for d, layouts in widgets.banks().data["places"].items():
+        for layout, rows in layouts.items():
+            places = [place for row in rows for place in row]
+            assert len(set(places)) == len(places), (d, layout)
+        turns = {name: max_in_one_group([row[3] for row in rows]) for name, rows in layouts.items()}
+        assert turns == {"as it comes": 8, "one piece of padding a row": 1, "XOR swizzle": 1}
+
+
+def max_in_one_group(places: list[int]) -> int:
+    """How many of the places lie in the busiest group of banks."""
+    groups = [place % widgets.GROUPS for place in places]
+    return max(groups.count(group) for group in groups)
+
+
+def test_the_ledger_names_rows_that_were_measured():
+    rows = {row["name"] for row in json.loads((RESULTS / "flash_attention.json").read_text())["rows"]}
+    for entry in json.loads((RESULTS / "flash_attention-ledger.json").read_text())["steps"]:
+        assert {"step", "hypothesis", "predicted", "measured", "learnt"} == set(entry)
+        assert set(entry["measured"].values()) <= rows, entry["step"]
+
+
+def test_the_ledger_holds_no_measured_number():
+    for entry in json.loads((RESULTS / "flash_attention-ledger.json").read_text())["steps"]:
+        assert not re.search(r"\d", entry["learnt"].replace("d 64", "").replace("d 128", "")), entry["step"]
