@@ -1,6 +1,6 @@
 """Run every benchmark that this machine can run: ``python -m benchmarks`` (what ``make bench`` calls).
 
-Each topic runs in its own process, on the CPU, and on the GPU too where there is one. The topic ``ratios`` is the guard:
+Each topic runs in its own process, on the CPU, and on the GPU too where there is one. The topic ``ratios`` is a guard:
 it fails, and so does the whole, where a kernel has become slower beside its peer than what is on record.
 """
 
