@@ -126,6 +126,7 @@ RAW_MATHEMATICS = r"""
 TOO_WIDE = """
 (width) => document.documentElement.scrollWidth <= width ? [] :
   [...document.querySelectorAll('article *')].filter((e) => e.getBoundingClientRect().right > width + 1)
+    .filter((e) => !e.closest('pre, .pst-scrollable-table-container, .tf-scroll, mjx-container'))
     .slice(0, 5).map((e) => `${e.tagName}.${e.className}: ${e.textContent.trim().slice(0, 60)}`)
     .concat(`the page is ${document.documentElement.scrollWidth} wide`)
 """
