@@ -11,6 +11,7 @@ matrix, written as one 2 times. Keys that are transposed and copied before each 
 
 import argparse
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from benchmarks.harness import (
     noise,
 )
 from benchmarks.kv_cache import GPT2, SMALL
-from tformer_lib import profiling
+from tformer_lib import positional_encoding, profiling
 from tformer_lib.generation import StaticStep, decode_step, generate, prefill
 from tformer_lib.kv_cache import CacheShape, PreallocatedCache, pass_cost
 from tformer_lib.transformer import Decoder
@@ -69,13 +70,13 @@ def decoding(report: Report) -> None:
     """A decode step over the batch, kernel by kernel; on a GPU also recorded in a CUDA graph."""
     gpu = report.device.type == "cuda"
     model = Decoder(GPT2 if gpu else SMALL).to(report.device, report.dtype).eval()
-    kinds = {"eager": eager, "CUDA graph": recorded} if gpu else {"eager": eager}
+    kinds = {"eager": eager, "eager, unchecked": unchecked, "CUDA graph": recorded} if gpu else {"eager": eager}
     recordings = {}
     for kind, make in kinds.items():
         for batch in (1, 2, 4, 8, 16, 32) if gpu else (1, 4, 16):
             step, tokens, cache = make(model, batch)
             call = returning(step, tokens, cache)
-            timing = measure(call, device=report.device, seconds=0.25, min_calls=5)
+            timing = measure(call, device=report.device, seconds=0.4, min_calls=5)
             work = pass_cost(model.config, held=CONTEXT, new=1, itemsize=report.dtype.itemsize)
             more_rows = (batch - 1) * (CONTEXT + 1) * CacheShape.of(model, 1).bytes_per_token  # the weights are shared
             title = f"decode step, {kind}, batch {batch}"
@@ -90,6 +91,17 @@ def eager(model: Decoder, batch: int) -> tuple[Callable, Tensor, PreallocatedCac
     """A step that launches its kernels one by one, on a cache that holds ``CONTEXT`` tokens a row."""
     cache = filled(model, batch)
     return decode_step(model, cache), torch.zeros(batch, 1, dtype=torch.int64, device=cache.lengths.device), cache
+
+
+def unchecked(model: Decoder, batch: int) -> tuple[Callable, Tensor, PreallocatedCache]:
+    """The eager step without the check that positions fit the table, which waits for the GPU twice a step."""
+    step, tokens, cache = eager(model, batch)
+
+    def without_check(tokens: Tensor) -> Tensor:
+        with mock.patch.object(positional_encoding, "check_in_table"):
+            return step(tokens)
+
+    return without_check, tokens, cache
 
 
 def recorded(model: Decoder, batch: int) -> tuple[Callable, Tensor, PreallocatedCache]:
@@ -125,17 +137,28 @@ def returning(step: Callable, tokens: Tensor, cache: PreallocatedCache) -> Calla
 
 
 def record_steps(report: Report, kind: str, call: Callable, steps: int = 4) -> dict:
-    """The intervals of a few steps, and what they add up to; the first trace of a process is thrown away."""
-    for _ in range(2):
-        with profiling.trace() as trace:
+    """The intervals of a few steps, recorded without the host's operators, which would slow it; and their phases.
+
+    The first trace of a process is thrown away: it starts the profiler's library.
+    """
+    traces = {}
+    for operators in (True, True, False):
+        with profiling.trace(operators=operators) as traces[operators]:
             for _ in range(steps):
                 call()
-    intervals = trace.intervals()
-    window = max(i["start_us"] + i["duration_us"] for i in intervals)
+    intervals = traces[False].intervals()
+    window, with_operators = end_of(intervals), end_of(traces[True].intervals())
     busy = profiling.utilisation(intervals, 0, window)
-    print(f"{kind}: {steps} steps\n{trace.table(12)}", flush=True)
-    facts = {"steps": steps, "launches": trace.launches(), "kernels": len(intervals), "utilisation": busy}
-    return profiling.pack(intervals, window) | facts | {"phases": trace.phases()}
+    print(f"{kind}: {steps} steps in {window:.0f} us, {with_operators:.0f} us when the host's operators are recorded")
+    print(traces[False].table(14), flush=True)
+    facts = {"steps": steps, "launches": traces[False].launches(), "kernels": len(intervals), "utilisation": busy}
+    facts |= {"window_us_with_operators": with_operators, "phases": traces[True].phases()}
+    return profiling.pack(intervals, window) | facts
+
+
+def end_of(intervals: list[dict]) -> float:
+    """When the last interval ends, in microseconds from the start of the first."""
+    return max(i["start_us"] + i["duration_us"] for i in intervals)
 
 
 def record_call(fn: Callable, inputs: list[tuple]) -> dict:
@@ -146,7 +169,7 @@ def record_call(fn: Callable, inputs: list[tuple]) -> dict:
     intervals = trace.intervals()
     half = intervals[len(intervals) // 2]["start_us"]
     second = [i | {"start_us": round(i["start_us"] - half, 2)} for i in intervals if i["start_us"] >= half]
-    return profiling.pack(second, max(i["start_us"] + i["duration_us"] for i in second))
+    return profiling.pack(second, end_of(second))
 
 
 def unfused_softmax(x: Tensor) -> Tensor:

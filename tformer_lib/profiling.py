@@ -171,15 +171,18 @@ class Trace:
 
 
 @contextmanager
-def trace(path: Path | str | None = None) -> Iterator[Trace]:
+def trace(path: Path | str | None = None, *, operators: bool = True) -> Iterator[Trace]:
     """Record what runs inside, ranges included, by torch.profiler.
 
     Args:
         path: where to write the trace as well, for chrome://tracing or https://ui.perfetto.dev.
+        operators: record the host's operators and ranges too. They slow the host down; where the question is how long
+            a GPU waits for it, leave them out. Without a GPU they are all there is, and always recorded.
     """
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    gpu = torch.cuda.is_available()
+    activities = [torch.profiler.ProfilerActivity.CUDA] if gpu else []
+    if operators or not gpu:
+        activities.append(torch.profiler.ProfilerActivity.CPU)
     recorded, profiler = Trace(), torch.profiler.profile(activities=activities)
     with listening(torch.profiler.record_function):
         with silent_start():
