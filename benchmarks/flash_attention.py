@@ -5,18 +5,20 @@ for P V), half of it under a causal mask; the backward does five such products i
 are limited by arithmetic: a tile of K and V is used for 64 to 192 queries, hundreds of operations for each byte. So the
 limit beside each row is the rate of a large matrix product on the same device in the same run.
 
-On a GPU the script measures the forward (steps 3 and 4), the backward, the float32 steps 1 and 2, what single ideas buy
-(the same kernel with one of them taken out), the error against float64, the build times and the registers. On a CPU it
-measures the C++ twin beside torch's attention and the naive one.
+On a GPU the script measures the forward (steps 3 and 4), the backward, packed sequences, the float32 steps 1 and 2,
+what single ideas buy (the same kernel with one of them taken out), the error against float64, the build times and the
+registers. On a CPU it measures the C++ twin beside torch's attention and the naive one.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from shutil import copytree
 from statistics import median
@@ -33,6 +35,7 @@ from tformer_lib import jit
 TOKENS, WIDTH = 16384, 2048  # tokens of a batch, and heads x head_dim
 SHAPES = [(d, length, causal) for d in (64, 128) for length in (4096, 16384) for causal in (False, True)]
 PEERS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
+BUILDS = (1, 2, 3, 4, "backward", "backward_tensor_core", "backward_tiled")
 SECONDS = 0.1  # of each measurement, after as long a warm-up
 
 HOPPER, TENSOR_CORE = "4_hopper.cu", "3_tensor_core.cu"
@@ -73,9 +76,9 @@ def peer(backend: SDPBackend, causal: bool) -> Callable:
     return attend
 
 
-def own(step: int | str, causal: bool) -> Callable:
+def own(step: int | str, causal: bool, deterministic: bool = False) -> Callable:
     """One step of the ladder."""
-    return lambda q, k, v: flash.flash_attention(q, k, v, causal=causal, step=step)
+    return lambda q, k, v: flash.flash_attention(q, k, v, causal=causal, step=step, deterministic=deterministic)
 
 
 def label(d: int, length: int, causal: bool) -> str:
@@ -102,21 +105,51 @@ def time_forward(report: Report, limit: float) -> None:
 def time_backward(report: Report, limit: float) -> None:
     """The gradients of all three inputs, with and without the deterministic order."""
     for d, length, causal in SHAPES:
-        q, k, v, dout = random_inputs(d, length, "cuda", torch.bfloat16, 4)
-        for x in (q, k, v):
-            x.requires_grad_()
         contestants = {name: peer(backend, causal) for name, backend in PEERS.items()}
         contestants["backward.cu"] = own(4, causal)
-        contestants["backward.cu, deterministic"] = lambda q, k, v, causal=causal: flash.flash_attention(
-            q, k, v, causal=causal, deterministic=True
-        )
-        for name, attend in contestants.items():
-            out = attend(q, k, v)
-            run = lambda out=out, x=(q, k, v), dout=dout: torch.autograd.grad(out, x, dout, retain_graph=True)  # noqa: E731
-            timing = measure(run, device="cuda", seconds=SECONDS)
-            work = flops(TOKENS // length, WIDTH // d, length, length, d, causal, products=5)
-            name = f"backward, {label(d, length, causal)}: {name}"
-            report.add(name, timing, flops=work, limit=limit, d=d, length=length, causal=causal)
+        contestants["backward.cu, deterministic"] = own(4, causal, deterministic=True)
+        contestants["backward_tensor_core.cu"] = own(3, causal)
+        time_gradients(report, limit, contestants, d, length, causal)
+    for causal in (False, True):
+        contestants = {"sdpa flash": peer(PEERS["sdpa flash"], causal), "backward_tensor_core.cu": own(3, causal)}
+        time_gradients(report, limit, contestants, 256, 4096, causal)
+
+
+def time_gradients(
+    report: Report,
+    limit: float,
+    contestants: dict[str, Callable],
+    d: int,
+    length: int,
+    causal: bool,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """The gradients of all three inputs by each contestant."""
+    q, k, v, dout = random_inputs(d, length, "cuda", dtype, 4)
+    for x in (q, k, v):
+        x.requires_grad_()
+    for name, attend in contestants.items():
+        out = attend(q, k, v)
+        run = lambda out=out: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)  # noqa: E731
+        timing = measure(run, device="cuda", seconds=SECONDS)
+        work = flops(TOKENS // length, WIDTH // d, length, length, d, causal, products=5)
+        precision = "float32, " if dtype == torch.float32 else ""
+        name = f"backward, {precision}{label(d, length, causal)}: {name}"
+        report.add(name, timing, flops=work, limit=limit, d=d, length=length, causal=causal)
+
+
+def time_packed(report: Report, limit: float) -> None:
+    """Four sequences packed end to end, none of them a whole number of tiles."""
+    lengths = [7001, 4999, 3001, 1383]
+    starts = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+    for d in (64, 128):
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in random_inputs(d, TOKENS, "cuda", torch.bfloat16))
+        for step in (3, 4):
+            attend = partial(flash.flash_attention_varlen, q, k, v, starts, starts, max(lengths), max(lengths))
+            timing = measure(partial(attend, causal=True, step=step), device="cuda", seconds=SECONDS)
+            work = sum(flops(1, WIDTH // d, n, n, d, True) for n in lengths)
+            name = f"packed, 1,383 to 7,001 tokens, causal, d {d}: step {step}"
+            report.add(name, timing, flops=work, limit=limit, d=d, lengths=lengths, causal=True)
 
 
 def time_float32(report: Report) -> None:
@@ -132,6 +165,8 @@ def time_float32(report: Report) -> None:
             work = flops(TOKENS // 4096, WIDTH // d, 4096, 4096, d, False)
             name = f"forward, float32, {label(d, 4096, False)}: {name}"
             report.add(name, timing, flops=work, limit=limit, d=d, length=4096, causal=False)
+        gradients = {"sdpa efficient": contestants["sdpa efficient"], "backward_tiled.cu": contestants["step 2"]}
+        time_gradients(report, limit, gradients, d, 4096, False, torch.float32)
 
 
 @contextmanager
@@ -195,17 +230,16 @@ def note_errors(report: Report) -> None:
 
 
 def note_builds(report: Report) -> None:
-    """Seconds of a cold build of each step, and of a second load in a new process."""
-    for step in (1, 2, 3, 4, "backward"):
-        jit.load(flash.TOPIC, step)
-        source = jit.find_source(flash.TOPIC, step)
-        key = jit.build_key(source, jit.compile_flags(source, jit.architecture()))
-        folder = jit.cache_folder() / f"tformer_{flash.TOPIC}_{source.stem}_{key}"
-        report.note(**{f"build seconds, step {step}": float((folder / jit.BUILT).read_text())})
-    code = "import time, torch; t = time.time(); from tformer_lib import jit; jit.load('flash_attention', 4); "
-    code += "print(time.time() - t)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    report.note(second_load_seconds=float(done.stdout))
+    """Seconds of a cold build of each step, one after the other in an empty cache, and of a load in a new process."""
+    load = "import time, torch; from tformer_lib import jit; torch.cuda.init()\nfor step in {}:\n    t = time.time(); "
+    load += "jit.load('flash_attention', step); print(step, time.time() - t)"
+    with tempfile.TemporaryDirectory() as folder:
+        for what, steps in (("build seconds", BUILDS), ("second load seconds", BUILDS)):
+            words, environ = [sys.executable, "-c", load.format(steps)], os.environ | {"TORCH_EXTENSIONS_DIR": folder}
+            done = subprocess.run(words, capture_output=True, text=True, check=True, env=environ)
+            for line in done.stdout.splitlines():
+                step, seconds = line.split()
+                report.note(**{f"{what}, step {step}": round(float(seconds), 3)})
 
 
 def note_resources(report: Report) -> None:
@@ -214,9 +248,14 @@ def note_resources(report: Report) -> None:
         for d in (64, 128, 256):
             q = torch.empty(1, 1, 4096, d, device="cuda", dtype=dtype)
             report.note(**{f"resources, step {step}, d {d}": flash.resources(step, q, q)})
-    for d in (64, 128):
-        q = torch.empty(1, 1, 4096, d, device="cuda", dtype=torch.bfloat16)
-        report.note(**{f"resources, backward, d {d}": flash.resources("backward", q, q)})
+    for step, dtype in (
+        ("backward", torch.bfloat16),
+        ("backward_tensor_core", torch.bfloat16),
+        ("backward_tiled", torch.float32),
+    ):
+        for d in (64, 128) if step == "backward" else (64, 128, 256):
+            q = torch.empty(1, 1, 4096, d, device="cuda", dtype=dtype)
+            report.note(**{f"resources, {step}, d {d}": flash.resources(step, q, q)})
 
 
 def run_gpu(report: Report, ablations: bool) -> None:
@@ -226,6 +265,7 @@ def run_gpu(report: Report, ablations: bool) -> None:
     time_forward(report, limit)
     report.finish()  # what there is so far, should the rest be cut short
     time_backward(report, limit)
+    time_packed(report, limit)
     report.finish()
     note_errors(report)
     note_builds(report)

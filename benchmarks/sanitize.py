@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -31,7 +32,6 @@ from tformer_lib import jit
 TOOLS = ("memcheck", "racecheck", "synccheck")
 FOUND = 9  # exit status of compute-sanitizer where the tool found something
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?).*")
-MOST_SECONDS = 300  # of one case
 
 
 def from_cpu(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -129,25 +129,29 @@ def pairs(cases: dict[str, Callable], tools: list[str]) -> list[tuple[str, str]]
     return [(t, c) for t, c in itertools.product(tools, cases) if t == CONTROLS.get(c, t)]
 
 
-def check(topic: str, tool: str, case: str) -> dict:
+def check(topic: str, seconds: float, tool: str, case: str) -> dict:
     """Run one case under one tool in a process of its own, and read the summary."""
     words = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), "python", "-m", "benchmarks.sanitize"]
     words += [topic, "--run", case]
     start = time.perf_counter()
     real = [sys.executable if word == "python" else word for word in words]
     environ = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    child = subprocess.Popen(
+        real, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, start_new_session=True
+    )
     try:
-        done = subprocess.run(real, capture_output=True, text=True, timeout=MOST_SECONDS, env=environ)
-        output, status = done.stdout + done.stderr, done.returncode
-    except subprocess.TimeoutExpired as error:
-        output, status = str(error), None
+        output, status = child.communicate(timeout=seconds)[0], child.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)  # the tool and what it watches
+        output, status = child.communicate()[0], None
     found = SUMMARY.search(output)
+    ending = f"in {seconds:.0f} s" if status is None else f"and exit status {status}"
     return {
         "case": case,
         "tool": tool,
         "clean": status == 0 and found is not None and found[1] == "0",
         "expected": "errors" if case in CONTROLS else "clean",
-        "summary": found[0] if found else f"no summary; exit status {status}",
+        "summary": found[0] if found else f"no summary {ending}",
         "seconds": round(time.perf_counter() - start, 1),
         "command": " ".join(f"'{w}'" if " " in w else w for w in words),
         "output": output,
@@ -167,6 +171,7 @@ def main() -> None:
     parser.add_argument("--tools", nargs="+", default=TOOLS, choices=(*TOOLS, "initcheck"))
     parser.add_argument("--cases", nargs="+", help="only these")
     parser.add_argument("--jobs", type=int, default=8, help="processes at a time")
+    parser.add_argument("--seconds", type=float, default=300.0, help="the most that one case may take")
     options = parser.parse_args()
     torch.manual_seed(0)
     cases = TOPICS[options.topic]()
@@ -174,7 +179,7 @@ def main() -> None:
         return cases[options.run]()
     cases = {name: run for name, run in cases.items() if name in (options.cases or cases)}
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda pair: check(options.topic, *pair), pairs(cases, options.tools)))
+        results = list(pool.map(lambda pair: check(options.topic, options.seconds, *pair), pairs(cases, options.tools)))
     for result in results:
         verdict = "as it should be" if as_hoped(result) else "NOT as it should be"
         print(f"{result['tool']:<10} {result['case']:<28} {result['summary']:<60} {verdict}  {result['seconds']} s")

@@ -89,11 +89,34 @@ class Form:
         return importlib.util.find_spec(self.path.split(":")[0]) is not None and self.needs()
 
     @property
+    def dtype(self):
+        """The dtype of the tests that need one alone: float32, or the first of those that it takes."""
+        return torch.float32 if torch.float32 in self.dtypes else self.dtypes[0]
+
+    def assert_close(self, found, expected):
+        """The same numbers, summed in another order."""
+        tolerance = max(2e-5, 4 * torch.finfo(found.dtype).eps)
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+    @property
     def attend(self):
         module, function = self.path.split(":")
         return partial(getattr(importlib.import_module(module), function), **self.options)
 
 
+def has_gpu(*capabilities):
+    """Whether torch sees a CUDA device, of one of the compute capabilities if any are given."""
+    return torch.cuda.is_available() and (not capabilities or torch.cuda.get_device_capability() in capabilities)
+
+
+def flash_step(step, dtypes, *, needs=has_gpu, head_dims=(16, 40, 59)):
+    """A CUDA step of the flash-attention ladder."""
+    options = {"devices": ("cuda",), "masks": False, "value_dim": False}
+    path = "tformer_lib.flash_attention:flash_attention"
+    return Form(f"flash-{step}", path, {"step": step}, dtypes=dtypes, head_dims=head_dims, needs=needs, **options)
+
+
+HALVES = (torch.bfloat16, torch.float16)
 FORMS = [
     Form("attention", "tformer_lib.attention:attend"),
     Form("attention-sdpa", "tformer_lib.attention:attend_sdpa"),
@@ -102,6 +125,10 @@ FORMS = [
     Form("linear-parallel", "tformer_lib.linear_attention:parallel", oracle=plain_linear_attention),
     Form("flash", "tformer_lib.flash_attention:flash_attention", value_dim=False),
     Form("flash-tiled", "tformer_lib.flash_attention:flash_attention", {"step": 0}, value_dim=False),
+    flash_step(1, (torch.float32,)),
+    flash_step(2, (torch.float32,)),
+    flash_step(3, HALVES, head_dims=(16, 40, 64)),
+    flash_step(4, HALVES, head_dims=(16, 40, 64), needs=partial(has_gpu, (9, 0))),
     Form("sparse", "tformer_lib.sparse_attention:attend", {"pattern": sparse_attention.everything(), "block": 16}),
 ]
 CACHES = {"growing": GrowingCache, "preallocated": partial(PreallocatedCache, capacity=40)}
@@ -194,13 +221,13 @@ def test_every_ratio_of_kv_heads_and_odd_head_dims(form, device, heads):
 def test_value_dim_may_differ(form, device):
     if not form.value_dim:
         pytest.skip("takes one head_dim only")
-    q, k, v = make(form, device, torch.float32, (7, 33))
+    q, k, v = make(form, device, form.dtype, (7, 33))
     check_against_oracle(form, q, k, v[..., :5], None, True)
 
 
 @over_forms
 def test_scale_is_used(form, device):
-    q, k, v = make(form, device, torch.float32, (7, 33))
+    q, k, v = make(form, device, form.dtype, (7, 33))
     for scale in (1.0, 0.03):
         check_against_oracle(form, q, k, v, None, True, scale=scale)
 
@@ -209,7 +236,7 @@ def test_scale_is_used(form, device):
 def test_a_mask_may_have_any_shape_that_broadcasts(form, device):
     if not form.masks:
         pytest.skip("takes no mask")
-    q, k, v = make(form, device, torch.float32, (7, 33))
+    q, k, v = make(form, device, form.dtype, (7, 33))
     mask = random_mask(q, k)
     for part in (
         mask[:1],
@@ -238,7 +265,7 @@ def test_lengths_of_zero(form, device):
     if not form.empty:
         pytest.skip("takes no empty input")
     for T, S, batch in ((0, 5, 2), (3, 0, 2), (0, 0, 2), (3, 5, 0)):
-        q, k, v = make(form, device, torch.float32, (T, S), batch=batch)
+        q, k, v = make(form, device, form.dtype, (T, S), batch=batch)
         for causal in (True, False) if form.bidirectional else (True,):
             out = form.attend(q, k, v, causal=causal)
             assert out.shape == q.shape
@@ -250,7 +277,7 @@ def test_lengths_of_zero(form, device):
 
 @over_forms
 def test_a_changed_future_token_changes_no_earlier_output(form, device):
-    q, k, v = make(form, device, torch.float32, (33, 33))
+    q, k, v = make(form, device, form.dtype, (33, 33))
     before = form.attend(q, k, v, causal=True)
     for cut in (1, 16, 32):
         q2, k2, v2 = (x.clone() for x in (q, k, v))
@@ -266,32 +293,32 @@ def test_a_changed_future_token_changes_no_earlier_output(form, device):
 @over_forms
 def test_the_last_queries_alone_equal_the_full_pass(form, device):
     """What a cache relies on: causal is aligned to the bottom right."""
-    q, k, v = make(form, device, torch.float32, (33, 33))
+    q, k, v = make(form, device, form.dtype, (33, 33))
     full = form.attend(q, k, v, causal=True)
     for T in (1, 7, 32):
-        torch.testing.assert_close(form.attend(q[:, :, -T:], k, v, causal=True), full[:, :, -T:], atol=2e-5, rtol=2e-5)
+        form.assert_close(form.attend(q[:, :, -T:], k, v, causal=True), full[:, :, -T:])
 
 
 @over_forms
 @pytest.mark.parametrize("name", CACHES)
 def test_cached_equals_uncached(form, device, name):
     """Token by token, in ragged pieces or at once: a cache gives what the full pass gives."""
-    q, k, v = make(form, device, torch.float32, (33, 33))
+    q, k, v = make(form, device, form.dtype, (33, 33))
     full = form.attend(q, k, v, causal=True)
-    shape = CacheShape(layers=1, batch=2, kv_heads=2, head_dim=q.shape[3], device=device)
+    shape = CacheShape(layers=1, batch=2, kv_heads=2, head_dim=q.shape[3], dtype=q.dtype, device=device)
     for pieces in ((1,) * 33, (7, 1, 20, 5), (33,)):
         cache, outputs = CACHES[name](shape), []
         for piece in zip(*(x.split(pieces, 2) for x in (q, k, v)), strict=True):
             outputs.append(cache.layer(0).attend(*piece, attend=form.attend))
             cache.advance(piece[0].shape[2])
-        torch.testing.assert_close(torch.cat(outputs, 2), full, atol=2e-5, rtol=2e-5)
+        form.assert_close(torch.cat(outputs, 2), full)
 
 
 @over_forms
 def test_a_masked_token_has_no_influence(form, device):
     if not form.masks:
         pytest.skip("takes no mask")
-    q, k, v = make(form, device, torch.float32, (7, 33))
+    q, k, v = make(form, device, form.dtype, (7, 33))
     mask = torch.ones(33, dtype=torch.bool, device=device)
     mask[[0, 20]] = False
     before = form.attend(q, k, v, mask=mask, causal=True)
@@ -378,7 +405,7 @@ def test_inputs_need_not_be_contiguous(form, device, layout):
 
 @over_forms
 def test_one_row_may_be_expanded_over_the_batch(form, device):
-    q, k, v = make(form, device, torch.float32, (7, 33))
+    q, k, v = make(form, device, form.dtype, (7, 33))
     k, v = k[:1], v[:1]
     wide = form.attend(q, k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1), causal=True)
     torch.testing.assert_close(wide, form.attend(q, k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1), causal=True))
@@ -386,7 +413,7 @@ def test_one_row_may_be_expanded_over_the_batch(form, device):
 
 @over_forms
 def test_inputs_are_left_alone_and_results_repeat(form, device):
-    q, k, v = make(form, device, torch.float32, (33, 33))
+    q, k, v = make(form, device, form.dtype, (33, 33))
     copies = [x.clone() for x in (q, k, v)]
     first = form.attend(q, k, v, causal=True)
     assert torch.equal(first, form.attend(q, k, v, causal=True))
@@ -405,7 +432,7 @@ def wrong_inputs():
         "k and v lengths differ": (lambda q, k, v: (q, k[:, :, :5], v), r"k and v must agree.*5.*33"),
         "k and v heads differ": (lambda q, k, v: (q, k[:, :1], v), r"k and v must agree"),
         "heads do not divide": (lambda q, k, v: (q[:, :5], k, v), r"q has 5 heads, which 2 kv heads do not divide"),
-        "dtypes differ": (lambda q, k, v: (q, k.double(), v), r"share a dtype, got torch.float32, torch.float64"),
+        "dtypes differ": (lambda q, k, v: (q, k.double(), v), r"share a dtype, got torch.\w+, torch.float64"),
         "integers": (lambda q, k, v: (q.long(), k, v), r"q must be float64.*got torch.int64"),
         "not a tensor": (lambda q, k, v: (q, k, v.tolist()), r"v must be a tensor, got list"),
         "devices differ": (lambda q, k, v: (q, k.to("meta"), v), r"on one device, got .*meta"),
@@ -416,7 +443,7 @@ def wrong_inputs():
 @pytest.mark.parametrize("case", wrong_inputs())
 def test_wrong_inputs_are_refused_by_name(form, device, case):
     change, message = wrong_inputs()[case]
-    q, k, v = make(form, device, torch.float32, (7, 33), head_dim=16)
+    q, k, v = make(form, device, form.dtype, (7, 33), head_dim=16)
     with pytest.raises(ValueError, match=message):
         form.attend(*change(q, k, v), causal=True)
 
@@ -436,7 +463,7 @@ def test_wrong_inputs_are_refused_by_name(form, device, case):
 def test_wrong_masks_are_refused_by_name(form, device, mask, message):
     if not form.masks:
         pytest.skip("takes no mask")
-    q, k, v = make(form, device, torch.float32, (7, 33))
+    q, k, v = make(form, device, form.dtype, (7, 33))
     mask = mask.to(device) if isinstance(mask, torch.Tensor) and mask.device.type == "cpu" else mask
     with pytest.raises(ValueError, match=message):
         form.attend(q, k, v, mask=mask, causal=True)

@@ -145,8 +145,9 @@ def test_windows(step, device, dtype, window):
 
 
 @every_backend
-def test_scale(step, device, dtype):
-    check_against_plain((1, 2, 2, 100, 100, 64), dtype, device, step, backward=True, scale=0.37)
+@pytest.mark.parametrize("scale", [0.37, -0.2, 0.0])
+def test_scale(step, device, dtype, scale):
+    check_against_plain((1, 2, 2, 100, 130, 64), dtype, device, step, backward=True, scale=scale, causal=True)
 
 
 @every_backend
@@ -186,8 +187,6 @@ def test_future_tokens_change_nothing(step, device, dtype):
 @every_backend
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 40}], ids=str)
 def test_packed_sequences(step, device, dtype, options):
-    if step == 4:
-        pytest.skip("step 4 takes no packed sequences")
     lengths_q, lengths_k = [5, 0, 130, 1, 77, 3], [9, 4, 100, 0, 300, 3]
     cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int().to(device) for n in (lengths_q, lengths_k))
     generator = torch.Generator().manual_seed(5)
@@ -208,14 +207,36 @@ def test_packed_sequences(step, device, dtype, options):
 
 
 @every_backend
-def test_a_packed_neighbour_of_nan_does_not_leak(step, device, dtype):
-    if step == 4:
-        pytest.skip("step 4 takes no packed sequences")
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_packed_neighbour_of_nan_does_not_leak(step, device, dtype, head_dim, causal):
     cu = torch.tensor([0, 70, 150, 200], dtype=torch.int32, device=device)
-    q, k, v = (torch.randn(200, 2, 64).to(device, dtype) for _ in range(3))
-    for x in (k, v):
+    q, k, v, dout = (torch.randn(200, 2, head_dim).to(device, dtype) for _ in range(4))
+    for x in (q, k, v, dout):
         x[:70], x[150:] = math.nan, math.nan
-    assert torch.isfinite(flash_attention_varlen(q, k, v, cu, cu, step=step)[70:150]).all()
+        x.requires_grad_()
+    out, lse = flash_attention_varlen(q, k, v, cu, cu, causal=causal, step=step, return_lse=True)
+    assert torch.isfinite(out[70:150]).all()
+    assert torch.isfinite(lse[:, 70:150]).all()
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    assert all(torch.isfinite(x[70:150]).all() for x in grads)
+
+
+@every_backend
+def test_packed_sequences_of_every_width(step, device, dtype):
+    cu_q, cu_k = (
+        torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 1, 131, 131, 431], [0, 60, 61, 81, 500])
+    )
+    for d in (32, 128, 160, 256):
+        q, k, v = (torch.randn(n, h, d).to(device, dtype) for n, h in ((431, 4), (500, 2), (500, 2)))
+        for options in ({}, {"causal": True}, {"window": 70}):
+            out, lse = flash_attention_varlen(q, k, v, cu_q, cu_k, step=step, return_lse=True, **options)
+            for a, b, c, e in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
+                part = [x[None].transpose(1, 2) for x in (q[a:b], k[c:e], v[c:e])]
+                alone, alone_lse = flash_attention(*part, step=step, return_lse=True, **options)
+                tolerance = 2e-5 if dtype == torch.float32 else 1e-2
+                torch.testing.assert_close(out[a:b], alone[0].transpose(0, 1), rtol=tolerance, atol=tolerance)
+                torch.testing.assert_close(lse[:, a:b], alone_lse[0], rtol=1e-4, atol=1e-4)
 
 
 @every_backend

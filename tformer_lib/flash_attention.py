@@ -19,7 +19,8 @@ step   source                         what it is                                
 ====== ============================== ============================================ ====================
 
 ``step=None`` takes the top one that can do what is asked. Gradients come from ``cpu.cpp`` on a CPU, from
-``backward.cu`` on a Hopper GPU (bf16 and f16, head_dim up to 128), and from step 0 otherwise.
+``backward.cu`` on a Hopper GPU (step 4; bf16 and f16, head_dim up to 128), from ``backward_tensor_core.cu`` on any GPU
+from sm_80 on (step 3; bf16 and f16), from ``backward_tiled.cu`` in float32, and from step 0 otherwise.
 """
 
 import ctypes
@@ -40,6 +41,15 @@ MOST_HEAD_DIM = 256
 HALVES = (torch.bfloat16, torch.float16)
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CPU_LADDER, CUDA_LADDER = ("cpu", "0"), ("4", "3", "2", "0")
+# The gradients take the instructions of the step that was asked for, or the best that the device has.
+GRADIENTS = {
+    "0": ("0",),
+    "cpu": ("cpu", "0"),
+    "1": ("backward_tiled", "0"),
+    "2": ("backward_tiled", "0"),
+    "3": ("backward_tensor_core", "0"),
+    "4": ("backward", "backward_tensor_core", "backward_tiled", "0"),
+}
 NO_TOOLS = "no C++ compiler and ninja to build it with: install g++ and `pip install ninja`"
 STEPS = ("0", "cpu", "1", "2", "3", "4")
 
@@ -346,28 +356,28 @@ def sum_groups(x: Tensor, kv_heads: int) -> Tensor:
 # --- which step ----------------------------------------------------------------------------------------------------
 
 
-def choose_step(step: str, q: Tensor, mask: Tensor | None, packed: bool, scale: float) -> str:
+def choose_step(step: str, q: Tensor, mask: Tensor | None) -> str:
     """The step asked for, if it can do this; for "auto" the top one that can."""
     if step != "auto":
-        if reason := refusal(step, q, mask, packed, scale):
+        if reason := refusal(step, q, mask):
             raise ValueError(f"step {step} cannot do this: {reason}")
         return step
     ladder = {"cpu": CPU_LADDER, "cuda": CUDA_LADDER}.get(q.device.type, ("0",))
-    chosen = next(name for name in ladder if not refusal(name, q, mask, packed, scale))
+    chosen = next(name for name in ladder if not refusal(name, q, mask))
     if chosen == "0" and len(ladder) > 1:
-        warn_of_step_0(q, mask, packed, scale)
+        warn_of_step_0(q, mask)
     return chosen
 
 
-def warn_of_step_0(q: Tensor, mask: Tensor | None, packed: bool, scale: float) -> None:
+def warn_of_step_0(q: Tensor, mask: Tensor | None) -> None:
     """Say why a machine that could run a kernel runs PyTorch instead: a GPU always, a CPU if it lacks the tools."""
     usual = "cpu" if not q.is_cuda else "3" if q.dtype in HALVES else "2"
-    reason = refusal(usual, q, mask, packed, scale)
+    reason = refusal(usual, q, mask)
     if q.is_cuda or reason == NO_TOOLS:
         warnings.warn(f"flash attention runs step 0, plain PyTorch, which is slow: {reason}", stacklevel=3)
 
 
-def refusal(step: str, q: Tensor, mask: Tensor | None, packed: bool, scale: float) -> str | None:
+def refusal(step: str, q: Tensor, mask: Tensor | None) -> str | None:
     """Why ``step`` cannot do this, or None if it can."""
     if step == "0":
         return None
@@ -380,9 +390,7 @@ def refusal(step: str, q: Tensor, mask: Tensor | None, packed: bool, scale: floa
         return f"head_dim must be at most {MOST_HEAD_DIM}, got {q.shape[-1]}"
     if step == "cpu":
         return refusal_of_cpu(q)
-    if scale <= 0:
-        return f"the kernels take the maximum of the scores before they scale them: scale must be positive, got {scale}"
-    return refusal_of_cuda(step, q, packed)
+    return refusal_of_cuda(step, q)
 
 
 def refusal_of_cpu(q: Tensor) -> str | None:
@@ -398,9 +406,9 @@ def has_cpu_twin() -> bool:
     return jit.can_build_cpp() or jit.is_built(TOPIC, "cpu")
 
 
-def refusal_of_cuda(step: str, q: Tensor, packed: bool) -> str | None:
+def refusal_of_cuda(step: str, q: Tensor) -> str | None:
     """Why a CUDA step cannot do this."""
-    if step in ("1", "2"):
+    if step in ("1", "2", "backward_tiled"):
         return None if q.dtype == torch.float32 else f"it takes float32, got {q.dtype}"
     if q.dtype not in HALVES:
         return f"tensor-core steps take bfloat16 and float16, got {q.dtype}"
@@ -412,9 +420,7 @@ def refusal_of_cuda(step: str, q: Tensor, packed: bool) -> str | None:
     if step in ("4", "backward") and capability != (9, 0):
         return f"wgmma is of compute capability 9.0 alone, this GPU has {capability}"
     if step == "backward" and q.shape[-1] > 128:
-        return f"the gradients of a head_dim over 128 do not fit its registers, got {q.shape[-1]}"
-    if step == "4" and packed:
-        return "its TMA tiles would reach into the next packed sequence; step 3 takes packed sequences"
+        return f"a head_dim over 128 does not fit the registers of backward.cu, got {q.shape[-1]}"
     return None
 
 
@@ -553,6 +559,8 @@ def run_forward(
     out, lse = empty_outputs(q)
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(-math.inf)
+    if q.is_cuda:
+        q, scale, _ = positive_scale(q, scale)
     q, k, v = readable(q), readable(k), readable(v)
     arguments = describe(q, k, v, cu_seqlens=cu_seqlens, longest=longest, causal=causal, window=window, scale=scale)
     arguments.out, arguments.lse = matrix(out), lse.data_ptr()
@@ -577,7 +585,7 @@ def run_backward(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v by the C++ twin ("cpu"), the tensor-core kernels ("backward") or step 0."""
+    """The gradients of q, k and v by a step of GRADIENTS."""
     if step == "0":
         if cu_seqlens is None:
             return tiled_backward(dout, dlse, q, k, v, out, lse, mask, causal, window, scale)
@@ -585,6 +593,9 @@ def run_backward(
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
+    sign = 1.0
+    if q.is_cuda:
+        q, scale, sign = positive_scale(q, scale)
     q, k, v, out, dout = (readable(x) for x in (q, k, v, out, dout))
     arguments = describe(q, k, v, cu_seqlens=cu_seqlens, longest=longest, causal=causal, window=window, scale=scale)
     delta = torch.empty_like(lse)
@@ -593,16 +604,27 @@ def run_backward(
     arguments.dq, arguments.dk, arguments.dv = matrix(dq), matrix(dk), matrix(dv)
     arguments.lse, arguments.delta = lse.data_ptr(), delta.data_ptr()
     arguments.dlse = None if dlse is None else dlse.data_ptr()
-    scratch = bring_scratch(arguments, q, deterministic) if q.is_cuda else None  # kept alive until the launch
+    scratch = bring_scratch(step, arguments, q, deterministic) if q.is_cuda else None  # kept alive until the launch
     launch(step, "backward", arguments, q.device)
     del scratch
-    return dq, dk, dv
+    return dq if sign == 1.0 else dq * sign, dk, dv
 
 
-def bring_scratch(arguments: Arguments, q: Tensor, deterministic: bool) -> tuple[Tensor, ...]:
-    """Allocate what backward.cu needs between its kernels, in the sizes that it names."""
+def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """The same scores by a positive scale, and the sign that moved into a copy of q (0 where the scale is 0).
+
+    The CUDA steps take the maximum of the scores before they scale them, which a negative scale would turn over.
+    """
+    if scale > 0:
+        return q, scale, 1.0
+    sign = math.copysign(1.0, scale) if scale else 0.0
+    return q * sign, abs(scale) or 1.0, sign
+
+
+def bring_scratch(step: str, arguments: Arguments, q: Tensor, deterministic: bool) -> tuple[Tensor, ...]:
+    """Allocate what the gradients need between their kernels, in the sizes that they name."""
     sizes = (ctypes.c_int64 * 3)()
-    if error := kernel("backward", q.device, "scratch")(ctypes.byref(arguments), sizes):
+    if error := kernel(step, q.device, "scratch")(ctypes.byref(arguments), sizes):
         raise RuntimeError(error.decode())
     delta = q.new_empty(sizes[0], dtype=torch.float32)
     dq_sum = q.new_zeros(sizes[1], dtype=torch.float32)
@@ -688,7 +710,7 @@ def flash_attention_op(
 ) -> tuple[Tensor, Tensor]:
     """The operator behind both public functions; it sees one batch row where sequences are packed."""
     packed = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k)
-    chosen = choose_step(step, q, mask, packed is not None, scale)
+    chosen = choose_step(step, q, mask)
     longest = (max_seqlen_q, max_seqlen_k)
     return run_forward(chosen, q, k, v, mask, packed, longest, causal, window, scale)
 
@@ -721,7 +743,7 @@ def flash_attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
     packed = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k)
-    chosen = choose_backward(step, q, mask, packed is not None, scale)
+    chosen = choose_backward(step, q, mask)
     longest = (max_seqlen_q, max_seqlen_k)
     return run_backward(
         chosen, dout, dlse, q, k, v, out, lse, mask, packed, longest, causal, window, scale, deterministic
@@ -736,15 +758,13 @@ def flash_attention_backward_fake(
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
-def choose_backward(step: str, q: Tensor, mask: Tensor | None, packed: bool, scale: float) -> str:
-    """Whose gradients: the C++ twin's on a CPU, backward.cu's on a Hopper GPU, and step 0's everywhere else."""
-    if step == "0":
-        return "0"
-    kernel_step = "backward" if q.is_cuda else "cpu"
-    reason = refusal(kernel_step, q, mask, packed, scale)
-    if reason and q.is_cuda:
-        warnings.warn(f"the gradients run step 0, plain PyTorch, which is slow: {reason}", stacklevel=2)
-    return "0" if reason else kernel_step
+def choose_backward(step: str, q: Tensor, mask: Tensor | None) -> str:
+    """Whose gradients: those that belong to the step; a warning if a GPU is left with step 0."""
+    wanted = ("4" if q.is_cuda else "cpu") if step == "auto" else step
+    reasons = [refusal(name, q, mask) for name in GRADIENTS[wanted]]
+    if len(reasons) > 1 and all(reasons[:-1]) and q.is_cuda:
+        warnings.warn(f"the gradients run step 0, plain PyTorch, which is slow: {reasons[-2]}", stacklevel=2)
+    return GRADIENTS[wanted][reasons.index(None)]
 
 
 def save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -20,6 +20,7 @@ __device__ inline float fast_exp2(float x) {
     return y;
 }
 
+__device__ inline float widen(float x) { return x; }
 __device__ inline float widen(Bf16 x) { return __bfloat162float(x); }
 __device__ inline float widen(Fp16 x) { return __half2float(x); }
 

@@ -97,6 +97,17 @@ __device__ inline void load_line(void* target, const void* source, uint64_t* bar
 // What this thread has stored to shared memory may be read by wgmma and TMA, once a barrier has been passed.
 __device__ inline void show_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Zero the rows from `first` on of `count` boxes of `rows` rows, together with `threads` threads that count from `thread`.
+// After it each of them must show_to_async, and all must meet.
+inline __device__ void clear_rows(uint8_t* boxes, int count, int rows, int first, int thread, int threads) {
+    constexpr int VECTORS = BOX_COLUMNS * 2 / 16;  // of 16 bytes, in a row of a box
+    const int vectors = (rows - first) * VECTORS;
+    for (int i = thread; i < count * vectors; i += threads) {
+        uint8_t* const box = boxes + i / vectors * rows * BOX_COLUMNS * 2;
+        reinterpret_cast<uint4*>(box)[first * VECTORS + i % vectors] = make_uint4(0, 0, 0, 0);
+    }
+}
+
 // Four floats added to global memory at once, nothing returned.
 __device__ inline void add_global(float* target, const float (&x)[4]) {
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(x[0]), "f"(x[1]), "f"(x[2]),

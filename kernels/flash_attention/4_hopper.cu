@@ -23,7 +23,9 @@
 //               warpgroup bought 1 % at d 64, and at d 128 nothing that stands out of the spread of 3 %. With two or three
 //               warpgroups, the hardware's own scheduling already does most of what both were meant for
 //
-// Blocks are persistent, one a multiprocessor, and walk over the tiles in an order that both sides compute.
+// Blocks are persistent, one a multiprocessor, and walk over the tiles in an order that both sides compute. Packed
+// sequences are one long row to TMA: a tile that passes a sequence's end holds rows of the next. Its scores are masked as
+// ever, its outputs are not written, and its rows of V are zeroed before they meet their P, which is zero.
 #include <algorithm>
 
 #include "common/launch.cuh"
@@ -38,11 +40,13 @@ namespace {
 
 constexpr int WARPGROUP = 128, WARPS = WARPGROUP / WARP, GROUP_ROWS = 64;
 constexpr int STAGES = 2;  // buffers of K and of V
+constexpr int CLEARED = 8;  // hardware barrier; turns take 1 to 3
 constexpr int ROW_BYTES = BOX_COLUMNS * 2;
 
 // KEYS is as wide as the registers of a consumer allow: scores KEYS / 2, P KEYS / 4 and O D / 2 of them.
 template <int D_, int GROUPS_, int KEYS_>
 struct Shape {
+    static constexpr bool PACKED = false;
     static constexpr int D = D_, GROUPS = GROUPS_, KEYS = KEYS_, ROWS = GROUPS * GROUP_ROWS;
     static constexpr bool TURNS = D == 64;  // at wider d the products are long enough to hide a softmax in any order
     static constexpr int THREADS = (GROUPS + 1) * WARPGROUP;
@@ -50,6 +54,13 @@ struct Shape {
     static constexpr int Q_BYTES = ROWS * D * 2, TILE_BYTES = KEYS * D * 2;
     static constexpr int SHARED_BYTES = Q_BYTES + 2 * STAGES * TILE_BYTES + 1024;  // aligned to 1,024 by hand
     static constexpr int PRODUCER_REGISTERS = GROUPS == 2 ? 24 : 32, CONSUMER_REGISTERS = GROUPS == 2 ? 240 : 160;
+};
+
+// Packed sequences: rows behind a sequence's end are the next one's. Only what differs is compiled, so that one sequence a
+// batch row costs nothing more.
+template <class Shape>
+struct Packed : Shape {
+    static constexpr bool PACKED = true;
 };
 
 struct Barriers {
@@ -91,6 +102,7 @@ struct KeyTiles {
 
 template <class Sh>
 __device__ KeyTiles key_tiles(const Sight& sight, int top) {
+    if (Sh::PACKED && top >= sight.T) return {0, 0};
     const int bottom = min(top + Sh::ROWS, sight.T) - 1;
     const int begin = sight.first(top) / Sh::KEYS * Sh::KEYS, end = sight.last(bottom);
     return {begin, end > begin ? (end - begin + Sh::KEYS - 1) / Sh::KEYS : 0};
@@ -108,21 +120,27 @@ __device__ void load_tile(uint8_t* target, const CUtensorMap* map, uint64_t* ful
 
 template <class Sh>
 __device__ void produce(const Plan& plan, const Arguments& a, Buffers buffers, Barriers& barriers) {
-    const Sight sight = sight_of(a, sequence_of(a, 0));
+    Sequence sequence = sequence_of(a, 0);
+    Sight sight = sight_of(a, sequence);
     Ring<STAGES> k, v;
     int q_parity = 0;
     Work work;
     for (int round = 0; next_work(plan, a, round, work); ++round) {
         if (work.tile < 0) continue;
-        const int top = work.tile * Sh::ROWS, head = int(work.h), batch = int(work.b);
+        if constexpr (Sh::PACKED) {
+            sequence = sequence_of(a, work.b);
+            sight = sight_of(a, sequence);
+        }
+        const int top = work.tile * Sh::ROWS, head = int(work.h), batch = Sh::PACKED ? 0 : int(work.b);
         const int kv = head / int(a.heads / a.kv_heads);
         const KeyTiles tiles = key_tiles<Sh>(sight, top);
         if (tiles.count == 0) continue;
+        const int q_begin = Sh::PACKED ? int(sequence.q_begin) : 0, k_begin = Sh::PACKED ? int(sequence.k_begin) : 0;
         wait(&barriers.q_empty, q_parity ^ 1);
         q_parity ^= 1;
-        load_tile<Sh, Sh::ROWS>(buffers.Q, &plan.q, &barriers.q_full, top, head, batch);
+        load_tile<Sh, Sh::ROWS>(buffers.Q, &plan.q, &barriers.q_full, q_begin + top, head, batch);
         for (int i = 0; i <= tiles.count; ++i) {  // K(i), then V(i - 1); from the last tile of keys to the first
-            const int row = tiles.begin + (tiles.count - 1 - i) * Sh::KEYS;
+            const int row = k_begin + tiles.begin + (tiles.count - 1 - i) * Sh::KEYS;
             if (i < tiles.count) {
                 wait(&barriers.k_empty[k.stage], k.parity ^ 1);
                 load_tile<Sh, Sh::KEYS>(buffers.K + k.stage * Sh::TILE_BYTES, &plan.k, &barriers.k_full[k.stage], row, kv,
@@ -164,8 +182,10 @@ __device__ void issue_values(float (&O)[Sh::D / 8][4], const uint32_t (&P)[Sh::K
 template <class Half, class Sh>
 struct Consumer {
     const Arguments& a;
-    const Sight sight;
+    Sequence sequence;
+    Sight sight;
     Barriers& barriers;
+    const Buffers& buffers;
     const uint32_t Q, K, V;
     const int group, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % WARPS;
     const float to_base_2 = a.scale * LOG2E;
@@ -197,9 +217,23 @@ struct Consumer {
         for (int r = 0; r < 2; ++r) correction[r] = softmax_row(S, r, to_base_2, m[r], l[r]);
     }
 
+    // The last tile of V may hold rows of the next packed sequence, whose P is zero: not so 0 x NaN.
+    __device__ void clear_neighbours(int key) const {
+        if (!Sh::PACKED || key + Sh::KEYS <= sight.S) return;
+        constexpr int THREADS = Sh::GROUPS * WARPGROUP;
+        wait(&barriers.v_full[v.stage], v.parity);
+        clear_rows(buffers.V + v.stage * Sh::TILE_BYTES, Sh::BOXES, Sh::KEYS, sight.S - key, threadIdx.x, THREADS);
+        show_to_async();
+        meet(CLEARED, THREADS);
+    }
+
     __device__ int row_in_group(int r) const { return warp * 16 + r * 8 + lane / 4; }
 
     __device__ void run(const Work& work) {
+        if constexpr (Sh::PACKED) {
+            sequence = sequence_of(a, work.b);
+            sight = sight_of(a, sequence);
+        }
         const int top = work.tile * Sh::ROWS, group_top = top + group * GROUP_ROWS;
         const KeyTiles tiles = key_tiles<Sh>(sight, top);
         float O[Sh::D / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {}, correction[2];
@@ -218,6 +252,7 @@ struct Consumer {
             k.next();
             softmax(S, m, l, correction, group_top, key);
             pack_all<Half>(P, S);
+            clear_neighbours(key);
 
             for (int i = 1; i < tiles.count; ++i) {
                 key -= Sh::KEYS;
@@ -260,9 +295,10 @@ struct Consumer {
             const int row = group_top + row_in_group(r);
             const float sum = quad_sum(l[r]);
             const bool valid = row < sight.T;
-            Half* target = row_of<Half>(a.out, work.b, work.h, row);
+            const int64_t batch = Sh::PACKED ? 0 : work.b, at = Sh::PACKED ? sequence.q_begin + row : row;
+            Half* target = row_of<Half>(a.out, batch, work.h, at);
             store_row<Half>(target, O, r, sum > 0.0f ? 1.0f / sum : 0.0f, valid, a.head_dim);
-            if (valid && lane % 4 == 0) a.lse[lse_index(a, work.b, work.h, row)] = log_sum_exp(m[r], sum, to_base_2);
+            if (valid && lane % 4 == 0) a.lse[lse_index(a, batch, work.h, at)] = log_sum_exp(m[r], sum, to_base_2);
         }
     }
 };
@@ -295,9 +331,12 @@ __global__ void __launch_bounds__(Sh::THREADS, 1)
     } else {
         take_registers<Sh::CONSUMER_REGISTERS>();
         const int group = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
+        const Sequence sequence = sequence_of(a, 0);
         Consumer<Half, Sh> consumer{a,
-                                    sight_of(a, sequence_of(a, 0)),
+                                    sequence,
+                                    sight_of(a, sequence),
                                     barriers,
+                                    buffers,
                                     shared_address(buffers.Q) + group * GROUP_ROWS * ROW_BYTES,
                                     shared_address(buffers.K),
                                     shared_address(buffers.V),
@@ -314,12 +353,13 @@ __global__ void __launch_bounds__(Sh::THREADS, 1)
 template <class Sh>
 const char* make_plan(Plan& plan, const Arguments& a) {
     const bool is_bf16 = a.dtype == BFLOAT16;
+    const int64_t batch = Sh::PACKED ? 1 : a.batch;
     const auto make = [&](CUtensorMap& map, const Matrix& x, int64_t heads, int64_t rows, int box_rows) {
-        return make_map(&map, is_bf16, x.data, {a.batch, heads, rows, a.head_dim}, {x.batch, x.head, x.row}, box_rows);
+        return make_map(&map, is_bf16, x.data, {batch, heads, rows, a.head_dim}, {x.batch, x.head, x.row}, box_rows);
     };
-    if (const char* error = make(plan.q, a.q, a.heads, a.queries, Sh::ROWS)) return error;
-    if (const char* error = make(plan.k, a.k, a.kv_heads, a.keys, Sh::KEYS)) return error;
-    if (const char* error = make(plan.v, a.v, a.kv_heads, a.keys, Sh::KEYS)) return error;
+    if (const char* error = make(plan.q, a.q, a.heads, a.total_q, Sh::ROWS)) return error;
+    if (const char* error = make(plan.k, a.k, a.kv_heads, a.total_k, Sh::KEYS)) return error;
+    if (const char* error = make(plan.v, a.v, a.kv_heads, a.total_k, Sh::KEYS)) return error;
     plan.tiles = int((a.queries + Sh::ROWS - 1) / Sh::ROWS);
     plan.tiles_in_all = a.batch * a.heads * plan.tiles;
     plan.heads_together = int(a.causal && a.window == 0 ? a.batch * a.heads : 1);
@@ -331,10 +371,13 @@ constexpr int64_t LONG = 8192;  // keys from which on a causal mask loses little
 // Call `run` with the element type and the tiles. A wide tile of keys costs less a key.
 template <class Half, class Run>
 const char* with_shape(const Arguments& a, const Run& run) {
-    if (a.head_dim <= 64) return run.template operator()<Half, Shape<64, 3, 128>>();
-    if (a.head_dim > 128) return run.template operator()<Half, Shape<256, 2, 80>>();
-    if (a.causal && a.keys < LONG) return run.template operator()<Half, Shape<128, 2, 128>>();
-    return run.template operator()<Half, Shape<128, 2, 176>>();
+    const auto run_with = [&]<class Sh>(Sh) {
+        return a.cu_seqlens_q != nullptr ? run.template operator()<Half, Packed<Sh>>() : run.template operator()<Half, Sh>();
+    };
+    if (a.head_dim <= 64) return run_with(Shape<64, 3, 128>{});
+    if (a.head_dim > 128) return run_with(Shape<256, 2, 80>{});
+    if (a.causal && a.keys < LONG) return run_with(Shape<128, 2, 128>{});
+    return run_with(Shape<128, 2, 176>{});
 }
 
 template <class Run>
@@ -352,7 +395,6 @@ int multiprocessors() {
 }  // namespace
 
 extern "C" const char* forward(const Arguments* a, void* stream) {
-    if (a->cu_seqlens_q != nullptr) return "step 4 takes no packed sequences";
     return with_types(*a, [&]<class Half, class Sh>() -> const char* {
         Plan plan;
         if (const char* error = make_plan<Sh>(plan, *a)) return error;

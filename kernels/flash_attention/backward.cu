@@ -11,7 +11,8 @@
 //
 // Blocks of other keys add to the same dQ. It is summed in float32 in global memory, in the order of the fragments, so that
 // a lane adds 16 bytes at once and a warp 512 in a row; `round_dq` brings it into rows at the end. With `turn`, the blocks
-// add in the order of their keys, and every run gives the same bits.
+// add in the order of their keys, and every run gives the same bits. Packed sequences are one long row to TMA: rows of a
+// tile that are behind a sequence's end are zeroed in shared memory before they are used.
 //
 // Ledger (H200, bfloat16, 16,384 tokens, figures in benchmarks/results/nvidia-h200/flash_attention.json)
 //   hypothesis  five products by wgmma, four of them without leaving registers, pass FlashAttention-2's mma.sync (288 TFLOP/s
@@ -23,6 +24,7 @@
 #include "common/launch.cuh"
 #include "common/tma.cuh"
 #include "common/wgmma.cuh"
+#include "gradients.cuh"
 #include "resources.cuh"
 #include "rows.cuh"
 #include "sight.cuh"
@@ -36,7 +38,7 @@ constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 constexpr int STAGES = 2;
 constexpr int ROW_BYTES = BOX_COLUMNS * 2;
 constexpr int PART = 64;  // a part of dQ is PART x PART: 32 registers of each thread of a warpgroup
-constexpr int DS_READY = 1;  // hardware barrier
+constexpr int DS_READY = 1, CLEARED = 4;  // hardware barriers; turns take 2 and 3
 
 // dK and dV take D registers of a consumer, S and dP 64 to 128 more: a narrow D leaves room for twice the queries.
 template <int D_>
@@ -50,49 +52,6 @@ struct Shape {
     static constexpr int STATISTICS = 2 * ROWS;         // lse and delta of a tile
     static constexpr int DQ_FLOATS = GROUPS * PART * PART;  // = ROWS x D
 };
-
-// Where the scratch of a sequence's tiles begins. A packed sequence gets a whole number of tiles of its own.
-template <class Sh>
-__host__ __device__ int64_t tiles_in_all(const Arguments& a) {
-    if (a.cu_seqlens_q != nullptr) return a.total_q / Sh::ROWS + a.batch;
-    return a.batch * ((a.queries + Sh::ROWS - 1) / Sh::ROWS);
-}
-
-template <class Sh>
-__device__ int64_t tile_index(const Arguments& a, const Sequence& sequence, int64_t b, int64_t h, int tile) {
-    const int64_t first = a.cu_seqlens_q != nullptr ? sequence.q_begin / Sh::ROWS + b
-                                                    : b * ((a.queries + Sh::ROWS - 1) / Sh::ROWS);
-    return h * tiles_in_all<Sh>(a) + first + tile;
-}
-
-// --- before: lse in base 2 and delta, tile by tile -------------------------------------------------------------------
-
-// One warp a row. Rows past the end of a sequence and rows that see no key get lse = inf, which makes their P zero.
-template <class Half, class Sh>
-__global__ void __launch_bounds__(WARPGROUP) prepare_kernel(const __grid_constant__ Arguments a) {
-    const int tiles = int((a.queries + Sh::ROWS - 1) / Sh::ROWS), lane = threadIdx.x % WARP;
-    const Work work = work_of(blockIdx.x, a.heads, tiles, false);
-    const Sequence sequence = sequence_of(a, work.b);
-    if (work.tile * Sh::ROWS >= sequence.T) return;
-    float* const lse = a.delta + tile_index<Sh>(a, sequence, work.b, work.h, work.tile) * Sh::STATISTICS;
-    for (int i = threadIdx.x / WARP; i < Sh::ROWS; i += WARPS) {
-        const int64_t row = sequence.q_begin + work.tile * Sh::ROWS + i;
-        float sum = 0.0f, row_lse = -INFINITY;
-        if (work.tile * Sh::ROWS + i < sequence.T) {
-            const Half* out = row_of<Half>(a.out, sequence.b, work.h, row);
-            const Half* dout = row_of<Half>(a.dout, sequence.b, work.h, row);
-            for (int column = lane; column < a.head_dim; column += WARP) sum += widen(out[column]) * widen(dout[column]);
-            for (int offset = WARP / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffff, sum, offset);
-            const int64_t index = lse_index(a, sequence.b, work.h, row);
-            row_lse = a.lse[index];
-            if (a.dlse != nullptr && row_lse != -INFINITY) sum -= a.dlse[index];
-        }
-        if (lane == 0) {
-            lse[i] = row_lse == -INFINITY ? INFINITY : row_lse * LOG2E;
-            lse[Sh::ROWS + i] = row_lse == -INFINITY ? 0.0f : sum;
-        }
-    }
-}
 
 // --- the main kernel -------------------------------------------------------------------------------------------------
 
@@ -246,6 +205,14 @@ struct Consumer {
         }
     }
 
+    // Rows behind the end of a packed sequence are the next one's: zero them, since even NaN must not reach this one's sums.
+    __device__ void clear_neighbours(uint8_t* tile, uint8_t* other, int rows, int valid) const {
+        clear_rows(tile, Sh::BOXES, rows, valid, threadIdx.x, GROUPS * WARPGROUP);
+        clear_rows(other, Sh::BOXES, rows, valid, threadIdx.x, GROUPS * WARPGROUP);
+        show_to_async();
+        meet(CLEARED, GROUPS * WARPGROUP);
+    }
+
     __device__ void add_dq(const float (&dQ)[PART / 8][4], int64_t tile) const {
         const int thread = threadIdx.x % WARPGROUP;
         float* target = a.dq_sum + tile * Sh::DQ_FLOATS + group * PART * PART + thread * 4;
@@ -272,7 +239,10 @@ struct Consumer {
         float dK[Sh::D / 8][4] = {}, dV[Sh::D / 8][4] = {};
         Ring<STAGES> ring;
         const int64_t heads = a.heads / a.kv_heads;
+        const bool packed = a.cu_seqlens_q != nullptr;
         wait(&barriers.kv_full, 0);
+        if (packed && block.key + KEYS > block.sight.S)
+            clear_neighbours(buffers.K, buffers.V, KEYS, block.sight.S - block.key);
         for (int64_t head = block.kv * heads; head < (block.kv + 1) * heads; ++head)
             for (int tile = block.first_tile; tile < block.last_tile; ++tile, ring.next()) {
                 const int s = ring.stage, top = tile * Sh::ROWS;
@@ -284,6 +254,11 @@ struct Consumer {
                 uint32_t P[Sh::ROWS / 16][4];
 
                 wait(&barriers.q_full[s], ring.parity);
+                if (packed && top + Sh::ROWS > block.sight.T) {
+                    wait(&barriers.dout_full[s], ring.parity);
+                    clear_neighbours(buffers.Q + s * Sh::ROW_TILE_BYTES, buffers.dO + s * Sh::ROW_TILE_BYTES, Sh::ROWS,
+                                     block.sight.T - top);
+                }
                 products_begin();
                 issue_transposed<Half, Sh>(S, K + own, Q);
                 wait(&barriers.dout_full[s], ring.parity);
@@ -416,7 +391,7 @@ const char* run_backward(const Arguments& a, void* stream) {
     if (const char* error = make_maps<Sh>(maps, a)) return error;
     const int64_t row_tiles = a.batch * a.heads * ((a.queries + Sh::ROWS - 1) / Sh::ROWS);
     const int64_t key_tiles = a.batch * a.kv_heads * ((a.keys + KEYS - 1) / KEYS);
-    if (const char* error = launch(prepare_kernel<Half, Sh>, row_tiles, WARPGROUP, 0, stream, a)) return error;
+    if (const char* error = launch(prepare_kernel<Half, Sh>, row_tiles, PREPARE_THREADS, 0, stream, a)) return error;
     if (const char* error = launch(backward_kernel<Half, Sh>, key_tiles, THREADS, Sh::SHARED_BYTES, stream, maps, a))
         return error;
     return launch(round_dq_kernel<Half, Sh>, row_tiles * GROUPS, WARPGROUP, 0, stream, a);
