@@ -117,7 +117,7 @@ function choicesTable(state, data, kit) {
     return kit.el("tr", {}, texts.map((text) => cell(text, i === state.choice)));
   });
   const table = kit.el("table", { style: "margin:0.5rem auto 0;border-collapse:collapse;color:inherit;font-size:0.9rem;white-space:nowrap" },
-    kit.el("thead", {}, kit.el("tr", {}, ["kv heads", "per token", "cache", "sequences that fit"].map(head))),
+    kit.el("thead", {}, kit.el("tr", {}, ["kv heads", "per token", "cache", "room for"].map(head))),
     kit.el("tbody", {}, rows));
   return kit.el("div", { class: "tf-scroll", tabindex: 0, role: "group", "aria-label": "what each number of kv heads takes (* the model's own)" }, table);
 }

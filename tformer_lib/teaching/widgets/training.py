@@ -23,7 +23,7 @@ def attention_explorer(model: nn.Module, encoding: Encoding, text: str = STORY) 
     """The explorer for ``model``, a ``Decoder``, reading ``text`` from its start."""
     tokens = [encoding.eot_token, *encoding.encode_ordinary(text)]
     weights, chances = read(model, tokens)
-    words = ["(start)", *(encoding.decode([token]) for token in tokens[1:])]
+    words = ["(start) ", *(encoding.decode([token]) for token in tokens[1:])]
     return AttentionExplorer(
         label="Attention explorer: where each head of the stories model looks",
         data={

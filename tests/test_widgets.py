@@ -1,0 +1,60 @@
+"""The data that Python puts into the interactive figures."""
+
+import torch
+
+from tformer_lib import pretrained
+from tformer_lib.kv_cache import CacheShape
+from tformer_lib.teaching.widgets import grouped_query_attention, training
+from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
+
+
+def test_attention_explorer_shows_the_weights_of_the_pass_that_the_model_makes():
+    model, encoding = pretrained.load()
+    tokens = [encoding.eot_token, *encoding.encode_ordinary(training.STORY)]
+    forms = [block.attention.attend for block in model.stack.blocks]
+    weights, chances = training.read(model, tokens)
+    T = len(tokens)
+    assert weights.shape == (4, 8, T, T)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(4, 8, T))
+    assert not weights.triu(1).any(), "the future leaks"
+    with torch.no_grad():
+        torch.testing.assert_close(chances, model(torch.tensor([tokens]))[0].softmax(-1), atol=1e-5, rtol=1e-4)
+    assert [block.attention.attend for block in model.stack.blocks] == forms
+
+
+def test_attention_explorer_packs_what_the_page_unpacks():
+    model, encoding = pretrained.load()
+    data = training.attention_explorer(model, encoding).data
+    T = len(data["tokens"])
+    assert len(data["next"]) == T
+    assert "".join(data["tokens"][1:]) == training.STORY
+    for layer in data["weights"]:
+        for head in layer:
+            values = [int(head[i : i + 2], 16) for i in range(0, len(head), 2)]
+            assert len(values) == T * (T + 1) // 2
+            last_row = values[-T:]
+            assert abs(sum(last_row) - 255) <= T / 2, "each number is rounded by half a step at most"
+
+
+def test_memory_calculator_counts_what_a_cache_takes():
+    for model in grouped_query_attention.MODELS:
+        facts = grouped_query_attention.facts(model)
+        assert model.kv_heads in [kv for kv, *_ in facts["choices"]]
+        for kv_heads, numbers, _ in facts["choices"]:
+            shape = CacheShape(model.layers, 1, kv_heads, model.head_dim, torch.bfloat16)
+            assert 2 * numbers == shape.bytes_per_token
+
+
+def test_memory_calculator_changes_the_parameters_with_the_kv_heads():
+    size = {"vocab_size": 50, "max_length": 16, "width": 32, "layers": 3, "heads": 8, "head_dim": 4, "bias": False}
+    counted = {kv: count_parameters(Decoder(ModelConfig(**size, kv_heads=kv, positions="rope"))) for kv in (1, 2, 8)}
+    model = grouped_query_attention.Model("small", counted[2], 3, 32, 8, 2, 4)
+    said = {kv: parameters for kv, _, parameters in grouped_query_attention.facts(model)["choices"]}
+    assert {kv: said[kv] for kv in counted} == counted
+
+
+def test_the_stories_model_is_counted_right():
+    model, _ = pretrained.load()
+    listed = next(m for m in grouped_query_attention.MODELS if m.name == "the stories model")
+    assert abs(count_parameters(model) / listed.parameters - 1) < 0.01
+    assert (listed.layers, listed.heads, listed.head_dim) == (4, 8, 32)
