@@ -81,12 +81,13 @@ class Bench:
             bandwidth_bound_seconds_per_token=self.step_bytes / self.bandwidth,
         )
 
-    def decode_for_profiler(self, tokens: int = 4) -> None:
-        """A few eager steps on a preallocated cache, inside NVTX ranges."""
-        self.new_tokens = tokens
-        cache = self.preallocated()
-        step = decode_step(self.model, cache)
-        profiled(lambda: self.decode(cache, step), device=self.device)
+    @torch.no_grad()
+    def decode_for_profiler(self, held: int = 512, steps: int = 4) -> None:
+        """A few eager steps after ``held`` tokens on a preallocated cache, inside NVTX ranges."""
+        cache = self.preallocated(held + 8 * steps)
+        prefill(self.model, torch.randint(self.config.vocab_size, (1, held)), cache)
+        step, token = decode_step(self.model, cache), torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        profiled(lambda: [step(token) for _ in range(steps)], device=self.device)
 
     def shape(self) -> CacheShape:
         """One row of this model."""

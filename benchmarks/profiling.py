@@ -139,21 +139,28 @@ def returning(step: Callable, tokens: Tensor, cache: PreallocatedCache) -> Calla
 def record_steps(report: Report, kind: str, call: Callable, steps: int = 4) -> dict:
     """The intervals of a few steps, recorded without the host's operators, which would slow it; and their phases.
 
-    The first trace of a process is thrown away: it starts the profiler's library.
+    The first trace of a process is thrown away: it starts the profiler's library. So is the first step of each trace.
     """
     traces = {}
     for operators in (True, True, False):
         with profiling.trace(operators=operators) as traces[operators]:
-            for _ in range(steps):
+            for _ in range(steps + 1):
                 call()
-    intervals = traces[False].intervals()
-    window, with_operators = end_of(intervals), end_of(traces[True].intervals())
+    intervals = without_first(traces[False].intervals(), steps + 1)
+    window, with_operators = end_of(intervals), end_of(without_first(traces[True].intervals(), steps + 1))
     busy = profiling.utilisation(intervals, 0, window)
     print(f"{kind}: {steps} steps in {window:.0f} us, {with_operators:.0f} us when the host's operators are recorded")
     print(traces[False].table(14), flush=True)
-    facts = {"steps": steps, "launches": traces[False].launches(), "kernels": len(intervals), "utilisation": busy}
+    launches = round(traces[False].launches() * steps / (steps + 1))
+    facts = {"steps": steps, "launches": launches, "kernels": len(intervals), "utilisation": busy}
     facts |= {"window_us_with_operators": with_operators, "phases": traces[True].phases()}
     return profiling.pack(intervals, window) | facts
+
+
+def without_first(intervals: list[dict], steps: int) -> list[dict]:
+    """The intervals of all steps but the first, which all have as many; time counts from the first that is left."""
+    kept = intervals[len(intervals) // steps :]
+    return [i | {"start_us": round(i["start_us"] - kept[0]["start_us"], 3)} for i in kept]
 
 
 def end_of(intervals: list[dict]) -> float:
@@ -166,9 +173,7 @@ def record_call(fn: Callable, inputs: list[tuple]) -> dict:
     with profiling.trace() as trace:
         for _ in range(2):
             fn(*inputs[0])
-    intervals = trace.intervals()
-    half = intervals[len(intervals) // 2]["start_us"]
-    second = [i | {"start_us": round(i["start_us"] - half, 2)} for i in intervals if i["start_us"] >= half]
+    second = without_first(trace.intervals(), 2)
     return profiling.pack(second, end_of(second))
 
 
