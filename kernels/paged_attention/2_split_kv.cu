@@ -35,13 +35,13 @@ struct Shape {
     using Cache = Cache_;  // of the pools
     static constexpr int D = D_;
     static constexpr int ROWS = ROWS_;  // query heads that fit: 8 or 16 of the 16 rows of a product
-    static constexpr int WARPS = 4, THREADS = WARPS * WARP, BLOCKS = 1;
+    static constexpr int WARPS = 4, THREADS = WARPS * WARP, BLOCKS = 2;
     static constexpr int ROW_BYTES = D * sizeof(Cache);
     static constexpr int KEYS = ROW_BYTES >= 256 ? 16 : 32, TILE = WARPS * KEYS;
     static constexpr int STEP_BYTES = 2 * KEYS * ROW_BYTES;
     static constexpr int STAGES = 192 * 1024 / BLOCKS / (WARPS * STEP_BYTES);
     static constexpr int CHUNKS = ROW_BYTES / 16;
-    static constexpr int RING_BYTES = WARPS * STAGES * STEP_BYTES, MERGE_BYTES = WARPS * ROWS * D * 4;
+    static constexpr int RING_BYTES = WARPS * STAGES * STEP_BYTES, MERGE_BYTES = WARPS * 8 * D * 4;  // 8 rows at a time
     static constexpr int SHARED_BYTES = RING_BYTES + MERGE_BYTES;
     static constexpr bool IS_FP8 = sizeof(Cache) == 1;
 };
@@ -147,9 +147,19 @@ __device__ int place(int row, int chunk) {
     return chunk / 8 * Sh::KEYS * 128 + row * 128 + ((chunk % 8 ^ row % 8) * 16);
 }
 
+// A step that has been looked up: keys `key` .. `key` + KEYS - 1 of one kv head, of which first .. last - 1 count.
+struct Step {
+    int key = 0, first = 0, last = 0, kv = 0;
+    int block = 0;  // of key + lane
+};
+
 // One warp's loads, STAGES - 1 steps ahead of its products.
 template <class Sh>
 struct Loader {
+    using Cache = typename Sh::Cache;
+    static constexpr int ROWS = WARP / Sh::CHUNKS;  // that one instruction of the warp copies
+    static constexpr int RUN = 16;                  // keys that lie in one block, if blocks are so large
+
     const Arguments& a;
     const Bundles& bundles;
     const int shift;  // log2 of block_size
@@ -157,43 +167,47 @@ struct Loader {
     Cursor<Sh> cursor;
     int left;  // tiles not yet looked up
     int stage = 0;
-    int64_t k_offset, v_offset;  // of this lane's key, -1: none
+    Step step = {};
 
-    // Look up this lane's key of the next step, one step before it is needed: the table's answer takes its time.
+    // Ask the table for the next step. Nothing uses the answer before the step after this one, since it takes its time;
+    // what the warp will ask for much later is fetched into the L2 cache.
     __device__ void look_up() {
-        k_offset = v_offset = -1;
+        step.last = 0;
         if (left-- <= 0) return;
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-        const int key = cursor.keys.base + cursor.tile * Sh::TILE + warp * Sh::KEYS + lane % Sh::KEYS;
-        if (key >= cursor.keys.first && key < cursor.keys.last) {
-            const int64_t block = a.block_tables[cursor.b * a.table_stride + (key >> shift)];
-            const int kv = cursor.bundle / bundles.a_group, row = key & ((1 << shift) - 1);
-            k_offset = place_of(a.k, block, kv, row);
-            v_offset = place_of(a.v, block, kv, row);
-        }
+        step.key = cursor.keys.base + cursor.tile * Sh::TILE + warp * Sh::KEYS;
+        step.first = cursor.keys.first, step.last = cursor.keys.last, step.kv = cursor.bundle / bundles.a_group;
+        const int32_t* table = a.block_tables + cursor.b * a.table_stride;
+        const int key = step.key + lane % Sh::KEYS, later = key + 16 * Sh::TILE;
+        step.block = key >= step.first && key < step.last ? table[key >> shift] : 0;
+        if (lane == 0 && later < step.last) asm volatile("prefetch.global.L2 [%0];" ::"l"(table + (later >> shift)));
         cursor.next(a, bundles);
     }
 
-    // Start the copies of a step; keys that are not there become zeros, whatever the pool holds.
+    // Copy a step's rows of one pool. Keys that do not count become zeros, whatever the pool holds.
+    __device__ void copy(uint32_t tile, const Pool& pool) const {
+        const int lane = threadIdx.x % WARP, chunk = lane % Sh::CHUNKS, mask = (1 << shift) - 1;
+        const Cache* data = static_cast<const Cache*>(pool.data) + step.kv * pool.head + chunk * (16 / int(sizeof(Cache)));
+        const int64_t own = step.block * pool.block + ((step.key + lane % Sh::KEYS) & mask) * pool.row;
+#pragma unroll
+        for (int run = 0; run < Sh::KEYS; run += RUN) {
+            const int64_t block = __shfl_sync(0xffffffff, step.block, run);
+            const Cache* top = data + block * pool.block + ((step.key + run) & mask) * pool.row;
+#pragma unroll
+            for (int i = 0; i < RUN; i += ROWS) {
+                const int row = i + lane / Sh::CHUNKS, key = step.key + run + row;
+                const Cache* from = top + row * pool.row;
+                if (mask + 1 < RUN) from = data + __shfl_sync(0xffffffff, own, run + row);  // blocks are smaller than a run
+                const bool counts = key >= step.first && key < step.last;
+                copy_async(tile + place<Sh>(run + row, chunk), counts ? from : data, counts);
+            }
+        }
+    }
+
     __device__ void start() {
-        using Cache = typename Sh::Cache;
-        constexpr int ROWS = WARP / Sh::CHUNKS;  // that one instruction of the warp copies
-        const int lane = threadIdx.x % WARP, chunk = lane % Sh::CHUNKS;
-        const uint32_t K = ring + stage * Sh::STEP_BYTES, V = K + Sh::STEP_BYTES / 2;
-        const auto *keys = static_cast<const Cache*>(a.k.data), *values = static_cast<const Cache*>(a.v.data);
-        const int column = chunk * (16 / int(sizeof(Cache)));
-#pragma unroll
-        for (int i = 0; i < Sh::KEYS / ROWS; ++i) {
-            const int row = i * ROWS + lane / Sh::CHUNKS;
-            const int64_t from = __shfl_sync(0xffffffff, k_offset, row);
-            copy_async(K + place<Sh>(row, chunk), keys + (from < 0 ? 0 : from + column), from >= 0);
-        }
-#pragma unroll
-        for (int i = 0; i < Sh::KEYS / ROWS; ++i) {
-            const int row = i * ROWS + lane / Sh::CHUNKS;
-            const int64_t from = __shfl_sync(0xffffffff, v_offset, row);
-            copy_async(V + place<Sh>(row, chunk), values + (from < 0 ? 0 : from + column), from >= 0);
-        }
+        const uint32_t K = ring + stage * Sh::STEP_BYTES;
+        copy(K, a.k);
+        copy(K + Sh::STEP_BYTES / 2, a.v);
         commit_copies();
         stage = stage + 1 == Sh::STAGES ? 0 : stage + 1;
         look_up();
@@ -201,15 +215,6 @@ struct Loader {
 };
 
 // --- products --------------------------------------------------------------------------------------------------------
-
-// Two float8 in the low 16 bits as two halves.
-template <class Half>
-__device__ uint32_t widen_pair(uint32_t pair) {
-    const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(pair), __NV_E4M3);
-    if constexpr (std::is_same_v<Half, Fp16>) return raw.x | uint32_t(raw.y) << 16;
-    const float2 wide = __half22float2(__half2(raw));
-    return pack<Half>(wide.x, wide.y);
-}
 
 // Which column of a row lane t's number e of accumulator tile j is. Transposing float8 by ldmatrix, which moves pairs,
 // puts even columns into one tile and odd ones into the next.
@@ -359,10 +364,11 @@ struct Merger {
     const Arguments& a;
     const Bundles& bundles;
     const Share share;
-    float* O;                 // in shared memory: (WARPS, ROWS, D)
+    float* O;                   // in shared memory: (WARPS, 8, D), eight rows of each warp
     float2 (*stats)[Sh::ROWS];  // m and l of each warp and row
     int* is_last;
 
+    static constexpr int FOURS = Sh::D / 4;
     static constexpr int PARTIAL = Sh::ROWS * (Sh::D + 2);  // floats of a partial result: O, then m and l
 
     // Of a block's partial results the first is of the pair that its share begins in, the second of the one it ends in.
@@ -383,68 +389,81 @@ struct Merger {
             a.lse[token * a.heads + head] = x.l > 0.0f ? (x.m + log2f(x.l)) * LN2 : -INFINITY;
     }
 
-    // The share of pair `pair` that this block has seen is done; the pair's first tile is `first` of all tiles.
-    __device__ void finish(const Sums<Sh>& sums, const Cursor<Sh>& pair, int first) const {
-        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, tid = threadIdx.x;
-        const int rows = min(Sh::ROWS, bundles.group - pair.bundle % bundles.a_group * Sh::ROWS);
-#pragma unroll
-        for (int r = 0; r < Sh::ROWS / 8; ++r) {
-            const int row = lane / 4 + r * 8;
-            const float l = quad_sum(sums.l[r]);
-            if (row >= rows) continue;
-            if (lane % 4 == 0) stats[warp][row] = {sums.m[r], l};
-            float* target = O + (warp * Sh::ROWS + row) * Sh::D;
-#pragma unroll
-            for (int j = 0; j < Sh::D / 8; ++j)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) target[column_of<Sh>(j, e)] = sums.O[j][2 * r + e];
-        }
+    __device__ float* result(int warp, int row) const { return O + (warp * 8 + row % 8) * Sh::D; }
+
+    // Hand rows first_row .. of all warps' results, at most 8, to `use(row, column, four merged columns)`.
+    template <class Use>
+    __device__ void merge_warps(int first_row, int rows, const Use& use) const {
         __syncthreads();
-        const int begin = share.begin(blockIdx.x), last = first + pair.keys.tiles - 1;
-        const int first_block = share.owner(first), last_block = share.owner(last);
-        const bool whole = first_block == last_block;
-        float* mine = partial(blockIdx.x, begin < first);
-        for (int i = tid; i < rows * Sh::D / 4; i += Sh::THREADS) {
-            const int row = i / (Sh::D / 4), column = i % (Sh::D / 4) * 4;
+        for (int i = threadIdx.x; i < (rows - first_row) * FOURS && i < 8 * FOURS; i += Sh::THREADS) {
+            const int row = first_row + i / FOURS, column = i % FOURS * 4;
             Merged merged;
 #pragma unroll
             for (int w = 0; w < Sh::WARPS; ++w)
-                merged.add(stats[w][row].x, stats[w][row].y,
-                           *reinterpret_cast<const float4*>(O + (w * Sh::ROWS + row) * Sh::D + column));
-            if (whole) {
-                write(pair, row, column, merged);
-            } else {
-                *reinterpret_cast<float4*>(mine + row * Sh::D + column) = merged.O;
-                if (column == 0)
-                    *reinterpret_cast<float2*>(mine + Sh::ROWS * Sh::D + 2 * row) = {merged.m, merged.l};
-            }
-        }
-        if (!whole) {
-            const int64_t pair_index = int64_t(pair.b) * bundles.in_all + pair.bundle;
-            __threadfence();
-            __syncthreads();
-            if (tid == 0) *is_last = atomicAdd(a.arrivals + pair_index, 1) == last_block - first_block;
-            __syncthreads();
-            if (*is_last) {
-                __threadfence();
-                merge_blocks(pair, rows, first, first_block, last_block);
-                if (tid == 0) a.arrivals[pair_index] = 0;  // as it was found
-            }
+                merged.add(stats[w][row].x, stats[w][row].y, *reinterpret_cast<const float4*>(result(w, row) + column));
+            use(row, column, merged);
         }
         __syncthreads();
     }
 
+    // The share of pair `pair` that this block has seen is done; the pair's first tile is `first` of all tiles.
+    __device__ void finish(const Sums<Sh>& sums, const Cursor<Sh>& pair, int first) const {
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+        const int rows = min(Sh::ROWS, bundles.group - pair.bundle % bundles.a_group * Sh::ROWS);
+        const int first_block = share.owner(first), last_block = share.owner(first + pair.keys.tiles - 1);
+        const bool whole = first_block == last_block;
+        float* mine = partial(blockIdx.x, share.begin(blockIdx.x) < first);
+#pragma unroll
+        for (int r = 0; r < Sh::ROWS / 8; ++r) {
+            const int row = lane / 4 + r * 8;
+            const float l = quad_sum(sums.l[r]);
+            if (lane % 4 == 0) stats[warp][row] = {sums.m[r], l};
+            if (row < rows)
+#pragma unroll
+                for (int j = 0; j < Sh::D / 8; ++j)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) result(warp, row)[column_of<Sh>(j, e)] = sums.O[j][2 * r + e];
+            merge_warps(r * 8, rows, [&](int row, int column, const Merged& merged) {
+                if (whole) return write(pair, row, column, merged);
+                *reinterpret_cast<float4*>(mine + row * Sh::D + column) = merged.O;
+                if (column == 0) *reinterpret_cast<float2*>(mine + Sh::ROWS * Sh::D + 2 * row) = {merged.m, merged.l};
+            });
+        }
+        if (!whole && is_last_of(pair, last_block - first_block)) merge_blocks(pair, rows, first, first_block, last_block);
+    }
+
+    // Count this block's arrival, once its result can be seen; true for the last of the pair's blocks.
+    __device__ bool is_last_of(const Cursor<Sh>& pair, int others) const {
+        int32_t* arrivals = a.arrivals + int64_t(pair.b) * bundles.in_all + pair.bundle;
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            *is_last = atomicAdd(arrivals, 1) == others;
+            if (*is_last) *arrivals = 0;  // as it was found
+        }
+        __syncthreads();
+        __threadfence();
+        return *is_last;
+    }
+
+    // Merge what the blocks have left: each warp takes every WARPS-th, then the warps' results are merged as before.
     __device__ void merge_blocks(const Cursor<Sh>& pair, int rows, int first, int first_block, int last_block) const {
-        for (int i = threadIdx.x; i < rows * Sh::D / 4; i += Sh::THREADS) {
-            const int row = i / (Sh::D / 4), column = i % (Sh::D / 4) * 4;
-            Merged merged;
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+        const bool late = share.begin(first_block) < first;  // the pair is where the first block's share ends
+        for (int top = 0; top < rows; top += 8) {
+            for (int i = lane; i < (rows - top) * FOURS && i < 8 * FOURS; i += WARP) {
+                const int row = top + i / FOURS, column = i % FOURS * 4;
+                Merged merged;
 #pragma unroll 4
-            for (int block = first_block; block <= last_block; ++block) {
-                const float* theirs = partial(block, share.begin(block) < first);
-                const float2 ml = __ldcg(reinterpret_cast<const float2*>(theirs + Sh::ROWS * Sh::D + 2 * row));
-                merged.add(ml.x, ml.y, __ldcg(reinterpret_cast<const float4*>(theirs + row * Sh::D + column)));
+                for (int block = first_block + warp; block <= last_block; block += Sh::WARPS) {
+                    const float* theirs = partial(block, block == first_block && late);
+                    const float2 ml = __ldcg(reinterpret_cast<const float2*>(theirs + Sh::ROWS * Sh::D + 2 * row));
+                    merged.add(ml.x, ml.y, __ldcg(reinterpret_cast<const float4*>(theirs + row * Sh::D + column)));
+                }
+                *reinterpret_cast<float4*>(result(warp, row) + column) = merged.O;
+                if (column == 0) stats[warp][row] = {merged.m, merged.l};
             }
-            write(pair, row, column, merged);
+            merge_warps(top, rows, [&](int row, int column, const Merged& x) { write(pair, row, column, x); });
         }
     }
 };

@@ -23,7 +23,8 @@ using vectors::at, vectors::exp2, vectors::Floats, vectors::INF, vectors::LANES,
     vectors::max_of, vectors::round_up, vectors::sum_of;
 
 constexpr int KEYS = 64;     // of a tile
-constexpr int ROWS = 16;     // query heads of a task, all its queries together, unless one query has more
+constexpr int ROWS = 64;     // query heads of a task, all its queries together, unless one query has more
+constexpr int FEW = 8;       // rows up to which a tile of keys is not worth transposing
 constexpr int SPLIT = 1024;  // keys of a task, for a row with one query
 constexpr int BLOCK = 4;     // rows that share a load of K or V
 
@@ -37,6 +38,26 @@ void dots(const float* Q, const float* K, int64_t width, int64_t keys, float* S)
         for (int64_t c = 0; c < width; c += LANES)
             for (int i = 0; i < M; ++i) sum[i] += at(Q + i * width + c) * at(K + j * width + c);
         for (int i = 0; i < M; ++i) S[i * KEYS + j] = sum_of(sum[i]);
+    }
+}
+
+// K^T: (keys, width) -> (width, KEYS), so that neighbouring keys are neighbours in a vector. Worth it for many rows.
+void transpose(const float* K, int64_t width, int64_t keys, float* out) {
+    for (int64_t j = 0; j < keys; ++j)
+        for (int64_t c = 0; c < width; ++c) out[c * KEYS + j] = K[j * width + c];
+}
+
+// S (rows, KEYS) = Q (rows, width) times a transposed tile, two vectors of keys at a time.
+template <int M>
+void panels(const float* Q, const float* transposed, int64_t width, int64_t keys, float* S) {
+    for (int64_t j = 0; j < keys; j += 2 * LANES) {
+        Floats sum[M][2] = {};
+        for (int64_t c = 0; c < width; ++c)
+            for (int i = 0; i < M; ++i) {
+                sum[i][0] += Q[i * width + c] * at(transposed + c * KEYS + j);
+                sum[i][1] += Q[i * width + c] * at(transposed + c * KEYS + j + LANES);
+            }
+        for (int i = 0; i < M; ++i) at(S + i * KEYS + j) = sum[i][0], at(S + i * KEYS + j + LANES) = sum[i][1];
     }
 }
 
@@ -117,7 +138,7 @@ void softmax_row(float* S, int64_t keys, float& m, float& l, float* O, int64_t w
 }
 
 struct Buffers {
-    std::vector<float> Q, K, V, S;
+    std::vector<float> Q, K, V, S, transposed;
 };
 
 template <class Number, class Cache>
@@ -126,6 +147,7 @@ void run_task(const Arguments& a, const Task& task, Buffers& buffers, Sums& sums
     const Row row = row_of(a, task.b);
     buffers.Q.assign(rows * width, 0.0f);
     buffers.K.resize(KEYS * width), buffers.V.resize(KEYS * width), buffers.S.resize(rows * KEYS);
+    buffers.transposed.resize(KEYS * width);
     float *Q = buffers.Q.data(), *K = buffers.K.data(), *V = buffers.V.data(), *S = buffers.S.data();
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t token = row.token + task.query + r / group, head = task.kv * group + r % group;
@@ -137,7 +159,14 @@ void run_task(const Arguments& a, const Task& task, Buffers& buffers, Sums& sums
         const int64_t keys = std::min<int64_t>(KEYS, task.end - key);
         gather<Cache>(a, a.k, task.b, task.kv, key, keys, width, K);
         gather<Cache>(a, a.v, task.b, task.kv, key, keys, width, V);
-        by_blocks(rows, [&](int64_t i, auto M) { dots<M>(Q + i * width, K, width, keys, S + i * KEYS); });
+        if (rows > FEW) {
+            transpose(K, width, keys, buffers.transposed.data());
+            by_blocks(rows, [&](int64_t i, auto M) {
+                panels<M>(Q + i * width, buffers.transposed.data(), width, keys, S + i * KEYS);
+            });
+        } else {
+            by_blocks(rows, [&](int64_t i, auto M) { dots<M>(Q + i * width, K, width, keys, S + i * KEYS); });
+        }
         for (int64_t r = 0; r < rows; ++r) {
             float* scores = S + r * KEYS;
             const int64_t query = task.query + r / group;

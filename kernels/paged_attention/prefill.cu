@@ -51,12 +51,17 @@ __device__ int tile_begin(const Arguments& a, int group, int b) {
     return int(int64_t(a.query_starts[b]) * group / Sh::ROWS) + b;
 }
 
-struct Work {
-    int b, tile, kv;
+// What a block does. It lies in shared memory, since registers are what this kernel is short of.
+struct Task {
+    Row row;
+    Sight sight;
+    const int32_t* table;
+    int kv, top, rows;  // the rows top .. top + rows - 1 of those of a kv head
+    int first, end;     // the keys first .. end - 1 are seen by one of them or more
 };
 
 template <class Sh>
-__device__ Work find_work(const Arguments& a, int group, int tiles) {
+__device__ Task find_task(const Arguments& a, int group, int tiles) {
     const int index = tiles - 1 - int(blockIdx.x % tiles);  // the last queries see the most keys: they go first
     int low = 0, high = int(a.batch) - 1;
     while (low < high) {  // the last row that begins at `index` or before
@@ -64,7 +69,11 @@ __device__ Work find_work(const Arguments& a, int group, int tiles) {
         if (tile_begin<Sh>(a, group, middle) <= index) low = middle;
         else high = middle - 1;
     }
-    return {low, index - tile_begin<Sh>(a, group, low), int(blockIdx.x / tiles)};
+    const Row row = row_of(a, low);
+    const Sight sight = sight_of(a, row);
+    const int top = (index - tile_begin<Sh>(a, group, low)) * Sh::ROWS, rows = min(Sh::ROWS, row.T * group - top);
+    return {row, sight, a.block_tables + low * a.table_stride, int(blockIdx.x / tiles), top, rows,
+            sight.first(top / group), sight.last((top + rows - 1) / group)};
 }
 
 // --- loading ---------------------------------------------------------------------------------------------------------
@@ -73,32 +82,31 @@ __device__ Work find_work(const Arguments& a, int group, int tiles) {
 template <class Sh>
 using Places = int64_t[2][Sh::KEYS];
 
+// Looks up one tile of keys: `task` says where they are.
 template <class Sh>
 struct Pages {
     const Arguments& a;
-    const int32_t* table;
-    const int kv, shift, first, end;  // keys first .. end - 1 are seen by some query of the tile
-    int top;                   // of the tile that was looked up last
-    int blocks[Sh::LOOKUPS];   // where this thread's keys of it are, -1: not there
+    const Task& task;
+    const int shift;
+    int blocks[Sh::LOOKUPS];  // where this thread's keys of the tile are, -1: not there
 
     // The key of a tile that this thread's number `i` is: all keys of K, then all of V.
     __device__ static int index_of(int i) { return threadIdx.x + i * THREADS; }
 
-    __device__ void look_up(int tile_top) {
-        top = tile_top;
+    __device__ void look_up(int top) {
 #pragma unroll
         for (int i = 0; i < Sh::LOOKUPS; ++i) {
             const int key = top + index_of(i) % Sh::KEYS;
-            blocks[i] = key >= first && key < end ? table[key >> shift] : -1;
+            blocks[i] = key >= task.first && key < task.end ? task.table[key >> shift] : -1;
         }
     }
 
-    __device__ void keep(Places<Sh>& places) const {
+    __device__ void keep(Places<Sh>& places, int top) const {
 #pragma unroll
         for (int i = 0; i < Sh::LOOKUPS; ++i) {
             const int index = index_of(i), key = top + index % Sh::KEYS;
             if (index >= 2 * Sh::KEYS) continue;
-            const int64_t place = place_of(index < Sh::KEYS ? a.k : a.v, blocks[i], kv, key & ((1 << shift) - 1));
+            const int64_t place = place_of(index < Sh::KEYS ? a.k : a.v, blocks[i], task.kv, key & ((1 << shift) - 1));
             places[index / Sh::KEYS][index % Sh::KEYS] = blocks[i] < 0 ? -1 : place;
         }
     }
@@ -109,12 +117,7 @@ template <class Half>
 __device__ void widen_chunk(uint32_t (&out)[8], const uint4& in) {
     const uint32_t words[4] = {in.x, in.y, in.z, in.w};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const uint32_t pair = words[i / 2] >> (i % 2 * 16) & 0xffff;
-        const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(pair), __NV_E4M3);
-        const float2 wide = __half22float2(__half2(raw));
-        out[i] = pack<Half>(wide.x, wide.y);
-    }
+    for (int i = 0; i < 8; ++i) out[i] = widen_pair<Half>(words[i / 2] >> (i % 2 * 16) & 0xffff);
 }
 
 // Copy one tile of keys (matrix 0) or values (1) from its places. Keys that are not there become zeros.
@@ -146,13 +149,14 @@ __device__ void start_copy(uint8_t* tile, const void* pool, const int64_t (&plac
 
 // The rows of the tile: row r is head r % group of query r / group.
 template <class Sh>
-__device__ void start_queries(uint32_t Q, const Arguments& a, const Row& row, int kv, int group, int top, int rows) {
+__device__ void start_queries(uint32_t Q, const Arguments& a, const Task& task, int group) {
     constexpr int STEP = THREADS / Sh::CHUNKS;
     const int chunk = threadIdx.x % Sh::CHUNKS;
-    const auto* q = static_cast<const typename Sh::Half*>(a.q.data) + row.token * a.q.token + kv * group * a.q.head;
+    const auto* q = static_cast<const typename Sh::Half*>(a.q.data) + task.row.token * a.q.token +
+                    task.kv * group * a.q.head;
     for (int r = threadIdx.x / Sh::CHUNKS; r < Sh::ROWS; r += STEP) {
-        const int packed = top + r;
-        const bool valid = r < rows;
+        const int packed = task.top + r;
+        const bool valid = r < task.rows;
         const int64_t from = packed / group * a.q.token + packed % group * a.q.head + chunk * CHUNK;
         copy_async(Q + place<Sh::D>(r, chunk), q + (valid ? from : 0), valid);
     }
@@ -271,37 +275,35 @@ __global__ void __launch_bounds__(THREADS, Sh::BLOCKS)
     uint8_t* const buffers = shared + Sh::Q_BYTES;
     const uint32_t Q = shared_address(shared);
 
+    __shared__ Task task;
     const int group = int(a.heads / a.kv_heads);
-    const Work work = find_work<Sh>(a, group, tiles);
-    const Row row = row_of(a, work.b);
-    const int top = work.tile * Sh::ROWS, rows = min(Sh::ROWS, row.T * group - top);
-    if (rows <= 0 || row.T < least) return;
-    const Sight sight = sight_of(a, row);
-    const int first = sight.first(top / group), end = sight.last((top + rows - 1) / group);
-    const int begin = first / Sh::KEYS * Sh::KEYS;
-
-    Pages<Sh> pages{a, a.block_tables + work.b * a.table_stride, work.kv, shift, first, end};
+    if (threadIdx.x == 0) task = find_task<Sh>(a, group, tiles);
+    __syncthreads();
+    if (task.rows <= 0 || task.row.T < least) return;
+    const int begin = task.first / Sh::KEYS * Sh::KEYS, end = task.end;
+    Pages<Sh> pages{a, task, shift};
     const auto start_tile = [&](int half) {
         uint8_t* tile = buffers + half * 2 * Sh::TILE_BYTES;
         start_copy<Sh>(tile, a.k.data, places[half][0]);
         start_copy<Sh>(tile + Sh::TILE_BYTES, a.v.data, places[half][1]);
     };
-    start_queries<Sh>(Q, a, row, work.kv, group, top, rows);
+    start_queries<Sh>(Q, a, task, group);
     for (int half = 0; half < 2; ++half) {
         pages.look_up(begin + half * Sh::KEYS);
-        pages.keep(places[half]);
+        pages.keep(places[half], begin + half * Sh::KEYS);
     }
     __syncthreads();
     if (begin < end) start_tile(0);
     commit_copies();
 
-    const int lane = threadIdx.x % WARP, warp_top = top + threadIdx.x / WARP * Sh::WARP_ROWS;
+    const int lane = threadIdx.x % WARP, warp_top = task.top + threadIdx.x / WARP * Sh::WARP_ROWS;
     const float to_base_2 = a.scale * LOG2E;
     float O[Sh::M][Sh::D / 8][4] = {};
     float m[Sh::M][2], l[Sh::M][2] = {};
     for (auto& pair : m) pair[0] = pair[1] = -INFINITY;
     // All rows of this warp see the keys full_from .. full_to - 1: tiles inside need no mask.
-    const int full_from = sight.first((warp_top + Sh::WARP_ROWS - 1) / group), full_to = sight.last(warp_top / group);
+    const int full_from = task.sight.first((warp_top + Sh::WARP_ROWS - 1) / group);
+    const int full_to = task.sight.last(warp_top / group);
 
     int half = 0;
     for (int key = begin; key < end; key += Sh::KEYS, half ^= 1) {
@@ -314,20 +316,20 @@ __global__ void __launch_bounds__(THREADS, Sh::BLOCKS)
 
         float S[Sh::M][Sh::N][4] = {};
         multiply_scores<Sh>(S, Q, tile);
+        pages.keep(places[half], key + 2 * Sh::KEYS);
         if (key < full_from || key + Sh::KEYS > full_to)
 #pragma unroll
             for (int i = 0; i < Sh::M; ++i)
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     const int query = (warp_top + i * 16 + r * 8 + lane / 4) / group;
-                    mask_row(S[i], r, sight.first(query) - key, sight.last(query) - key);
+                    mask_row(S[i], r, task.sight.first(query) - key, task.sight.last(query) - key);
                 }
 #pragma unroll
         for (int i = 0; i < Sh::M; ++i)
 #pragma unroll
             for (int r = 0; r < 2; ++r) softmax_row<Sh>(S[i], O[i], r, to_base_2, m[i][r], l[i][r]);
         multiply_values<Sh>(O, S, tile + Sh::TILE_BYTES);
-        pages.keep(places[half]);
     }
 
 #pragma unroll
@@ -335,8 +337,8 @@ __global__ void __launch_bounds__(THREADS, Sh::BLOCKS)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int packed = warp_top + i * 16 + r * 8 + lane / 4;
-            const int64_t token = row.token + packed / group, head = work.kv * group + packed % group;
-            const bool valid = packed < top + rows;
+            const int64_t token = task.row.token + packed / group, head = task.kv * group + packed % group;
+            const bool valid = packed < task.top + task.rows;
             const float sum = quad_sum(l[i][r]);
             Half* out = static_cast<Half*>(a.out.data) + token * a.out.token + head * a.out.head;
             store_row<Half>(out, O[i], r, sum > 0.0f ? a.v_scale / sum : 0.0f, valid);

@@ -53,6 +53,27 @@ __device__ inline void store_float(Bf16* x, float value) { *x = __float2bfloat16
 __device__ inline void store_float(Fp16* x, float value) { *x = __float2half(value); }
 __device__ inline void store_float(Fp8* x, float value) { *x = Fp8(value); }
 
+// Two float8 in the low 16 bits as two halves, the first in the low bits.
+template <class Half>
+__device__ uint32_t widen_pair(uint32_t pair);
+
+template <>
+__device__ inline uint32_t widen_pair<Fp16>(uint32_t pair) {
+    const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(pair), __NV_E4M3);
+    return raw.x | uint32_t(raw.y) << 16;
+}
+
+// s eeee mmm, moved to where bfloat16 has its sign, exponent and mantissa, is the number times 2^-120: 127 - 7 is the
+// difference of the exponents' biases. That is cheaper than converting by way of float16 and float.
+template <>
+__device__ inline uint32_t widen_pair<Bf16>(uint32_t pair) {
+    const uint32_t high = __byte_perm(pair, 0, 0x1404);  // each byte in the upper half of a word of 16 bits
+    const uint32_t moved = (high & 0x80008000) | ((high & 0x7f007f00) >> 4);
+    uint32_t word;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(moved), "r"(0x7b807b80), "r"(0x80008000));
+    return word;
+}
+
 inline int log2_of(int64_t power) {
     int shift = 0;
     while ((int64_t(1) << shift) < power) ++shift;
