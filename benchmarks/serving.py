@@ -216,10 +216,16 @@ def static_part(device: str) -> dict:
     seconds = [time_engine(engine, longest)]
     written = sum(new for _, new in requests)
     log, per_token = list(engine.log), CacheShape.of(model, 1).bytes_per_token
-    used = [sum(len(p) + new / 2 for p, new in batch) / (len(batch) * FULL_LENGTH) for batch in batches]
+    used = [share_of_reserved(batch) for batch in batches]
     rows = [total_row("static", seconds, written), *decode_rows("static", log, weight_bytes(model), per_token)]
     trace = [[round(s.finished - log[0].started, 4), s.samples, s.tokens, s.live_tokens] for s in log]
     return {"rows": rows, "steps": len(log), "mean_waste": 1 - sum(used) / len(used), "log": trace[::4]}
+
+
+def share_of_reserved(batch: list[tuple[list[int], int]]) -> float:
+    """The share of a batch's reserved slots, over its whole time, that hold a token somebody waits for."""
+    token_steps = sum(len(prompt) * new + new * new / 2 for prompt, new in batch)
+    return token_steps / (len(batch) * FULL_LENGTH * max(new for _, new in batch))
 
 
 def time_engine(engine: Engine, batches: list[list[tuple[list[int], int]]]) -> float:
@@ -357,7 +363,7 @@ def naive_step(model: Decoder, prompts: list[list[int]]) -> Callable[[], None]:
 def record(step: Callable[[], object]) -> dict:
     """The kernels of a window, from a little after its beginning."""
     torch.cuda.synchronize()
-    with profiling.trace() as trace:
+    with profiling.trace(operators=False) as trace:
         begin = time.perf_counter()
         while time.perf_counter() - begin < 2.5 * WINDOW_US / 1e6:
             step()

@@ -13,6 +13,7 @@ from tformer_lib.paged_attention import BlockAllocator
 from tformer_lib.serving import (
     LLM,
     Engine,
+    Inputs,
     Params,
     Scheduler,
     TextStream,
@@ -407,6 +408,29 @@ def test_the_scheduler_alone_needs_no_model():
     assert (row.start, row.count, row.samples) == (0, 4, False)
     (row,) = scheduler.plan()
     assert (row.start, row.count, row.samples) == (4, 2, True)
+
+
+def test_a_step_is_padded_with_rows_that_store_and_see_nothing():
+    engine = Engine(MODEL, blocks=8, block_size=4, seats=3, budget=8)
+    buffer = torch.full((Inputs.bytes_for(4, 4, 10),), 77, dtype=torch.uint8)
+    inputs = Inputs(buffer, 4, 4, 4, 10)
+    inputs.fill([], engine.scheduler.tables, 4)  # as it is when a graph is recorded
+    assert inputs.size <= len(buffer)
+    assert inputs.lengths.tolist() == [0] * 4
+    assert inputs.slots.tolist() == [-1] * 4
+    assert inputs.seats.tolist() == inputs.token_seats.tolist() == [3] * 4
+    engine.add([5, 6, 7], {"max_new_tokens": 2})
+    engine.add([8], {"max_new_tokens": 2})
+    engine.step()
+    rows = engine.scheduler.plan()
+    inputs.fill(rows, engine.scheduler.tables, 4)
+    assert inputs.given.tolist() == [rows[0].request.tokens[3], rows[1].request.tokens[1], 0, 0]
+    assert inputs.positions.tolist() == [3, 1, 0, 0]
+    blocks = [row.request.table.blocks[0] for row in rows]
+    assert inputs.slots.tolist() == [4 * blocks[0] + 3, 4 * blocks[1] + 1, -1, -1]
+    assert inputs.lengths.tolist() == [4, 2, 0, 0]
+    assert inputs.starts.tolist() == [0, 1, 2, 2, 2]
+    assert inputs.tables[:, 0].tolist() == [*blocks, 0, 0]
 
 
 # The command

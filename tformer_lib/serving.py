@@ -424,16 +424,16 @@ class Inputs:
             tables: (seats + 1, max_blocks) int32, by seat; the last seat is nobody's.
             block_size: tokens in a block.
         """
-        counts = np.array([row.count for row in rows])
-        first = np.array([row.start for row in rows])
-        seats = np.array([row.request.seat for row in rows])
+        counts = np.array([row.count for row in rows], dtype=np.int64)
+        first = np.array([row.start for row in rows], dtype=np.int64)
+        seats = np.array([row.request.seat for row in rows], dtype=np.int64)
         starts = np.concatenate(([0], counts.cumsum()))  # (rows + 1,)
         row_of = np.repeat(np.arange(len(rows)), counts)  # (tokens,)
         positions = np.arange(starts[-1]) - starts[row_of] + first[row_of]
         blocks = tables[seats[row_of], positions // block_size].astype(np.int64)
-        samples = np.array([row.samples for row in rows])
+        samples = np.array([row.samples for row in rows], dtype=bool)
         nobody = len(tables) - 1
-        put(self.given, np.array(known_tokens(rows)), 0)
+        put(self.given, np.array(known_tokens(rows), dtype=np.int64), 0)
         put(self.token_seats, seats[row_of], nobody)
         put(self.positions, positions, 0)
         put(self.slots, blocks * block_size + positions % block_size, -1)
@@ -557,18 +557,22 @@ class Runner:
 
     @torch.no_grad()
     def capture(self, sizes: Sequence[int]) -> None:
-        """Record a step of one token a row in a CUDA graph, for each of these numbers of rows."""
+        """Record a step of one token a row in a CUDA graph, for each of these numbers of rows.
+
+        Each is run once before, on the stream that records: kernels keep scratch memory by stream, and what is made
+        while recording would be filled only by a replay.
+        """
+        stream, pool = torch.cuda.Stream(), None
         for size in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
             inputs = self._upload([], np.zeros((1, self.max_blocks), np.int32), size, size, size)
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
                 self._forward(inputs)
-            torch.cuda.current_stream().wait_stream(side)
-            graph, pool = torch.cuda.CUDAGraph(), next((g.pool() for g, _ in self.graphs.values()), None)
-            with torch.cuda.graph(graph, pool=pool):
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
                 logits = self._forward(inputs)
-            self.graphs[size] = (graph, logits)
+            self.graphs[size], pool = (graph, logits), graph.pool()
         self.graphs = dict(sorted(self.graphs.items()))
 
     # choosing tokens
