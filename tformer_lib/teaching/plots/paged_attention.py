@@ -10,7 +10,7 @@ from torch import Tensor
 from tformer_lib.paged_attention import BlockTable
 from tformer_lib.teaching import style
 
-KINDS = ("keys and values", "reserved, used later", "reserved, never used", "free, but no gap fits")
+KINDS = ("keys and values", "reserved, used later", "reserved, never used", "free")
 COLOURS = (style.BLUE, style.SKY, "#F3C98B", "#FFFFFF")
 HATCHES = ("", "//", "xx", "")
 
@@ -21,7 +21,7 @@ def shares(found: dict[str, Sequence[float]]) -> None:
     Args:
         found: name -> four shares that add up to 1, in the order of KINDS.
     """
-    _, ax = style.figure(height=0.55 * len(found) + 1.5)
+    _, ax = style.figure(height=0.5 * len(found) + 1.35)
     left = torch.zeros(len(found))
     for kind, colour, hatch, values in zip(KINDS, COLOURS, HATCHES, zip(*found.values(), strict=True), strict=True):
         widths = 100 * torch.tensor(values)
@@ -30,15 +30,13 @@ def shares(found: dict[str, Sequence[float]]) -> None:
             bar.set_linewidth(0.6)
         left += widths
     for row, values in enumerate(found.values()):
-        dark = values[0] > 0.25
-        ax.text(
-            1, row, f"{100 * values[0]:.0f} %", va="center", color="white" if dark else style.INK, fontweight="bold"
-        )
+        colour = "white" if values[0] > 0.1 else style.INK
+        ax.text(1, row, f"{100 * values[0]:.0f} %", va="center", color=colour, fontweight="bold")
     ax.set_yticks(range(len(found)), found)
     ax.invert_yaxis()
     ax.grid(False, axis="y")
     ax.set(xlabel="share of the slots, in percent", xlim=(0, 100))
-    ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.22 - 0.55 / len(found)))
+    ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.4, -0.1 - 0.45 / len(found)))
     style.show()
 
 
@@ -57,9 +55,8 @@ def maps(memories: dict[str, Tensor], *, columns: int = 64) -> None:
         ax.grid(False)
         ax.spines[:].set_visible(True)
         ax.set_title(name, fontsize=10)
-    patches = [
-        Patch(facecolor=c, edgecolor=style.INK, linewidth=0.6, label=k) for k, c in zip(KINDS, COLOURS, strict=True)
-    ]
+    looks = zip(KINDS, COLOURS, strict=True)
+    patches = [Patch(facecolor=colour, edgecolor=style.INK, linewidth=0.6, label=kind) for kind, colour in looks]
     axes[0, 0].figure.legend(handles=patches, ncols=2, loc="outside lower center")
     style.show()
 
@@ -77,21 +74,21 @@ def page_table(tables: dict[str, BlockTable], texts: dict[str, Sequence[str]], b
     words: list[str] = [""] * (blocks * size)
     owner: list[int | None] = [None] * blocks
     for line, (name, table) in enumerate(tables.items()):
-        top.text(-0.4, -line + 0.5, name, fontweight="bold", va="center", ha="right")
+        top.text(-0.4, -1.45 * line + 0.5, name, fontweight="bold", va="center", ha="right")
         for place, block in enumerate(table.blocks):
             owner[block] = line
             start = place * (size + 0.6)
             part = list(texts[name][place * size : (place + 1) * size])
             words[block * size : block * size + len(part)] = part
-            draw_block(top, start, -line, part, size, line)
-            top.text(start + size / 2, -line + 0.97, f"→ block {block}", ha="center", va="bottom", fontsize=8.5)
+            draw_block(top, start, -1.45 * line, part, size, line)
+            top.text(start + size / 2, -1.45 * line + 0.97, f"→ block {block}", ha="center", va="bottom", fontsize=8.5)
     for block in range(blocks):
         column, row = block % 4, block // 4
         held = words[block * size : (block + 1) * size] if owner[block] is not None else []
         draw_block(bottom, column * (size + 0.6), -1.4 * row, [w for w in held if w], size, owner[block])
         bottom.text(column * (size + 0.6), -1.4 * row + 1.02, f"block {block}", va="bottom", fontsize=8.5)
     width = 4 * (size + 0.6)
-    top.set(title="What the sequences see", xlim=(-1.2, width), ylim=(-len(tables) + 0.8, 1.5))
+    top.set(title="What the sequences see", xlim=(-1.2, width), ylim=(-1.45 * (len(tables) - 1) - 0.1, 1.5))
     bottom.set(title="What the pool holds", xlim=(-1.2, width), ylim=(-1.4 * ((blocks - 1) // 4) - 0.1, 1.5))
     for ax in (top, bottom):
         ax.axis("off")
@@ -115,10 +112,9 @@ def draw_block(ax, x: float, y: float, words: Sequence[str], size: int, owner: i
 
 def block_sizes(sizes: Sequence[int], waste: Sequence[float], formula: Sequence[float], entries: Sequence[int]) -> None:
     """The two sides of a block size: slots wasted, and how long the tables are."""
+    shown = {"simulated": waste, "(B − 1) / 2 per sequence": formula}
     _, (left, right) = style.figure(1, 2, height=3.2)
-    style.lines(
-        left, sizes, {"simulated": [100 * w for w in waste], "(B − 1) / 2 per sequence": [100 * w for w in formula]}
-    )
+    style.lines(left, sizes, {name: [100 * share for share in shares] for name, shares in shown.items()})
     left.set(xscale="log", xlabel="tokens in a block, B", ylabel="percent of held slots", ylim=(0, None))
     left.set_title("Slots held and empty")
     style.lines(right, sizes, {"entries": entries})
@@ -135,26 +131,40 @@ def prefix_saving(names: Sequence[str], computed: Sequence[int], blocks: Sequenc
     _, axes = style.figure(1, 2, height=2.4)
     for ax, values, label in zip(axes, (computed, blocks), ("prompt tokens computed", "blocks held"), strict=True):
         bars = ax.barh(range(len(names)), values, color=[style.VERMILION, style.BLUE], hatch=None)
-        ax.bar_label(bars, padding=3)
+        ax.bar_label(bars, padding=3, fmt="{:,.0f}")
         ax.set_yticks(range(len(names)), names)
+        ax.set_xticks([])
         ax.invert_yaxis()
-        ax.set(title=label, xlim=(0, 1.2 * max(values)))
+        ax.set(title=label, xlim=(0, 1.25 * max(values)))
         ax.grid(False, axis="y")
     axes[1].set_yticklabels([])
     style.show()
 
 
-def decode_step(
-    batches: Sequence[int], weights: Sequence[float], keys: Sequence[float], compute: Sequence[float]
-) -> None:
-    """Lower bounds of a decode step over the batch, in milliseconds: read the weights, read keys and values, compute."""
+def decode_step(batches: Sequence[int], bounds: dict[str, Sequence[float]]) -> None:
+    """Lower bounds of a decode step over the batch, {what must be done: milliseconds}."""
     _, ax = style.figure(height=3.4)
-    lines = {"read the weights": weights, "read keys and values": keys, "compute everything": compute}
-    style.lines(ax, batches, lines)
+    style.lines(ax, batches, bounds)
     ax.set(xscale="log", yscale="log", xlabel="sequences in the batch", ylabel="milliseconds, at least")
     ax.set_title("A decode step is bound by what it reads")
     ax.set_xticks(batches, [str(b) for b in batches])
     ax.minorticks_off()
+    style.show()
+
+
+def decode_times(
+    contexts: Sequence[int], times: dict[str, Sequence[float]], sizes: Sequence[int], by_size: Sequence[float]
+) -> None:
+    """Microseconds of a decode step over the context, {name: times}; and of the last over the block size."""
+    _, (left, right) = style.figure(1, 2, height=3.6, width_ratios=(1.5, 1))
+    style.lines(left, contexts, times)
+    left.set(xscale="log", yscale="log", xlabel="tokens per row", ylabel="microseconds")
+    left.set_title("A decode step, 8 rows")
+    left.set_xticks(contexts, [str(n) for n in contexts])
+    right.bar([str(size) for size in sizes], by_size, color=style.GREEN)
+    right.set(xlabel="tokens in a block", ylabel="microseconds")
+    right.set_title(f"The twin at {contexts[-1]:,} tokens")
+    left.minorticks_off()
     style.show()
 
 

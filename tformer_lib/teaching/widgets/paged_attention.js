@@ -1,4 +1,4 @@
-// The block-table animator. data: {block_size, stories: {name: [{said, tables: {name: {blocks, length}}, pool: [{holders, state, words, fresh, known}, ...]}, ...]}}
+// The block-table animator. data: {block_size, stories: {name: [{said, tables: {name: {blocks, length}}, pool: [{holders, state, words, live, fresh}, ...]}, ...]}}
 
 function draw(root, data, kit) {
   const names = Object.keys(data.stories);
@@ -18,7 +18,7 @@ function draw(root, data, kit) {
   root.append(kit.controls(kit.select({ label: "Story", options: names, value: name, change: choose })), steps, said, picture);
 }
 
-const WIDE = 396;
+const WIDE = 352;
 
 // A colour of its own for each sequence; a block of several holders has the colour of none of them.
 function colourOf(holders, kit) {
@@ -43,11 +43,11 @@ function drawTables({ tables }, size, kit) {
     kit.svg("text", { x: 0, y: 14, "font-size": 12.5 }, title), rows);
 }
 
-// The pool, two blocks to a line. Fresh words are framed; stale words are struck out; cached blocks are dashed.
+// The pool, two blocks to a line. Fresh words are framed; stale words are struck out, also behind the last word of a held block; cached blocks are dashed.
 function drawPool({ pool }, size, kit) {
-  const [width, height] = [46, 58];
+  const [width, height] = [42, 58];
   const blocks = pool.map((block, i) => {
-    const x = (i % 2) * (size * width + 16);
+    const x = (i % 2) * (size * width + 14);
     const y = 22 + Math.floor(i / 2) * (height + 12);
     const colour = colourOf(block.holders, kit);
     const title = `${i}: ${block.holders.length ? `held by ${block.holders.join(" and ")}` : block.state}`;
@@ -64,14 +64,14 @@ function drawPool({ pool }, size, kit) {
 }
 
 function slot(word, block, offset, x, y, width, height, colour, kit) {
-  const live = block.state !== "empty" && word !== null;
+  const live = block.live[offset];
   const fill = block.fresh[offset] ? kit.shade(0.45, colour) : live ? kit.shade(0.16, colour) : "none";
   return kit.svg("g", {},
     kit.svg("rect", { x: x + 2, y: y + 1, width: width - 4, height: height - 2, style: `fill:${fill};stroke:${block.fresh[offset] ? colour : "none"}` }),
     word === null ? null : kit.svg("text", {
       x: x + width / 2, y: y + height / 2 + 4, "text-anchor": "middle", "font-size": word.length > 5 ? 10.5 : 12.5,
-      "font-weight": block.fresh[offset] ? 700 : false, "text-decoration": block.state === "empty" ? "line-through" : false,
-      opacity: block.state === "empty" ? 0.75 : false,
+      "font-weight": block.fresh[offset] ? 700 : false, "text-decoration": live ? false : "line-through",
+      opacity: live ? false : 0.75,
     }, word),
   );
 }

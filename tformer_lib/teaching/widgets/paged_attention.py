@@ -69,6 +69,13 @@ class Stage:
             table.publish(self.texts[name])
         table.free()
 
+    def live(self, block: int) -> list[bool]:
+        """Which slots of a block somebody may still read: those that a holder has filled, or all of a cached block."""
+        if self.allocator.prefix_of[block] is not None:
+            return [True] * BLOCK_SIZE
+        ends = [t.length - BLOCK_SIZE * t.blocks.index(block) for t in self.tables.values() if block in t.blocks]
+        return [offset < max(ends, default=0) for offset in range(BLOCK_SIZE)]
+
     def show(self, sentence: str) -> None:
         """Record what is there now, and what the audience is told about it."""
         a = self.allocator
@@ -79,7 +86,7 @@ class Stage:
                 "state": "held" if holders[block] else "cached" if a.prefix_of[block] else "empty",
                 "words": self.words[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE],
                 "fresh": [block * BLOCK_SIZE + offset in self.fresh for offset in range(BLOCK_SIZE)],
-                "known": a.prefix_of[block] is not None,
+                "live": self.live(block),
             }
             for block in range(a.blocks)
         ]
@@ -157,9 +164,7 @@ def prefix_and_eviction(stage: Stage) -> None:
     stage.show("B ends. It gives its blocks back from the end, so that the head of the prompt is evicted last.")
     stage.start("C")
     stage.append("C", "A long text that has nothing in common with what came before it here and never ends")
-    stage.show(
-        "C takes the empty blocks, then evicts the cached one that was freed first: the tail of the prompt."
-    )
+    stage.show("C takes the empty blocks, then evicts the cached one that was freed first: the tail of the prompt.")
     table = stage.start("D")
     prompt = f"{system} : Hoo".split()
     reused = table.reuse(prompt)
