@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -229,17 +230,22 @@ def note_errors(report: Report) -> None:
             report.note(**{f"error, d {d}{', causal' if causal else ''}: {name}": error})
 
 
-def note_builds(report: Report) -> None:
-    """Seconds of a cold build of each step, one after the other in an empty cache, and of a load in a new process."""
-    load = "import time, torch; from tformer_lib import jit; torch.cuda.init()\nfor step in {}:\n    t = time.time(); "
-    load += "jit.load('flash_attention', step); print(step, time.time() - t)"
+def load_twice() -> dict[str, float]:
+    """Seconds to build every step in an empty cache, one after the other, and to load them again in a new process.
+
+    Meant to run beside the measurements: device events do not feel a compiler on the host.
+    """
+    code = "import time, torch; from tformer_lib import jit; torch.cuda.init()\n"
+    code += f"for step in {BUILDS}: t = time.time(); jit.load('{flash.TOPIC}', step); print(round(time.time() - t, 3))"
+    facts = {}
     with tempfile.TemporaryDirectory() as folder:
-        for what, steps in (("build seconds", BUILDS), ("second load seconds", BUILDS)):
-            words, environ = [sys.executable, "-c", load.format(steps)], os.environ | {"TORCH_EXTENSIONS_DIR": folder}
+        environ = os.environ | {"TORCH_EXTENSIONS_DIR": folder}
+        for what in ("build seconds", "second load seconds"):
+            words = [sys.executable, "-c", code]
             done = subprocess.run(words, capture_output=True, text=True, check=True, env=environ)
-            for line in done.stdout.splitlines():
-                step, seconds = line.split()
-                report.note(**{f"{what}, step {step}": round(float(seconds), 3)})
+            seconds = map(float, done.stdout.split())
+            facts |= {f"{what}, step {step}": x for step, x in zip(BUILDS, seconds, strict=True)}
+    return facts
 
 
 def note_resources(report: Report) -> None:
@@ -260,20 +266,22 @@ def note_resources(report: Report) -> None:
 
 def run_gpu(report: Report, ablations: bool) -> None:
     """Everything that a Hopper GPU can show."""
-    limit = matmul_rate("cuda", torch.bfloat16)
-    report.note(matmul_bfloat16_tflops=limit / 1e12)
-    time_forward(report, limit)
-    report.finish()  # what there is so far, should the rest be cut short
-    time_backward(report, limit)
-    time_packed(report, limit)
-    report.finish()
-    note_errors(report)
-    note_builds(report)
-    note_resources(report)
-    report.finish()
-    time_float32(report)
-    if ablations:
-        time_ablations(report, limit)
+    with ThreadPoolExecutor(1) as pool:
+        builds = pool.submit(load_twice)
+        limit = matmul_rate("cuda", torch.bfloat16)
+        report.note(matmul_bfloat16_tflops=limit / 1e12)
+        time_forward(report, limit)
+        report.finish()  # what there is so far, should the rest be cut short
+        time_backward(report, limit)
+        time_packed(report, limit)
+        report.finish()
+        note_errors(report)
+        note_resources(report)
+        time_float32(report)
+        report.finish()
+        if ablations:
+            time_ablations(report, limit)
+        report.note(**builds.result())
 
 
 # --- CPU -----------------------------------------------------------------------------------------------------------

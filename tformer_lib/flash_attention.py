@@ -98,7 +98,7 @@ def flash_attention(
     whose columns are not adjacent or whose rows are not 16-byte aligned is copied first.
     """
     check_inputs(q, k, v, mask)
-    check_options(q, v, window, step)
+    check_options(q, v, window)
     out, lse = torch.ops.tformer_lab.flash_attention(
         q,
         k,
@@ -111,7 +111,7 @@ def flash_attention(
         bool(causal or window),
         window or 0,
         float(q.shape[-1] ** -0.5 if scale is None else scale),
-        "auto" if step is None else str(step),
+        step_name(step),
         is_deterministic(deterministic),
     )
     return (out, lse) if return_lse else out
@@ -149,7 +149,7 @@ def flash_attention_varlen(
     check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     q4, k4, v4 = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (total, heads, d) -> (1, heads, total, d)
     check_inputs(q4, k4, v4)
-    check_options(q4, v4, window, step)
+    check_options(q4, v4, window)
     out, lse = torch.ops.tformer_lab.flash_attention(
         q4,
         k4,
@@ -162,21 +162,29 @@ def flash_attention_varlen(
         bool(causal or window),
         window or 0,
         float(q.shape[-1] ** -0.5 if scale is None else scale),
-        "auto" if step is None else str(step),
+        step_name(step),
         is_deterministic(deterministic),
     )
     out, lse = out[0].transpose(0, 1), lse[0]  # (total_q, heads, d), (heads, total_q)
     return (out, lse) if return_lse else out
 
 
-def check_options(q: Tensor, v: Tensor, window: int | None, step: int | str | None) -> None:
+def check_options(q: Tensor, v: Tensor, window: int | None) -> None:
     """Refuse what no step can do."""
     if v.shape[-1] != q.shape[-1]:
         raise ValueError(f"v must have q's head_dim {q.shape[-1]}, got {v.shape[-1]}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (the query itself), got {window}")
-    if step is not None and str(step) not in STEPS:
-        raise ValueError(f"step must be one of {', '.join(STEPS)}, got {step!r}")
+
+
+def step_name(step: int | str | None) -> str:
+    """The name of a step in STEPS, or "auto"; by comparisons, since torch.compile may trace ``step`` as a symbol."""
+    if step is None:
+        return "auto"
+    for name in STEPS:
+        if step == (name if isinstance(step, str) or not name.isdigit() else int(name)):
+            return name
+    raise ValueError(f"step must be one of {', '.join(STEPS)}, got {step!r}")
 
 
 def check_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:

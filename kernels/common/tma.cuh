@@ -85,13 +85,15 @@ __device__ inline void load_box(void* target, const CUtensorMap* map, uint64_t* 
         : "memory");
 }
 
-// One thread asks for `bytes` neighbouring bytes, a multiple of 16 and aligned to 16.
-__device__ inline void load_line(void* target, const void* source, uint64_t* barrier, int bytes) {
+// One thread asks for one line of a map of lines. (cp.async.bulk with a plain address does the same, but racecheck takes its
+// write for that thread's own, which no barrier orders.)
+__device__ inline void load_line(void* target, const CUtensorMap* map, uint64_t* barrier, int line) {
     const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(target));
     const uint32_t on = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(source), "r"(bytes), "r"(on)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+        "l"(map), "r"(on), "r"(0), "r"(line)
+        : "memory");
 }
 
 // What this thread has stored to shared memory may be read by wgmma and TMA, once a barrier has been passed.
@@ -115,6 +117,9 @@ __device__ inline void add_global(float* target, const float (&x)[4]) {
                  : "memory");
 }
 
+constexpr char NO_ENCODER[] = "the driver is too old for TMA: cuTensorMapEncodeTiled is not there";
+constexpr char REFUSED_MAP[] = "the driver refused a tensor map: a stride or an address does not suit TMA";
+
 // The driver's function that makes a map, found at run time so that nothing links with the driver's library.
 inline auto find_encoder() {
     using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -129,7 +134,7 @@ inline auto find_encoder() {
 inline const char* make_map(CUtensorMap* map, bool is_bf16, void* data, const int64_t (&sizes)[4],
                             const int64_t (&strides)[3], int box_rows) {
     static const auto encode = find_encoder();
-    if (encode == nullptr) return "the driver is too old for TMA: cuTensorMapEncodeTiled is not there";
+    if (encode == nullptr) return NO_ENCODER;
     const auto [batch, heads, rows, columns] = sizes;
     const cuuint64_t extents[] = {cuuint64_t(columns), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(batch)};
     cuuint64_t bytes[3];
@@ -140,5 +145,17 @@ inline const char* make_map(CUtensorMap* map, bool is_bf16, void* data, const in
     const CUresult result = encode(map, type, 4, data, extents, bytes, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
                                    CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? nullptr : "the driver refused a tensor map: a stride or an address does not suit TMA";
+    return result == CUDA_SUCCESS ? nullptr : REFUSED_MAP;
+}
+
+// A map of `lines` lines of `length` floats each, at most 256, one after another.
+inline const char* make_line_map(CUtensorMap* map, float* data, int64_t lines, int length) {
+    static const auto encode = find_encoder();
+    if (encode == nullptr) return NO_ENCODER;
+    const cuuint64_t extents[] = {cuuint64_t(length), cuuint64_t(lines)}, bytes[] = {cuuint64_t(length) * sizeof(float)};
+    const cuuint32_t box[] = {cuuint32_t(length), 1}, every[] = {1, 1};
+    const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 2, data, extents, bytes, box, every,
+                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? nullptr : REFUSED_MAP;
 }

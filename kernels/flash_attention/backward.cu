@@ -11,7 +11,8 @@
 //
 // Blocks of other keys add to the same dQ. It is summed in float32 in global memory, in the order of the fragments, so that
 // a lane adds 16 bytes at once and a warp 512 in a row; `round_dq` brings it into rows at the end. With `turn`, the blocks
-// add in the order of their keys, and every run gives the same bits. Packed sequences are one long row to TMA: rows of a
+// add in the order of their keys, and every run gives the same bits; then blocks of different heads are neighbours, so that
+// few blocks of one head wait for one another. Packed sequences are one long row to TMA: rows of a
 // tile that are behind a sequence's end are zeroed in shared memory before they are used.
 //
 // Ledger (H200, bfloat16, 16,384 tokens, figures in benchmarks/results/nvidia-h200/flash_attention.json)
@@ -43,6 +44,7 @@ constexpr int DS_READY = 1, CLEARED = 4;  // hardware barriers; turns take 2 and
 // dK and dV take D registers of a consumer, S and dP 64 to 128 more: a narrow D leaves room for twice the queries.
 template <int D_>
 struct Shape {
+    static constexpr bool PACKED = false;
     static constexpr int D = D_, ROWS = D == 64 ? 128 : 64;
     // Whether dP has registers of its own while S becomes P.
     static constexpr bool EARLY_DP = ROWS == 64;
@@ -55,8 +57,14 @@ struct Shape {
 
 // --- the main kernel -------------------------------------------------------------------------------------------------
 
+// Packed sequences: rows behind a sequence's end are the next one's. Only what differs is compiled.
+template <class Shape>
+struct Packed : Shape {
+    static constexpr bool PACKED = true;
+};
+
 struct Maps {
-    CUtensorMap q, k, v, dout;
+    CUtensorMap q, k, v, dout, statistics;
 };
 
 struct Barriers {
@@ -78,7 +86,8 @@ struct Block {
 
 template <class Sh>
 __device__ Block block_of(const Arguments& a) {
-    const Work work = work_of(blockIdx.x, a.kv_heads, int((a.keys + KEYS - 1) / KEYS), false);
+    const Work work = a.turn == nullptr ? work_of(blockIdx.x, a.kv_heads, int((a.keys + KEYS - 1) / KEYS), false)
+                                        : work_across_heads(blockIdx.x, a.batch, a.kv_heads);
     const Sequence sequence = sequence_of(a, work.b);
     const Sight sight = sight_of(a, sequence);
     const int key = work.tile * KEYS, last_key = min(key + KEYS, sequence.S) - 1;
@@ -108,8 +117,8 @@ __device__ void produce(const Maps& maps, const Arguments& a, const Block& block
             arrive_and_expect(&barriers.q_full[s], Sh::ROW_TILE_BYTES + Sh::STATISTICS * 4);
             load_tile<Sh, Sh::ROWS>(buffers.Q + s * Sh::ROW_TILE_BYTES, &maps.q, &barriers.q_full[s], row, head, batch);
             load_line(buffers.statistics + s * Sh::STATISTICS,
-                      a.delta + tile_index<Sh>(a, block.sequence, block.b, head, tile) * Sh::STATISTICS,
-                      &barriers.q_full[s], Sh::STATISTICS * 4);
+                      &maps.statistics, &barriers.q_full[s],
+                      int(tile_index<Sh>(a, block.sequence, block.b, head, tile)));
             wait(&barriers.dout_empty[s], ring.parity ^ 1);
             arrive_and_expect(&barriers.dout_full[s], Sh::ROW_TILE_BYTES);
             load_tile<Sh, Sh::ROWS>(buffers.dO + s * Sh::ROW_TILE_BYTES, &maps.dout, &barriers.dout_full[s], row, head,
@@ -239,9 +248,8 @@ struct Consumer {
         float dK[Sh::D / 8][4] = {}, dV[Sh::D / 8][4] = {};
         Ring<STAGES> ring;
         const int64_t heads = a.heads / a.kv_heads;
-        const bool packed = a.cu_seqlens_q != nullptr;
         wait(&barriers.kv_full, 0);
-        if (packed && block.key + KEYS > block.sight.S)
+        if (Sh::PACKED && block.key + KEYS > block.sight.S)
             clear_neighbours(buffers.K, buffers.V, KEYS, block.sight.S - block.key);
         for (int64_t head = block.kv * heads; head < (block.kv + 1) * heads; ++head)
             for (int tile = block.first_tile; tile < block.last_tile; ++tile, ring.next()) {
@@ -254,7 +262,7 @@ struct Consumer {
                 uint32_t P[Sh::ROWS / 16][4];
 
                 wait(&barriers.q_full[s], ring.parity);
-                if (packed && top + Sh::ROWS > block.sight.T) {
+                if (Sh::PACKED && top + Sh::ROWS > block.sight.T) {
                     wait(&barriers.dout_full[s], ring.parity);
                     clear_neighbours(buffers.Q + s * Sh::ROW_TILE_BYTES, buffers.dO + s * Sh::ROW_TILE_BYTES, Sh::ROWS,
                                      block.sight.T - top);
@@ -375,14 +383,15 @@ __global__ void __launch_bounds__(WARPGROUP) round_dq_kernel(const __grid_consta
 template <class Sh>
 const char* make_maps(Maps& maps, const Arguments& a) {
     const bool is_bf16 = a.dtype == BFLOAT16;
-    const int64_t batch = a.cu_seqlens_q != nullptr ? 1 : a.batch;
+    const int64_t batch = Sh::PACKED ? 1 : a.batch;
     const auto make = [&](CUtensorMap& map, const Matrix& x, int64_t heads, int64_t rows, int box_rows) {
         return make_map(&map, is_bf16, x.data, {batch, heads, rows, a.head_dim}, {x.batch, x.head, x.row}, box_rows);
     };
     if (const char* error = make(maps.q, a.q, a.heads, a.total_q, Sh::ROWS)) return error;
     if (const char* error = make(maps.dout, a.dout, a.heads, a.total_q, Sh::ROWS)) return error;
     if (const char* error = make(maps.k, a.k, a.kv_heads, a.total_k, KEYS)) return error;
-    return make(maps.v, a.v, a.kv_heads, a.total_k, KEYS);
+    if (const char* error = make(maps.v, a.v, a.kv_heads, a.total_k, KEYS)) return error;
+    return make_line_map(&maps.statistics, a.delta, a.heads * tiles_in_all<Sh>(a), Sh::STATISTICS);
 }
 
 template <class Half, class Sh>
@@ -397,13 +406,18 @@ const char* run_backward(const Arguments& a, void* stream) {
     return launch(round_dq_kernel<Half, Sh>, row_tiles * GROUPS, WARPGROUP, 0, stream, a);
 }
 
+template <class Half, class Run>
+const char* with_shape(const Arguments& a, const Run& run) {
+    const auto run_with = [&]<class Sh>(Sh) {
+        return a.cu_seqlens_q != nullptr ? run.template operator()<Half, Packed<Sh>>() : run.template operator()<Half, Sh>();
+    };
+    if (a.head_dim > 128) return "the gradients of a head_dim over 128 do not fit the registers of this kernel";
+    return a.head_dim <= 64 ? run_with(Shape<64>{}) : run_with(Shape<128>{});
+}
+
 template <class Run>
 const char* with_types(const Arguments& a, const Run& run) {
-    const bool is_bf16 = a.dtype == BFLOAT16;
-    if (a.head_dim > 128) return "the gradients of a head_dim over 128 do not fit the registers of this kernel";
-    if (a.head_dim <= 64)
-        return is_bf16 ? run.template operator()<Bf16, Shape<64>>() : run.template operator()<Fp16, Shape<64>>();
-    return is_bf16 ? run.template operator()<Bf16, Shape<128>>() : run.template operator()<Fp16, Shape<128>>();
+    return a.dtype == BFLOAT16 ? with_shape<Bf16>(a, run) : with_shape<Fp16>(a, run);
 }
 
 }  // namespace

@@ -244,7 +244,9 @@ struct Block {
 template <class Half, class Sh>
 __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) backward_kernel(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) uint8_t shared[];
-    const Work work = work_of(blockIdx.x, a.kv_heads, int((a.keys + Sh::KEYS - 1) / Sh::KEYS), false);
+    const Work work = a.turn == nullptr
+                          ? work_of(blockIdx.x, a.kv_heads, int((a.keys + Sh::KEYS - 1) / Sh::KEYS), false)
+                          : work_across_heads(blockIdx.x, a.batch, a.kv_heads);  // few of a head wait for one another
     const Sequence sequence = sequence_of(a, work.b);
     const int key = work.tile * Sh::KEYS;
     if (key < sequence.S) Block<Half, Sh>{a, sequence, sight_of(a, sequence), work.b, work.h, key, shared}.run();

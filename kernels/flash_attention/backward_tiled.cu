@@ -38,24 +38,28 @@ __device__ void load_tile(float* tile, const float* source, int64_t stride, int 
 
 __device__ float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 
-__device__ float dot(float4 a, float4 b, float sum) {
-    return fmaf(a.x, b.x, fmaf(a.y, b.y, fmaf(a.z, b.z, fmaf(a.w, b.w, sum))));
-}
-
 __device__ float4 multiply_add(float p, float4 v, float4 sum) {
     return {fmaf(p, v.x, sum.x), fmaf(p, v.y, sum.y), fmaf(p, v.z, sum.z), fmaf(p, v.w, sum.w)};
 }
 
-// C[i][j] = A[y + 16 i] . B[x + 16 j]
+__device__ float4 multiply_add(float4 a, float4 b, float4 sum) {
+    return {fmaf(a.x, b.x, sum.x), fmaf(a.y, b.y, sum.y), fmaf(a.z, b.z, sum.z), fmaf(a.w, b.w, sum.w)};
+}
+
+// C[i][j] = A[y + 16 i] . B[x + 16 j], in four sums, which round less than one.
 template <class Sh>
 __device__ void multiply_scores(float (&C)[Sh::PER][Sh::PER], const float* A, const float* B) {
     const int x = threadIdx.x % X, y = threadIdx.x / X;
+    float4 sums[Sh::PER][Sh::PER] = {};
 #pragma unroll 4
     for (int column = 0; column < Sh::D; column += VECTOR)
         for (int i = 0; i < Sh::PER; ++i) {
             const float4 a = load4(A + (y + i * X) * Sh::STRIDE + column);
-            for (int j = 0; j < Sh::PER; ++j) C[i][j] = dot(a, load4(B + (x + j * X) * Sh::STRIDE + column), C[i][j]);
+            for (int j = 0; j < Sh::PER; ++j)
+                sums[i][j] = multiply_add(a, load4(B + (x + j * X) * Sh::STRIDE + column), sums[i][j]);
         }
+    for (int i = 0; i < Sh::PER; ++i)
+        for (int j = 0; j < Sh::PER; ++j) C[i][j] = sums[i][j].x + sums[i][j].y + (sums[i][j].z + sums[i][j].w);
 }
 
 // C[i], the columns 4 x .. 4 x + 3 and again every 64, += A[y + 16 i] B
@@ -119,7 +123,7 @@ __global__ void __launch_bounds__(THREADS, 2) backward_kernel(const __grid_const
             load(Y0, OWNS_KEYS ? a.q : a.k, passing, OWNS_KEYS ? s.q_begin : s.k_begin, other, OWNS_KEYS ? s.T : s.S);
             load(Y1, OWNS_KEYS ? a.dout : a.v, passing, OWNS_KEYS ? s.q_begin : s.k_begin, other, OWNS_KEYS ? s.T : s.S);
             __syncthreads();
-            float S[Sh::PER][Sh::PER] = {}, dP[Sh::PER][Sh::PER] = {};
+            float S[Sh::PER][Sh::PER], dP[Sh::PER][Sh::PER];
             multiply_scores<Sh>(S, X0, Y0);
             multiply_scores<Sh>(dP, X1, Y1);
             const int top = OWNS_KEYS ? other : own;

@@ -67,4 +67,10 @@ __device__ inline Work work_of(int64_t index, int64_t heads, int tiles, bool lon
     return {bh / heads, bh % heads, longest_first ? tiles - 1 - tile : tile};
 }
 
+// The same with the heads as neighbours: block after block, every head gets its tile 0, then its tile 1, ...
+__device__ inline Work work_across_heads(int64_t index, int64_t batch, int64_t heads) {
+    const int64_t bh = index % (batch * heads);
+    return {bh / heads, bh % heads, int(index / (batch * heads))};
+}
+
 }  // namespace flash
