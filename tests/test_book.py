@@ -130,6 +130,32 @@ def test_front_page_asks_the_question_of_every_chapter():
     assert all(f"notebooks/{f.stem}.ipynb" in listed for f in NOTEBOOKS if f"notebooks/{f.stem}\n" in contents)
 
 
+def test_every_part_of_the_course_begins_with_a_page_that_lists_its_chapters():
+    tables = script(BOOK / "_ext" / "tables.py")
+    for part in yaml.safe_load((ROOT / "_toc.yml").read_text())["parts"]:
+        files = [chapter["file"] for chapter in part["chapters"]]
+        chapters = [file for file in files if file.startswith("notebooks/")]
+        if chapters:
+            assert files[0].startswith("parts/"), f"the part {part['caption']!r} has no introduction"
+            assert "{{ part }}" in (BOOK / f"{files[0]}.md").read_text(encoding="utf-8")
+            listed = tables.part(ROOT, files[0])
+            assert re.findall(r"notebooks/[\w-]+", listed) == chapters
+            assert len(re.findall(r"\| \d+ \|$", listed, flags=re.MULTILINE)) == len(chapters), (
+                "a chapter names no time"
+            )
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.stem)
+def test_chapter_begins_with_what_it_teaches_the_time_and_what_it_needs(notebook):
+    first = "".join(json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"])
+    box = re.search(
+        r"^:::\{admonition\} What you will be able to do\n:class: tip\n(.*?)^:::$", first + "\n", re.DOTALL | re.M
+    )
+    assert box, "the box 'What you will be able to do' is missing"
+    assert len(re.findall(r"^- ", box[1], flags=re.MULTILINE)) >= 3
+    assert re.search(r"^\*\*Time:\*\* .*minutes.*\*\*You need:\*\* \S", box[1], re.MULTILINE)
+
+
 def test_status_page_says_what_made_the_outputs():
     record = json.loads((BOOK / "status.json").read_text())
     assert {"Processor", "System", "Python", "torch", "matplotlib"} <= set(record)
@@ -144,7 +170,7 @@ def test_status_page_lists_every_recorded_measurement():
             assert f"| {file.stem} |" in listed
 
 
-@pytest.mark.parametrize("page", sorted(BOOK.glob("*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", sorted([*BOOK.glob("*.md"), *BOOK.glob("parts/*.md")]), ids=lambda page: page.stem)
 def test_page_has_one_title(page):
     text = re.sub(r"^(`{3,}).*?^\1", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     assert len(re.findall(r"^# ", text, flags=re.MULTILINE)) == 1

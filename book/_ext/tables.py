@@ -1,11 +1,13 @@
 """Fill tables of the book when it is built, from what is in the project.
 
-``{{ chapters }}`` on the front page becomes the list of the chapters in ``_toc.yml``. On the status page
+``{{ chapters }}`` on the front page becomes the list of the chapters in ``_toc.yml``; ``{{ part }}`` on a part's own page
+becomes the list of that part's, with the time to read each. On the status page
 ``{{ outputs }}`` becomes the table of ``book/status.json``, which ``book/status.py`` writes when the notebooks are run,
 and ``{{ measurements }}`` the list of the files under ``benchmarks/results/``.
 """
 
 import json
+import re
 from pathlib import Path
 
 import yaml
@@ -39,6 +41,8 @@ def fill(app: Sphinx, page: str, source: list[str]) -> None:
         "status": {"{{ outputs }}": outputs, "{{ measurements }}": measurements},
     }
     root = Path(app.srcdir).resolve().parent
+    if page.startswith("parts/"):
+        marks = {page: {"{{ part }}": lambda root: part(root, page)}}
     for mark, make in marks.get(page, {}).items():
         source[0] = source[0].replace(mark, make(root))
 
@@ -50,6 +54,24 @@ def chapters(root: Path) -> str:
     names = [Path(file).name for file in files if file.startswith("notebooks/")]
     rows = [(name[:2], f"[](notebooks/{name}.ipynb)", QUESTIONS.get(name, "")) for name in names]
     return table(("", "chapter", "the question it answers"), rows)
+
+
+def part(root: Path, page: str) -> str:
+    """The chapters of the part that begins with ``page``: the question of each, and the time that it takes."""
+    contents = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
+    files = next(files for p in contents["parts"] if page in (files := [c["file"] for c in p["chapters"]]))
+    names = [Path(file).name for file in files if file.startswith("notebooks/")]
+    rows = [
+        (f"[](../notebooks/{n}.ipynb)", QUESTIONS.get(n, ""), minutes(root / "notebooks" / f"{n}.ipynb")) for n in names
+    ]
+    return table(("chapter", "the question it answers", "minutes to read"), rows)
+
+
+def minutes(notebook: Path) -> str:
+    """How long a chapter says that it takes."""
+    text = "".join(json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"])
+    found = re.search(r"Time:\*{1,2}\D*(\d+) minutes", text)
+    return found[1] if found else ""
 
 
 def outputs(root: Path) -> str:
