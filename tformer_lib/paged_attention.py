@@ -981,7 +981,7 @@ ARGUMENTS = struct.Struct("Pqq Pqq Pqqq Pqqq 6P 8q ff ii")
 """``paged::Arguments`` of kernels/paged_attention/arguments.h: packing it takes a microsecond, where a
 ctypes structure takes ten, and decode calls are short."""
 
-WRITE_ARGUMENTS = struct.Struct("Pqq Pqq Pqqq Pqqq 3P 7q ff iii")
+WRITE_ARGUMENTS = struct.Struct("Pqq Pqq Pqqq Pqqq 3P 7q ff iii 4x")
 """``paged::WriteArguments`` of the same file."""
 
 

@@ -51,4 +51,7 @@ struct WriteArguments {
     int32_t dtype, cache_dtype;
 };
 
+static_assert(sizeof(Arguments) == 240, "paged_attention.py packs it so");
+static_assert(sizeof(WriteArguments) == 216, "paged_attention.py packs it so");
+
 }  // namespace paged
