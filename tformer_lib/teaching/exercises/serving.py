@@ -1,0 +1,162 @@
+"""The exercises of the serving chapter."""
+
+import random
+
+from tformer_lib.serving import overlap
+from tformer_lib.teaching.exercises.engine import exercise, require
+
+
+@exercise(
+    "serving.decode_bound",
+    title="The most tokens a second that a step can write",
+    hints=(
+        "A step writes one token a row. Which bytes must it read once, whatever the number of rows?",
+        "All weights once, and the keys and values of every row: rows * context * bytes per token.",
+        "rows * bandwidth / (weights + rows * context * per_token)",
+    ),
+)
+def check_decode_bound(fn):
+    cases = (
+        ((1, 0, 10, 100, 1000), 10.0, "one row without a past"),
+        ((4, 0, 10, 100, 1000), 40.0, "four rows share one reading of the weights"),
+        ((4, 5, 10, 100, 1000), 4 * 1000 / 300, "four rows with five tokens each"),
+        ((150, 850, 32_768, 2_470_000_000, 4.3e12), 97_022.8, "150 rows of a 1B model on an H200"),
+    )
+    for arguments, expected, name in cases:
+        found = fn(*arguments)
+        require(isinstance(found, (int, float)), f"{name}: a number was expected, got {type(found).__name__}")
+        close = abs(found - expected) < 1e-4 * expected
+        if not close and abs(found - expected / arguments[0]) < 1e-4 * expected:
+            require(False, f"{name}: {found:,.1f} are the steps a second; each step writes a token in every row")
+        require(close, f"{name}: {found:,.1f} tokens a second, expected {expected:,.1f}")
+
+
+@exercise(
+    "serving.admit",
+    title="Who may join, first come, first served",
+    hints=(
+        "Go through those that wait in their order. How many blocks does a prompt of n tokens take?",
+        "-(-n // block_size), rounded up. Stop at the first that does not fit: who came later must not pass it.",
+        "And stop when seats run out. Keep `spare` blocks free for each request that runs, the new ones included.",
+    ),
+)
+def check_admit(fn):
+    generator = random.Random(0)
+    fixed = [
+        ([5, 5, 5], 0, 9, 9, 4, 0),
+        ([100, 4], 0, 9, 9, 4, 0),
+        ([4, 4, 4], 3, 4, 9, 4, 0),
+        ([4, 4, 4], 2, 9, 5, 4, 1),
+    ]
+    drawn = [
+        ([generator.randint(1, 40) for _ in range(6)], generator.randint(0, 3), 6, generator.randint(0, 30), 8, spare)
+        for spare in (0, 1, 2)
+        for _ in range(20)
+    ]
+    for waiting, running, seats, free, block_size, spare in fixed + drawn:
+        found, expected = fn(waiting, running, seats, free, block_size, spare), 0
+        while expected < len(waiting) and running + expected < seats:
+            needed = -(-waiting[expected] // block_size)
+            left = free - sum(-(-n // block_size) for n in waiting[:expected])
+            if needed > left - spare * (running + expected):
+                break
+            expected += 1
+        case = f"prompts {waiting}, {running} of {seats} seats taken, {free} free blocks of {block_size}, spare {spare}"
+        require(isinstance(found, int), f"return how many of those that wait may join, got {type(found).__name__}")
+        require(found <= len(waiting), f"{case}: {found} join, but only {len(waiting)} wait")
+        if found > expected and running + found > seats:
+            require(False, f"{case}: {found} join, and {running + found - seats} of them have no seat")
+        require(found <= expected, f"{case}: {found} join, the blocks suffice for {expected}")
+        require(found == expected, f"{case}: {found} join, and there was room for {expected}")
+
+
+@exercise(
+    "serving.chunk",
+    title="A step's tokens under a budget",
+    hints=(
+        "Rows that write come first, one token each: what is left of the budget?",
+        "Give it to the prompts in their order: each gets what it still lacks, or all that is left.",
+        "count = min(lacking, left); left -= count, for each prompt.",
+    ),
+)
+def check_chunk(fn):
+    cases = (
+        (0, [10], 4, [4]),
+        (3, [10, 5], 8, [5, 0]),
+        (3, [2, 5], 8, [2, 3]),
+        (0, [4, 4], 8, [4, 4]),
+        (8, [3], 8, [0]),
+        (2, [1, 1, 1, 9], 8, [1, 1, 1, 3]),
+        (5, [], 8, []),
+    )
+    for writing, lacking, budget, expected in cases:
+        given = list(lacking)
+        found = list(fn(writing, given, budget))
+        case = f"{writing} rows write, prompts lack {lacking}, budget {budget}"
+        require(len(found) == len(expected), f"{case}: one number a prompt was expected, got {found}")
+        require(min(found, default=0) >= 0, f"{case}: {found}: no prompt can get less than nothing")
+        spent = writing + sum(found)
+        require(spent <= budget, f"{case}: {found} and {writing} that write are {spent} tokens, over the budget")
+        require(found == expected, f"{case}: got {found}, expected {expected}")
+        require(given == lacking, "the list that came in was changed")
+
+
+@exercise(
+    "serving.certain",
+    title="How much of the text can be shown",
+    hints=(
+        "What may not be shown yet is an end of the text with which a stop string could begin.",
+        "Look for the longest end of the text that is a beginning of the stop string.",
+        "Try sizes from min(len(text), len(stop) - 1) down to 1: if text.endswith(stop[:size]), hold those back.",
+    ),
+)
+def check_certain(fn):
+    cases = ["the end", "THE E", "a", "", "aaa", "abab", "THE THE EN", "x.\n", "\n\n"]
+    for text in cases:
+        for stop in ("THE END", "abac", "\n\n", "aaaa", "x"):
+            if stop in text:
+                continue
+            found, expected = fn(text, stop), len(text) - overlap(text, stop)
+            case = f"text {text!r}, stop string {stop!r}"
+            require(isinstance(found, int), f"return how many characters are certain, got {type(found).__name__}")
+            if found > expected:
+                begun = text[expected:]
+                require(False, f"{case}: {found} characters are shown, but {begun!r} may begin the stop string")
+            require(found == expected, f"{case}: {found} characters are shown, {expected} are certain")
+
+
+@exercise(
+    "serving.next_request",
+    title="Priorities under which nobody starves",
+    hints=(
+        "Among those that wait, take the highest priority; among equals, the one that came first.",
+        "A request of low priority must come to its turn in the end: let its priority grow while it waits.",
+        "max(range(len(waiting)), key=lambda i: (waiting[i][1] + (now - waiting[i][0]) // patience, -waiting[i][0]))",
+    ),
+)
+def check_next_request(fn):
+    simple = [
+        ([(0, 0), (1, 2), (2, 1)], 1, "the highest priority goes first"),
+        ([(3, 1), (1, 1), (2, 1)], 1, "among equals, the one that came first"),
+        ([(0, 5)], 0, "the only one"),
+    ]
+    for waiting, expected, why in simple:
+        found = fn(list(waiting), 4, 10)
+        require(found in range(len(waiting)), f"return a place in the list, 0 to {len(waiting) - 1}, got {found!r}")
+        require(found == expected, f"waiting (arrival, priority) {waiting}: place {found} was taken, {why}: {expected}")
+    waiting, served = [(0, 0)], None
+    for now in range(1, 400):  # a new important request at every step, one place a step
+        waiting.append((now, 3))
+        taken = waiting.pop(fn(list(waiting), now, 10))
+        if taken == (0, 0):
+            served = now
+            break
+    require(
+        served is not None, "with an important request at every step, the unimportant one waited 400 steps: it starves"
+    )
+    require(
+        served >= 10, f"the unimportant request went first at step {served}, before its patience of 10 steps was over"
+    )
+    require(
+        served <= 60, f"the unimportant request waited {served} steps; 40 are enough for 3 priorities at 10 steps each"
+    )

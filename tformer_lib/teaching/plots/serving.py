@@ -1,0 +1,150 @@
+"""Figures of the serving chapter."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+
+from tformer_lib.serving import Step
+from tformer_lib.teaching import style
+
+READING, WRITING, IDLE = style.ORANGE, style.BLUE, "#FFFFFF"
+
+
+def static_lanes(writes: Sequence[int], seats: int) -> list[list[tuple[int, int, str]]]:
+    """What each request does under static batching: (first step, steps, "reading" | "writing" | "idle").
+
+    Args:
+        writes: tokens that each request writes, in the order of arrival; a batch reads its prompts in one step, which
+            writes the first token of each.
+        seats: requests in a batch.
+    """
+    lanes, start = [], 0
+    for first in range(0, len(writes), seats):
+        batch = writes[first : first + seats]
+        for new in batch:
+            rest = (start + new, max(batch) - new, "idle")
+            lanes.append([(start, 1, "reading"), (start + 1, new - 1, "writing"), rest])
+        start += max(batch)
+    return lanes
+
+
+def engine_lanes(log: Sequence[Step], requests: int) -> list[list[tuple[int, int, str]]]:
+    """What each request does in an engine's log, in the same words. A step that reads a prompt's end also writes."""
+    lanes: list[list[tuple[int, int, str]]] = [[] for _ in range(requests)]
+    furthest = [0] * requests
+    for number, step in enumerate(log):
+        for arrival, start, count in step.rows:
+            is_again = start < furthest[arrival]  # it had to give its blocks back
+            kind = "reading" if count > 1 or start == 0 or is_again else "writing"
+            furthest[arrival] = max(furthest[arrival], start + count)
+            lane = lanes[arrival]
+            if lane and lane[-1][2] == kind and lane[-1][0] + lane[-1][1] == number:
+                lane[-1] = (lane[-1][0], lane[-1][1] + 1, kind)
+            else:
+                lane.append((number, 1, kind))
+    return lanes
+
+
+def lanes(pictures: dict[str, list[list[tuple[int, int, str]]]]) -> None:
+    """One panel a picture: a line a request, time in steps to the right.
+
+    Args:
+        pictures: title -> lanes, as :func:`static_lanes` and :func:`engine_lanes` give them.
+    """
+    _, axes = style.figure(len(pictures), 1, height=2.5 * len(pictures) + 0.5, sharex=True, squeeze=False)
+    end = max(start + steps for rows in pictures.values() for lane in rows for start, steps, _ in lane)
+    for ax, (title, rows) in zip(axes[:, 0], pictures.items(), strict=True):
+        for line, lane in enumerate(rows):
+            draw_lane(ax, line, lane)
+        last = max(start + steps for lane in rows for start, steps, _ in lane)
+        ax.axvline(last, color=style.INK, linewidth=1)
+        ax.set(xlim=(0, 1.01 * end), ylim=(len(rows) - 0.4, -0.6), ylabel="request")
+        ax.set_title(f"{title}: {last} steps", fontsize=10.5)
+        ax.set_yticks(range(0, len(rows), 2))
+        ax.grid(axis="y", visible=False)
+    axes[-1, 0].set_xlabel("step")
+    idle = {"facecolor": IDLE, "hatch": "////", "edgecolor": style.GREY}
+    keys = [
+        Patch(facecolor=READING, label="reads"),
+        Patch(facecolor=WRITING, label="writes"),
+        Patch(label="idle", **idle),
+    ]
+    axes[0, 0].legend(handles=keys, loc="upper right", ncols=3, frameon=True, framealpha=1.0, edgecolor="white")
+    style.show()
+
+
+def draw_lane(ax: Axes, line: int, lane: list[tuple[int, int, str]]) -> None:
+    """The bars of one request."""
+    for start, steps, kind in lane:
+        look = {"facecolor": READING if kind == "reading" else WRITING, "edgecolor": "none"}
+        if kind == "idle":
+            look = {"facecolor": IDLE, "hatch": "////", "edgecolor": style.GREY, "linewidth": 0.6}
+        ax.barh(line, steps, left=start, height=0.75, **look)
+
+
+def bound(rows: Sequence[int], seconds: Sequence[float], marks: dict[str, int]) -> None:
+    """Tokens a second, and milliseconds that each reader waits for the next token, over the number of rows.
+
+    Args:
+        rows: rows of a step.
+        seconds: least time of a step with so many rows.
+        marks: label -> a number of rows to point at.
+    """
+    rows, seconds = np.array(rows), np.array(seconds)
+    _, axes = style.figure(1, 2, height=3.1)
+    axes[0].plot(rows, rows / seconds / 1e3, color=style.BLUE)
+    axes[1].plot(rows, seconds * 1e3, color=style.VERMILION, linestyle="--")
+    for i, (name, place) in enumerate(marks.items()):
+        at = np.interp(place, rows, seconds)
+        for ax, y in ((axes[0], place / at / 1e3), (axes[1], at * 1e3)):
+            ax.plot(place, y, marker=style.MARKERS[i], color=style.INK, linestyle="none", label=name)
+    axes[0].set(title="All together", xlabel="rows in a step", ylabel="thousand tokens a second", ylim=(0, None))
+    axes[1].set(title="Each of them", xlabel="rows in a step", ylabel="ms between tokens", ylim=(0, None))
+    axes[0].legend(loc="lower right")
+    style.show()
+
+
+def budgets(names: Sequence[int], worst: Sequence[float], first: Sequence[float], total: Sequence[float]) -> None:
+    """What a token budget buys and costs.
+
+    Args:
+        names: the budgets.
+        worst: seconds of the longest pause between two tokens of a request that writes.
+        first: seconds until the median request has its first token.
+        total: seconds until all have ended.
+    """
+    _, ax = style.figure(height=3.2)
+    series = {
+        "longest pause between two tokens": [1e3 * value for value in worst],
+        "first token, median request": [1e3 * value for value in first],
+        "all requests done": [1e3 * value for value in total],
+    }
+    style.lines(ax, names, series)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(list(names), [f"{name:,}" for name in names])
+    ax.minorticks_off()
+    ax.set(xlabel="tokens that a step may compute", ylabel="ms, by the bound", ylim=(0.4, 6e3))
+    ax.legend(loc="upper right", ncols=1)
+    style.show()
+
+
+def blocks(log: Sequence[Step], blocks: int, requests: int) -> None:
+    """Blocks held and requests running over an engine's steps; a mark where one had to give its blocks back."""
+    _, (top, bottom) = style.figure(2, 1, height=4.4, sharex=True, height_ratios=(1, 1.5))
+    steps = range(len(log))
+    top.step(steps, [step.held_blocks for step in log], where="post", color=style.GREEN)
+    top.axhline(blocks, color=style.INK, linestyle=":", linewidth=1)
+    lost = [number for number, step in enumerate(log) if step.preemptions]
+    top.plot(lost, [blocks] * len(lost), "v", color=style.VERMILION, label="a request is preempted", clip_on=False)
+    top.set(ylabel="blocks held", ylim=(0, 1.15 * blocks))
+    top.legend(loc="lower right")
+    for line, lane in enumerate(engine_lanes(log, requests)):
+        draw_lane(bottom, line, lane)
+    bottom.set(xlabel="step", ylabel="request", ylim=(requests - 0.4, -0.6), xlim=(0, len(log)))
+    bottom.set_yticks(range(requests))
+    bottom.grid(axis="y", visible=False)
+    bottom.legend(handles=[Patch(facecolor=READING, label="reads"), Patch(facecolor=WRITING, label="writes")], ncols=2)
+    style.show()
