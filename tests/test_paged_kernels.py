@@ -35,11 +35,9 @@ every_decoder = pytest.mark.parametrize(("step", "device", "dtype"), backends(Fa
 every_prefill = pytest.mark.parametrize(("step", "device", "dtype"), backends(True))
 
 
-def case(
-    lengths, *, counts=None, heads=4, kv_heads=2, d=64, block_size=16, dtype=FP32, cache=None, device="cpu", seed=0
-):
-    """Arguments of paged_attention, as a dictionary: rows of these lengths, in blocks that are scattered over the pool."""
-    generator = torch.Generator().manual_seed(seed)
+def case(lengths, *, counts=None, heads=4, kv_heads=2, d=64, block_size=16, dtype=FP32, cache=None, device="cpu"):
+    """Arguments of paged_attention, as a dictionary: rows of these lengths, in blocks all over the pool."""
+    generator = torch.Generator().manual_seed(0)
     used = [blocks_for(n, block_size) for n in lengths]
     total = sum(used) + 2  # one that nobody owns in front, one behind
     shape = (total, kv_heads, block_size, d)
@@ -86,7 +84,8 @@ def check(x, step, **options):
     assert (out.cpu().double() - true).abs().max().item() <= allowed
     torch.testing.assert_close(lse.cpu().double(), true_lse, rtol=1e-4, atol=1e-4)
     again = attention(**x, **options, step=step, return_lse=True)
-    assert torch.equal(out, again[0]) and torch.equal(lse, again[1]), "two runs differ"
+    assert torch.equal(out, again[0]), "two runs differ"
+    assert torch.equal(lse, again[1]), "two runs differ"
 
 
 def leave_nan_behind(q):
@@ -132,7 +131,8 @@ def test_decode_with_another_scale(step, device, dtype, scale):
 @every_decoder
 def test_rows_may_all_be_empty(step, device, dtype):
     out, lse = attention(**case((0, 0, 0), dtype=dtype, device=device), step=step, return_lse=True)
-    assert (out == 0).all() and (lse == -torch.inf).all()
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
 
 
 @every_decoder
@@ -195,7 +195,8 @@ def test_prefill_from_float8(step, device, dtype):
 def test_queries_before_the_first_key_see_nothing(step, device, dtype):
     x = case((3, 0), counts=(10, 4), dtype=dtype, device=device)
     out = attention(**x, step=step)
-    assert (out[:7] == 0).all() and (out[10:] == 0).all()
+    assert (out[:7] == 0).all()
+    assert (out[10:] == 0).all()
     check(x, step)
 
 
@@ -290,8 +291,8 @@ def test_refusals_say_why():
         attention(**x, step=7)
     with pytest.raises(ValueError, match="no gradients"):
         attention(**{**x, "q": x["q"].requires_grad_()}, step="cpu")
+    x["block_tables"][1, 1] = 99
     with pytest.raises(ValueError, match="row 1 names block 99"):
-        x["block_tables"][1, 1] = 99
         attention(**x, checked=True)
 
 
@@ -299,7 +300,7 @@ def test_gradients_come_from_step_0():
     x = case((5, 40))
     q = x["q"].requires_grad_()
     attention(**x).sum().backward()
-    assert q.grad is not None and q.grad.isfinite().all()
+    assert q.grad.abs().sum() > 0
 
 
 # ---- a GPU alone
@@ -307,7 +308,7 @@ def test_gradients_come_from_step_0():
 
 @needs_gpu
 def test_refusals_of_the_gpu():
-    with pytest.raises(ValueError, match="bfloat16 and float16, got torch.float32"):
+    with pytest.raises(ValueError, match=r"bfloat16 and float16, got torch\.float32"):
         attention(**case((5,), device="cuda"), step=2)
     with pytest.raises(ValueError, match="head_dim must be one of 64, 128, got 40"):
         attention(**case((5,), d=40, dtype=BF16, device="cuda"), step=2)
