@@ -4,8 +4,8 @@
 #   benchmarks/ncu.sh kv_cache          # the kernels of a decode step on a naive KV cache
 #   benchmarks/ncu.sh paged_attention   # paged decode
 #
-# Writes runs/ncu/<topic>.ncu-rep for the viewer (ncu-ui, as new as ncu or newer) and runs/ncu/<topic>.csv, which
-# tformer_lib.profiling.read_counters reads. Each kernel is run again for every group of counters ("passes"), alone and
+# Writes runs/ncu/<topic>.ncu-rep for the viewer (ncu-ui, as new as ncu or newer), its raw page as a table, and the columns
+# of that which tformer_lib.profiling.read_counters reads (runs/ncu/<topic>.csv). Each kernel is run again for every group of counters ("passes"), alone and
 # with cold caches: the times are those of a kernel by itself, and say nothing about the gaps between kernels.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,9 +24,10 @@ flags=(
                                       # machine that is shared you may not
   --cache-control all                 # empty the caches before each pass, so that passes agree
   --section SpeedOfLight --section Occupancy --section LaunchStats --section MemoryWorkloadAnalysis
-  --section WarpStateStats
+  --section WarpStateStats --section ComputeWorkloadAnalysis
   --force-overwrite --export "$out"
 )
 ncu "${flags[@]}" "${PYTHON:-python}" -m "benchmarks.$topic" --device cuda --nvtx
-ncu --import "$out.ncu-rep" --csv --page raw >"$out.csv"
+ncu --import "$out.ncu-rep" --csv --page raw >"$out-raw.csv"
+"${PYTHON:-python}" -c "from tformer_lib.profiling import shorten_counters as s; s('$out-raw.csv', '$out.csv')"
 echo "wrote $out.ncu-rep and $out.csv"

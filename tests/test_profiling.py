@@ -3,6 +3,7 @@
 import json
 import random
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tformer_lib.generation import StaticStep, generate
 from tformer_lib.kv_cache import CacheShape, PreallocatedCache
 from tformer_lib.transformer import Decoder, ModelConfig
 
+ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ModelConfig(vocab_size=64, max_length=64, width=32, layers=2, heads=4)
 
 
@@ -225,6 +227,48 @@ def test_short_names():
     assert profiling.short_name("void at::native::(anonymous namespace)::softmax<float, 4>(float*, int)") == "softmax"
     assert profiling.short_name("aten::mm") == "aten::mm"
     assert profiling.short_name("Memcpy DtoH (Device -> Pinned)") == "Memcpy DtoH "
+
+
+RAW_PAGE = """==PROF== Connected
+"ID","Kernel Name","Grid Size","gpu__time_duration.sum","dram__bytes_read.sum","launch__registers_per_thread",""" + (
+    """"sm__warps_active.avg.pct_of_peak_sustained_active","smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio","""
+    """"smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio","""
+    """"smsp__average_warps_issue_stalled_not_selected_per_issue_active.ratio"
+"","","","us","Mbyte","register/thread","%","inst","inst","inst"
+"0","void ns::gemm<4>(float*)","(8, 1, 1)","1,250.5","2.5","168","12.5","0.1","2.5","9.0"
+"1","copy(int)","(1, 1, 1)","3","n/a","32","50","0.2","0.1","0.0"
+"""
+)
+
+
+def test_counters_of_nsight_compute(tmp_path):
+    (tmp_path / "raw.csv").write_text(RAW_PAGE)
+    first, second = profiling.read_counters(tmp_path / "raw.csv")
+    assert first == {
+        "kernel": "gemm",
+        "seconds": pytest.approx(1250.5e-6),
+        "dram_read": 2.5e6,
+        "occupancy": 0.125,
+        "registers": 168,
+        "waits_for": "long scoreboard",
+    }
+    assert "dram_read" not in second
+    assert second["waits_for"] == "barrier"
+    profiling.shorten_counters(tmp_path / "raw.csv", tmp_path / "short.csv")
+    assert profiling.read_counters(tmp_path / "short.csv") == [first, second]
+
+
+def test_another_csv_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="--csv --page raw"):
+        profiling.read_counters(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("*/*ncu*.csv")), ids=lambda f: f.stem)
+def test_recorded_counters_can_be_read(file):
+    kernels = profiling.read_counters(file)
+    assert kernels
+    assert all(0 < k["seconds"] < 1 and 0 <= k["sm_share"] <= 1 for k in kernels)
 
 
 def test_flops_of_a_model_are_torch_s(model):

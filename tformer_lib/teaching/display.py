@@ -26,7 +26,8 @@ def show_source(*objects) -> None:
 def source_file(thing) -> str:
     """The file that defines ``thing``, as the reader finds it in the project."""
     path = Path(inspect.getsourcefile(thing)).resolve()
-    return path.relative_to(PACKAGE.parent).as_posix() if path.is_relative_to(PACKAGE) else path.name
+    known = any(path.is_relative_to(folder) for folder in (PACKAGE, PACKAGE.parent / "benchmarks"))
+    return path.relative_to(PACKAGE.parent).as_posix() if known else path.name
 
 
 def show_markdown(text: str) -> None:

@@ -24,7 +24,7 @@ def timeline(recordings: dict[str, dict], *, window_us: float | None = None, nam
     unit, size = ("ms", 1e3) if window >= 2000 else ("µs", 1.0)
     shown = {label: [i for i in unpack(r) if i["start_us"] < window] for label, r in recordings.items()}
     looks = looks_of([i for intervals in shown.values() for i in intervals], named)
-    _, axes = style.figure(len(shown), 1, height=1.1 + 1.15 * len(shown), sharex=True, squeeze=False)
+    _, axes = style.figure(len(shown), 1, height=1.5 + 1.1 * len(shown), sharex=True, squeeze=False)
     for ax, (label, intervals) in zip(axes[:, 0], shown.items(), strict=True):
         strip(ax, intervals, looks, size)
         busy = utilisation(intervals, 0, window) if intervals else 0.0
@@ -58,7 +58,7 @@ def strip(ax: Axes, intervals: Sequence[dict], looks: dict[str, tuple[str, str]]
 def legend(ax: Axes, looks: dict[str, tuple[str, str]]) -> None:
     """The named kernels, under the axis."""
     handles = [Patch(facecolor=colour, label=shortened(name)) for name, (colour, _) in looks.items()]
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.42), ncols=2, fontsize=8.5)
+    ax.figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=8.5)
 
 
 def shortened(name: str, longest: int = 38) -> str:
@@ -113,17 +113,22 @@ def before_after(pairs: dict[str, tuple[float, float, float | None]], *, unit: s
     style.show()
 
 
-def steps_over_batch(batches: Sequence[int], lines: dict[str, Sequence[float]], predicted: dict[str, Sequence[float]]):
-    """Milliseconds of a decode step over the batch: measured with markers, predicted as thin lines."""
+def steps_over_batch(
+    batches: Sequence[int], lines: dict[str, Sequence[float]], predicted: dict[str, Sequence[float]]
+) -> None:
+    """Milliseconds of a decode step over the batch: measured with markers, predicted as thin grey lines."""
     _, ax = style.figure(height=3.4)
     style.lines(ax, batches, {name: [1e3 * s for s in seconds] for name, seconds in lines.items()})
     for i, (name, seconds) in enumerate(predicted.items()):
-        ax.plot(batches, [1e3 * s for s in seconds], color=style.GREY, linestyle=style.DASHES[i + 2], label=name)
+        look = {"color": style.GREY, "linestyle": style.DASHES[i + 2], "linewidth": 1.5}
+        ax.plot(batches, [1e3 * s for s in seconds], label=name, **look)
     ax.set(xscale="log", yscale="log", xlabel="rows in the batch", ylabel="milliseconds of a step")
     ax.set_xticks(list(batches), [str(b) for b in batches])
     ax.minorticks_off()
     ax.set_title("One decode step, for more and more rows at once")
-    ax.legend(fontsize=8.5)
+    if ax.get_legend() is not None:
+        ax.get_legend().remove()
+    ax.figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
     style.show()
 
 
@@ -144,7 +149,7 @@ def three_times(parts: dict[str, dict[str, float]]) -> None:
     ax.set(yscale="log", ylabel="milliseconds, alone")
     ax.set_title("Three times for the same work: the longest is the least that it takes")
     ax.grid(axis="x", visible=False)
-    ax.legend(ncols=3, fontsize=9)
+    ax.figure.legend(loc="outside lower center", ncols=3, fontsize=9)
     style.show()
 
 
@@ -179,25 +184,29 @@ def steadiness(found: dict[str, dict]) -> None:
     style.show()
 
 
-def counters(kernels: Sequence[dict]) -> None:
-    """For each kernel: its shares of the processors' and the memory's peak, and its occupancy."""
-    names = [f"{i + 1}. {shortened(k['kernel'], 30)}" for i, k in enumerate(kernels)]
-    _, ax = style.figure(height=1.0 + 0.5 * len(kernels))
-    words = {"sm_share": "processors busy", "dram_share": "memory busy", "occupancy": "warps resident"}
+def counters(kernels: Sequence[dict], labels: Sequence[str] | None = None) -> None:
+    """For each kernel, what the hardware counted, as shares of its peaks.
+
+    Args:
+        kernels: as :func:`tformer_lib.profiling.read_counters` gives them.
+        labels: what to call them; by default their names.
+    """
+    names = list(labels or [shortened(k["kernel"], 30) for k in kernels])
+    _, ax = style.figure(height=1.2 + 0.55 * len(kernels))
+    words = {
+        "tensor_share": "tensor cores busy",
+        "sm_share": "busiest part of the processors",
+        "dram_share": "memory busy",
+        "occupancy": "warps resident",
+    }
     for i, (word, label) in enumerate(words.items()):
         values = [100 * k.get(word, 0.0) for k in kernels]
-        ax.barh(
-            np.arange(len(kernels)) + 0.26 * (i - 1),
-            values,
-            0.24,
-            color=style.PALETTE[i],
-            hatch=HATCHES[i],
-            label=label,
-        )
-    ax.set_yticks(range(len(names)), names, fontsize=8.5)
+        look = {"facecolor": style.PALETTE[i], "hatch": HATCHES[i], "edgecolor": "white", "label": label}
+        ax.barh(np.arange(len(kernels)) + 0.2 * (i - 1.5), values, 0.19, **look)
+    ax.set_yticks(range(len(names)), names, fontsize=9)
     ax.invert_yaxis()
     ax.set(xlim=(0, 100), xlabel="% of the peak")
     ax.set_title("What the hardware counted")
-    ax.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3)
+    ax.figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
     ax.grid(axis="y", visible=False)
     style.show()
