@@ -87,7 +87,7 @@ def heading(file: Path) -> str:
 def body(record: dict) -> str:
     """Where the numbers come from, the table, and the facts beside them."""
     parts = [provenance(record)]
-    if record.get("rows"):
+    if timed_rows(record):
         parts.append(rows_table(record))
     facts = [(name, value) for name, value in flat(record.get("facts", {})) if shown(value)]
     if facts:
@@ -104,9 +104,15 @@ def provenance(record: dict) -> str:
     return f"*{record.get('device', '')} ({versions}), {date}{commit}:* `{record['command']}`"
 
 
+def timed_rows(record: dict) -> list[dict]:
+    """The rows that hold a time; a file may hold rows of another kind, or none."""
+    rows = record.get("rows", [])
+    return [row for row in rows if isinstance(row, dict) and "seconds" in row] if isinstance(rows, list) else []
+
+
 def rows_table(record: dict) -> str:
     """Every row with its spread, its rate, its share of the limit, and its peer."""
-    rows = {row["name"]: row for row in record["rows"] if "seconds" in row}
+    rows = {row["name"]: row for row in timed_rows(record)}
     lines = [
         (name, time(row["seconds"]), spread(row), rate(row), share(row), beside(record, row, rows))
         for name, row in rows.items()
