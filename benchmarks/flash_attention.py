@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import Report, Timing, copies_past_cache, matmul_rate, measure
+from benchmarks.harness import Report, Timing, copies_past_cache, matmul_rate, measure, profiled
 from tformer_lib import flash_attention as flash
 from tformer_lib import jit
 
@@ -284,6 +284,20 @@ def run_gpu(report: Report, ablations: bool) -> None:
         report.note(**builds.result())
 
 
+def run_once() -> None:
+    """Every kernel of the ladder once at d 128, and cuDNN's beside them: what a profiler watches (``--nvtx``)."""
+    for dtype, length, steps in ((torch.float32, 2048, (1, 2)), (torch.bfloat16, TOKENS, (3, 4))):
+        shape = (1, WIDTH // 128, length, 128)
+        q, k, v, dout = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(4))
+        for step in steps:
+            out, lse = flash.flash_attention(q, k, v, step=step, return_lse=True)
+            gradients = flash.GRADIENTS[str(step)][0]
+            options = (None, None, (length, length), False, 0, 128**-0.5, False)
+            flash.run_backward(gradients, dout, None, q, k, v, out, lse, *options)  # autograd's thread has no range
+        if dtype == torch.bfloat16:
+            peer(SDPBackend.CUDNN_ATTENTION, False)(q, k, v)
+
+
 # --- CPU -----------------------------------------------------------------------------------------------------------
 
 
@@ -323,9 +337,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--no-ablations", action="store_true", help="skip the kernels with one idea taken out")
+    parser.add_argument("--nvtx", action="store_true", help="measure nothing: run each kernel once for a profiler")
     parser.add_argument("--out", help="folder for the JSON instead of benchmarks/results/<device>")
     options = parser.parse_args()
     torch.manual_seed(0)
+    if options.nvtx:
+        return profiled(run_once, device="cuda", warmup=1)
     report = Report("flash_attention", options.device, options.out)
     if options.device == "cpu":
         run_cpu(report)

@@ -26,11 +26,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.flash_attention import edited
 from benchmarks.harness import RESULTS, command, device_name, environment
-from tformer_lib import jit
+from tformer_lib import flash_attention as flash
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 FOUND = 9  # exit status of compute-sanitizer where the tool found something
+GRADIENT_WIDTHS = {"backward": (40, 64, 128), "backward_tensor_core": (40, 128, 256), "backward_tiled": (40, 256)}
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?).*")
 
 
@@ -45,14 +47,9 @@ def from_cpu(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def flash_cases() -> dict[str, Callable]:
     """The steps of the ladder, the gradients, and the two controls."""
     cases = {f"step {step}": partial(run_flash_forward, step) for step in (1, 2, 3, 4)}
-    for name in filter(partial(has_source, "flash_attention"), ("backward", "backward_tensor_core", "backward_tiled")):
+    for name in GRADIENT_WIDTHS:
         cases[name] = partial(run_flash_backward, name)
     return cases | {"control: lse too short": write_past_lse, "control: a barrier left out": leave_out_a_barrier}
-
-
-def has_source(topic: str, name: str) -> bool:
-    """Whether the kernel is there."""
-    return (jit.kernels_folder() / topic / f"{name}.cu").exists()
 
 
 def flash_dtype(step: int | str) -> torch.dtype:
@@ -62,29 +59,25 @@ def flash_dtype(step: int | str) -> torch.dtype:
 
 def run_flash_forward(step: int) -> None:
     """Odd lengths, two heads to a kv head, every width of tile, causal, a window, packed sequences."""
-    from tformer_lib.flash_attention import flash_attention, flash_attention_varlen
-
     dtype = flash_dtype(step)
     for d, (T, S), options in itertools.product(
         (40, 64, 128, 256), ((70, 203), (203, 70)), ({}, {"causal": True}, {"window": 33})
     ):
         q, k, v = (from_cpu(1, h, n, d, dtype=dtype) for h, n in ((2, T), (1, S), (1, S)))
-        flash_attention(q, k, v, step=step, **options)
+        flash.flash_attention(q, k, v, step=step, **options)
     starts = torch.tensor([0, 70, 70, 203], dtype=torch.int32).cuda()
     for d in (64, 128, 256):
         q, k, v = (from_cpu(203, h, d, dtype=dtype) for h in (2, 1, 1))
-        flash_attention_varlen(q, k, v, starts, starts, 133, 133, causal=True, step=step)
+        flash.flash_attention_varlen(q, k, v, starts, starts, 133, 133, causal=True, step=step)
     torch.cuda.synchronize()
 
 
 def run_flash_backward(name: str) -> None:
     """The gradients at odd lengths: both orders of dq, two heads to a kv head, packed sequences."""
-    from tformer_lib import flash_attention as flash
-
-    dtype, widths = flash_dtype(name), (40, 64, 128) if name == "backward" else (40, 64, 128, 256)
-    starts = torch.tensor([0, 70, 70, 203], dtype=torch.int32).cuda()
+    dtype, starts = flash_dtype(name), torch.tensor([0, 70, 70, 203], dtype=torch.int32).cuda()
+    orders = (False,) if name == "backward_tiled" else (False, True)  # it has one order alone
     for d, (T, S), deterministic, packed in itertools.product(
-        widths, ((70, 203), (203, 70)), (False, True), (False, True)
+        GRADIENT_WIDTHS[name], ((70, 203), (203, 70)), orders, (False, True)
     ):
         (T, S), cu_seqlens = ((203, 203), (starts, starts)) if packed else ((T, S), None)
         q, k, v, out, dout = (from_cpu(1, h, n, d, dtype=dtype) for h, n in ((2, T), (1, S), (1, S), (2, T), (2, T)))
@@ -97,8 +90,6 @@ def run_flash_backward(name: str) -> None:
 
 def write_past_lse() -> None:
     """Step 1 with an lse of half the elements: memcheck must find the writes past its end."""
-    from tformer_lib import flash_attention as flash
-
     q, k, v = (from_cpu(1, 1, 2048, 64, dtype=torch.float32) for _ in range(3))
     out, lse = flash.empty_outputs(q)
     arguments = flash.describe(q, k, v)
@@ -109,11 +100,8 @@ def write_past_lse() -> None:
 
 def leave_out_a_barrier() -> None:
     """Step 2 without the barrier between the reads of K and the loads of V: racecheck must find the race."""
-    from benchmarks.flash_attention import edited
-    from tformer_lib.flash_attention import flash_attention
-
     with edited("2_tiled.cu", [("__syncthreads();  // K has been read, P is written", "")]):
-        flash_attention(*(from_cpu(1, 1, 200, 64, dtype=torch.float32) for _ in range(3)), step=2)
+        flash.flash_attention(*(from_cpu(1, 1, 200, 64, dtype=torch.float32) for _ in range(3)), step=2)
         torch.cuda.synchronize()
 
 

@@ -768,11 +768,14 @@ def flash_attention_backward_fake(
 
 def choose_backward(step: str, q: Tensor, mask: Tensor | None) -> str:
     """Whose gradients: those that belong to the step; a warning if a GPU is left with step 0."""
-    wanted = ("4" if q.is_cuda else "cpu") if step == "auto" else step
-    reasons = [refusal(name, q, mask) for name in GRADIENTS[wanted]]
-    if len(reasons) > 1 and all(reasons[:-1]) and q.is_cuda:
-        warnings.warn(f"the gradients run step 0, plain PyTorch, which is slow: {reasons[-2]}", stacklevel=2)
-    return GRADIENTS[wanted][reasons.index(None)]
+    names = GRADIENTS[("4" if q.is_cuda else "cpu") if step == "auto" else step]
+    chosen = next(name for name in names if not refusal(name, q, mask))
+    if q.is_cuda and chosen == "0" and step != "0":
+        usual = "backward_tensor_core" if q.dtype in HALVES else "backward_tiled"
+        warnings.warn(
+            f"the gradients run step 0, plain PyTorch, which is slow: {refusal(usual, q, mask)}", stacklevel=2
+        )
+    return chosen
 
 
 def save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
