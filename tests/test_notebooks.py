@@ -1,52 +1,16 @@
-"""What every notebook keeps, beside the outputs that ``pytest --nbval`` compares."""
+"""What every notebook keeps, beside the outputs that ``pytest --nbval`` compares; ``notebook_rules.py`` has the rules."""
 
+import copy
 import importlib
-import json
 import re
-from itertools import pairwise
 from pathlib import Path
 
+import notebook_rules as rules
 import pytest
+from notebook_rules import cells, load, source, texts
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
-
-UNCOMPARED: dict[str, int] = {"06-training": 1}
-"""Notebook -> how many of its cells may be tagged so that their output is not compared (or that they are not run)."""
-
-LIGHT = 2_000_000
-"""Bytes: the most that a notebook may weigh."""
-
-
-def load(path: Path) -> dict:
-    """The notebook as JSON."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def cells(path: Path, kind: str) -> list[dict]:
-    """The cells of one kind."""
-    return [cell for cell in load(path)["cells"] if cell["cell_type"] == kind]
-
-
-def source(cell: dict) -> str:
-    """A cell's source as one string."""
-    return "".join(cell["source"])
-
-
-def prose(path: Path) -> str:
-    """The text of the Markdown cells, without code blocks."""
-    text = "\n\n".join(source(cell) for cell in cells(path, "markdown"))
-    return re.sub(r"^(`{3,}).*?^\1", "", text, flags=re.DOTALL | re.MULTILINE)
-
-
-def texts(path: Path):
-    """Every string of the notebook that a reader may see: sources and outputs, but no encoded pictures."""
-    for cell in load(path)["cells"]:
-        yield source(cell)
-        for output in cell.get("outputs", []):
-            yield "".join(output.get("text", ""))
-            data = output.get("data", {})
-            yield from ("".join(v) for k, v in data.items() if k.startswith("text/"))
 
 
 @pytest.fixture(params=FILES, ids=lambda path: path.stem)
@@ -55,61 +19,22 @@ def notebook(request) -> Path:
     return request.param
 
 
-def test_every_code_cell_was_run_in_order(notebook):
-    counts = [cell["execution_count"] for cell in cells(notebook, "code") if source(cell).strip()]
-    assert counts == list(range(1, len(counts) + 1)), f"run it again: make notebooks NB=notebooks/{notebook.name}"
-
-
-def test_no_cell_ends_in_an_error(notebook):
-    for cell in cells(notebook, "code"):
-        errors = [o["ename"] for o in cell["outputs"] if o["output_type"] == "error"]
-        assert not errors, f"{errors} in\n{source(cell)}"
-
-
-def test_nothing_is_written_to_stderr(notebook):
-    for cell in cells(notebook, "code"):
-        assert not [o for o in cell["outputs"] if o.get("name") == "stderr"], f"stderr from\n{source(cell)}"
-
-
-def test_no_absolute_path(notebook):
-    for text in texts(notebook):
-        found = re.search(r"(?<![\w.:/])/(?:home|root|work|tmp|Users|usr|opt|mnt)/\S*", text)
-        assert not found, f"an absolute path: {found[0]}"
-
-
-def test_every_picture_has_alternative_text(notebook):
-    for cell in cells(notebook, "code"):
-        pictures = [o for o in cell["outputs"] if any(k.startswith("image/") for k in o.get("data", {}))]
-        if pictures:
-            alt = cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "")
-            assert len(alt) >= 20, f"a picture needs mystnb.image.alt in the metadata of\n{source(cell)}"
+@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.__name__)
+def test_notebook_keeps_the_rule(notebook, rule):
+    assert list(rule(load(notebook))) == []
 
 
 def test_cells_that_are_not_compared_are_counted(notebook):
-    tags = {"nbval-ignore-output", "nbval-skip", "nbval-raises-exception"}
-    comments = re.compile(r"^\s*#\s*(?:NBVAL_\w+|PYTEST_VALIDATE\w+)", re.MULTILINE)
-    ignored = [
-        cell
-        for cell in cells(notebook, "code")
-        if tags & set(cell["metadata"].get("tags", [])) or comments.search(source(cell))
-    ]
-    assert len(ignored) <= UNCOMPARED.get(notebook.stem, 0)
+    assert len(rules.uncompared(load(notebook))) <= rules.UNCOMPARED.get(notebook.stem, 0)
 
 
-def test_kernel_is_python3(notebook):
-    assert load(notebook)["metadata"]["kernelspec"]["name"] == "python3"
-
-
-def test_headings_step_down_by_one(notebook):
-    levels = [len(mark) for mark in re.findall(r"^(#{1,6}) ", prose(notebook), flags=re.MULTILINE)]
-    assert levels[0] == 1
-    assert levels.count(1) == 1, "a chapter has one title"
-    assert all(after <= before + 1 for before, after in pairwise(levels)), f"a level of heading is skipped: {levels}"
+def test_notebook_is_light(notebook):
+    assert notebook.stat().st_size <= rules.LIGHT
 
 
 def test_three_exercises_each_with_a_check(notebook):
-    text = "\n".join(source(cell) for cell in cells(notebook, "markdown"))
-    code = "\n".join(source(cell) for cell in cells(notebook, "code"))
+    text = "\n".join(source(cell) for cell in cells(load(notebook), "markdown"))
+    code = "\n".join(source(cell) for cell in cells(load(notebook), "code"))
     asked = re.findall(r"^[:`]{3,}\{exercise(?:-start)?\}", text, flags=re.MULTILINE)
     checked = set(re.findall(r"exercises\.check\(\s*[\"']([\w.]+)[\"']", code))
     assert len(asked) >= 3, f"{len(asked)} exercises"
@@ -117,8 +42,8 @@ def test_three_exercises_each_with_a_check(notebook):
 
 
 def test_learner_is_told_what_fails_and_the_solution_passes(notebook):
-    said = [line for text in texts(notebook) for line in text.splitlines()]
-    code = "\n".join(source(cell) for cell in cells(notebook, "code"))
+    said = [line for text in texts(load(notebook)) for line in text.splitlines()]
+    code = "\n".join(source(cell) for cell in cells(load(notebook), "code"))
     for name in set(re.findall(r"exercises\.check\(\s*[\"']([\w.]+)[\"']", code)):
         outputs = outputs_of_check(notebook, name)
         assert any(o.startswith("passed: ") for o in outputs), f"no solution on the page passes {name}: {outputs}"
@@ -127,12 +52,9 @@ def test_learner_is_told_what_fails_and_the_solution_passes(notebook):
 
 def outputs_of_check(path: Path, name: str) -> list[str]:
     """The lines that cells calling this check printed."""
-    calls = [c for c in cells(path, "code") if re.search(rf"check\(\s*[\"']{re.escape(name)}[\"']", source(c))]
+    called = re.compile(rf"check\(\s*[\"']{re.escape(name)}[\"']")
+    calls = [cell for cell in cells(load(path), "code") if called.search(source(cell))]
     return [line for c in calls for o in c["outputs"] for line in "".join(o.get("text", "")).splitlines()]
-
-
-def test_notebook_is_light(notebook):
-    assert notebook.stat().st_size <= LIGHT
 
 
 def test_interactive_figures_are_the_library_s(notebook):
@@ -144,3 +66,59 @@ def test_interactive_figures_are_the_library_s(notebook):
         told = f"{name} has changed since: make notebooks NB=notebooks/{notebook.name}"
         assert figure["_esm"] == drawn._esm, told
         assert figure["_css"] == drawn._css, told
+
+
+# The rules themselves: each finds the fault that it is there for.
+
+
+def markdown(text: str) -> dict:
+    """A Markdown cell."""
+    return {"cell_type": "markdown", "metadata": {}, "source": [text]}
+
+
+def code(text: str, *outputs: dict, count: int | None = 1, **metadata) -> dict:
+    """A code cell that was run."""
+    return {
+        "cell_type": "code",
+        "metadata": metadata,
+        "source": [text],
+        "outputs": [*outputs],
+        "execution_count": count,
+    }
+
+
+SOUND = {
+    "cells": [
+        markdown("# Title\n\n## Part"),
+        code("1 + 1", {"output_type": "stream", "name": "stdout", "text": ["2"]}),
+    ],
+    "metadata": {"kernelspec": {"name": "python3"}},
+}
+
+PICTURE = {"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo="}}
+
+FAULTY = {
+    "run_in_order": [code("2", count=None), code("2", count=5)],
+    "no_error": [
+        code("1 / 0", {"output_type": "error", "ename": "ZeroDivisionError"}, count=2),
+        code("warn()", {"output_type": "stream", "name": "stderr", "text": ["careful"]}, count=2),
+    ],
+    "no_absolute_path": [
+        markdown("see /home/me/notes"),
+        code("open(path)", {"output_type": "stream", "name": "stdout", "text": ["in /tmp/x/y.py"]}, count=2),
+    ],
+    "pictures_have_words": [code("draw()", PICTURE, count=2)],
+    "headings_step_down": [markdown("# A second title"), markdown("#### Too deep")],
+}
+
+
+@pytest.mark.parametrize("name", [rule.__name__ for rule in rules.RULES])
+def test_rule_finds_its_fault(name):
+    rule = getattr(rules, name)
+    assert list(rule(SOUND)) == []
+    faulty = [{**SOUND, "cells": [*SOUND["cells"], cell]} for cell in FAULTY.get(name, [])]
+    if name == "kernel_is_python3":
+        faulty = [{**SOUND, "metadata": {"kernelspec": {"name": "my-env"}}}]
+    assert faulty
+    for one in faulty:
+        assert list(rule(copy.deepcopy(one))), one["cells"][-1]

@@ -1,0 +1,134 @@
+"""What every notebook keeps, as plain functions: the tests call them, and so does the pre-commit hook.
+
+    python tests/notebook_rules.py notebooks/04-attention.ipynb
+
+Each rule takes a notebook as JSON and yields what breaks it, one sentence a complaint.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+LIGHT = 2_000_000
+"""Bytes: the most that a notebook may weigh."""
+
+UNCOMPARED: dict[str, int] = {"06-training": 1}
+"""Notebook -> how many of its cells may be tagged so that their output is not compared (or that they are not run)."""
+
+
+def load(path: Path) -> dict:
+    """The notebook as JSON."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def cells(notebook: dict, kind: str) -> list[dict]:
+    """The cells of one kind."""
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+def source(cell: dict) -> str:
+    """A cell's source as one string."""
+    return "".join(cell["source"])
+
+
+def texts(notebook: dict) -> Iterator[str]:
+    """Every string that a reader may see: sources and outputs, but no encoded pictures."""
+    for cell in notebook["cells"]:
+        yield source(cell)
+        for output in cell.get("outputs", []):
+            yield "".join(output.get("text", ""))
+            data = output.get("data", {})
+            yield from ("".join(v) for k, v in data.items() if k.startswith("text/"))
+
+
+def prose(notebook: dict) -> str:
+    """The text of the Markdown cells, without code blocks."""
+    text = "\n\n".join(source(cell) for cell in cells(notebook, "markdown"))
+    return re.sub(r"^(`{3,}).*?^\1", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def run_in_order(notebook: dict) -> Iterator[str]:
+    """Every code cell was run, from the first to the last: nbval compares only cells that were."""
+    counts = [cell["execution_count"] for cell in cells(notebook, "code") if source(cell).strip()]
+    if counts != list(range(1, len(counts) + 1)):
+        yield f"its cells were not run in order ({counts}): make notebooks NB=..."
+
+
+def no_error(notebook: dict) -> Iterator[str]:
+    """No cell ends in an error, and none writes to stderr."""
+    for cell in cells(notebook, "code"):
+        for output in cell["outputs"]:
+            if output["output_type"] == "error":
+                yield f"{output['ename']} in\n{source(cell)}"
+            if output.get("name") == "stderr":
+                yield f"stderr from\n{source(cell)}"
+
+
+def no_absolute_path(notebook: dict) -> Iterator[str]:
+    """Neither a source nor an output names a place on the author's machine."""
+    for text in texts(notebook):
+        for found in re.findall(r"(?<![\w.:/])/(?:home|root|work|tmp|Users|usr|opt|mnt)/\S*", text):
+            yield f"an absolute path: {found}"
+
+
+def pictures_have_words(notebook: dict) -> Iterator[str]:
+    """Every picture has alternative text."""
+    for cell in cells(notebook, "code"):
+        pictures = [o for o in cell["outputs"] if any(k.startswith("image/") for k in o.get("data", {}))]
+        if pictures and len(cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "")) < 20:
+            yield f"a picture needs mystnb.image.alt in the metadata of\n{source(cell)}"
+
+
+def kernel_is_python3(notebook: dict) -> Iterator[str]:
+    """The kernel's name is one that every machine has."""
+    name = notebook["metadata"].get("kernelspec", {}).get("name")
+    if name != "python3":
+        yield f"its kernel is {name!r}, expected 'python3'"
+
+
+def headings_step_down(notebook: dict) -> Iterator[str]:
+    """One title, and no level of heading left out."""
+    levels = [len(mark) for mark in re.findall(r"^(#{1,6}) ", prose(notebook), flags=re.MULTILINE)]
+    if levels[:1] != [1] or levels.count(1) != 1:
+        yield f"a chapter begins with its one title; its headings have the levels {levels}"
+    if any(after > before + 1 for before, after in pairwise(levels)):
+        yield f"a level of heading is skipped: {levels}"
+
+
+def uncompared(notebook: dict) -> list[dict]:
+    """The cells that ask not to be run or not to be compared."""
+    tags = {"nbval-ignore-output", "nbval-skip", "nbval-raises-exception"}
+    comments = re.compile(r"^\s*#\s*(?:NBVAL_\w+|PYTEST_VALIDATE\w+)", re.MULTILINE)
+    return [
+        cell
+        for cell in cells(notebook, "code")
+        if tags & set(cell["metadata"].get("tags", [])) or comments.search(source(cell))
+    ]
+
+
+RULES = (run_in_order, no_error, no_absolute_path, pictures_have_words, kernel_is_python3, headings_step_down)
+
+
+def complaints(path: Path) -> list[str]:
+    """Everything that is wrong with one notebook."""
+    notebook = load(path)
+    found = [complaint for rule in RULES for complaint in rule(notebook)]
+    if len(uncompared(notebook)) > UNCOMPARED.get(path.stem, 0):
+        found.append(f"{len(uncompared(notebook))} cells are tagged so that their output is not compared")
+    if path.stat().st_size > LIGHT:
+        found.append(f"it weighs {path.stat().st_size / 1e6:.1f} MB; the most is {LIGHT / 1e6:.0f} MB")
+    return found
+
+
+def main() -> int:
+    """Print what is wrong with the notebooks that the command line names."""
+    found = [f"{path}: {complaint}" for path in map(Path, sys.argv[1:]) for complaint in complaints(path)]
+    print("\n".join(found))
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
