@@ -105,7 +105,69 @@ def leave_out_a_barrier() -> None:
         torch.cuda.synchronize()
 
 
-TOPICS = {"flash_attention": flash_cases}
+# --- paged attention -----------------------------------------------------------------------------------------------
+
+
+def paged_cases() -> dict[str, Callable]:
+    """Both decode steps, prefill mixed with decode, and writing."""
+    return {
+        "decode, step 1": partial(run_paged_decode, 1),
+        "decode, step 2": partial(run_paged_decode, 2),
+        "prefill": run_paged_prefill,
+        "write_cache": run_paged_writing,
+    }
+
+
+def paged_rows(lengths: list[int], counts: list[int] | None = None, **options) -> dict[str, torch.Tensor]:
+    """Rows of a paged cache, made on the CPU; tables name nonsense past a row's last block."""
+    from benchmarks.paged_attention import make_rows
+
+    x = make_rows(lengths, queries=counts, device="cpu", **options)
+    nonsense = torch.full((len(lengths), 3), 2**30, dtype=torch.int32)
+    x["block_tables"] = torch.cat((x["block_tables"], nonsense), dim=1)
+    return {name: tensor.cuda() for name, tensor in x.items()}
+
+
+def run_paged_decode(step: int) -> None:
+    """Ragged rows, an empty one, every shape of tile, blocks smaller and larger than a step, a window, float8."""
+    from tformer_lib.paged_attention import FP8, paged_attention
+
+    lengths = [0, 1, 17, 130, 700, 3000]
+    for d, heads, cache in itertools.product((64, 128), (8, 24), (None, FP8)):
+        x = paged_rows(lengths, d=d, heads=heads, kv_heads=2, cache=cache)
+        paged_attention(**x, step=step, return_lse=True)
+    for block_size in (1, 8, 64):
+        paged_attention(**paged_rows(lengths, heads=4, kv_heads=1, block_size=block_size), step=step, window=100)
+    torch.cuda.synchronize()
+
+
+def run_paged_prefill() -> None:
+    """Chunks, whole prompts and decoding rows side by side."""
+    from tformer_lib.paged_attention import FP8, paged_attention
+
+    lengths, counts = [900, 0, 333, 100, 2, 17], [1, 0, 5, 100, 2, 7]
+    for d, cache in itertools.product((64, 128, 256), (None, FP8)):
+        x = paged_rows(lengths, counts, d=d, heads=6, kv_heads=2, cache=cache)
+        paged_attention(**x, step="prefill", return_lse=True, window=200)
+    paged_attention(**paged_rows(lengths, counts, heads=4, kv_heads=2, block_size=1), step="prefill")
+    torch.cuda.synchronize()
+
+
+def run_paged_writing() -> None:
+    """16 bytes at a time and one by one, rotated, to float8."""
+    from tformer_lib.paged_attention import FP8, write_cache
+
+    for (kv_heads, d), cache in itertools.product(((2, 64), (3, 20)), (torch.bfloat16, FP8)):
+        k, v = (from_cpu(50, kv_heads, d, dtype=torch.bfloat16) for _ in range(2))
+        pools = [torch.zeros(10, kv_heads, 8, d).to(cache).cuda() for _ in range(2)]
+        slots, angles = torch.randperm(80)[:50].cuda(), torch.rand(50, d // 2).cuda()
+        write_cache(k, v, *pools, slots)
+        for layout in ("half", "interleaved"):
+            write_cache(k, v, *pools, slots, cos=angles, sin=angles, layout=layout)
+    torch.cuda.synchronize()
+
+
+TOPICS = {"flash_attention": flash_cases, "paged_attention": paged_cases}
 CONTROLS = {"control: lse too short": "memcheck", "control: a barrier left out": "racecheck"}
 
 
