@@ -609,14 +609,24 @@ def test_generation_is_token_for_token_that_of_a_contiguous_cache(model, block_s
     assert [list(t) for t in zip(*stream(model, PROMPTS, cache=cache, **options), strict=True)] == wanted
 
 
-def test_a_static_step_takes_blocks_as_it_goes(model):
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_static_step_takes_blocks_as_it_goes(model, compile):
     caches = [PreallocatedCache(CacheShape.of(model, 3), 40), PagedKVCache(CacheShape.of(model, 3), 30, 4)]
-    steps = [StaticStep(model, cache, capture=False) for cache in caches]
+    steps = [StaticStep(model, cache, compile=compile, capture=False, backend="eager") for cache in caches]
     logits = [prefill(model, PROMPTS, cache) for cache in caches]
     for _ in range(15):
         torch.testing.assert_close(*logits, rtol=0, atol=1e-12)
         logits = [step(logits[0].argmax(-1)[:, None]).clone() for step in steps]
     assert caches[0].lengths.tolist() == caches[1].lengths.tolist() == caches[1].host_lengths
+
+
+@torch.no_grad()
+def test_a_mask_on_top_of_causality_is_obeyed(model):
+    tokens = torch.randint(23, (2, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.rand(12, 12, generator=torch.Generator().manual_seed(3)) < 0.6
+    cache = PagedKVCache(CacheShape.of(model, 2), 8, 4)
+    got = [model(tokens[:, :7], mask=mask[:7, :7], cache=cache), model(tokens[:, 7:], mask=mask[7:], cache=cache)]
+    torch.testing.assert_close(torch.cat(got, dim=1), model(tokens, mask=mask), rtol=0, atol=1e-12)
 
 
 def test_beams_share_their_past_and_copy_on_write(model):
