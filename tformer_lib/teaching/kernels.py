@@ -8,6 +8,7 @@ built by the same loader, and run in a process of their own, which may crash or 
 
 import contextlib
 import ctypes
+import html
 import io
 import math
 import re
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from IPython.display import HTML, display
 from torch import Tensor
 
 from tformer_lib import jit
@@ -121,9 +123,45 @@ def dedent(text: str) -> str:
 
 
 def show_table(head: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """A Markdown table: the first column to the left, the others as they come."""
-    lines = [head, ["---"] * len(head), *rows]
-    show_markdown("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines))
+    """A table whose first column names the rows; a line break in a cell is kept. Wide ones scroll on a narrow screen.
+
+    Args:
+        head: the names of the columns.
+        rows: the cells of each row.
+    """
+    names = "".join(f'<th scope="col">{cell_text(name)}</th>' for name in head)
+    lines = [f"<tr>{names}</tr>"]
+    for first, *others in rows:
+        cells = "".join(f"<td>{cell_text(x)}</td>" for x in others)
+        lines.append(f'<tr><th scope="row">{cell_text(first)}</th>{cells}</tr>')
+    show_html_table(f"{head[0]} by {', '.join(map(str, head[1:]))}", lines)
+
+
+def show_ledger(entries: Iterable[tuple[str, dict[str, str]]]) -> None:
+    """A table with a block for each entry: its name, then what is said about it under each heading.
+
+    Args:
+        entries: (name, {heading: text}); a line break in a text is kept.
+    """
+    lines = []
+    for name, parts in entries:
+        lines.append(f'<tr><th colspan="2" scope="rowgroup">{cell_text(name)}</th></tr>')
+        for heading, text in parts.items():
+            first = f'<th scope="row" style="font-weight: normal; vertical-align: top">{cell_text(heading)}</th>'
+            lines.append(f'<tr>{first}<td style="text-align: left">{cell_text(text)}</td></tr>')
+    show_html_table("ledger", lines)
+
+
+def show_html_table(label: str, lines: Iterable[str]) -> None:
+    """Rows of HTML as a table that can be scrolled by keyboard. The class keeps the dark theme from a light ground."""
+    region = f'style="overflow-x: auto" tabindex="0" role="region" aria-label="Table: {html.escape(label)}"'
+    body = "\n".join(lines)
+    display(HTML(f'<div {region}>\n<table class="table dataframe">\n{body}\n</table>\n</div>'))
+
+
+def cell_text(cell) -> str:
+    """A cell as HTML."""
+    return html.escape(str(cell)).replace("\n", "<br>")
 
 
 # --- compile and run -----------------------------------------------------------------------------------------------

@@ -7,10 +7,9 @@ function draw(root, data, kit) {
 
 // --- banks -----------------------------------------------------------------------------------------------------------
 
-// data: {groups, places: {d: {layout: place of [row][chunk], in pieces of 16 bytes}}}
+// data: {groups, layouts, widths, places: {d: {layout: place of [row][chunk], in pieces of 16 bytes}}}
 function drawBanks(root, data, kit) {
-  const names = Object.keys(data.places);
-  const layouts = Object.keys(data.places[names[0]]);
+  const [names, layouts] = [data.widths, data.layouts];
   const state = { d: names[0], layout: layouts[0], chunk: 3 };
   const said = kit.readout();
   const picture = kit.el("div", {});
@@ -64,10 +63,10 @@ const SCHEDULES = {
   "two, both ideas": { groups: 2, ahead: true, lockstep: false },
 };
 
-// data: {tiles, shown, presets: {name: {product, softmax, load}}}
+// data: {tiles, shown, presets: [[name, {product, softmax, load}], ...]}
 function drawPipeline(root, data, kit) {
   const names = Object.keys(SCHEDULES);
-  const first = Object.values(data.presets)[0];
+  const first = data.presets[0][1];
   const state = { schedule: names[0], stages: 2, ...first };
   const said = kit.readout();
   const picture = kit.el("div", {});
@@ -89,7 +88,7 @@ function drawPipeline(root, data, kit) {
   root.append(
     kit.controls(kit.select({ label: "Schedule", options: names, value: state.schedule, change: (v) => ((state.schedule = v), show()) })),
     kit.controls(sliders.product, sliders.softmax, sliders.load, slider("Buffers", "stages", 1, 3, 1)),
-    kit.controls(Object.entries(data.presets).map(([name, preset]) => kit.button(name, () => set(preset)))),
+    kit.controls(data.presets.map(([name, preset]) => kit.button(name, () => set(preset)))),
     said,
     picture,
     table,

@@ -32,7 +32,7 @@ def place(row: int, chunk: int, chunks: int, layout: str) -> int:
 
 def banks() -> BankExplorer:
     """The explorer for rows of 64 and of 128 halves."""
-    layouts = ("as it comes", "one piece of padding a row", "XOR swizzle")
+    layouts = ["as it comes", "one piece of padding a row", "XOR swizzle"]
     places = {
         f"{d}": {
             layout: [[place(row, chunk, d // 8, layout) for chunk in range(d // 8)] for row in range(ROWS)]
@@ -42,7 +42,7 @@ def banks() -> BankExplorer:
     }
     return BankExplorer(
         label="Bank explorer: one piece of eight rows, read at once",
-        data={"figure": "banks", "groups": GROUPS, "places": places},
+        data={"figure": "banks", "groups": GROUPS, "layouts": layouts, "widths": [64, 128], "places": places},
     )
 
 
@@ -55,5 +55,5 @@ def pipeline(presets: dict[str, dict[str, int]]) -> PipelineExplorer:
     """
     return PipelineExplorer(
         label="Pipeline explorer: when do the tensor cores wait?",
-        data={"figure": "pipeline", "tiles": 24, "shown": 4, "presets": presets},
+        data={"figure": "pipeline", "tiles": 24, "shown": 4, "presets": list(presets.items())},
     )
