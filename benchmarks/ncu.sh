@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 topic=${1:?which benchmark? for example: benchmarks/ncu.sh paged_attention}
 kernels=${2:-.*}                      # a regular expression for the kernels' names
-most=${3:-40}                         # how many kernels to look at
+most=${3:-20}                         # how many kernels to look at
 out=runs/ncu/$topic
 command -v ncu >/dev/null || { echo "ncu is not here: install Nsight Compute, which comes with the CUDA toolkit" >&2; exit 1; }
 mkdir -p runs/ncu

@@ -11,7 +11,6 @@ matrix, written as one 2 times. Keys that are transposed and copied before each 
 
 import argparse
 from collections.abc import Callable
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -73,10 +72,10 @@ def decoding(report: Report) -> None:
     kinds = {"eager": eager, "eager, unchecked": unchecked, "CUDA graph": recorded} if gpu else {"eager": eager}
     recordings = {}
     for kind, make in kinds.items():
-        for batch in (1, 2, 4, 8, 16, 32) if gpu else (1, 4, 16):
+        for batch in (1,) if kind == "eager, unchecked" else (1, 2, 4, 8, 16, 32) if gpu else (1, 4, 16):
             step, tokens, cache = make(model, batch)
             call = returning(step, tokens, cache)
-            timing = measure(call, device=report.device, seconds=0.4, min_calls=5)
+            timing = measure(call, device=report.device, seconds=1.0 if batch == 1 else 0.4, min_calls=5)
             work = pass_cost(model.config, held=CONTEXT, new=1, itemsize=report.dtype.itemsize)
             more_rows = (batch - 1) * (CONTEXT + 1) * CacheShape.of(model, 1).bytes_per_token  # the weights are shared
             title = f"decode step, {kind}, batch {batch}"
@@ -98,8 +97,11 @@ def unchecked(model: Decoder, batch: int) -> tuple[Callable, Tensor, Preallocate
     step, tokens, cache = eager(model, batch)
 
     def without_check(tokens: Tensor) -> Tensor:
-        with mock.patch.object(positional_encoding, "check_in_table"):
+        kept, positional_encoding.check_in_table = positional_encoding.check_in_table, lambda *a: None
+        try:
             return step(tokens)
+        finally:
+            positional_encoding.check_in_table = kept
 
     return without_check, tokens, cache
 
