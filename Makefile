@@ -4,6 +4,8 @@
 #   make lab        JupyterLab on the notebooks
 #   make bench      measure (CPU, and the GPU where there is one)
 #   make notebooks  run the notebooks again and keep their outputs (NB=notebooks/04-attention.ipynb for one)
+#   make chapter    begin a chapter: make chapter NAME=18-mixture-of-experts TITLE="Mixture of experts"
+#   make address    say where the repository is, which turns on Binder and Colab: make address URL=https://github.com/o/n
 #   make lint       ruff
 #   make clean      remove what was built; `make distclean` removes the environment too
 
@@ -20,7 +22,7 @@ export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config g
 # uv warns about a VIRTUAL_ENV that is not the project's own.
 unexport VIRTUAL_ENV
 
-.PHONY: setup book test lab bench notebooks lint clean distclean
+.PHONY: setup book test lab bench notebooks chapter address lint clean distclean
 
 setup: $(READY)
 
@@ -55,6 +57,12 @@ notebooks: $(READY)
 	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=300 \
 	  --CoalesceStreamsPreprocessor.enabled=True $(notdir $(NB))
 	$(BIN)/python book/status.py
+
+chapter: $(READY)
+	$(BIN)/python -m tformer_lib.teaching.new_chapter $(NAME) $(if $(TITLE),--title '$(TITLE)')
+
+address: $(READY)
+	$(BIN)/python book/address.py '$(URL)'
 
 lint: $(READY)
 	$(BIN)/ruff check

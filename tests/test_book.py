@@ -5,12 +5,15 @@ import importlib.util
 import json
 import re
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import notebook_rules as rules
 import pytest
 import yaml
+from IPython.core.interactiveshell import InteractiveShell
 from pybtex.database import parse_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,3 +178,111 @@ def test_page_has_one_title(page):
     text = re.sub(r"^(`{3,}).*?^\1", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     assert len(re.findall(r"^# ", text, flags=re.MULTILINE)) == 1
     assert text.startswith("# ")
+
+
+# Opening the chapters elsewhere
+
+
+def launched(**settings) -> dict:
+    """The theme's options after the launch extension saw the configuration with these settings."""
+    options = {"launch_buttons": {"thebe": False}, "use_download_button": True}
+    config = SimpleNamespace(html_theme_options=options, **{"course_address": "", "course_hub": "", **settings})
+    script(BOOK / "_ext" / "launch.py").offer(None, config)
+    return config.html_theme_options
+
+
+def test_no_button_leads_elsewhere_without_an_address():
+    assert launched() == {"launch_buttons": {"thebe": False}, "use_download_button": True}
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())["sphinx"]["config"]
+    assert {"course_address", "course_hub"} <= set(config)
+
+
+def test_one_setting_turns_the_buttons_on():
+    options = launched(course_address="https://github.com/someone/lab/", course_hub="https://hub.school.edu")
+    assert options["repository_url"] == "https://github.com/someone/lab"
+    assert options["use_repository_button"]
+    assert options["use_issues_button"]
+    assert set(options["launch_buttons"]) == {"thebe", "binderhub_url", "colab_url", "jupyterhub_url"}
+    with pytest.raises(Exception, match="https://github"):
+        launched(course_address="git@github.com:someone/lab")
+
+
+@pytest.fixture
+def copied(tmp_path) -> Path:
+    """A copy of the configuration and two chapters."""
+    (tmp_path / "notebooks").mkdir()
+    for file in (ROOT / "_config.yml", *NOTEBOOKS[:2]):
+        (tmp_path / file.relative_to(ROOT)).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_address_goes_into_the_configuration_and_the_chapters_and_out_again(copied):
+    set_address = script(BOOK / "address.py").set_address
+    before = contents(copied)
+    set_address(copied, "https://github.com/someone/lab")
+    after = contents(copied)
+    assert all(after[name] != before[name] for name in before)
+    config = yaml.safe_load((copied / "_config.yml").read_text())
+    assert config["sphinx"]["config"]["course_address"] == "https://github.com/someone/lab"
+    for path in (copied / "notebooks").glob("*.ipynb"):
+        assert not rules.complaints(path)
+        cell = next(c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code")
+        assert cell["metadata"]["tags"] == ["remove-cell"], "the page does not show it"
+        assert "git clone" in "".join(cell["source"])
+        assert "https://github.com/someone/lab " in "".join(cell["source"])
+    set_address(copied, "https://github.com/someone/lab")
+    assert contents(copied) == after, "a second time changes nothing"
+    set_address(copied, "")
+    assert contents(copied) == before
+
+
+def test_colab_s_cell_does_nothing_elsewhere():
+    shell = InteractiveShell()
+    asked = []
+    shell.run_line_magic = lambda *call, **options: asked.append(call)
+    shell.system = asked.append
+    source = "".join(script(BOOK / "address.py").colab_cell("https://github.com/someone/lab")["source"])
+    shell.run_cell(source).raise_error()
+    assert asked == []
+    sys.modules["google.colab"] = sys
+    try:
+        shell.run_cell(source).raise_error()
+    finally:
+        del sys.modules["google.colab"]
+    assert len(asked) == 3
+
+
+# Containers and workflows, which cannot be run here, are read
+
+
+def test_container_installs_and_serves_the_course():
+    text = (ROOT / "Dockerfile").read_text()
+    steps = re.sub(r"\\\n", " ", re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE))
+    words = [line.split(maxsplit=1)[0] for line in steps.splitlines() if line.strip()]
+    assert set(words) <= {"ARG", "FROM", "RUN", "COPY", "WORKDIR", "USER", "ENV", "EXPOSE", "CMD"}
+    assert "make setup" in steps
+    assert "USER root" not in steps.split("CMD")[0].splitlines()[-1]
+    command = json.loads(re.search(r"^CMD (\[.*\])$", steps, re.MULTILINE)[1])
+    assert "lab" in command
+    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    assert (ROOT / ".devcontainer" / container["build"]["dockerfile"]).resolve() == ROOT / "Dockerfile"
+    assert container["postCreateCommand"] == "make setup"
+
+
+@pytest.mark.parametrize("name", ["test", "publish"])
+def test_workflow_calls_the_commands_of_the_readme(name):
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    commands = " ".join(step.get("run", "") for step in steps)
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    called = set(re.findall(r"\bmake ([a-z]+)", commands))
+    assert called
+    assert called <= targets
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
+    if name == "publish":
+        assert {"pages": "write", "id-token": "write"}.items() <= workflow["permissions"].items()

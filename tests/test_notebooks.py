@@ -1,4 +1,4 @@
-"""What every notebook keeps, beside the outputs that ``pytest --nbval`` compares; ``notebook_rules.py`` has the rules."""
+"""What every notebook keeps, beside the outputs that ``pytest --nbval`` compares; the rules: ``notebook_rules.py``."""
 
 import copy
 import importlib

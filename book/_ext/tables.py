@@ -1,9 +1,9 @@
 """Fill tables of the book when it is built, from what is in the project.
 
-``{{ chapters }}`` on the front page becomes the list of the chapters in ``_toc.yml``, ``{{ part }}`` on a part's page the
-list of that part's, with the time to read each. On the status page
-``{{ outputs }}`` becomes the table of ``book/status.json``, which ``book/status.py`` writes when the notebooks are run,
-and ``{{ measurements }}`` the list of the files under ``benchmarks/results/``.
+``{{ chapters }}`` on the front page becomes the list of the chapters in ``_toc.yml``, and ``{{ part }}`` on the page
+of a part the list of that part's, with the time to read each. On the status page ``{{ outputs }}`` becomes the table
+of ``book/status.json``, which ``book/status.py`` writes when the notebooks are run, and ``{{ measurements }}`` the
+list of the files under ``benchmarks/results/``.
 """
 
 import json

@@ -1,0 +1,74 @@
+"""Say where the course's repository is, so that its pages offer Binder and Colab.
+
+    python book/address.py https://github.com/someone/tformer-lab
+    python book/address.py ""                                       # take it back
+
+Two things change: ``course_address`` in ``_config.yml``, which ``_ext/launch.py`` reads, and the first cell of each
+chapter. Colab opens a notebook alone, so that cell fetches the rest of the course there. Elsewhere it does nothing,
+and no page shows it.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MARK = "colab"
+CELL = """import sys
+
+if "google.colab" in sys.modules:  # Colab opens this notebook alone: fetch and install the rest
+    !git clone --quiet --depth 1 {address} /content/course
+    %pip install --quiet --editable /content/course
+    %cd -q /content/course/notebooks"""
+
+
+def main() -> int:
+    """Set the address that the command line gives."""
+    if len(sys.argv) != 2 or not re.fullmatch(r"(https://github\.com/[\w.-]+/[\w.-]+)?", sys.argv[1]):
+        print(__doc__)
+        return 2
+    set_address(ROOT, sys.argv[1])
+    return 0
+
+
+def set_address(root: Path, address: str) -> None:
+    """Write the address into the configuration and the chapters; an empty one takes it out."""
+    config = root / "_config.yml"
+    text = re.sub(r"course_address: \S+", f'course_address: "{address}"', config.read_text(encoding="utf-8"))
+    config.write_text(text, encoding="utf-8")
+    for path in sorted((root / "notebooks").glob("*.ipynb")):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        set_cell(notebook, address)
+        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def set_cell(notebook: dict, address: str) -> None:
+    """Put Colab's cell before the first code cell, or take it out, and count the cells that were run anew."""
+    cells = [cell for cell in notebook["cells"] if cell["id"] != MARK]
+    if address:
+        first = next(i for i, cell in enumerate(cells) if cell["cell_type"] == "code")
+        cells.insert(first, colab_cell(address))
+    notebook["cells"] = cells
+    code = [cell for cell in cells if cell["cell_type"] == "code" and "".join(cell["source"]).strip()]
+    for count, cell in enumerate(code, start=1):
+        cell["execution_count"] = count
+        for output in cell["outputs"]:
+            if output["output_type"] == "execute_result":
+                output["execution_count"] = count
+
+
+def colab_cell(address: str) -> dict:
+    """The cell, as it is after a run on another machine than Colab: without output."""
+    return {
+        "cell_type": "code",
+        "execution_count": 1,
+        "id": MARK,
+        "metadata": {"tags": ["remove-cell"]},
+        "outputs": [],
+        "source": CELL.format(address=address).splitlines(keepends=True),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
