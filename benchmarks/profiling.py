@@ -25,6 +25,7 @@ from benchmarks.harness import (
     matmul_rate,
     measure,
     noise,
+    profiled,
 )
 from benchmarks.kv_cache import GPT2, SMALL
 from tformer_lib import positional_encoding, profiling
@@ -40,8 +41,11 @@ def main() -> None:
     """The limits, the noise, the three bottlenecks; on a GPU also the recordings of its kernels."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--nvtx", action="store_true", help="measure nothing: run both softmaxes and a copy, once")
     args = parser.parse_args()
     torch.manual_seed(0)
+    if args.nvtx:
+        return for_profiler(torch.device(args.device))
     report = Report("profiling", args.device)
     limits(report)
     for stage in (decoding, softmax, transposed_keys, steadiness, ranges_off):
@@ -50,9 +54,25 @@ def main() -> None:
     report.finish()
 
 
+def for_profiler(device: torch.device) -> None:
+    """The second and the third bottleneck, one call each, inside the NVTX range that profilers look for."""
+    x = torch.randn(*((16384, 16384) if device.type == "cuda" else (256, 256)), device=device).to(dtype_of(device))
+    q, k, v = (
+        torch.randn(8, S, 32, 128, device=device).to(dtype_of(device))
+        for S in (1, *([4096] * 2 if device.type == "cuda" else [64] * 2))
+    )
+    calls = ((unfused_softmax, x), (fused_softmax, x), (with_copies, q.transpose(1, 2), k, v))
+    profiled(lambda: [fn(*inputs) for fn, *inputs in calls], device=device, warmup=1)
+
+
+def dtype_of(device: torch.device) -> torch.dtype:
+    """What a device is measured in."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def limits(report: Report) -> None:
     """Note the roofline of the device: the rates of a product and of a copy, and the cost of a launch."""
-    report.dtype = torch.bfloat16 if report.device.type == "cuda" else torch.float32
+    report.dtype = dtype_of(report.device)
     report.roofline = profiling.Roofline(
         matmul_rate(report.device, report.dtype), copy_rate(report.device), launch_seconds(report.device)
     )
