@@ -5,6 +5,8 @@ whole text up to that token, since keys and values depend on all of it: a block 
 The oracle of attention is the reference over contiguous tensors in float64. The kernels have a file of their own.
 """
 
+import copy
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -618,6 +620,17 @@ def test_a_static_step_takes_blocks_as_it_goes(model, compile):
         torch.testing.assert_close(*logits, rtol=0, atol=1e-12)
         logits = [step(logits[0].argmax(-1)[:, None]).clone() for step in steps]
     assert caches[0].lengths.tolist() == caches[1].lengths.tolist() == caches[1].host_lengths
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_recorded_step_writes_what_an_eager_one_writes(model, dtype):
+    on_gpu = copy.deepcopy(model).to("cuda", dtype)
+    written = []
+    for cuda_graph in (False, True):
+        cache = PagedKVCache(CacheShape.of(on_gpu, 3), 40, 4, max_length=60)
+        written.append(generate(on_gpu, PROMPTS, max_new_tokens=20, cache=cache, cuda_graph=cuda_graph))
+    assert written[0] == written[1]
 
 
 @torch.no_grad()

@@ -168,6 +168,47 @@ def decode_times(
     style.show()
 
 
+CONTESTANTS = {
+    "step 1": "1_block_table.cu",
+    "step 2": "2_split_kv.cu",
+    "step 2, CUDA graph": "2_split_kv.cu in a CUDA graph",
+    "dense cache, sdpa cudnn": "contiguous, PyTorch with cuDNN",
+}
+WORK = ("64 x 8,192", "64 rows of 100 to 16,384", "16 x 2,048", "1 x 32,768")
+
+
+def recorded(record: dict) -> None:
+    """What ``benchmarks/paged_attention.py`` measured on a GPU: keys and values read a second, by work and by block."""
+    rates = {row["name"]: row["rate"] / 1e12 for row in record["rows"]}
+    limit = record["facts"]["copy_tb_s"]
+    _, (left, right) = style.figure(1, 2, height=5.0, width_ratios=(1.6, 1))
+    for i, (contestant, label) in enumerate(CONTESTANTS.items()):
+        values = [rates.get(f"decode, {work}: {contestant}", 0.0) for work in WORK]
+        places = [place + 0.2 * (i - 1.5) for place in range(len(WORK))]
+        bars = left.barh(places, values, 0.18, color=style.PALETTE[i], hatch=HATCHES[i], label=label)
+        left.bar_label(bars, [f"{value:.2f}" if value else "" for value in values], padding=2, fontsize=8)
+    left.axvline(limit, color=style.INK, linestyle="--", linewidth=1.2, label="device copy, same run")
+    left.set_yticks(range(len(WORK)), [work.replace(" rows of ", " rows,\n") for work in WORK])
+    left.invert_yaxis()
+    left.set(title="Decode: TB/s of keys and values", xlabel="TB/s", xlim=(0, 1.2 * limit))
+    left.figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
+    by_block(right, rates, limit)
+    style.show()
+
+
+def by_block(ax, rates: dict[str, float], limit: float) -> None:
+    """TB/s of step 2 over the block size, at 64 rows of 8,192 tokens."""
+    sizes = (1, 8, 16, 32, 64, 256)
+    names = {size: f"decode, 64 x 8,192, blocks of {size}: step 2" for size in sizes} | {
+        16: "decode, 64 x 8,192: step 2"
+    }
+    known = [size for size in sizes if names[size] in rates]
+    bars = ax.bar([str(size) for size in known], [rates[names[size]] for size in known], color=style.PALETTE[1])
+    ax.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+    ax.axhline(limit, color=style.INK, linestyle="--", linewidth=1.2)
+    ax.set(title="TB/s at 64 x 8,192", xlabel="tokens in a block", ylim=(0, 1.2 * limit))
+
+
 def bookkeeping(rows: dict[str, Sequence[float]], sequences: Sequence[int]) -> None:
     """Microseconds of Python per decode step over the number of sequences."""
     _, ax = style.figure(height=3.0)
