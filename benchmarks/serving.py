@@ -218,8 +218,24 @@ def static_part(device: str) -> dict:
     log, per_token = list(engine.log), CacheShape.of(model, 1).bytes_per_token
     used = [share_of_reserved(batch) for batch in batches]
     rows = [total_row("static", seconds, written), *decode_rows("static", log, weight_bytes(model), per_token)]
-    trace = [[round(s.finished - log[0].started, 4), s.samples, s.tokens, s.live_tokens] for s in log]
-    return {"rows": rows, "steps": len(log), "mean_waste": 1 - sum(used) / len(used), "log": trace[::4]}
+    first = min(arrival for arrival, _, _ in log[0].rows)
+    trace = [
+        [round(step.finished - log[0].started, 4), useful_rows(step, requests, first), step.samples, step.live_tokens]
+        for step in log
+    ]
+    return {
+        "rows": rows,
+        "steps": len(log),
+        "mean_waste": 1 - sum(used) / len(used),
+        "log": trace[::4],
+        "log_columns": ["seconds", "rows that somebody waits for", "rows", "live tokens"],
+    }
+
+
+def useful_rows(step: Step, requests: list[tuple[list[int], int]], first: int) -> int:
+    """How many rows of a step write a token that was asked for; ``first`` is the arrival of the first request."""
+    written = [(requests[arrival - first], start + count) for arrival, start, count in step.rows]
+    return sum(len(prompt) <= end < len(prompt) + new for (prompt, new), end in written)
 
 
 def share_of_reserved(batch: list[tuple[list[int], int]]) -> float:
@@ -361,16 +377,39 @@ def naive_step(model: Decoder, prompts: list[list[int]]) -> Callable[[], None]:
 
 
 def record(step: Callable[[], object]) -> dict:
-    """The kernels of a window, from a little after its beginning."""
+    """Seconds of a step, then the kernels of a window, from a little after the profiler began."""
+    begin = time.perf_counter()
+    for _ in range(20):
+        step()
     torch.cuda.synchronize()
-    with profiling.trace(operators=False) as trace:
+    seconds = (time.perf_counter() - begin) / 20
+    with profiling.trace() as trace:
         begin = time.perf_counter()
         while time.perf_counter() - begin < 2.5 * WINDOW_US / 1e6:
             step()
     intervals = [{**i, "start_us": i["start_us"] - WINDOW_US} for i in trace.intervals()]
-    packed = profiling.pack([i for i in intervals if i["start_us"] >= 0], WINDOW_US)
-    shown = profiling.unpack(packed)
-    return {**packed, "busy": round(profiling.utilisation(shown, 0.0, WINDOW_US), 4), "kernels": len(shown)}
+    packed = profiling.pack([i for i in intervals if i["start_us"] >= 0], WINDOW_US, digits=1, name=kind_of_kernel)
+    shown, names = profiling.unpack(packed), profiling.totals(trace.intervals())
+    return {
+        **packed,
+        "seconds_per_step_unprofiled": seconds,
+        "busy": round(profiling.utilisation(shown, 0.0, WINDOW_US), 4),
+        "kernels": len(shown),
+        "longest": {profiling.short_name(name): round(entry["seconds"], 6) for name, entry in list(names.items())[:12]},
+    }
+
+
+KINDS = {
+    "matrix products": ("gemm", "nvjet", "cutlass", "gemv", "splitk", "wgmma"),
+    "copying the cache": ("catarray", "cat_"),
+    "attention": ("attention", "attn", "paged", "decode", "prefill", "fmha", "flash", "softmax"),
+}
+
+
+def kind_of_kernel(name: str) -> str:
+    """What a kernel is for, told by its name."""
+    name = name.lower()
+    return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "the rest")
 
 
 def stories_part(device: str) -> dict:

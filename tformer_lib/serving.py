@@ -30,6 +30,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -345,7 +346,8 @@ class PackedPass:
     """A cache, as ``Decoder.forward`` sees it, for rows that stand end to end: tokens (1, total).
 
     Args:
-        pools: (layers, 2, blocks, kv_heads, block_size, head_dim).
+        pools: for each layer those of its keys and of its values, (blocks, kv_heads, block_size, head_dim) each. They
+            are no views of one tensor, because a compiler must take care not to mix up parts of what is written to.
         positions: (total,) int64, the place of each token in its row.
         slots: (total,) int64, where its key and value go; -1 for none.
         tables: (rows, max_blocks) int32.
@@ -488,8 +490,9 @@ class Runner:
         shape = CacheShape.of(model, seats)
         self.model, self.block_size, self.max_blocks = model, allocator.block_size, max_blocks
         self.device = torch.device(shape.device)
-        size = (shape.layers, 2, allocator.blocks, shape.kv_heads, allocator.block_size, shape.head_dim)
-        self.pools = torch.zeros(size, dtype=shape.dtype, device=self.device)
+        size = (allocator.blocks, shape.kv_heads, allocator.block_size, shape.head_dim)
+        new_pool = partial(torch.zeros, size, dtype=shape.dtype, device=self.device)
+        self.pools = [(new_pool(), new_pool()) for _ in range(shape.layers)]  # memory of their own: see PackedPass
         self.last_tokens = torch.zeros(seats + 1, dtype=torch.int64, device=self.device)
         self.seen: Tensor | None = None
         on_gpu = self.device.type == "cuda"
@@ -620,13 +623,7 @@ class Runner:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Fuse the kernels of each block with ``torch.compile``, for any number of tokens; all blocks share the result.
-
-    Attention over blocks stays a call of its own: its kernels are written by hand, and what it is told differs from
-    step to step.
-    """
-    if not hasattr(PackedLayer.attend, "_torchdynamo_disable"):
-        PackedLayer.attend = torch.compiler.disable(PackedLayer.attend)
+    """Fuse the kernels of each block with ``torch.compile``, for any number of tokens; all blocks share the result."""
     for block in model.stack.blocks:
         block.compile(dynamic=True)
 

@@ -148,3 +148,38 @@ def blocks(log: Sequence[Step], blocks: int, requests: int) -> None:
     bottom.grid(axis="y", visible=False)
     bottom.legend(handles=[Patch(facecolor=READING, label="reads"), Patch(facecolor=WRITING, label="writes")], ncols=2)
     style.show()
+
+
+def throughput(rates: dict[str, float], ours: str = "engine") -> None:
+    """Tokens a second of each way to serve, and how many times more the engine writes."""
+    _, ax = style.figure(height=0.6 + 0.55 * len(rates))
+    names = list(rates)
+    ax.barh(names, list(rates.values()), color=[style.BLUE if n == ours else style.GREY for n in names], height=0.65)
+    for line, name in enumerate(names):
+        ratio = "" if name == ours else f"   the engine writes {rates[ours] / rates[name]:.1f} x as many"
+        ax.text(rates[name], line, f" {rates[name]:,.0f}{ratio}", va="center", fontsize=9.5)
+    ax.set(xlabel="tokens a second", xlim=(0, 1.35 * max(rates.values())), ylim=(len(names) - 0.4, -0.6))
+    ax.grid(axis="y", visible=False)
+    style.show()
+
+
+def progress(engine: Sequence[Sequence[float]], static: Sequence[Sequence[float]], room: int) -> None:
+    """Rows and memory in use over the time of a run.
+
+    Args:
+        engine: (seconds, rows that write, tokens computed, live tokens, waiting, held blocks) of some steps.
+        static: (seconds, rows that somebody waits for, rows, live tokens) of some steps.
+        room: tokens that the memory holds.
+    """
+    ours, theirs = np.array(engine, dtype=float).T, np.array(static, dtype=float).T
+    _, axes = style.figure(1, 2, height=3.3)
+    axes[0].plot(ours[0], ours[1], color=style.BLUE, label="engine")
+    axes[0].plot(theirs[0], theirs[1], color=style.VERMILION, linestyle="--", label="static batches")
+    axes[0].set(title="Rows that somebody waits for", xlabel="seconds", ylim=(0, None))
+    axes[1].plot(ours[0], ours[3] / room, color=style.BLUE, label="engine: tokens held")
+    axes[1].plot(theirs[0], theirs[3] / room, color=style.VERMILION, linestyle="--", label="static: tokens held")
+    axes[1].axhline(1.0, color=style.VERMILION, linewidth=1, linestyle=":", label="static: reserved")
+    axes[1].set(title="Share of the 4 GiB", xlabel="seconds", ylim=(0, 1.45))
+    for ax in axes:
+        ax.legend(loc="upper right", fontsize=9)
+    style.show()

@@ -36,41 +36,40 @@ function sentence({ steps, budget }, step, names) {
   const { states, tokens, owners } = steps[step];
   const doing = (what) => names.filter((_, i) => states[i][0] === what).join(", ");
   const parts = [
-    ["reads", "read"], ["writes", "write"], ["idle", "sit idle"], ["preempted", "lose their blocks"], ["waits", "wait"],
-  ].filter(([what]) => doing(what)).map(([what, verb]) => `${doing(what)} ${verb}`);
-  const useful = states.filter(([what]) => what === "writes").length;
+    ["reads", "Reading"], ["writes", "Writing"], ["idle", "Idle"], ["preempted", "Preempted"], ["waits", "Waiting"],
+  ].filter(([what]) => doing(what)).map(([what, word]) => `${word}: ${doing(what)}`);
   const held = owners.filter((owner) => owner >= 0).length;
   const limit = budget ? ` of at most ${budget}` : "";
-  return `${parts.join("; ") || "Nothing to do"}. ${tokens} tokens computed${limit}, ${useful} rows write, ${held} of ${owners.length} blocks held.`;
+  return `${parts.join(". ") || "Nothing to do"}. ${tokens} tokens computed${limit}, ${held} of ${owners.length} blocks held.`;
 }
 
 // A line a request, a column a step; what is to come is left out.
 function lanes({ steps }, step, { names }, kit) {
-  const size = 26;
-  const left = 30;
+  const size = 22;
+  const left = 26;
   const cells = names.flatMap((letter, row) => [
-    kit.svg("text", { x: 6, y: 36 + size * row + 18, "font-size": 14 }, letter),
+    kit.svg("text", { x: 6, y: 34 + size * row + 16, "font-size": 14 }, letter),
     ...steps.slice(0, step + 1).map(({ states }, column) => cell(states[row], left + size * column, 34 + size * row, size, column === step, kit)),
   ]);
   const heads = steps.map((_, column) =>
-    kit.svg("text", { x: left + size * (column + 0.5), y: 26, "text-anchor": "middle", "font-size": 11, opacity: column <= step ? 1 : 0.35 }, column + 1),
+    kit.svg("text", { x: left + size * (column + 0.5), y: 28, "text-anchor": "middle", "font-size": 12, opacity: column <= step ? 1 : 0.35 }, column + 1),
   );
-  const title = kit.svg("text", { x: 0, y: 10, "font-size": 11 }, "step; R reads, W writes, a cross sits idle, ! loses its blocks");
+  const title = kit.svg("text", { x: 0, y: 11, "font-size": 13 }, "R reads, W writes, × idle, ! loses its blocks");
   const words = names.map((letter, i) => `${letter} ${steps[step].states[i][0]}`).join(", ");
-  const width = Math.max(left + size * steps.length + 4, 340);
+  const width = Math.max(left + size * steps.length + 4, 310);
   return kit.picture(width, 40 + size * names.length, `Requests by steps. Now: ${words}`, title, heads, cells);
 }
 
 function cell([what, tokens], x, y, size, now, kit) {
   const look = LOOKS[what];
   if (!look) return null;
-  const letter = { reads: tokens > 9 ? "R" : `R${tokens}`, writes: "W", idle: "×", preempted: "!", waits: "" }[what];
+  const letter = { reads: `R${tokens}`, writes: "W", idle: "×", preempted: "!", waits: "" }[what];
   return kit.svg("g", {},
     kit.svg("rect", {
       x: x + 1, y: y + 1, width: size - 2, height: size - 2, rx: 3, "stroke-width": now ? 2 : 1, "stroke-dasharray": look.dash ?? false,
       style: `fill:${kit.shade(look.share, kit.colours[look.fill])};stroke:var(--tf-line)`,
     }),
-    kit.svg("text", { x: x + size / 2, y: y + 18, "text-anchor": "middle", "font-size": 12 }, letter),
+    kit.svg("text", { x: x + size / 2, y: y + 16, "text-anchor": "middle", "font-size": 12 }, letter),
   );
 }
 
@@ -88,6 +87,6 @@ function pool({ owners }, { names, blockSize }, kit) {
     ];
   });
   const words = owners.map((owner) => (owner < 0 ? "free" : names[owner])).join(", ");
-  const title = kit.svg("text", { x: 0, y: 12, "font-size": 11 }, `memory: blocks of ${blockSize} tokens, and whose they are`);
-  return kit.picture(Math.max(2 + size * across, 340), 26 + size * Math.ceil(owners.length / across), `Blocks: ${words}`, title, boxes);
+  const title = kit.svg("text", { x: 0, y: 12, "font-size": 13 }, `memory: blocks of ${blockSize} tokens, and whose they are`);
+  return kit.picture(Math.max(2 + size * across, 310), 26 + size * Math.ceil(owners.length / across), `Blocks: ${words}`, title, boxes);
 }
