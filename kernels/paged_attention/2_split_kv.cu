@@ -20,6 +20,7 @@
 //   The query heads that share a kv head are the rows of one product (16, of which `group` are real), so that a key is
 //   read once for all of them.
 #include <algorithm>
+#include <numeric>
 
 #include "common/launch.cuh"
 #include "common/mma.cuh"
@@ -29,10 +30,12 @@ namespace paged {
 namespace {
 
 // A multiprocessor has one block with a ring of 192 KB: STAGES steps of KEYS keys and values for each warp.
-template <class Half_, class Cache_, int D_, int ROWS_>
+template <class Number_, class Cache_, int D_, int ROWS_>
 struct Shape {
-    using Half = Half_;    // of q, out and the products
-    using Cache = Cache_;  // of the pools
+    using Number = Number_;  // of q and out
+    using Cache = Cache_;    // of the pools
+    static constexpr bool IS_FP8 = sizeof(Cache) == 1;
+    using Half = std::conditional_t<IS_FP8, Fp16, Number>;  // of the products: float16 holds any float8
     static constexpr int D = D_;
     static constexpr int ROWS = ROWS_;  // query heads that fit: 8 or 16 of the 16 rows of a product
     static constexpr int WARPS = 4, THREADS = WARPS * WARP, BLOCKS = 2;
@@ -43,17 +46,20 @@ struct Shape {
     static constexpr int CHUNKS = ROW_BYTES / 16;
     static constexpr int RING_BYTES = WARPS * STAGES * STEP_BYTES, MERGE_BYTES = WARPS * 8 * D * 4;  // 8 rows at a time
     static constexpr int SHARED_BYTES = RING_BYTES + MERGE_BYTES;
-    static constexpr bool IS_FP8 = sizeof(Cache) == 1;
 };
 
 // --- who does what ---------------------------------------------------------------------------------------------------
 
-// Query heads are taken `rows` at a time: a pair is a row of the batch and one such bundle of heads.
+// Query heads are taken `rows` at a time: a pair is a row of the batch and one such bundle of heads. Blocks work in teams:
+// member i of a team takes bundles i, i + members, ...
 struct Bundles {
-    int group, a_group;  // query heads of a kv head; bundles of a kv head
-    int in_all;          // bundles of a row
-    __device__ Bundles(const Arguments& a, int rows)
-        : group(int(a.heads / a.kv_heads)), a_group((group + rows - 1) / rows), in_all(int(a.kv_heads) * a_group) {}
+    int group, a_group;   // query heads of a kv head; bundles of a kv head
+    int in_all, members;  // bundles of a row; blocks of a team, which divide them
+    __device__ Bundles(const Arguments& a, int rows, int members)
+        : group(int(a.heads / a.kv_heads)), a_group((group + rows - 1) / rows), in_all(int(a.kv_heads) * a_group),
+          members(members) {}
+    __device__ int member() const { return blockIdx.x % members; }
+    __device__ int team() const { return blockIdx.x / members; }
 };
 
 // The keys of a decode row: first .. last - 1, in `tiles` tiles that begin at `base`.
@@ -78,8 +84,8 @@ struct Cursor {
     __device__ void next(const Arguments& a, const Bundles& bundles) {
         if (++tile < keys.tiles) return;
         tile = 0;
-        if (++bundle < bundles.in_all) return;
-        bundle = 0;
+        if ((bundle += bundles.members) < bundles.in_all) return;
+        bundle = bundles.member();
         do {
             if (++b == a.batch) return;
             keys = keys_of<Sh>(a, b);
@@ -87,11 +93,11 @@ struct Cursor {
     }
 };
 
-// The share of this block: tiles begin .. end - 1 of `total`, cut among `blocks` of them.
+// All tiles of one member, `total`, cut among the teams: team i has the tiles begin(i) .. begin(i + 1) - 1.
 struct Share {
-    int total, blocks;
-    __device__ int begin(int block) const { return int(int64_t(block) * total / blocks); }
-    __device__ int owner(int tile) const { return int((int64_t(tile + 1) * blocks - 1) / total); }
+    int total, teams;
+    __device__ int begin(int team) const { return int(int64_t(team) * total / teams); }
+    __device__ int owner(int tile) const { return int((int64_t(tile + 1) * teams - 1) / total); }
 };
 
 __device__ int warp_prefix(int x) {
@@ -116,23 +122,24 @@ __device__ Share find_share(const Arguments& a, const Bundles& bundles, Cursor<S
     before -= own;
     int total = 0;
     for (int warp = 0; warp < Sh::WARPS; ++warp) {
-        if (warp < threadIdx.x / WARP) before += sums[warp];
+        if (warp < int(threadIdx.x) / WARP) before += sums[warp];
         total += sums[warp];
     }
-    const Share share{total * bundles.in_all, min(int(gridDim.x), total * bundles.in_all)};
-    if (int(blockIdx.x) >= share.blocks) return share;
+    const int rounds = bundles.in_all / bundles.members, teams = gridDim.x / bundles.members;
+    const Share share{total * rounds, min(teams, total * rounds)};
+    if (bundles.team() >= share.teams) return share;
 
-    const int begin = share.begin(blockIdx.x);
-    int at = before * bundles.in_all;
+    const int begin = share.begin(bundles.team());
+    int at = before * rounds;
     for (int b = top; b < bottom; ++b) {
-        const int tiles = keys_of<Sh>(a, b).tiles * bundles.in_all;
+        const int tiles = keys_of<Sh>(a, b).tiles * rounds;
         if (begin >= at && begin < at + tiles) begin_row[0] = b, begin_row[1] = begin - at;
         at += tiles;
     }
     __syncthreads();
     start.b = begin_row[0];
     start.keys = keys_of<Sh>(a, start.b);
-    start.bundle = begin_row[1] / start.keys.tiles;
+    start.bundle = begin_row[1] / start.keys.tiles * bundles.members + bundles.member();
     start.tile = begin_row[1] % start.keys.tiles;
     return share;
 }
@@ -179,7 +186,7 @@ struct Loader {
         step.first = cursor.keys.first, step.last = cursor.keys.last, step.kv = cursor.bundle / bundles.a_group;
         const int32_t* table = a.block_tables + cursor.b * a.table_stride;
         const int key = step.key + lane % Sh::KEYS, later = key + 16 * Sh::TILE;
-        step.block = key >= step.first && key < step.last ? table[key >> shift] : 0;
+        step.block = key < step.last ? table[key >> shift] : 0;
         if (lane == 0 && later < step.last) asm volatile("prefetch.global.L2 [%0];" ::"l"(table + (later >> shift)));
         cursor.next(a, bundles);
     }
@@ -224,10 +231,19 @@ __device__ int column_of(int j, int e) {
     return Sh::IS_FP8 ? j / 2 * 16 + 4 * t + 2 * e + j % 2 : j * 8 + 2 * t + e;
 }
 
+// Two numbers of q as the products take them; what is too large for float16 becomes its largest number.
+template <class Half, class Number>
+__device__ uint32_t as_half(uint32_t pair) {
+    if constexpr (std::is_same_v<Half, Number>) return pair;
+    const float2 x = unpack<Number>(pair);
+    constexpr float MOST = 65504.0f;
+    return pack<Half>(fminf(fmaxf(x.x, -MOST), MOST), fminf(fmaxf(x.y, -MOST), MOST));
+}
+
 // The queries as left sides: rows are heads, zeros past the last. The columns of a step of 16 may come in any order, if
 // only keys have the same: with float8 a lane holds four neighbours, as ldmatrix gives them.
 template <class Sh>
-__device__ void load_queries(uint32_t (&Q)[Sh::D / 16][4], const typename Sh::Half* q, int64_t stride, int rows) {
+__device__ void load_queries(uint32_t (&Q)[Sh::D / 16][4], const typename Sh::Number* q, int64_t stride, int rows) {
     const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int k = 0; k < Sh::D / 16; ++k)
@@ -235,8 +251,10 @@ __device__ void load_queries(uint32_t (&Q)[Sh::D / 16][4], const typename Sh::Ha
         for (int e = 0; e < 4; ++e) {
             const int row = g + e % 2 * 8, column = k * 16 + (Sh::IS_FP8 ? 4 * t + e / 2 * 2 : 2 * t + e / 2 * 8);
             Q[k][e] = 0;
-            if (e % 2 * 8 < Sh::ROWS && row < rows)
-                Q[k][e] = *reinterpret_cast<const uint32_t*>(q + row * stride + column);
+            if (e % 2 * 8 < Sh::ROWS && row < rows) {
+                const uint32_t pair = *reinterpret_cast<const uint32_t*>(q + row * stride + column);
+                Q[k][e] = as_half<typename Sh::Half, typename Sh::Number>(pair);
+            }
         }
 }
 
@@ -372,18 +390,18 @@ struct Merger {
     static constexpr int PARTIAL = Sh::ROWS * (Sh::D + 2);  // floats of a partial result: O, then m and l
 
     // Of a block's partial results the first is of the pair that its share begins in, the second of the one it ends in.
-    __device__ float* partial(int block, bool second) const {
-        return a.partial + (2 * int64_t(block) + second) * PARTIAL;
+    __device__ float* partial(int team, bool second) const {
+        return a.partial + (2 * int64_t(team * bundles.members + bundles.member()) + second) * PARTIAL;
     }
 
     __device__ void write(const Cursor<Sh>& pair, int row, int column, const Merged& x) const {
-        using Half = typename Sh::Half;
+        using Number = typename Sh::Number;
         const int64_t head = int64_t(pair.bundle / bundles.a_group) * bundles.group +
                              pair.bundle % bundles.a_group * Sh::ROWS + row;
         const int64_t token = row_of(a, pair.b).token;
         const float factor = x.l > 0.0f ? a.v_scale / x.l : 0.0f;
-        uint2 words = {pack<Half>(x.O.x * factor, x.O.y * factor), pack<Half>(x.O.z * factor, x.O.w * factor)};
-        Half* out = static_cast<Half*>(a.out.data) + token * a.out.token + head * a.out.head + column;
+        const uint2 words = {pack<Number>(x.O.x * factor, x.O.y * factor), pack<Number>(x.O.z * factor, x.O.w * factor)};
+        Number* out = static_cast<Number*>(a.out.data) + token * a.out.token + head * a.out.head + column;
         *reinterpret_cast<uint2*>(out) = words;
         if (column == 0 && a.lse != nullptr)
             a.lse[token * a.heads + head] = x.l > 0.0f ? (x.m + log2f(x.l)) * LN2 : -INFINITY;
@@ -410,9 +428,9 @@ struct Merger {
     __device__ void finish(const Sums<Sh>& sums, const Cursor<Sh>& pair, int first) const {
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
         const int rows = min(Sh::ROWS, bundles.group - pair.bundle % bundles.a_group * Sh::ROWS);
-        const int first_block = share.owner(first), last_block = share.owner(first + pair.keys.tiles - 1);
-        const bool whole = first_block == last_block;
-        float* mine = partial(blockIdx.x, share.begin(blockIdx.x) < first);
+        const int first_team = share.owner(first), last_team = share.owner(first + pair.keys.tiles - 1);
+        const bool whole = first_team == last_team;
+        float* mine = partial(bundles.team(), share.begin(bundles.team()) < first);
 #pragma unroll
         for (int r = 0; r < Sh::ROWS / 8; ++r) {
             const int row = lane / 4 + r * 8;
@@ -429,7 +447,7 @@ struct Merger {
                 if (column == 0) *reinterpret_cast<float2*>(mine + Sh::ROWS * Sh::D + 2 * row) = {merged.m, merged.l};
             });
         }
-        if (!whole && is_last_of(pair, last_block - first_block)) merge_blocks(pair, rows, first, first_block, last_block);
+        if (!whole && is_last_of(pair, last_team - first_team)) merge_teams(pair, rows, first, first_team, last_team);
     }
 
     // Count this block's arrival, once its result can be seen; true for the last of the pair's blocks.
@@ -446,17 +464,17 @@ struct Merger {
         return *is_last;
     }
 
-    // Merge what the blocks have left: each warp takes every WARPS-th, then the warps' results are merged as before.
-    __device__ void merge_blocks(const Cursor<Sh>& pair, int rows, int first, int first_block, int last_block) const {
+    // Merge what the teams have left: each warp takes every WARPS-th, then the warps' results are merged as before.
+    __device__ void merge_teams(const Cursor<Sh>& pair, int rows, int first, int first_team, int last_team) const {
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-        const bool late = share.begin(first_block) < first;  // the pair is where the first block's share ends
+        const bool late = share.begin(first_team) < first;  // the pair is where the first team's share ends
         for (int top = 0; top < rows; top += 8) {
             for (int i = lane; i < (rows - top) * FOURS && i < 8 * FOURS; i += WARP) {
                 const int row = top + i / FOURS, column = i % FOURS * 4;
                 Merged merged;
 #pragma unroll 4
-                for (int block = first_block + warp; block <= last_block; block += Sh::WARPS) {
-                    const float* theirs = partial(block, block == first_block && late);
+                for (int team = first_team + warp; team <= last_team; team += Sh::WARPS) {
+                    const float* theirs = partial(team, team == first_team && late);
                     const float2 ml = __ldcg(reinterpret_cast<const float2*>(theirs + Sh::ROWS * Sh::D + 2 * row));
                     merged.add(ml.x, ml.y, __ldcg(reinterpret_cast<const float4*>(theirs + row * Sh::D + column)));
                 }
@@ -469,33 +487,33 @@ struct Merger {
 };
 
 // Rows without a key: zeros, and a log-sum-exp of -inf.
-template <class Half>
+template <class Number>
 __device__ void write_empty_rows(const Arguments& a) {
     for (int b = blockIdx.x; b < a.batch; b += gridDim.x) {
         const Row row = row_of(a, b);
         if (row.T != 1 || row.S > 0) continue;
         for (int64_t i = threadIdx.x; i < a.heads * a.head_dim; i += blockDim.x) {
             const int64_t head = i / a.head_dim, column = i % a.head_dim;
-            store_float(static_cast<Half*>(a.out.data) + row.token * a.out.token + head * a.out.head + column, 0.0f);
+            store_float(static_cast<Number*>(a.out.data) + row.token * a.out.token + head * a.out.head + column, 0.0f);
             if (column == 0 && a.lse != nullptr) a.lse[row.token * a.heads + head] = -INFINITY;
         }
     }
 }
 
 template <class Sh>
-__global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) decode_kernel(const __grid_constant__ Arguments a, int shift) {
-    using Half = typename Sh::Half;
+__global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) decode_kernel(const __grid_constant__ Arguments a, int shift, int members) {
+    using Number = typename Sh::Number;
     extern __shared__ __align__(1024) uint8_t shared[];
     __shared__ float2 stats[Sh::WARPS][Sh::ROWS];
     __shared__ int is_last;
     const int warp = threadIdx.x / WARP;
-    const Bundles bundles(a, Sh::ROWS);
+    const Bundles bundles(a, Sh::ROWS, members);
 
-    write_empty_rows<Half>(a);
+    write_empty_rows<Number>(a);
     Cursor<Sh> cursor;
     const Share share = find_share<Sh>(a, bundles, cursor);
-    if (int(blockIdx.x) >= share.blocks) return;
-    const int begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
+    if (bundles.team() >= share.teams) return;
+    const int begin = share.begin(bundles.team()), end = share.begin(bundles.team() + 1);
 
     const uint32_t ring = shared_address(shared) + warp * Sh::STAGES * Sh::STEP_BYTES;
     Loader<Sh> loader{a, bundles, shift, ring, cursor, end - begin};
@@ -509,7 +527,7 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) decode_kernel(const _
         const int first = i - cursor.tile, stop = min(end, first + cursor.keys.tiles);
         uint32_t Q[Sh::D / 16][4];
         const int head = cursor.bundle / bundles.a_group * bundles.group + cursor.bundle % bundles.a_group * Sh::ROWS;
-        load_queries<Sh>(Q, static_cast<const Half*>(a.q.data) + row_of(a, cursor.b).token * a.q.token + head * a.q.head,
+        load_queries<Sh>(Q, static_cast<const Number*>(a.q.data) + row_of(a, cursor.b).token * a.q.token + head * a.q.head,
                          a.q.head, bundles.group - cursor.bundle % bundles.a_group * Sh::ROWS);
         Sums<Sh> sums;
         int key = cursor.keys.base + cursor.tile * Sh::TILE + warp * Sh::KEYS;
@@ -533,12 +551,12 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) decode_kernel(const _
 
 // --- host ------------------------------------------------------------------------------------------------------------
 
-template <class Half, class Cache, class Run>
+template <class Number, class Cache, class Run>
 const char* with_shape(const Arguments& a, const Run& run) {
     const bool few = a.heads / a.kv_heads <= 8;
     switch (a.head_dim) {
-        case 64: return few ? run(Shape<Half, Cache, 64, 8>{}) : run(Shape<Half, Cache, 64, 16>{});
-        case 128: return few ? run(Shape<Half, Cache, 128, 8>{}) : run(Shape<Half, Cache, 128, 16>{});
+        case 64: return few ? run(Shape<Number, Cache, 64, 8>{}) : run(Shape<Number, Cache, 64, 16>{});
+        case 128: return few ? run(Shape<Number, Cache, 128, 8>{}) : run(Shape<Number, Cache, 128, 16>{});
         default: return "step 2 takes a head_dim of 64 or 128";
     }
 }
@@ -557,13 +575,17 @@ int64_t multiprocessors() {
     return count;
 }
 
+// How many bundles of heads a row has.
+int64_t bundles_of(const Arguments& a, int rows) { return a.kv_heads * ((a.heads / a.kv_heads + rows - 1) / rows); }
+
 }  // namespace
 
 extern "C" const char* decode(const Arguments* a, void* stream) {
     return with_types(*a, [&](auto shape) {
         using Sh = decltype(shape);
-        return launch(decode_kernel<Sh>, multiprocessors() * Sh::BLOCKS, Sh::THREADS, Sh::SHARED_BYTES, stream, *a,
-                      log2_of(a->block_size));
+        const int64_t blocks = multiprocessors() * Sh::BLOCKS;
+        const int members = int(std::gcd(blocks, bundles_of(*a, Sh::ROWS)));
+        return launch(decode_kernel<Sh>, blocks, Sh::THREADS, Sh::SHARED_BYTES, stream, *a, log2_of(a->block_size), members);
     });
 }
 
@@ -571,9 +593,8 @@ extern "C" const char* decode(const Arguments* a, void* stream) {
 extern "C" const char* scratch(const Arguments* a, int64_t* sizes) {
     return with_types(*a, [&](auto shape) -> const char* {
         using Sh = decltype(shape);
-        const int64_t group = a->heads / a->kv_heads;
         sizes[0] = multiprocessors() * Sh::BLOCKS * 2 * Merger<Sh>::PARTIAL;
-        sizes[1] = a->batch * a->kv_heads * ((group + Sh::ROWS - 1) / Sh::ROWS);
+        sizes[1] = a->batch * bundles_of(*a, Sh::ROWS);
         return nullptr;
     });
 }

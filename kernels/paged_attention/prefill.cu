@@ -58,6 +58,10 @@ struct Task {
     const int32_t* table;
     int kv, top, rows;  // the rows top .. top + rows - 1 of those of a kv head
     int first, end;     // the keys first .. end - 1 are seen by one of them or more
+    int query, head, inverse;  // of row top; 2^16 / group, rounded up
+
+    // The query of a row of the tile: a division by `group`, as a product.
+    __device__ int query_of(int row) const { return query + ((head + row) * inverse >> 16); }
 };
 
 template <class Sh>
@@ -73,7 +77,7 @@ __device__ Task find_task(const Arguments& a, int group, int tiles) {
     const Sight sight = sight_of(a, row);
     const int top = (index - tile_begin<Sh>(a, group, low)) * Sh::ROWS, rows = min(Sh::ROWS, row.T * group - top);
     return {row, sight, a.block_tables + low * a.table_stride, int(blockIdx.x / tiles), top, rows,
-            sight.first(top / group), sight.last((top + rows - 1) / group)};
+            sight.first(top / group), sight.last((top + rows - 1) / group), top / group, top % group, 65536 / group + 1};
 }
 
 // --- loading ---------------------------------------------------------------------------------------------------------
@@ -296,14 +300,14 @@ __global__ void __launch_bounds__(THREADS, Sh::BLOCKS)
     if (begin < end) start_tile(0);
     commit_copies();
 
-    const int lane = threadIdx.x % WARP, warp_top = task.top + threadIdx.x / WARP * Sh::WARP_ROWS;
+    const int lane = threadIdx.x % WARP, warp_top = threadIdx.x / WARP * Sh::WARP_ROWS;
     const float to_base_2 = a.scale * LOG2E;
     float O[Sh::M][Sh::D / 8][4] = {};
     float m[Sh::M][2], l[Sh::M][2] = {};
     for (auto& pair : m) pair[0] = pair[1] = -INFINITY;
     // All rows of this warp see the keys full_from .. full_to - 1: tiles inside need no mask.
-    const int full_from = task.sight.first((warp_top + Sh::WARP_ROWS - 1) / group);
-    const int full_to = task.sight.last(warp_top / group);
+    const int full_from = task.sight.first(task.query_of(warp_top + Sh::WARP_ROWS - 1));
+    const int full_to = task.sight.last(task.query_of(warp_top));
 
     int half = 0;
     for (int key = begin; key < end; key += Sh::KEYS, half ^= 1) {
@@ -322,7 +326,7 @@ __global__ void __launch_bounds__(THREADS, Sh::BLOCKS)
             for (int i = 0; i < Sh::M; ++i)
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    const int query = (warp_top + i * 16 + r * 8 + lane / 4) / group;
+                    const int query = task.query_of(warp_top + i * 16 + r * 8 + lane / 4);
                     mask_row(S[i], r, task.sight.first(query) - key, task.sight.last(query) - key);
                 }
 #pragma unroll
@@ -336,9 +340,10 @@ __global__ void __launch_bounds__(THREADS, Sh::BLOCKS)
     for (int i = 0; i < Sh::M; ++i)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int packed = warp_top + i * 16 + r * 8 + lane / 4;
-            const int64_t token = task.row.token + packed / group, head = task.kv * group + packed % group;
-            const bool valid = packed < task.top + task.rows;
+            const int row = warp_top + i * 16 + r * 8 + lane / 4, query = task.query_of(row);
+            const int64_t token = task.row.token + query;
+            const int64_t head = task.kv * group + task.head + row - (query - task.query) * group;
+            const bool valid = row < task.rows;
             const float sum = quad_sum(l[i][r]);
             Half* out = static_cast<Half*>(a.out.data) + token * a.out.token + head * a.out.head;
             store_row<Half>(out, O[i], r, sum > 0.0f ? a.v_scale / sum : 0.0f, valid);
