@@ -82,7 +82,8 @@ def main() -> None:
         args.out.write_text(json.dumps(result))
         return
     report = Report("serving", args.device)
-    report.note(requests=REQUESTS, kv_memory_bytes=MEMORY, rows_reserved_at_full_length=ROWS_RESERVED)
+    if args.device == "cuda":
+        report.note(requests=REQUESTS, kv_memory_bytes=MEMORY, rows_reserved_at_full_length=ROWS_RESERVED)
     parts = args.parts or (["stories"] if args.device == "cpu" else [p for p in PARTS if p != "stories"])
     for part in parts:
         result = run_apart(part, args.device)

@@ -476,3 +476,23 @@ def test_an_encoding_of_characters_serves_too():
     encoding = characters("abcdefghijklmnopqrstu")
     request = LLM(MODEL, encoding).generate(["abc"], {"max_new_tokens": 5})[0]
     assert request.text == "".join(encoding.decode([t]) for t in request.new_tokens if t < encoding.n_vocab)
+
+
+def test_the_stepper_shows_what_schedules_do():
+    from tformer_lib.teaching.widgets.serving import REQUESTS, stepper
+
+    data = stepper().data
+    assert len(data["names"]) == len(REQUESTS)
+    for name, run in data["runs"].items():
+        computed = [0] * len(REQUESTS)
+        for step in run["steps"]:
+            counts = [count for _, count in step["states"]]
+            assert step["tokens"] == sum(counts) <= (run["budget"] or 1000)
+            computed = [total + count for total, count in zip(computed, counts, strict=True)]
+            for i, (what, _) in enumerate(step["states"]):
+                assert (i in step["owners"]) == (what in ("reads", "writes", "idle")) or what == "waits"
+        least = [prompt + new - 1 for _, prompt, new in REQUESTS]
+        again = [total - needed for total, needed in zip(computed, least, strict=True)]
+        assert min(again) >= 0
+        assert (sum(again) == 0) == (name == "continuous, 12 blocks"), "idle rows and lost blocks cost tokens"
+    assert any(what == "preempted" for step in run["steps"] for what, _ in step["states"])
