@@ -698,7 +698,8 @@ class PagedKVCache(KVCache):
             blocks = self.rows[row].blocks
             self.host_tables[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
         if changed:
-            self.tables.copy_(self.host_tables)
+            used = max(len(row.blocks) for row in self.rows)
+            self.tables[:, :used].copy_(self.host_tables[:, :used])
 
     @property
     def nbytes(self) -> int:
