@@ -29,7 +29,7 @@ QUESTIONS = {
     "13-serving": "Who computes next, when everybody waits?",
     "14-linear-attention": "Can attention cost the same for every token, and what is forgotten?",
     "15-sparse-attention": "Which pairs can you leave out?",
-    "16-profiling": "Where did the time go?",
+    "16-profiling": "It is slow: where do you look first?",
     "17-scaling-out": "What changes when one device is too small?",
 }
 
