@@ -9,7 +9,8 @@ Prefill is limited by arithmetic, like flash attention: its limit is the rate of
 
 On a GPU the script measures decode (steps 1 and 2) as a call from Python and as a replayed CUDA graph, beside torch's
 attention over dense caches of the same size, over batches, contexts, ragged rows, float8, block sizes; prefill;
-writing; what single ideas of step 2 buy; and the time that Python takes to launch. On a CPU, the C++ twin beside PyTorch.
+writing; what single ideas of step 2 buy; and the time that Python takes to launch. On a CPU, the C++ twin beside
+PyTorch.
 
 Peers, measured on 2026-11-22 on the same kind of GPU, on the decode work of the first four rows here (bfloat16, 32 / 8
 heads, head_dim 128, blocks of 16 shuffled in the pool): FlashAttention-3's paged kernel, as vLLM ships it, 4.38 TB/s at

@@ -62,6 +62,11 @@ struct Task {
 
     // The query of a row of the tile: a division by `group`, as a product.
     __device__ int query_of(int row) const { return query + ((head + row) * inverse >> 16); }
+
+    // Whether all of some rows see all of some keys: then nothing is masked.
+    __device__ bool see_all(int row, int rows, int key, int keys) const {
+        return key >= sight.first(query_of(row + rows - 1)) && key + keys <= sight.last(query_of(row));
+    }
 };
 
 template <class Sh>
@@ -174,7 +179,7 @@ __device__ void multiply_scores(float (&S)[Sh::M][Sh::N][4], uint32_t Q, uint32_
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int q_row = warp * Sh::WARP_ROWS + lane % 16, q_chunk = lane / 16;
     const int k_row = lane % 8 + lane / 16 * 8, k_chunk = lane / 8 % 2;
-#pragma unroll
+#pragma unroll 4  // unrolled further, it keeps more addresses than there are registers
     for (int k = 0; k < Sh::K; ++k) {
         uint32_t a[Sh::M][4];
 #pragma unroll
@@ -305,10 +310,6 @@ __global__ void __launch_bounds__(THREADS, Sh::BLOCKS)
     float O[Sh::M][Sh::D / 8][4] = {};
     float m[Sh::M][2], l[Sh::M][2] = {};
     for (auto& pair : m) pair[0] = pair[1] = -INFINITY;
-    // All rows of this warp see the keys full_from .. full_to - 1: tiles inside need no mask.
-    const int full_from = task.sight.first(task.query_of(warp_top + Sh::WARP_ROWS - 1));
-    const int full_to = task.sight.last(task.query_of(warp_top));
-
     int half = 0;
     for (int key = begin; key < end; key += Sh::KEYS, half ^= 1) {
         wait_copies<0>();
@@ -321,7 +322,7 @@ __global__ void __launch_bounds__(THREADS, Sh::BLOCKS)
         float S[Sh::M][Sh::N][4] = {};
         multiply_scores<Sh>(S, Q, tile);
         pages.keep(places[half], key + 2 * Sh::KEYS);
-        if (key < full_from || key + Sh::KEYS > full_to)
+        if (!task.see_all(warp_top, Sh::WARP_ROWS, key, Sh::KEYS))
 #pragma unroll
             for (int i = 0; i < Sh::M; ++i)
 #pragma unroll
