@@ -264,11 +264,13 @@ def test_another_csv_is_refused(tmp_path):
         profiling.read_counters(tmp_path / "a.csv")
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("*/*ncu*.csv")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("*/*.csv")), ids=lambda f: f.stem)
 def test_recorded_counters_can_be_read(file):
     kernels = profiling.read_counters(file)
     assert kernels
-    assert all(0 < k["seconds"] < 1 and 0 <= k["sm_share"] <= 1 for k in kernels)
+    for kernel in kernels:
+        assert 0 < kernel["seconds"] < 1
+        assert all(0 <= kernel[word] <= 1 for word in ("tensor_share", "dram_share", "occupancy") if word in kernel)
 
 
 def test_flops_of_a_model_are_torch_s(model):

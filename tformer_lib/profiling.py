@@ -365,6 +365,7 @@ COUNTERS = {
     "dram_share": "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
     "dram_read": "dram__bytes_read.sum",
     "l2_hits": "lts__t_sector_hit_rate.pct",
+    "issue_share": "smsp__issue_active.avg.pct_of_peak_sustained_active",
     "occupancy": "sm__warps_active.avg.pct_of_peak_sustained_active",
     "registers": "launch__registers_per_thread",
 }

@@ -192,17 +192,20 @@ def counters(kernels: Sequence[dict], labels: Sequence[str] | None = None) -> No
         labels: what to call them; by default their names.
     """
     names = list(labels or [shortened(k["kernel"], 30) for k in kernels])
-    _, ax = style.figure(height=1.2 + 0.55 * len(kernels))
+    _, ax = style.figure(height=1.4 + 0.6 * len(kernels))
     words = {
         "tensor_share": "tensor cores busy",
         "sm_share": "busiest part of the processors",
         "dram_share": "memory busy",
+        "issue_share": "cycles that issue an instruction",
         "occupancy": "warps resident",
     }
+    words = {word: label for word, label in words.items() if any(word in k for k in kernels)}
+    thick = 0.8 / len(words)
     for i, (word, label) in enumerate(words.items()):
         values = [100 * k.get(word, 0.0) for k in kernels]
         look = {"facecolor": style.PALETTE[i], "hatch": HATCHES[i], "edgecolor": "white", "label": label}
-        ax.barh(np.arange(len(kernels)) + 0.2 * (i - 1.5), values, 0.19, **look)
+        ax.barh(np.arange(len(kernels)) + thick * (i - (len(words) - 1) / 2), values, 0.95 * thick, **look)
     ax.set_yticks(range(len(names)), names, fontsize=9)
     ax.invert_yaxis()
     ax.set(xlim=(0, 100), xlabel="% of the peak")
