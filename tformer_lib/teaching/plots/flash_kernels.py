@@ -257,21 +257,22 @@ def causal_order(orders: dict[str, Sequence[Sequence[int]]]) -> None:
 # --- the ladder ----------------------------------------------------------------------------------------------------
 
 
-def ladder(panels: dict[str, dict[str, tuple[float, float]]], here: dict[str, float] | None = None) -> None:
+def ladder(panels: dict[str, dict[str, tuple[float, float]]], here: dict[str, dict[str, float]] | None = None) -> None:
     """TFLOP/s of every step and of what stands beside it, with the share of the limit that is.
 
     Args:
         panels: title -> {name -> (TFLOP/s, share of a matrix product on the same device)}; names that start with
             "step" or "backward" are the course's own.
-        here: name -> TFLOP/s on this machine's GPU, where there is one.
+        here: title -> {name -> TFLOP/s on this machine's GPU}, where there is one.
     """
     _, axes = style.figure(1, len(panels), height=4.2, sharey=True)
     for ax, (title, rows) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        marks = (here or {}).get(title, {})
         for i, (name, (rate, share)) in enumerate(rows.items()):
             own = name.startswith(("step", "backward"))
             ax.barh(i, rate, height=0.62, color=style.BLUE if own else style.GREY, alpha=1 if own else 0.6)
-            if here and name in here:
-                ax.plot(here[name], i, "D", color=style.VERMILION, markeredgecolor="white", markersize=8)
+            if name in marks:
+                ax.plot(marks[name], i, "D", color=style.VERMILION, markeredgecolor="white", markersize=8)
             ax.text(rate + 8, i, f"{rate:,.1f}" if rate < 10 else f"{rate:,.0f}", va="center", fontsize=9)
             ax.text(1.0, i, f"{share:.0%}", transform=ax.get_yaxis_transform(), va="center", ha="right", fontsize=9)
         most = max(rate for rate, _ in rows.values())
@@ -279,9 +280,9 @@ def ladder(panels: dict[str, dict[str, tuple[float, float]]], here: dict[str, fl
         ax.set(xlim=(0, most * 1.45), ylim=(len(rows) - 0.4, -0.6), xlabel="TFLOP/s")
         ax.set_title(title, fontsize=10.5)
         ax.grid(axis="y", visible=False)
-    if here:
-        np.atleast_1d(axes)[0].plot([], [], "D", color=style.VERMILION, label="on this machine")
-        np.atleast_1d(axes)[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.12))
+        if marks:
+            ax.plot([], [], "D", color=style.VERMILION, label="on this machine")
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12))
     style.show()
 
 
