@@ -357,7 +357,7 @@ def timeline_part(device: str) -> dict:
         engine.step()
     ours = record(engine.step)
     rows = {"naive": ROWS_RESERVED, "engine": len(engine.scheduler.running)}
-    return {"timeline": {"rows": rows, "naive": naive, "engine": ours}}
+    return {"timeline": {"rows_in_a_step": rows, "naive": naive, "engine": ours}}
 
 
 def naive_step(model: Decoder, prompts: list[list[int]]) -> Callable[[], None]:

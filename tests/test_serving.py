@@ -14,6 +14,7 @@ from tformer_lib.serving import (
     LLM,
     Engine,
     Inputs,
+    JoinedAttention,
     Params,
     Scheduler,
     TextStream,
@@ -221,6 +222,20 @@ def test_other_decoders_are_served_too(options):
     made = [engine.add(prompt, {"max_new_tokens": 12}) for prompt in prompts]
     engine.run()
     assert [request.new_tokens for request in made] == generate(model, prompts, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_joined_projections_are_the_same_layer(bias):
+    plain, joined = make_model(bias=bias), make_model(bias=bias)
+    for block in joined.stack.blocks:
+        block.attention = JoinedAttention(block.attention)
+    weights = joined.stack.blocks[0].attention
+    assert weights.attention.k_proj.weight.data_ptr() == weights.weight[weights.sizes[0] :].data_ptr()
+    engines = [Engine(model, block_size=4, seats=3, budget=8) for model in (plain, joined)]
+    texts = [[engine.add([1, 2, 3 + i], {"max_new_tokens": 8}) for i in range(4)] for engine in engines]
+    for engine in engines:
+        engine.run()
+    assert [r.new_tokens for r in texts[0]] == [r.new_tokens for r in texts[1]]
 
 
 def test_models_whose_rows_depend_on_each_other_are_refused():

@@ -37,9 +37,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tformer_lib import pretrained
+from tformer_lib.attention import MultiHeadAttention, merge
 from tformer_lib.generation import Sampling, distribution, draw, penalise_repetition
 from tformer_lib.kv_cache import CacheShape
 from tformer_lib.paged_attention import BLOCK_SIZE, BlockAllocator, BlockTable, blocks_for, paged_attention, write_cache
@@ -483,7 +485,8 @@ class Runner:
         seats: the most rows of a step.
         budget: the most tokens of a step.
         max_blocks: the most blocks of a row.
-        compile: fuse each block's kernels with ``torch.compile``, which takes a while at the first steps.
+        compile: join and fuse each block's kernels with ``torch.compile``, which takes a while at the first steps. It
+            changes the model for good: from then on it needs a cache.
     """
 
     def __init__(self, model: nn.Module, allocator: BlockAllocator, *, seats, budget, max_blocks, compile=False):
@@ -575,6 +578,7 @@ class Runner:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
                 logits = self._forward(inputs)
+            graph.replay()  # the first replay of a graph takes longer
             self.graphs[size], pool = (graph, logits), graph.pool()
         self.graphs = dict(sorted(self.graphs.items()))
 
@@ -625,7 +629,40 @@ class Runner:
 def compile_blocks(model: nn.Module) -> None:
     """Fuse the kernels of each block with ``torch.compile``, for any number of tokens; all blocks share the result."""
     for block in model.stack.blocks:
+        if isinstance(block.attention, MultiHeadAttention):  # else an engine has done so before
+            block.attention = JoinedAttention(block.attention)
         block.compile(dynamic=True)
+
+
+class JoinedAttention(nn.Module):
+    """A self-attention layer whose queries, keys and values come out of one matrix product instead of three.
+
+    A few rows fill a GPU badly: the product with a small matrix takes as long as its launch. The three matrices become
+    parts of one, and stay parameters of the layer under their names.
+
+    Args:
+        attention: the layer, whose matrices move into one piece of memory.
+    """
+
+    def __init__(self, attention: MultiHeadAttention):
+        super().__init__()
+        self.attention = attention
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self.sizes = [projection.out_features for projection in projections]
+        self.weight = torch.cat([projection.weight.detach() for projection in projections])  # (sum of sizes, width)
+        has_bias = attention.q_proj.bias is not None
+        self.bias = torch.cat([projection.bias.detach() for projection in projections]) if has_bias else None
+        for projection, part in zip(projections, self.weight.split(self.sizes), strict=True):
+            projection.weight.data = part
+
+    def forward(self, x: Tensor, *, mask=None, causal=False, bias=None, rotate=None, cache=None) -> Tensor:
+        """x (1, total, width) and a cache's layer, as :class:`MultiHeadAttention` takes them; causal in any case."""
+        layer, joined = self.attention, F.linear(x, self.weight, self.bias)  # (1, total, sum of sizes)
+        heads = (layer.heads, layer.kv_heads, layer.kv_heads)
+        q, k, v = (layer.split(part, n) for part, n in zip(joined.split(self.sizes, -1), heads, strict=True))
+        if rotate is not None:
+            q, k = rotate(q), rotate(k)
+        return layer.out_proj(merge(cache.attend(q, k, v, attend=layer.attend, mask=mask)))
 
 
 # --- the engine ----------------------------------------------------------------------------------------------------
