@@ -362,20 +362,30 @@ struct Sums {
 
 // --- merging ---------------------------------------------------------------------------------------------------------
 
-// Four columns of one head from several partial results: sum of 2^(m_i - m) O_i, with its m and l.
+// Four columns of one head from several partial results: the sum of 2^(m_i - m) O_i, with its m and l.
 struct Merged {
     float m = -INFINITY, l = 0.0f;
     float4 O = {0.0f, 0.0f, 0.0f, 0.0f};
 
-    __device__ void add(float m_i, float l_i, const float4& O_i) {
-        const float m_new = fmaxf(m, m_i), anchor = m_new == -INFINITY ? 0.0f : m_new;
-        const float mine = fast_exp2(m - anchor), theirs = fast_exp2(m_i - anchor);
-        l = l * mine + l_i * theirs;
-        O = {O.x * mine + O_i.x * theirs, O.y * mine + O_i.y * theirs, O.z * mine + O_i.z * theirs,
-             O.w * mine + O_i.w * theirs};
+    __device__ void rescale(float m_new, float factor) {
+        O = {O.x * factor, O.y * factor, O.z * factor, O.w * factor};
+        l *= factor;
         m = m_new;
     }
+    __device__ void add(float weight, const float4& x) {
+        O = {O.x + weight * x.x, O.y + weight * x.y, O.z + weight * x.z, O.w + weight * x.w};
+    }
 };
+
+__device__ float warp_max(float x) {
+    for (int offset = WARP / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, offset));
+    return x;
+}
+
+__device__ float warp_sum(float x) {
+    for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
+    return x;
+}
 
 template <class Sh>
 struct Merger {
@@ -417,8 +427,14 @@ struct Merger {
             const int row = first_row + i / FOURS, column = i % FOURS * 4;
             Merged merged;
 #pragma unroll
-            for (int w = 0; w < Sh::WARPS; ++w)
-                merged.add(stats[w][row].x, stats[w][row].y, *reinterpret_cast<const float4*>(result(w, row) + column));
+            for (int w = 0; w < Sh::WARPS; ++w) merged.m = fmaxf(merged.m, stats[w][row].x);
+            const float anchor = merged.m == -INFINITY ? 0.0f : merged.m;
+#pragma unroll
+            for (int w = 0; w < Sh::WARPS; ++w) {
+                const float weight = fast_exp2(stats[w][row].x - anchor);
+                merged.l += stats[w][row].y * weight;
+                merged.add(weight, *reinterpret_cast<const float4*>(result(w, row) + column));
+            }
             use(row, column, merged);
         }
         __syncthreads();
@@ -464,24 +480,29 @@ struct Merger {
         return *is_last;
     }
 
-    // Merge what the teams have left: each warp takes every WARPS-th, then the warps' results are merged as before.
+    // Merge what the teams have left, a warp a row. First lane i asks for m and l of team i, then all lanes go through the
+    // teams' O with known weights: no load waits for another.
     __device__ void merge_teams(const Cursor<Sh>& pair, int rows, int first, int first_team, int last_team) const {
-        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+        const int lane = threadIdx.x % WARP, column = lane % FOURS * 4;
         const bool late = share.begin(first_team) < first;  // the pair is where the first team's share ends
-        for (int top = 0; top < rows; top += 8) {
-            for (int i = lane; i < (rows - top) * FOURS && i < 8 * FOURS; i += WARP) {
-                const int row = top + i / FOURS, column = i % FOURS * 4;
-                Merged merged;
-#pragma unroll 4
-                for (int team = first_team + warp; team <= last_team; team += Sh::WARPS) {
-                    const float* theirs = partial(team, team == first_team && late);
-                    const float2 ml = __ldcg(reinterpret_cast<const float2*>(theirs + Sh::ROWS * Sh::D + 2 * row));
-                    merged.add(ml.x, ml.y, __ldcg(reinterpret_cast<const float4*>(theirs + row * Sh::D + column)));
-                }
-                *reinterpret_cast<float4*>(result(warp, row) + column) = merged.O;
-                if (column == 0) stats[warp][row] = {merged.m, merged.l};
+        const auto theirs = [&](int team) { return partial(team, team == first_team && late); };
+        for (int row = threadIdx.x / WARP; row < rows; row += Sh::WARPS) {
+            Merged merged;
+            for (int top = first_team; top <= last_team; top += WARP) {
+                float2 ml = {-INFINITY, 0.0f};
+                if (top + lane <= last_team)
+                    ml = __ldcg(reinterpret_cast<const float2*>(theirs(top + lane) + Sh::ROWS * Sh::D + 2 * row));
+                const float m_new = warp_max(fmaxf(merged.m, ml.x)), anchor = m_new == -INFINITY ? 0.0f : m_new;
+                const float weight = fast_exp2(ml.x - anchor);
+                merged.rescale(m_new, fast_exp2(merged.m - anchor));
+                merged.l += warp_sum(ml.y * weight);
+                const int count = min(WARP, last_team - top + 1);
+#pragma unroll 8
+                for (int i = 0; i < count; ++i)
+                    merged.add(__shfl_sync(0xffffffff, weight, i),
+                               __ldcg(reinterpret_cast<const float4*>(theirs(top + i) + row * Sh::D + column)));
             }
-            merge_warps(top, rows, [&](int row, int column, const Merged& x) { write(pair, row, column, x); });
+            if (lane < FOURS) write(pair, row, column, merged);
         }
     }
 };
@@ -503,22 +524,22 @@ __device__ void write_empty_rows(const Arguments& a) {
 template <class Sh>
 __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) decode_kernel(const __grid_constant__ Arguments a, int shift, int members) {
     using Number = typename Sh::Number;
-    extern __shared__ __align__(1024) uint8_t shared[];
+    extern __shared__ __align__(128) uint8_t shared[];
     __shared__ float2 stats[Sh::WARPS][Sh::ROWS];
     __shared__ int is_last;
     const int warp = threadIdx.x / WARP;
     const Bundles bundles(a, Sh::ROWS, members);
 
-    write_empty_rows<Number>(a);
     Cursor<Sh> cursor;
     const Share share = find_share<Sh>(a, bundles, cursor);
-    if (bundles.team() >= share.teams) return;
+    if (bundles.team() >= share.teams) return write_empty_rows<Number>(a);
     const int begin = share.begin(bundles.team()), end = share.begin(bundles.team() + 1);
 
     const uint32_t ring = shared_address(shared) + warp * Sh::STAGES * Sh::STEP_BYTES;
     Loader<Sh> loader{a, bundles, shift, ring, cursor, end - begin};
     loader.look_up();
     for (int i = 0; i < Sh::STAGES - 1; ++i) loader.start();
+    write_empty_rows<Number>(a);
 
     const Merger<Sh> merger{a, bundles, share, reinterpret_cast<float*>(shared + Sh::RING_BYTES), stats, &is_last};
     const float to_base_2 = a.scale * LOG2E;
