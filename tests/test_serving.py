@@ -472,18 +472,13 @@ def test_the_command_answers_a_file(tmp_path, capsys):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("cuda_graphs", [False, True])
-def test_on_a_gpu_every_token_is_as_likely_as_the_best(cuda_graphs):
-    """In bfloat16 two tokens may tie; the one chosen must have the best logit, up to rounding."""
-    model = make_model(width=128, heads=2, kv_heads=1).to("cuda", torch.bfloat16)
+def test_on_a_gpu_the_text_is_that_of_each_alone(cuda_graphs):
+    model = make_model(width=128, heads=2, kv_heads=1).to("cuda", torch.float32)
     prompts = [[i % VOCAB, *range(1 + i % 9)] for i in range(12)]
     engine = Engine(model, blocks=20, block_size=16, seats=8, budget=16, cuda_graphs=cuda_graphs)
     made = [engine.add(prompt, {"max_new_tokens": 20}) for prompt in prompts]
     engine.run()
-    exact = make_model(width=128, heads=2, kv_heads=1)
-    for request in made:
-        logits = exact(torch.tensor([request.tokens]))[0, request.prompt_length - 1 : -1]  # (20, vocab_size)
-        chosen = logits.gather(1, torch.tensor(request.new_tokens)[:, None])[:, 0]
-        assert ((logits.amax(-1) - chosen) < 0.05 * logits.std()).all()
+    assert [request.new_tokens for request in made] == [generate(model, [p], max_new_tokens=20)[0] for p in prompts]
     check_all_blocks_are_back(engine)
 
 
