@@ -245,6 +245,7 @@ def test_counters_of_nsight_compute(tmp_path):
     (tmp_path / "raw.csv").write_text(RAW_PAGE)
     first, second = profiling.read_counters(tmp_path / "raw.csv")
     assert first == {
+        "name": "void ns::gemm<4>(float*)",
         "kernel": "gemm",
         "seconds": pytest.approx(1250.5e-6),
         "dram_read": 2.5e6,

@@ -184,32 +184,32 @@ def steadiness(found: dict[str, dict]) -> None:
     style.show()
 
 
-def counters(kernels: Sequence[dict], labels: Sequence[str] | None = None) -> None:
+SHARES = {
+    "tensor_share": "tensor cores busy",
+    "issue_share": "cycles that issue an instruction",
+    "dram_share": "memory busy",
+    "occupancy": "warps resident",
+}
+"""What the hardware counts -> what we call it."""
+
+
+def counters(kernels: dict[str, dict], shares: Sequence[str], *, title: str = "What the hardware counted") -> None:
     """For each kernel, what the hardware counted, as shares of its peaks.
 
     Args:
-        kernels: as :func:`tformer_lib.profiling.read_counters` gives them.
-        labels: what to call them; by default their names.
+        kernels: label -> one kernel as :func:`tformer_lib.profiling.read_counters` gives it.
+        shares: which of :data:`SHARES` to draw.
     """
-    names = list(labels or [shortened(k["kernel"], 30) for k in kernels])
-    _, ax = style.figure(height=1.4 + 0.6 * len(kernels))
-    words = {
-        "tensor_share": "tensor cores busy",
-        "sm_share": "busiest part of the processors",
-        "dram_share": "memory busy",
-        "issue_share": "cycles that issue an instruction",
-        "occupancy": "warps resident",
-    }
-    words = {word: label for word, label in words.items() if any(word in k for k in kernels)}
-    thick = 0.8 / len(words)
-    for i, (word, label) in enumerate(words.items()):
-        values = [100 * k.get(word, 0.0) for k in kernels]
-        look = {"facecolor": style.PALETTE[i], "hatch": HATCHES[i], "edgecolor": "white", "label": label}
-        ax.barh(np.arange(len(kernels)) + thick * (i - (len(words) - 1) / 2), values, 0.95 * thick, **look)
-    ax.set_yticks(range(len(names)), names, fontsize=9)
+    _, ax = style.figure(height=1.3 + (0.14 + 0.14 * len(shares)) * len(kernels))
+    thick = 0.8 / len(shares)
+    for i, word in enumerate(shares):
+        values = [100 * k.get(word, 0.0) for k in kernels.values()]
+        look = {"facecolor": style.PALETTE[i], "hatch": HATCHES[i], "edgecolor": "white", "label": SHARES[word]}
+        ax.barh(np.arange(len(kernels)) + thick * (i - (len(shares) - 1) / 2), values, 0.95 * thick, **look)
+    ax.set_yticks(range(len(kernels)), list(kernels), fontsize=9)
     ax.invert_yaxis()
     ax.set(xlim=(0, 100), xlabel="% of the peak")
-    ax.set_title("What the hardware counted")
-    ax.figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
+    ax.set_title(title)
+    ax.figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
     ax.grid(axis="y", visible=False)
     style.show()
