@@ -180,6 +180,16 @@ def test_page_has_one_title(page):
     assert text.startswith("# ")
 
 
+def test_printed_tables_are_told_from_printed_sentences():
+    mark = script(BOOK / "_ext" / "markup.py").mark_tables
+    output = '<div class="output stream highlight-myst"><div><pre><span></span>{}\n</pre></div></div>'
+    table = output.format("size   loss\n  1    0.5\n 20    0.25\n300    0.1")
+    prose = output.format("the loss falls: True\nand then,  rarely, it rises\nagain\nand again")
+    assert "stream highlight-myst tf-table" in mark(table)
+    assert mark(prose) == prose
+    assert mark(prose + table).count("tf-table") == 1
+
+
 # Opening the chapters elsewhere
 
 

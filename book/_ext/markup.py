@@ -1,12 +1,14 @@
 """Mend what other extensions put into the pages."""
 
+import re
+
 from sphinx.application import Sphinx
 
 
 def mend(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
     """Mend one page before it is written."""
     context["script_files"] = [s for s in context.get("script_files", []) if not is_thebe(s)]
-    context["body"] = mend_citations(context.get("body", ""))
+    context["body"] = mark_tables(mend_citations(context.get("body", "")))
 
 
 def is_thebe(script) -> bool:
@@ -19,6 +21,19 @@ def mend_citations(body: str) -> str:
     return body.replace(' role="list" class="citation-list"', ' class="citation-list"').replace(
         ' role="doc-biblioentry"', ""
     )
+
+
+def mark_tables(body: str) -> str:
+    """Give printed tables a class: on a phone they are moved sideways, while other printed lines are wrapped.
+
+    A table is an output in which columns are held apart by two spaces or more, in three lines or more.
+    """
+
+    def mark(found: re.Match) -> str:
+        columns = re.findall(r"^.*\S {2,}\S", re.sub(r"<[^>]+>", "", found[3]), flags=re.MULTILINE)
+        return f"{found[1]}{' tf-table' if len(columns) >= 3 else ''}{found[2]}{found[3]}</pre>"
+
+    return re.sub(r'(<div class="output stream[^"]*)("[^>]*>.*?<pre>)(.*?)</pre>', mark, body, flags=re.DOTALL)
 
 
 def setup(app: Sphinx) -> dict:
