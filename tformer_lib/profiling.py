@@ -390,8 +390,8 @@ def read_counters(path: Path | str, wanted: dict[str, tuple[str, ...]] = COUNTER
         wanted: our word -> the names that a counter goes by; those that were not collected are left out.
 
     Returns:
-        One dict a kernel: its name as ``"name"``, a short one as ``"kernel"``, each counter in seconds, bytes, shares or
-        plain numbers, and as ``"waits_for"`` the commonest reason why its warps waited, where those were collected.
+        One dict a kernel: its name as ``"name"``, a short one as ``"kernel"``, each counter in seconds, bytes, shares
+        or numbers, and as ``"waits_for"`` the commonest reason why its warps waited, where those were collected.
     """
     _, units, kernels = raw_page(path)
     named = [{"name": row["Kernel Name"], "kernel": short_name(row["Kernel Name"])} for row in kernels]
