@@ -70,7 +70,6 @@ def write_cache(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message names what was expected and what came.
     """
-    check_write(k, v, k_pool, v_pool, slots, cos, sin)
     run = torch.ops.tformer_lab.write_cache if is_traced(k) else run_write
     run(k, v, k_pool, v_pool, slots, cos, sin, layout, k_scale, v_scale, None if step is None else str(step))
 
@@ -119,8 +118,8 @@ def paged_attention(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or a checked index is wrong: the message names the row.
     """
-    check_paged(q, k_pool, v_pool, block_tables, lengths, query_starts, window)
     if checked:
+        check_paged(q, k_pool, v_pool, block_tables, lengths, query_starts, window)
         check_indices(k_pool, block_tables, lengths, query_starts, q.shape[0])
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     step = None if step is None else str(step)
@@ -995,37 +994,67 @@ def kernel(step: str, device: torch.device, name: str) -> ctypes._CFuncPtr:
     return function
 
 
-def launch(step: str, name: str, device: torch.device, arguments: bytes, *more: int) -> None:
-    """Call a C function of a step: on a GPU with the tensors' device current, on that device's current stream."""
-    function = kernel(step, device, name)
-    if device.type == "cpu":
-        error = function(arguments, None, *more)
-    elif torch.cuda.current_device() == device.index:
-        error = function(arguments, stream_of(device), *more)
-    else:
-        with torch.cuda.device(device):
-            error = function(arguments, stream_of(device), *more)
-    if error:
-        raise RuntimeError(f"paged attention, step {step}, {name}: {error.decode()}")
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A call but for its addresses, kept for the next tensors of the same layout.
+
+    Checking shapes, choosing a step and collecting strides takes Python longer than a short decode takes a GPU.
+
+    Attributes:
+        step: "0", or the step that was chosen.
+        device: where it runs.
+        calls: the C functions to call, with what each takes beyond the arguments and the stream.
+        layouts: the strides of each tensor in the arguments, in their order.
+        numbers: the arguments after the last address.
+        pairs: counters that step 2 needs, 0 if it takes no part.
+        copies: whether a tensor must be copied first, so that the kernels can read it.
+    """
+
+    step: str
+    device: torch.device
+    calls: tuple[tuple[ctypes._CFuncPtr, tuple[int, ...]], ...] = ()
+    layouts: tuple[tuple[int, ...], ...] = ()
+    numbers: tuple[float, ...] = ()
+    pairs: int = 0
+    copies: bool = False
+
+
+MOST_PLANS = 4096
+_plans: dict[tuple, Plan] = {}
+
+
+def layout_of(x: Tensor | None) -> tuple | None:
+    """All that a plan depends on, apart from the address."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
+
+
+def keep_plan(key: tuple, plan: Plan) -> Plan:
+    """Keep a plan; many different layouts come from prompts of many lengths, so old ones are dropped."""
+    if len(_plans) >= MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
+
+
+def launch(plan: Plan, arguments: bytes) -> None:
+    """Call a plan's C functions: on a GPU with the tensors' device current, on that device's current stream."""
+    if plan.device.type == "cuda" and torch.cuda.current_device() != plan.device.index:
+        with torch.cuda.device(plan.device):
+            return launch(plan, arguments)
+    stream = stream_of(plan.device) if plan.device.type == "cuda" else None
+    for function, more in plan.calls:
+        if error := function(arguments, stream, *more):
+            raise RuntimeError(f"paged attention, step {plan.step}: {error.decode()}")
+    return None
 
 
 def stream_of(device: torch.device) -> int:
-    """The handle of the device's current stream."""
-    return torch.cuda.current_stream(device).cuda_stream
+    """The handle of the device's current stream, by the short way that compiled code takes."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
 
 
-def tokens_of(x: Tensor) -> tuple[int, ...]:
-    """``paged::Tokens``: a (tokens, heads, head_dim) tensor as a kernel sees it."""
-    return x.data_ptr(), *x.stride()[:2]
-
-
-def pool_of(x: Tensor) -> tuple[int, ...]:
-    """``paged::Pool``: a (blocks, kv_heads, block_size, head_dim) tensor as a kernel sees it."""
-    return x.data_ptr(), *x.stride()[:3]
-
-
-_scratch: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-_outgrown: list[Tensor] = []
+_scratch: dict[tuple[int, int], tuple[int, int, int]] = {}
+_scratch_tensors: list[Tensor] = []
 
 
 def scratch_of(device: torch.device, pairs: int) -> tuple[int, int]:
@@ -1042,16 +1071,25 @@ def scratch_of(device: torch.device, pairs: int) -> tuple[int, int]:
         the addresses of the partial results and of the counts, which are zeros between calls.
     """
     key = (device.index, stream_of(device))
-    if key not in _scratch or _scratch[key][1].numel() < pairs:
-        _outgrown.extend(_scratch.get(key, ()))
+    partial, arrivals, room = _scratch.get(key, (0, 0, 0))
+    if room < pairs:
+        room = max(pairs, 2**16)
         count = torch.cuda.get_device_properties(device).multi_processor_count
-        partial = torch.empty(count * MOST_PARTIAL, dtype=torch.float32, device=device)
-        _scratch[key] = (partial, torch.zeros(max(pairs, 2**16), dtype=torch.int32, device=device))
-    return tuple(x.data_ptr() for x in _scratch[key])
+        tensors = (
+            torch.empty(count * MOST_PARTIAL, dtype=torch.float32, device=device),
+            torch.zeros(room, dtype=torch.int32, device=device),
+        )
+        _scratch_tensors.extend(tensors)
+        partial, arrivals = (x.data_ptr() for x in tensors)
+        _scratch[key] = (partial, arrivals, room)
+    return partial, arrivals
 
 
 MOST_PARTIAL = 2 * 2 * 16 * (128 + 2)
 """Floats of partial results a multiprocessor: two blocks, two results each, of 16 heads."""
+
+
+# --- attention -----------------------------------------------------------------------------------------------------
 
 
 def run_attention(
@@ -1070,38 +1108,68 @@ def run_attention(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Choose a step and run it; lse is None where it was not asked for and costs something."""
+    tensors = (q, k_pool, v_pool, block_tables, lengths, query_starts)
+    options = (max_queries, scale, window, k_scale, v_scale, step)
+    addresses = (q.data_ptr(), k_pool.data_ptr(), v_pool.data_ptr())
+    unaligned = (addresses[0] | addresses[1] | addresses[2]) & 15
+    with_grad = torch.is_grad_enabled() and (q.requires_grad or k_pool.requires_grad or v_pool.requires_grad)
+    key = (*map(layout_of, tensors), options, unaligned, with_grad)
+    plan = _plans.get(key) or keep_plan(key, plan_attention(tensors, *options))
+    if plan.step == "0":
+        return attend_in_pytorch(*tensors, scale, window, k_scale, v_scale)
+    if plan.copies:
+        return run_attention(*map(readable, tensors), *options, with_lse)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32) if with_lse else None
+    if q.numel() == 0:
+        return out, lse
+    q_strides, out_strides, k_strides, v_strides = plan.layouts
+    arguments = ARGUMENTS.pack(
+        addresses[0],
+        *q_strides,
+        out.data_ptr(),
+        *out_strides,
+        addresses[1],
+        *k_strides,
+        addresses[2],
+        *v_strides,
+        block_tables.data_ptr(),
+        lengths.data_ptr(),
+        0 if query_starts is None else query_starts.data_ptr(),
+        0 if lse is None else lse.data_ptr(),
+        *(scratch_of(plan.device, plan.pairs) if plan.pairs else (0, 0)),
+        *plan.numbers,
+    )
+    launch(plan, arguments)
+    return out, lse
+
+
+def plan_attention(
+    tensors: tuple[Tensor | None, ...],
+    max_queries: int | None,
+    scale: float,
+    window: int | None,
+    k_scale: float,
+    v_scale: float,
+    step: str | None,
+) -> Plan:
+    """Check the tensors (as :func:`paged_attention` takes them), and choose the step for their layout."""
+    q, k_pool, v_pool, block_tables, lengths, query_starts = tensors
+    check_paged(*tensors, window)
     one_query = query_starts is None or max_queries == 1
     chosen = choose_step(step, q, k_pool, v_pool, one_query, scale)
     if chosen == "0":
-        rows = (block_tables, lengths, query_starts)
-        return attend_in_pytorch(q, k_pool, v_pool, *rows, scale, window, k_scale, v_scale)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if with_lse else None
-    if out.numel() == 0:
-        return out, lse
-    device = q.device
-    readable = q.stride(2) == 1 and (device.type == "cpu" or is_aligned(q))
-    q = q if readable else q.clone(memory_format=torch.contiguous_format)
-    tables = block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
-    lengths = lengths.contiguous()
-    uses_step_2 = chosen == "2" or (chosen == "prefill" and q.shape[2] in DECODE_HEAD_DIMS)
-    partial, arrivals = scratch_of(device, lengths.shape[0] * q.shape[1]) if uses_step_2 else (None, None)
-    arguments = ARGUMENTS.pack(
-        *tokens_of(q),
-        *tokens_of(out),
-        *pool_of(k_pool),
-        *pool_of(v_pool),
-        tables.data_ptr(),
-        lengths.data_ptr(),
-        0 if query_starts is None else query_starts.contiguous().data_ptr(),
-        0 if lse is None else lse.data_ptr(),
-        partial or 0,
-        arrivals or 0,
-        tables.stride(0),
+        return Plan(chosen, q.device)
+    if any(x is not readable(x) for x in tensors):
+        return Plan(chosen, q.device, copies=True)
+    tokens, heads, d = q.shape
+    numbers = (
+        block_tables.stride(0),
         lengths.shape[0],
-        *q.shape[:2],
+        tokens,
+        heads,
         k_pool.shape[1],
-        q.shape[2],
+        d,
         k_pool.shape[2],
         window or 0,
         scale * k_scale,
@@ -1109,15 +1177,31 @@ def run_attention(
         DTYPE_CODES[q.dtype],
         DTYPE_CODES[k_pool.dtype],
     )
-    if chosen == "cpu":
-        launch("cpu", "attend", device, arguments)
-    elif chosen == "prefill":
-        launch("prefill", "prefill", device, arguments, 2 if uses_step_2 else 1)
-        if uses_step_2:
-            launch("2", "decode", device, arguments)  # the rows with one query
-    else:
-        launch(chosen, "decode", device, arguments)
-    return out, lse
+    layouts = (q.stride()[:2], (heads * d, d), k_pool.stride()[:3], v_pool.stride()[:3])
+    uses_step_2 = chosen == "2" or (chosen == "prefill" and d in DECODE_HEAD_DIMS)
+    pairs = lengths.shape[0] * heads if uses_step_2 else 0
+    return Plan(chosen, q.device, calls_of(chosen, q.device, uses_step_2), layouts, numbers, pairs)
+
+
+def calls_of(step: str, device: torch.device, uses_step_2: bool) -> tuple:
+    """The C functions of a step; prefill leaves rows with one query to step 2, where that can take them."""
+    if step == "cpu":
+        return ((kernel("cpu", device, "attend"), ()),)
+    decode = ((kernel("2" if uses_step_2 else step, device, "decode"), ()),) if step != "prefill" or uses_step_2 else ()
+    prefill = ((kernel("prefill", device, "prefill"), (2 if uses_step_2 else 1,)),) if step == "prefill" else ()
+    return prefill + decode
+
+
+def readable(x: Tensor | None) -> Tensor | None:
+    """``x`` itself where a kernel can read it, else a copy; the pools are refused earlier, for they are too large."""
+    if x is None or x.dim() == 4:
+        return x
+    if not x.is_floating_point():
+        return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 and (x.device.type == "cpu" or is_aligned(x)) else x.clone().contiguous()
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
 
 
 def run_write(
@@ -1134,26 +1218,50 @@ def run_write(
     step: str | None,
 ) -> None:
     """Choose a step of :func:`write_cache` and run it: a GPU has one kernel, a CPU its twin."""
+    tensors = (k, v, k_pool, v_pool, slots, cos, sin)
+    options = (layout, k_scale, v_scale, step)
+    with_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    key = (*map(layout_of, tensors), options, with_grad)
+    plan = _plans.get(key) or keep_plan(key, plan_write(tensors, *options))
+    if plan.step == "0":
+        write_in_pytorch(*tensors, layout, k_scale, v_scale)
+    elif plan.copies:
+        run_write(*(x if x is None or x.dim() == 4 else x.contiguous() for x in tensors), *options)
+    elif k.numel():
+        k_strides, v_strides, k_pool_strides, v_pool_strides = plan.layouts
+        arguments = WRITE_ARGUMENTS.pack(
+            k.data_ptr(),
+            *k_strides,
+            v.data_ptr(),
+            *v_strides,
+            k_pool.data_ptr(),
+            *k_pool_strides,
+            v_pool.data_ptr(),
+            *v_pool_strides,
+            slots.data_ptr(),
+            0 if cos is None else cos.data_ptr(),
+            0 if sin is None else sin.data_ptr(),
+            *plan.numbers,
+        )
+        launch(plan, arguments)
+
+
+def plan_write(
+    tensors: tuple[Tensor | None, ...], layout: str, k_scale: float, v_scale: float, step: str | None
+) -> Plan:
+    """Check the tensors (as :func:`write_cache` takes them), and choose who writes them."""
+    k, v, k_pool, v_pool, _, cos, sin = tensors
+    check_write(*tensors)
     if step is not None and step not in STEPS:
         raise ValueError(f"step must be one of {', '.join(STEPS)}, got {step!r}")
     reason = refusal_of_write(step, k, v, k_pool, v_pool)
     if reason and step is not None and step != "0":
         raise ValueError(f"step {step} cannot do this: {reason}")
     if reason or step == "0":
-        return write_in_pytorch(k, v, k_pool, v_pool, slots, cos, sin, layout, k_scale, v_scale)
-    if k.numel() == 0:
-        return None
-    k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
-    cos, sin = (None if x is None else x if x.stride(1) == 1 else x.contiguous() for x in (cos, sin))
-    slots = slots.contiguous()
-    arguments = WRITE_ARGUMENTS.pack(
-        *tokens_of(k),
-        *tokens_of(v),
-        *pool_of(k_pool),
-        *pool_of(v_pool),
-        slots.data_ptr(),
-        0 if cos is None else cos.data_ptr(),
-        0 if sin is None else sin.data_ptr(),
+        return Plan("0", k.device)
+    if any(x is not None and x.stride(-1) != 1 and x.shape[-1] > 1 for x in tensors):
+        return Plan("write_cache", k.device, copies=True)
+    numbers = (
         0 if cos is None else cos.stride(0),
         0 if sin is None else sin.stride(0),
         *k.shape,
@@ -1165,8 +1273,9 @@ def run_write(
         DTYPE_CODES[k.dtype],
         DTYPE_CODES[k_pool.dtype],
     )
-    launch("cpu" if k.device.type == "cpu" else "write_cache", "write_cache", k.device, arguments)
-    return None
+    layouts = (k.stride()[:2], v.stride()[:2], k_pool.stride()[:3], v_pool.stride()[:3])
+    step = "cpu" if k.device.type == "cpu" else "write_cache"
+    return Plan(step, k.device, ((kernel(step, k.device, "write_cache"), ()),), layouts, numbers)
 
 
 def refusal_of_write(step: str | None, k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor) -> str | None:
