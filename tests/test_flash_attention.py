@@ -316,6 +316,20 @@ def test_any_small_shape(step, T, S, d, ratio, causal, window):
     check_against_plain((1, *ratio, T, S, d), torch.float32, "cpu", step, backward=True, causal=causal, window=window)
 
 
+def test_every_step_and_its_gradients_have_a_source():
+    names = {"1", "2", "3", "4", "cpu", *(name for names in flash_module.GRADIENTS.values() for name in names)} - {"0"}
+    assert all(jit.find_source("flash_attention", name).stem.split("_")[0] == name.split("_")[0] for name in names)
+
+
+def test_a_compiled_function_may_get_its_step_as_an_argument():
+    q, k, v = inputs((1, 2, 1, 9, 9, 8), torch.float32, "cpu")
+    compiled = torch.compile(lambda *x: flash_attention(*x[:3], step=x[3]), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v, 0), flash_attention(q, k, v, step=0), rtol=0, atol=0)
+    for step in (1, 2):  # the second integer makes torch.compile trace it as a symbol
+        with pytest.raises(ValueError, match=f"step {step} cannot do this: it runs on cuda"):
+            compiled(q, k, v, step)
+
+
 def test_step_0_is_exact_in_float64():
     q, k, v = inputs((2, 4, 2, 150, 280, 24), torch.float64, "cpu", grad=True)
     out, lse = flash_attention(q, k, v, causal=True, return_lse=True)
