@@ -53,6 +53,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks
 
 notebooks: $(READY)
+	$(BIN)/ruff format --quiet $(NB)
 	cd notebooks && TFORMER_PROGRESS= ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=300 \
 	  --CoalesceStreamsPreprocessor.enabled=True $(notdir $(NB))
