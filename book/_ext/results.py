@@ -117,7 +117,9 @@ def rows_table(record: dict) -> str:
         (name, time(row["seconds"]), spread(row), rate(row), share(row), beside(record, row, rows))
         for name, row in rows.items()
     ]
-    return table(("what", "time", "spread", "rate", "of the limit", "beside its peer"), lines)
+    head = ("what", "time", "spread", "rate", "of the limit", "beside its peer")
+    filled = [i for i in range(len(head)) if any(line[i] for line in lines)]
+    return table(tuple(head[i] for i in filled), [tuple(line[i] for i in filled) for line in lines])
 
 
 def beside(record: dict, row: dict, rows: dict[str, dict]) -> str:
@@ -160,13 +162,13 @@ def time(seconds: float) -> str:
 def scaled(value: float, units: tuple[tuple[str, float], ...]) -> str:
     """Three digits and the largest unit that the value reaches, or the smallest."""
     unit, size = next(((unit, size) for unit, size in units if value >= size), units[-1])
-    return f"{value / size:,.0f} {unit}" if value >= 1000 * size else f"{value / size:.3g} {unit}"
+    return f"{value / size:,.0f}\u00a0{unit}" if value >= 1000 * size else f"{value / size:.3g}\u00a0{unit}"
 
 
 def spread(row: dict) -> str:
     """Half the width of the middle 80 % of the calls."""
     known = (row.get("calls") or 2) > 1 and row.get("p90") is not None and row.get("p10") is not None
-    return f"± {(row['p90'] - row['p10']) / row['seconds'] / 2:.0%}" if known else ""
+    return f"±\u00a0{(row['p90'] - row['p10']) / row['seconds'] / 2:.0%}" if known else ""
 
 
 def rate(row: dict) -> str:
