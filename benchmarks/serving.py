@@ -7,17 +7,18 @@ The theory: a decode step reads all weights and the keys and values of all rows,
 bandwidth. A static batch reads the weights for as many rows as could be reserved at full length, and goes on until its
 longest row has ended; a continuous one reads them for as many rows as really fit, and fills each place at once.
 
-Variants, each in a process of its own, on the same requests (prompts and outputs of 100 to 1,024 tokens, drawn from one
-seed, no stop tokens):
+Variants, on the same requests (prompts and outputs of 100 to 1,024 tokens, drawn from one seed, no stop tokens):
 
 - engine: ``serving.Engine``.
-- static: the same engine and kernels, given a batch at a time: as many requests as can be reserved at full length
-  (2,048 tokens), all of which go on until the longest has ended.
+- static: the same engine and kernels, in the same process, given a batch at a time: as many requests as can be reserved
+  at full length (2,048 tokens), all of which go on until the longest has ended.
 - contiguous: ``generation.generate`` on a preallocated cache with its recorded step, one such batch.
 - transformers: the same shape, its own generate, one such batch, greedy, bfloat16, SDPA without cuDNN (which would
   prepare a plan for every new shape).
 - timeline: what the GPU does in a window of fixed length, in the middle of a batch: a naive growing cache against the
   engine. Written to serving-timeline.json.
+
+The last three run in processes of their own. A batch's tokens count if they were asked for.
 """
 
 import argparse
@@ -65,7 +66,7 @@ REQUESTS, SHORTEST, LONGEST = 256, 100, 1024
 ROWS_RESERVED = MEMORY // (FULL_LENGTH * 2 * 16 * 8 * 64 * 2)
 WINDOW_US = 50_000.0
 
-SECONDS = {"engine": 100, "static": 100, "transformers": 80, "contiguous": 80, "timeline": 60, "stories": 60}
+SECONDS = {"engine": 120, "transformers": 80, "contiguous": 80, "timeline": 60, "stories": 60}
 """How long each part may take."""
 
 
@@ -89,7 +90,7 @@ def main() -> None:
         result = run_apart(part, args.device)
         timeline = result.pop("timeline", None)
         add_rows(report, result.pop("rows", []))
-        report.note(**{f"{part}_{name}": value for name, value in result.items()})
+        report.note(**result)
         if timeline:
             keep_timeline(report, timeline)
         compare(report)
@@ -106,8 +107,8 @@ def run_apart(part: str, device: str) -> dict:
             subprocess.run(command, timeout=SECONDS[part], check=True)
             result = json.loads(out.read_text())
         except subprocess.SubprocessError as error:
-            result = {"failed": f"{type(error).__name__}: {error}"[:300]}
-        return {**result, "wall_seconds": round(time.perf_counter() - begin, 1)}
+            result = {f"failed_{part}": f"{type(error).__name__}: {error}"[:300]}
+        return {**result, f"wall_seconds_{part}": round(time.perf_counter() - begin, 1)}
 
 
 def add_rows(report: Report, rows: list[dict]) -> None:
@@ -177,59 +178,70 @@ def make_engine(model: Decoder, *, seats: int, **options) -> Engine:
 
 
 def engine_part(device: str) -> dict:
-    """All requests at once."""
+    """All requests at once, and then in static batches, by the same engine."""
     model = llama(device)
     engine = make_engine(model, seats=REQUESTS)
+    parts = [continuous(engine), static(engine)]
+    rows = [row for part in parts for row in part.pop("rows")]
+    return {
+        "rows": rows,
+        "parameters": count_parameters(model),
+        "weight_bytes": weight_bytes(model),
+        **parts[0],
+        **parts[1],
+    }
+
+
+def continuous(engine: Engine) -> dict:
+    """All requests at once, twice; the log is that of the second time."""
     seconds = []
     for _ in range(2):
         engine.log.clear()
         seconds.append(time_engine(engine, [workload()]))
-    written = sum(new for _, new in workload())
-    log, per_token = list(engine.log), CacheShape.of(model, 1).bytes_per_token
-    rows = [total_row("engine", seconds, written), *decode_rows("engine", log, weight_bytes(model), per_token)]
-    trace = [[step.samples, step.tokens, step.live_tokens, step.waiting, step.held_blocks] for step in log]
-    every_fourth = list(zip(log, trace, strict=True))[::4]
+    log = list(engine.log)
+    trace = [
+        [round(s.finished - log[0].started, 4), s.samples, s.tokens, s.live_tokens, s.waiting, s.held_blocks]
+        for s in log
+    ]
     return {
-        "rows": rows,
-        "parameters": count_parameters(model),
-        "written_tokens": written,
-        "peak_waste": max(step.waste for step in log),
-        "waste_at_peak_use": max(log, key=lambda step: step.held_blocks).waste,
-        "steps": len(log),
-        "decode_steps": sum(step.is_decode for step in log),
-        "preemptions": sum(step.preemptions for step in log),
-        "most_rows": max(len(step.rows) for step in log),
-        "seconds_in_decode_steps": sum(s for _, s in decode_times(log)),
-        "median_host_seconds_per_decode_step": median(s.launched - s.started for s in log if s.is_decode),
-        "log": [[round(step.finished - log[0].started, 4), *numbers] for step, numbers in every_fourth],
-        "log_columns": ["seconds", "tokens written", "tokens computed", "live tokens", "waiting", "held blocks"],
+        "rows": [total_row("engine", seconds, workload()), *decode_rows("engine", log, engine.model)],
+        "engine_peak_waste": max(step.waste for step in log),
+        "engine_steps": len(log),
+        "engine_decode_steps": sum(step.is_decode for step in log),
+        "engine_preemptions": sum(step.preemptions for step in log),
+        "engine_most_rows": max(len(step.rows) for step in log),
+        "engine_seconds_in_decode_steps": sum(s for _, s in decode_times(log)),
+        "engine_tokens_per_second_while_some_wait": rate_under_load(log),
+        "engine_median_host_seconds_per_decode_step": median(s.launched - s.started for s in log if s.is_decode),
+        "engine_log": trace[::4],
+        "engine_log_columns": ["seconds", "tokens written", "tokens computed", "live tokens", "waiting", "held blocks"],
     }
 
 
-def static_part(device: str) -> dict:
+def rate_under_load(log: list[Step]) -> float:
+    """Tokens written a second from the first step to the last in which a request waited."""
+    busy = [step for step in log if step.waiting] or log
+    return sum(step.samples for step in busy) / (busy[-1].finished - busy[0].started)
+
+
+def static(engine: Engine) -> dict:
     """A batch at a time, each row going on until the longest has ended."""
-    model = llama(device)
-    engine = make_engine(model, seats=ROWS_RESERVED)
-    engine.log.clear()
     requests = workload()
     batches = [requests[i : i + ROWS_RESERVED] for i in range(0, REQUESTS, ROWS_RESERVED)]
     longest = [[(prompt, max(new for _, new in batch)) for prompt, _ in batch] for batch in batches]
+    engine.log.clear()
     seconds = [time_engine(engine, longest)]
-    written = sum(new for _, new in requests)
-    log, per_token = list(engine.log), CacheShape.of(model, 1).bytes_per_token
-    used = [share_of_reserved(batch) for batch in batches]
-    rows = [total_row("static", seconds, written), *decode_rows("static", log, weight_bytes(model), per_token)]
+    log = list(engine.log)
     first = min(arrival for arrival, _, _ in log[0].rows)
     trace = [
-        [round(step.finished - log[0].started, 4), useful_rows(step, requests, first), step.samples, step.live_tokens]
-        for step in log
+        [round(s.finished - log[0].started, 4), useful_rows(s, requests, first), s.samples, s.live_tokens] for s in log
     ]
     return {
-        "rows": rows,
-        "steps": len(log),
-        "mean_waste": 1 - sum(used) / len(used),
-        "log": trace[::4],
-        "log_columns": ["seconds", "rows that somebody waits for", "rows", "live tokens"],
+        "rows": [total_row("static", seconds, requests), *decode_rows("static", log, engine.model)],
+        "static_steps": len(log),
+        "static_mean_waste": 1 - sum(share_of_reserved(batch) for batch in batches) / len(batches),
+        "static_log": trace[::8],
+        "static_log_columns": ["seconds", "rows that somebody waits for", "rows", "live tokens"],
     }
 
 
@@ -255,8 +267,9 @@ def time_engine(engine: Engine, batches: list[list[tuple[list[int], int]]]) -> f
     return time.perf_counter() - begin
 
 
-def total_row(name: str, seconds: list[float], written: int) -> dict:
-    """The whole workload as a row."""
+def total_row(name: str, seconds: list[float], requests: list[tuple[list[int], int]]) -> dict:
+    """These requests as a row; tokens that nobody asked for do not count."""
+    written = sum(new for _, new in requests)
     timing = (median(seconds), min(seconds), max(seconds), len(seconds))
     return {"name": name, "timing": timing, "tokens": written, "tokens_per_second": round(written / median(seconds))}
 
@@ -267,9 +280,9 @@ def decode_times(log: list[Step]) -> list[tuple[Step, float]]:
     return [(now, now.finished - before.finished) for before, now in steps]
 
 
-def decode_rows(name: str, log: list[Step], weights: int, per_token: int) -> list[dict]:
+def decode_rows(name: str, log: list[Step], model: Decoder) -> list[dict]:
     """Decode steps against the bytes that they must read: all of them, and those with many rows."""
-    rows = []
+    rows, weights, per_token = [], weight_bytes(model), CacheShape.of(model, 1).bytes_per_token
     for what, least in (("all", 1), ("of 128 rows or more", 128), ("of 33 to 64 rows", 33)):
         chosen = [(s, t) for s, t in decode_times(log) if s.samples >= least and (least != 33 or s.samples <= 64)]
         if len(chosen) < 10:
@@ -293,7 +306,7 @@ def contiguous_part(device: str) -> dict:
     begin = time.perf_counter()
     generate(model, prompts, max_new_tokens=longest, chunk=64, cuda_graph=True)
     synchronize(torch.device(device))
-    return {"rows": [total_row("contiguous", [time.perf_counter() - begin], sum(new for _, new in batch))]}
+    return {"rows": [total_row("contiguous", [time.perf_counter() - begin], batch)]}
 
 
 def transformers_part(device: str) -> dict:
@@ -315,8 +328,8 @@ def transformers_part(device: str) -> dict:
     begin = time.perf_counter()
     run(longest)
     seconds = [time.perf_counter() - begin]
-    rows = [total_row("transformers", seconds, sum(new for _, new in batch))]
-    return {"rows": rows, "version": transformers.__version__, "batch": len(batch), "steps": longest}
+    facts = {"transformers_version": transformers.__version__, "transformers_steps": longest}
+    return {"rows": [total_row("transformers", seconds, batch)], **facts}
 
 
 def transformers_llama(device: str) -> torch.nn.Module:
@@ -430,13 +443,12 @@ def stories_part(device: str) -> dict:
         made = [engine.add(prompt, rules) for prompt in prompts]
         engine.run()
         seconds["engine"].append(time.perf_counter() - begin)
-    rows = [total_row(name, times, 16 * 60) for name, times in seconds.items()]
-    return {"rows": rows, "same_texts": alone == [request.new_tokens for request in made]}
+    rows = [total_row(name, times, [(prompt, 60) for prompt in prompts]) for name, times in seconds.items()]
+    return {"rows": rows, "stories_same_texts": alone == [request.new_tokens for request in made]}
 
 
 PARTS: dict[str, Callable[[str], dict]] = {
     "engine": engine_part,
-    "static": static_part,
     "timeline": timeline_part,
     "transformers": transformers_part,
     "contiguous": contiguous_part,
