@@ -93,7 +93,7 @@ def decoding(report: Report) -> None:
         for batch in (1,) if kind == "eager, unchecked" else (1, 2, 4, 8, 16, 32) if gpu else (1, 4, 16):
             step, tokens, cache = make(model, batch)
             call = returning(step, tokens, cache)
-            timing = measure(call, device=report.device, seconds=1.0 if batch == 1 else 0.4, min_calls=5)
+            timing = measure(call, device=report.device, seconds=1.0 if gpu and batch == 1 else 0.3, min_calls=5)
             work = pass_cost(model.config, held=CONTEXT, new=1, itemsize=report.dtype.itemsize)
             more_rows = (batch - 1) * (CONTEXT + 1) * CacheShape.of(model, 1).bytes_per_token  # the weights are shared
             title = f"decode step, {kind}, batch {batch}"
