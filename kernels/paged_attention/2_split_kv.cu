@@ -468,15 +468,14 @@ struct Merger {
 
     // Count this block's arrival, once its result can be seen; true for the last of the pair's blocks.
     __device__ bool is_last_of(const Cursor<Sh>& pair, int others) const {
-        int32_t* arrivals = a.arrivals + int64_t(pair.b) * bundles.in_all + pair.bundle;
-        __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) {
+        if (threadIdx.x == 0) {  // merge_warps has ended in a barrier
+            int32_t* arrivals = a.arrivals + int64_t(pair.b) * bundles.in_all + pair.bundle;
+            __threadfence();
             *is_last = atomicAdd(arrivals, 1) == others;
+            __threadfence();
             if (*is_last) *arrivals = 0;  // as it was found
         }
         __syncthreads();
-        __threadfence();
         return *is_last;
     }
 
