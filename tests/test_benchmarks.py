@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import subprocess
 import time
 from pathlib import Path
 
@@ -59,6 +60,32 @@ def test_compare_calls_in_turns():
     found = harness.compare(lambda: calls.append("a"), lambda: calls.append("b"), pairs=5)
     assert calls == ["a", "b"] * 7
     assert found.calls == 5
+
+
+def test_a_profiler_sees_one_call_after_the_warm_up(monkeypatch):
+    heard, calls = [], []
+    monkeypatch.setattr(harness.profiling, "enable", lambda: heard.append(f"on after {len(calls)} calls"))
+    with harness.profiling.listening(lambda name: heard.append(name) or harness.profiling._off):
+        harness.profiled(lambda: calls.append(1), device="cpu", warmup=3)
+    assert heard == ["on after 3 calls", "measured"]
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("script", ["nsys.sh", "ncu.sh"])
+def test_scripts_of_the_profilers_know_their_targets(script):
+    path = ROOT / "benchmarks" / script
+    assert subprocess.run(["bash", "-n", path]).returncode == 0
+    named = re.findall(rf"^#   benchmarks/{script} (\w+)", path.read_text(), flags=re.MULTILINE)
+    assert "paged_attention" in named
+    for topic in named:
+        assert '"--nvtx"' in (ROOT / "benchmarks" / f"{topic}.py").read_text(), f"{topic} has no --nvtx"
+
+
+def test_noise_of_a_constant_is_small():
+    found = harness.noise(lambda: time.sleep(0.002), repeats=3, seconds=0.01, warmup=0.0)
+    assert found["repeats"] == len(found["medians"]) == 3
+    assert min(found["medians"]) >= 0.002
+    assert found["spread"] == max(found["medians"]) / min(found["medians"]) - 1
 
 
 # --- the guard
