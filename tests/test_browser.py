@@ -188,15 +188,20 @@ def test_first_paint_does_not_wait_for_interactive_figures(browser, address, mon
     assert browser.evaluate(f"{painted} < {arrived}")
 
 
-def test_print_shows_what_was_folded(browser, address):
+def test_print_shows_what_was_folded_and_in_the_light_theme(browser, address):
     browser.resize(DESKTOP, 900)
     browser.open(f"{address}{WITH_FIGURE}.html")
+    browser.evaluate("document.documentElement.dataset.theme = 'dark'")
+    browser.evaluate("window.dispatchEvent(new Event('beforeprint')); 0")
     browser.send("Emulation.setEmulatedMedia", media="print")
-    folded = browser.evaluate(FOLDED)
+    folded, theme = browser.evaluate(FOLDED), browser.evaluate("document.documentElement.dataset.theme")
     drawn = browser.evaluate("document.querySelector('.tf-widget svg').getBoundingClientRect().height")
     browser.send("Emulation.setEmulatedMedia", media="")
+    browser.evaluate("window.dispatchEvent(new Event('afterprint')); 0")
     assert folded == []
+    assert theme == "light"
     assert drawn > 40
+    assert browser.evaluate("document.documentElement.dataset.theme") == "dark"
 
 
 @pytest.fixture(scope="module")
