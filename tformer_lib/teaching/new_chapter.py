@@ -49,6 +49,8 @@ def main() -> int:
     parser.add_argument("--part", default="Modern attention", help="the part's caption in _toc.yml")
     parser.add_argument("--floor", choices=FLOORS, default="FORMS", help="the module's floor in tests/test_layout.py")
     given = parser.parse_args()
+    if not (ROOT / "_toc.yml").exists():
+        parser.error("a chapter is begun in a checkout of the course, installed by `make setup`")
     title = given.title or given.name.partition("-")[2].replace("-", " ").capitalize()
     try:
         written = make(ROOT, Chapter(given.name, title, given.question, given.part, given.floor))
