@@ -398,7 +398,8 @@ extern "C" const char* forward(const Arguments* a, void* stream) {
     return with_types(*a, [&]<class Half, class Sh>() -> const char* {
         Plan plan;
         if (const char* error = make_plan<Sh>(plan, *a)) return error;
-        const int64_t blocks = std::min<int64_t>(multiprocessors(), plan.tiles_in_all);
+        // Packed sequences have empty tiles, which no fixed order deals out evenly: there the hardware does it, a block a tile.
+        const int64_t blocks = Sh::PACKED ? plan.tiles_in_all : std::min<int64_t>(multiprocessors(), plan.tiles_in_all);
         return launch(forward_kernel<Half, Sh>, blocks, Sh::THREADS, Sh::SHARED_BYTES, stream, plan, *a);
     });
 }

@@ -11,8 +11,7 @@
 //
 // Blocks of other keys add to the same dQ. It is summed in float32 in global memory, in the order of the fragments, so that
 // a lane adds 16 bytes at once and a warp 512 in a row; `round_dq` brings it into rows at the end. With `turn`, the blocks
-// add in the order of their keys, and every run gives the same bits; then blocks of different heads are neighbours, so that
-// few blocks of one head wait for one another. Packed sequences are one long row to TMA: rows of a
+// add in the order of their keys, and every run gives the same bits. Packed sequences are one long row to TMA: rows of a
 // tile that are behind a sequence's end are zeroed in shared memory before they are used.
 //
 // Ledger (H200, bfloat16, 16,384 tokens, figures in benchmarks/results/nvidia-h200/flash_attention.json)
@@ -86,8 +85,9 @@ struct Block {
 
 template <class Sh>
 __device__ Block block_of(const Arguments& a) {
-    const Work work = a.turn == nullptr ? work_of(blockIdx.x, a.kv_heads, int((a.keys + KEYS - 1) / KEYS), false)
-                                        : work_across_heads(blockIdx.x, a.batch, a.kv_heads);
+    const bool in_step = a.turn != nullptr && a.causal;  // blocks of one head would wait for one another at the diagonal
+    const Work work = in_step ? work_across_heads(blockIdx.x, a.batch, a.kv_heads)
+                              : work_of(blockIdx.x, a.kv_heads, int((a.keys + KEYS - 1) / KEYS), false);
     const Sequence sequence = sequence_of(a, work.b);
     const Sight sight = sight_of(a, sequence);
     const int key = work.tile * KEYS, last_key = min(key + KEYS, sequence.S) - 1;
@@ -229,17 +229,22 @@ struct Consumer {
         for (int j = 0; j < PART / 8; ++j) add_global(target + j * WARPGROUP * 4, dQ[j]);
     }
 
-    // Wait until the blocks of all earlier keys have added to this part of dQ, add, and let the next one in.
-    __device__ void add_dq_in_turn(const float (&dQ)[PART / 8][4], int64_t tile, int top) const {
+    // Turns. Whose turn it is at this part of dQ is read long before it is needed, and waited for only if it is not yet ours.
+    // The turn is handed on in the next tile, when the sums have reached memory: a fence right after them would wait.
+    __device__ int32_t* turn_of(int64_t tile) const { return a.turn + tile * GROUPS + group; }
+
+    __device__ void wait_turn(int64_t tile, int top, int seen) const {
         const int order = block.key / KEYS - block.sight.first(top) / KEYS;
-        int32_t* const turn = a.turn + tile * GROUPS + group;
         if (threadIdx.x % WARPGROUP == 0)
-            while (atomicAdd(turn, 0) != order) __nanosleep(64);
+            while (seen != order) seen = atomicAdd(turn_of(tile), 0);
         meet(2 + group, WARPGROUP);
-        add_dq(dQ, tile);
+    }
+
+    __device__ void pass_turn(int64_t tile) const {
+        if (a.turn == nullptr || tile < 0) return;
         __threadfence();
         meet(2 + group, WARPGROUP);
-        if (threadIdx.x % WARPGROUP == 0) atomicAdd(turn, 1);
+        if (threadIdx.x % WARPGROUP == 0) atomicAdd(turn_of(tile), 1);
     }
 
     __device__ void run() {
@@ -248,6 +253,7 @@ struct Consumer {
         float dK[Sh::D / 8][4] = {}, dV[Sh::D / 8][4] = {};
         Ring<STAGES> ring;
         const int64_t heads = a.heads / a.kv_heads;
+        int64_t last = -1;  // the tile whose turn is to be handed on
         wait(&barriers.kv_full, 0);
         if (Sh::PACKED && block.key + KEYS > block.sight.S)
             clear_neighbours(buffers.K, buffers.V, KEYS, block.sight.S - block.key);
@@ -258,6 +264,8 @@ struct Consumer {
                 const uint32_t dO = shared_address(buffers.dO) + s * Sh::ROW_TILE_BYTES;
                 const uint32_t dS = shared_address(buffers.dS) + s * Sh::DS_BYTES;
                 const float* lse = buffers.statistics + s * Sh::STATISTICS;
+                const int64_t index = tile_index<Sh>(a, block.sequence, block.b, head, tile);
+                const int seen = a.turn != nullptr ? *static_cast<volatile int32_t*>(turn_of(index)) : 0;
                 float S[Sh::ROWS / 8][4], dP[Sh::ROWS / 8][4];
                 uint32_t P[Sh::ROWS / 16][4];
 
@@ -271,6 +279,7 @@ struct Consumer {
                 issue_transposed<Half, Sh>(S, K + own, Q);
                 wait(&barriers.dout_full[s], ring.parity);
                 if constexpr (Sh::EARLY_DP) issue_transposed<Half, Sh>(dP, V + own, dO);
+                pass_turn(last);
                 wait_products<Sh::EARLY_DP ? 1 : 0>();
                 pin(S);
                 probabilities(S, lse, top);
@@ -300,10 +309,11 @@ struct Consumer {
                 release(&barriers.q_empty[s]);
                 wait_products<0>();
                 pin(dQ);
-                const int64_t index = tile_index<Sh>(a, block.sequence, block.b, head, tile);
-                if (a.turn == nullptr) add_dq(dQ, index);
-                else add_dq_in_turn(dQ, index, top);
+                if (a.turn != nullptr) wait_turn(index, top, seen);
+                add_dq(dQ, index);
+                last = index;
             }
+        pass_turn(last);
         store(a.dk, dK, a.scale);
         store(a.dv, dV, 1.0f);
     }

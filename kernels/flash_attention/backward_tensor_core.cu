@@ -12,8 +12,8 @@
 //     | 0  1 |                    |  0   1  |               |  0   1  |
 //     | 2  3 |                    |  2   3  |               |  2   3  |              32 x 32 and 32 x 64 a warp
 //
-// So P and dS change hands through shared memory. One buffer each of Q and dO: dO(i + 1) is loaded during the last two
-// products of tile i, and the other blocks of the multiprocessor work while this one waits for Q(i + 1).
+// So P and dS change hands through shared memory. There is one buffer each of Q and dO: Q(i + 1) is loaded during the last
+// two products of tile i, dO(i + 1) during the last, and the other blocks of the multiprocessor fill what waits remain.
 #include "common/launch.cuh"
 #include "common/mma.cuh"
 #include "gradients.cuh"
@@ -175,16 +175,19 @@ struct Block {
         for (int i = 0; i < int(sizeof(RowGradient) / sizeof(float)); ++i) add_global(target + i * Sh::THREADS, source[i]);
     }
 
-    // Wait until the blocks of all earlier keys have added to this tile of dQ, add, and let the next one in.
-    __device__ void add_dq_in_turn(const RowGradient& dQ, int64_t tile, int top) const {
+    // Turns, for the same bits in every run: the blocks of a head add to a tile of dQ in the order of their keys. Thread 0
+    // waits and hands on, before and after barriers that are there anyway; a turn is handed on in the next tile, when the
+    // sums have long reached memory.
+    __device__ void wait_turn(int64_t tile, int top, int seen) const {
         const int order = key / Sh::KEYS - sight.first(top) / Sh::KEYS;
-        if (threadIdx.x == 0)
-            while (atomicAdd(a.turn + tile, 0) != order) __nanosleep(64);
-        __syncthreads();
-        add_dq(dQ, tile);
-        __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) atomicAdd(a.turn + tile, 1);
+        if (a.turn != nullptr && threadIdx.x == 0)
+            while (seen != order) seen = atomicAdd(a.turn + tile, 0);
+    }
+    __device__ void sums_are_done() const {
+        if (a.turn != nullptr) __threadfence();
+    }
+    __device__ void pass_turn(int64_t tile) const {
+        if (a.turn != nullptr && tile >= 0 && threadIdx.x == 0) atomicAdd(a.turn + tile, 1);
     }
 
     __device__ void run() {
@@ -192,6 +195,7 @@ struct Block {
         const int first = sight.first_query(key) / Sh::ROWS, end = min(sight.T, sight.last_query(last_key));
         const int tiles = max(0, (end + Sh::ROWS - 1) / Sh::ROWS - first), heads = int(a.heads / a.kv_heads);
         Gradient dK = {}, dV = {};
+        int64_t last = -1;  // the tile whose turn is to be handed on
         start_keys(K, a.k);
         start_keys(V, a.v);
         if (tiles > 0) {
@@ -203,28 +207,33 @@ struct Block {
             const int64_t head = kv * heads + i / tiles, next_head = kv * heads + (i + 1) / tiles;
             const bool more = i + 1 < tiles * heads;
             const int64_t index = tile_index<Sh>(a, sequence, b, head, top / Sh::ROWS);
+            const int seen = a.turn != nullptr ? *static_cast<volatile int32_t*>(a.turn + index) : 0;
             wait_copies<0>();
-            __syncthreads();  // all have arrived, for all
+            __syncthreads();  // all have arrived, for all; P and dS of the last tile have been read
             {
                 Scores S = {}, dP = {};
                 multiply<Half, Sh::D, false, false>(S, Q, row, K, score_column);
                 multiply<Half, Sh::D, false, false>(dP, dO, row, V, score_column);
                 probabilities(S, dP, a.delta + index * Sh::STATISTICS, top);
             }
+            sums_are_done();
             __syncthreads();  // P and dS are written
+            pass_turn(last);
+            multiply<Half, Sh::ROWS, true, true>(dK, dS, key_row, Q, column);
+            __syncthreads();  // Q has been read
+            if (more) start_rows(Q, a.q, next_head, next_top);
             multiply<Half, Sh::ROWS, true, true>(dV, P, key_row, dO, column);
+            wait_turn(index, top, seen);
             __syncthreads();  // dO has been read
             if (more) start_rows(dO, a.dout, next_head, next_top);
-            multiply<Half, Sh::ROWS, true, true>(dK, dS, key_row, Q, column);
-            {
-                RowGradient dQ = {};
-                multiply<Half, Sh::KEYS, false, true>(dQ, dS, row, K, column);
-                if (a.turn == nullptr) add_dq(dQ, index);
-                else add_dq_in_turn(dQ, index, top);
-            }
-            __syncthreads();  // Q, P and dS have been read
-            if (more) start_rows(Q, a.q, next_head, next_top);
+            RowGradient dQ = {};
+            multiply<Half, Sh::KEYS, false, true>(dQ, dS, row, K, column);
+            add_dq(dQ, index);
+            last = index;
         }
+        sums_are_done();
+        __syncthreads();
+        pass_turn(last);
         store(a.dk, dK, a.scale);
         store(a.dv, dV, 1.0f);
     }
@@ -244,9 +253,9 @@ struct Block {
 template <class Half, class Sh>
 __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) backward_kernel(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) uint8_t shared[];
-    const Work work = a.turn == nullptr
-                          ? work_of(blockIdx.x, a.kv_heads, int((a.keys + Sh::KEYS - 1) / Sh::KEYS), false)
-                          : work_across_heads(blockIdx.x, a.batch, a.kv_heads);  // few of a head wait for one another
+    const bool in_step = a.turn != nullptr && a.causal;  // blocks of one head would wait for one another at the diagonal
+    const Work work = in_step ? work_across_heads(blockIdx.x, a.batch, a.kv_heads)
+                              : work_of(blockIdx.x, a.kv_heads, int((a.keys + Sh::KEYS - 1) / Sh::KEYS), false);
     const Sequence sequence = sequence_of(a, work.b);
     const int key = work.tile * Sh::KEYS;
     if (key < sequence.S) Block<Half, Sh>{a, sequence, sight_of(a, sequence), work.b, work.h, key, shared}.run();

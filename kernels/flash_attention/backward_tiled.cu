@@ -62,16 +62,20 @@ __device__ void multiply_scores(float (&C)[Sh::PER][Sh::PER], const float* A, co
         for (int j = 0; j < Sh::PER; ++j) C[i][j] = sums[i][j].x + sums[i][j].y + (sums[i][j].z + sums[i][j].w);
 }
 
-// C[i], the columns 4 x .. 4 x + 3 and again every 64, += A[y + 16 i] B
+// C[i], the columns 4 x .. 4 x + 3 and again every 64, += A[y + 16 i] B: a tile is summed alone, which rounds less.
 template <class Sh>
 __device__ void multiply_rows(float4 (&C)[Sh::PER][Sh::GROUPS], const float* A, const float* B) {
     const int x = threadIdx.x % X, y = threadIdx.x / X;
+    float4 sums[Sh::PER][Sh::GROUPS] = {};
 #pragma unroll 4
     for (int k = 0; k < Sh::ROWS; ++k)
         for (int g = 0; g < Sh::GROUPS; ++g) {
             const float4 b = load4(B + k * Sh::STRIDE + (g * X + x) * VECTOR);
-            for (int i = 0; i < Sh::PER; ++i) C[i][g] = multiply_add(A[(y + i * X) * Sh::SCORE_STRIDE + k], b, C[i][g]);
+            for (int i = 0; i < Sh::PER; ++i)
+                sums[i][g] = multiply_add(A[(y + i * X) * Sh::SCORE_STRIDE + k], b, sums[i][g]);
         }
+    for (int i = 0; i < Sh::PER; ++i)
+        for (int g = 0; g < Sh::GROUPS; ++g) C[i][g] = multiply_add(1.0f, sums[i][g], C[i][g]);
 }
 
 template <class Sh>
