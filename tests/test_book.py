@@ -180,6 +180,20 @@ def test_page_has_one_title(page):
     assert text.startswith("# ")
 
 
+def test_terms_are_found_as_whole_words():
+    terms = script(BOOK / "_ext" / "terms.py")
+    known = terms.definitions((BOOK / "glossary.md").read_text(encoding="utf-8"))
+    assert len(known) > 40
+    assert sum(len(meaning) > 20 for meaning in known.values()) > 40
+    assert not [meaning for meaning in known.values() if re.search(r"[{`\\]", meaning)]
+    assert [
+        terms.named(m, known) for m in terms.pattern(known).findall("Tokens have a KV cache; the causal mask hides")
+    ] == [*("token", "KV cache", "causal mask")]
+    for other in ("ahead", "multi-head", "tokenizer", "mla", "headless"):
+        assert not terms.pattern(known).search(other)
+    assert all((ROOT / "notebooks" / f"{chapter}.ipynb").exists() for chapter in terms.OTHER_SENSE)
+
+
 def test_printed_tables_are_told_from_printed_sentences():
     mark = script(BOOK / "_ext" / "markup.py").mark_tables
     output = '<div class="output stream highlight-myst"><div><pre><span></span>{}\n</pre></div></div>'

@@ -166,6 +166,15 @@ def test_chapter_is_light(site, page):
     assert weight <= LIGHT, f"{weight / 1e6:.1f} MB"
 
 
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_chapter_links_its_terms_once(site, page):
+    soup = BeautifulSoup((site / f"{page}.html").read_text(encoding="utf-8"), "html.parser")
+    linked = [link["href"] for link in soup.select("a.tf-term")]
+    assert len(linked) >= 3
+    assert len(set(linked)) == len(linked)
+    assert all(link.startswith("../glossary.html#term-") for link in linked)
+
+
 def test_internal_links_and_anchors_resolve(site):
     assert broken_links(site) == []
 

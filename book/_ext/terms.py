@@ -1,0 +1,92 @@
+"""Link the first mention of each glossary term in a chapter to the glossary, with its definition to hover over.
+
+The chapters name terms in plain words, so that they read well in JupyterLab too; the links are made when the book is
+built.
+"""
+
+import re
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.nodes import make_refnode
+
+LEFT_ALONE = (nodes.title, nodes.reference, nodes.literal, nodes.math, nodes.math_block, nodes.literal_block, nodes.raw)
+LEFT_ALONE += (nodes.table, nodes.caption, nodes.footnote, nodes.inline)
+"""What stands inside these is no running text, or is a link already."""
+
+
+OTHER_SENSE = {"01-tokens": {"decode"}, "12-paged-attention": {"head"}}
+"""Chapter -> terms that it uses in another sense."""
+
+
+def link(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """Link the terms of one chapter; what its own title names needs no link."""
+    if not page.startswith("notebooks/"):
+        return
+    title = next(doctree.findall(nodes.title)).astext().lower()
+    anchors = {name: place for (kind, name), place in app.env.get_domain("std").objects.items() if kind == "term"}
+    meanings = definitions((Path(app.srcdir) / "glossary.md").read_text(encoding="utf-8"))
+    spared = OTHER_SENSE.get(Path(page).name, set())
+    left = {term: meaning for term, meaning in meanings.items() if term in anchors and term not in spared}
+    left = {term: meaning for term, meaning in left.items() if term.lower() not in title}
+    for text in list(doctree.findall(nodes.Text)):
+        if left and is_running_text(text):
+            text.parent.replace(text, linked(app, page, text, left, anchors))
+
+
+def is_running_text(text: nodes.Text) -> bool:
+    """Whether a piece of text stands in a paragraph, outside of code, mathematics, links and tables."""
+    node = text.parent
+    while node is not None:
+        if isinstance(node, LEFT_ALONE) or {"cell", "footer"} & set(getattr(node, "attributes", {}).get("classes", [])):
+            return False
+        node = node.parent
+    return True
+
+
+def linked(app: Sphinx, page: str, text: nodes.Text, left: dict[str, str], anchors: dict) -> list[nodes.Node]:
+    """The text in pieces, with a link at the first mention of each term that is left; takes those out of ``left``."""
+    pieces, rest = [], text.astext()
+    while left and (found := pattern(left).search(rest)):
+        term = named(found[0], left)
+        where, anchor = anchors[term]
+        reference = make_refnode(app.builder, page, where, anchor, nodes.Text(found[0]), left.pop(term))
+        reference["classes"].append("tf-term")
+        pieces += [nodes.Text(rest[: found.start()]), reference]
+        rest = rest[found.end() :]
+    return [*pieces, nodes.Text(rest)]
+
+
+def pattern(terms) -> re.Pattern:
+    """Any of the terms as whole words: abbreviations as they are, others also in the plural or with a capital."""
+    words = sorted(terms, key=len, reverse=True)
+    forms = [re.escape(word) if is_abbreviation(word) else f"(?i:{re.escape(word)})s?" for word in words]
+    return re.compile(rf"(?<![\w-])(?:{'|'.join(forms)})(?![\w-])")
+
+
+def named(mention: str, terms) -> str:
+    """The term that a mention means."""
+    return next(term for term in sorted(terms, key=len, reverse=True) if pattern([term]).fullmatch(mention))
+
+
+def is_abbreviation(word: str) -> bool:
+    """Whether the word is written with capitals of its own: BPE, RoPE, KV cache."""
+    return word != word.lower()
+
+
+def definitions(glossary: str) -> dict[str, str]:
+    """Term -> definition, from the glossary's page, in plain words."""
+    found = re.findall(r"^(\S.*)\n((?:  .*\n)+)", glossary.partition(":::{glossary}\n")[2], flags=re.MULTILINE)
+    return {term: plain(" ".join(text.split())) for term, text in found}
+
+
+def plain(text: str) -> str:
+    """Text without Markdown's marks; nothing for a formula, which cannot be hovered over."""
+    return "" if "\\" in text else re.sub(r"\{\w+\}(?=`)|[`$*]", "", text)
+
+
+def setup(app: Sphinx) -> dict:
+    """Register with Sphinx."""
+    app.connect("doctree-resolved", link)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
