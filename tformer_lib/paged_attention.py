@@ -1053,6 +1053,7 @@ def stream_of(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
+CAPTURE = -1
 _scratch: dict[tuple[int, int], tuple[int, int, int]] = {}
 _scratch_tensors: list[Tensor] = []
 
@@ -1060,8 +1061,8 @@ _scratch_tensors: list[Tensor] = []
 def scratch_of(device: torch.device, pairs: int) -> tuple[int, int]:
     """Where step 2 leaves partial results and counts arrivals: one place for each stream, kept from call to call.
 
-    A CUDA graph holds its addresses, so what it outgrew is never given back; and two graphs that were captured on one
-    stream must not run at the same time.
+    All CUDA graphs of a device share one place, which the calls before their capture have made: they must not run at
+    the same time. A graph holds its addresses, so what was outgrown is never given back.
 
     Args:
         device: a GPU.
@@ -1069,20 +1070,28 @@ def scratch_of(device: torch.device, pairs: int) -> tuple[int, int]:
 
     Returns:
         the addresses of the partial results and of the counts, which are zeros between calls.
+
+    Raises:
+        RuntimeError: a graph is being captured, and no call came before.
     """
-    key = (device.index, stream_of(device))
-    partial, arrivals, room = _scratch.get(key, (0, 0, 0))
-    if room < pairs:
-        room = max(pairs, 2**16)
-        count = torch.cuda.get_device_properties(device).multi_processor_count
-        tensors = (
-            torch.empty(count * MOST_PARTIAL, dtype=torch.float32, device=device),
-            torch.zeros(room, dtype=torch.int32, device=device),
-        )
-        _scratch_tensors.extend(tensors)
-        partial, arrivals = (x.data_ptr() for x in tensors)
-        _scratch[key] = (partial, arrivals, room)
-    return partial, arrivals
+    stream = CAPTURE if torch.cuda.is_current_stream_capturing() else stream_of(device)
+    found = _scratch.get((device.index, stream))
+    if found is None or found[2] < pairs:
+        if stream == CAPTURE:
+            raise RuntimeError("call paged attention once before capturing it in a CUDA graph: its scratch must exist")
+        for owner in (CAPTURE, stream):
+            found = _scratch[device.index, owner] = make_scratch(device, max(pairs, 2**16))
+        torch.cuda.current_stream(device).synchronize()  # the counts are zeros for every stream
+    return found[:2]
+
+
+def make_scratch(device: torch.device, pairs: int) -> tuple[int, int, int]:
+    """The addresses of partial results and counts, and for how many pairs they suffice."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    partial = torch.empty(processors * MOST_PARTIAL, dtype=torch.float32, device=device)
+    arrivals = torch.zeros(pairs, dtype=torch.int32, device=device)
+    _scratch_tensors.extend((partial, arrivals))
+    return partial.data_ptr(), arrivals.data_ptr(), pairs
 
 
 MOST_PARTIAL = 2 * 2 * 16 * (128 + 2)

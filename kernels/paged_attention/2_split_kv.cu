@@ -496,7 +496,7 @@ struct Merger {
                 merged.rescale(m_new, fast_exp2(merged.m - anchor));
                 merged.l += warp_sum(ml.y * weight);
                 const int count = min(WARP, last_team - top + 1);
-#pragma unroll 8
+#pragma unroll 16
                 for (int i = 0; i < count; ++i)
                     merged.add(__shfl_sync(0xffffffff, weight, i),
                                __ldcg(reinterpret_cast<const float4*>(theirs(top + i) + row * Sh::D + column)));
