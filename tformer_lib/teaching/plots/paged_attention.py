@@ -174,14 +174,14 @@ CONTESTANTS = {
     "step 2, CUDA graph": "2_split_kv.cu in a CUDA graph",
     "dense cache, sdpa cudnn": "contiguous, PyTorch with cuDNN",
 }
-WORK = ("64 x 8,192", "64 rows of 100 to 16,384", "16 x 2,048", "1 x 32,768")
+WORK = ("64 x 8,192", "64 rows of 100 to 16,384", "16 x 2,048", "1 x 32,768", "1 x 1,024")
 
 
 def recorded(record: dict) -> None:
     """What ``benchmarks/paged_attention.py`` measured on a GPU: keys and values read a second, by work and by block."""
     rates = {row["name"]: row["rate"] / 1e12 for row in record["rows"]}
     limit = record["facts"]["copy_tb_s"]
-    _, (left, right) = style.figure(1, 2, height=5.0, width_ratios=(1.6, 1))
+    _, (left, right) = style.figure(1, 2, height=5.8, width_ratios=(1.6, 1))
     for i, (contestant, label) in enumerate(CONTESTANTS.items()):
         values = [rates.get(f"decode, {work}: {contestant}", 0.0) for work in WORK]
         places = [place + 0.2 * (i - 1.5) for place in range(len(WORK))]
