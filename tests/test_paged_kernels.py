@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*compile.*:UserWarning")
 
 def backends(packed: bool):
     """(step, device, dtype) of every kernel that runs here."""
-    found = [("cpu", "cpu", dtype) for dtype in (FP32, BF16, FP16)] if HAS_CPU_TWIN else []
+    found = [("cpu", "cpu", dtype) for dtype in (FP32, BF16)] if HAS_CPU_TWIN else []
     if HAS_GPU:
         found += [("prefill", "cuda", BF16), ("prefill", "cuda", FP16)] if packed else []
         found += [] if packed else [(1, "cuda", FP32), (1, "cuda", BF16), (2, "cuda", BF16), (2, "cuda", FP16)]
@@ -157,6 +157,12 @@ def test_any_strides(step, device, dtype):
 def test_cpu_twin_takes_any_head_dim(d):
     check(case(RAGGED, d=d), "cpu")
     check(case((40, 300), counts=(7, 30), d=d), "cpu")
+
+
+@needs_cpu_twin
+def test_cpu_twin_in_float16():
+    check(case(RAGGED, dtype=FP16), "cpu")
+    check(case(RAGGED, dtype=FP16, cache=FP8), "cpu", k_scale=0.5)
 
 
 MIXED = {"counts": (1, 0, 5, 100, 33, 2, 1, 0, 7), "lengths": (900, 0, 700, 100, 1333, 2, 1, 17, 7)}
