@@ -16,15 +16,15 @@ at offset ``p % block_size``, and its slot is block * block_size + offset.
 
 The ladder of implementations, each callable by its ``step``; ``step=None`` takes the top one that can do what is asked:
 
-========= =================== =================================================== ======================================
-step      source              what it is                                          runs on
-========= =================== =================================================== ======================================
-0         this file           blocks gathered, plain attention: the reference     anything
-"cpu"     cpu.cpp             tiles of keys read from the blocks, in vectors      a CPU, f32 bf16 f16
-1         1_block_table.cu    decode: a thread block a query head                 a GPU, head_dim up to 256
-2         2_split_kv.cu       decode: work cut evenly, tensor cores, cp.async     sm_80 on, bf16 f16, head_dim 64 or 128
-"prefill" prefill.cu          many queries a row, step 2 for the rows with one    sm_80 on, bf16 f16, head_dim 64 128 256
-========= =================== =================================================== ======================================
+========= ================ =================================================== ======================================
+step      source           what it is                                          runs on
+========= ================ =================================================== ======================================
+0         this file        blocks gathered, plain attention: the reference     anything
+"cpu"     cpu.cpp          tiles of keys read from the blocks, in vectors      a CPU, f32 bf16 f16
+1         1_block_table.cu decode: a thread block a query head                 a GPU, head_dim up to 256
+2         2_split_kv.cu    decode: work cut evenly, tensor cores, cp.async     sm_80 on, bf16 f16, head_dim 64 128
+"prefill" prefill.cu       many queries a row; step 2 for the rows with one    sm_80 on, bf16 f16, head_dim 64 128 256
+========= ================ =================================================== ======================================
 
 All of them read pools of q's dtype or of float8. What a GPU's kernels refuse runs step 0, which waits for the device.
 """
