@@ -2,6 +2,7 @@
 
     python -m benchmarks.profiling --device cpu
     python -m benchmarks.profiling --device cuda    # GPT-2's 124M shape; records the kernels of a decode step too
+    python -m benchmarks.profiling --device cuda --servers    # a naive cache and the paged engine, over one window
 
 The theory: an operator takes at least as long as its arithmetic, its memory traffic, or its launch, whichever is
 longest. A decode step of a small model has a hundred operators that do little, so launches decide; the repair is one
@@ -10,6 +11,7 @@ matrix, written as one 2 times. Keys that are transposed and copied before each 
 """
 
 import argparse
+import time
 from collections.abc import Callable
 
 import torch
@@ -42,10 +44,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--nvtx", action="store_true", help="measure nothing: run both softmaxes and a copy, once")
+    parser.add_argument("--servers", action="store_true", help="instead, record two servers over the same window")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.nvtx:
         return for_profiler(torch.device(args.device))
+    if args.servers:
+        return servers(torch.device(args.device))
     report = Report("profiling", args.device)
     limits(report)
     for stage in (decoding, softmax, transposed_keys, steadiness, ranges_off):
@@ -264,6 +269,69 @@ def transposed_keys(report: Report) -> None:
         ("keys in order", in_order, (heads, S)),
     ):
         add_by_bytes(report, f"attention, {title}", fn, make(order), **sizes)
+
+
+def servers(device: torch.device, window_us: float = 50_000.0) -> None:
+    """A naive cache and the paged engine on the same requests: what the GPU does in a window in the middle of decoding.
+
+    Written to profiling-servers.json. The first trace of each is thrown away.
+    """
+    from benchmarks import serving
+
+    report = Report("profiling-servers", device)
+    model, requests = serving.llama(device.type), serving.workload()
+    step = serving.naive_step(model, [prompt for prompt, _ in requests[: serving.ROWS_RESERVED]])
+    report.attach(naive=watch(step, window_us) | {"rows_of_a_step": serving.ROWS_RESERVED})
+    engine = serving.make_engine(model, seats=serving.REQUESTS)
+    for prompt, new in requests:
+        engine.add(prompt, {"max_new_tokens": new})
+    while len(engine.log) < 300:
+        engine.step()
+    found, latest = watch(engine.step, window_us), list(engine.log)[-20:]
+    report.attach(paged=found | {"rows_of_a_step": round(sum(step.samples for step in latest) / len(latest))})
+    for name, recording in report.facts.items():
+        facts = {key: value for key, value in recording.items() if key not in ("names", "rows")}
+        print(f"{name}: {facts}\n{profiling.time_table(profiling.totals(profiling.unpack(recording)))}", flush=True)
+    report.save()
+
+
+def watch(step: Callable[[], object], window_us: float) -> dict:
+    """The kernels of a window that opens a little after a trace begins, and the seconds of a step with no profiler."""
+    enough = 1.4 * window_us / 1e6
+    seconds = steps_for(step, enough) / 1e6
+    for _ in range(2):
+        with profiling.trace(operators=False) as trace:
+            steps_for(step, enough)
+    intervals = trace.intervals()
+    print(f"  {len(intervals)} kernels in {end_of(intervals):.0f} us", flush=True)
+    begin = min(0.2 * window_us, max(0.0, end_of(intervals) - window_us))
+    moved = [i | {"start_us": round(i["start_us"] - begin, 3)} for i in intervals]
+    packed = profiling.pack(moved, window_us, digits=1, name=kind_of_kernel)
+    busy = profiling.utilisation(profiling.unpack(packed), 0, window_us)
+    return packed | {"seconds_of_a_step": seconds, "utilisation": busy, "kernels": len(packed["rows"])}
+
+
+def steps_for(step: Callable[[], object], seconds: float) -> float:
+    """Take steps for so long, and return the microseconds of one."""
+    torch.cuda.synchronize()
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds:
+        step()
+        count += 1
+    torch.cuda.synchronize()
+    return 1e6 * (time.perf_counter() - begin) / count
+
+
+KINDS = {
+    "matrix products": ("gemm", "nvjet", "cutlass", "gemv", "splitk"),
+    "copying the cache": ("catarray",),
+    "attention": ("decode_kernel", "prefill_kernel", "fmha", "flash", "sdpa", "softmax"),
+}
+
+
+def kind_of_kernel(name: str) -> str:
+    """What a kernel is for, told by its name."""
+    return next((kind for kind, words in KINDS.items() if any(word in name.lower() for word in words)), "others")
 
 
 def steadiness(report: Report) -> None:

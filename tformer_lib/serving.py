@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tformer_lib import pretrained
+from tformer_lib import pretrained, profiling
 from tformer_lib.attention import MultiHeadAttention, merge
 from tformer_lib.generation import Sampling, distribution, draw, penalise_repetition
 from tformer_lib.kv_cache import CacheShape
@@ -521,7 +521,8 @@ class Runner:
             logits, seats = self._run(rows, tables, len(requests))
         if not requests:
             return Launched([], self.returned[0][:0], None)
-        tokens = self.choose(logits, requests, seats)
+        with profiling.range("sampling"):
+            tokens = self.choose(logits, requests, seats)
         self.last_tokens[seats] = tokens
         return Launched(requests, *self._send_back(tokens))
 
@@ -821,10 +822,12 @@ class Engine:
             while self.launched:
                 self._finish(pieces)
         before, started = self.scheduler.preemptions, time.perf_counter()
-        rows = self.scheduler.plan()
+        with profiling.range("plan"):
+            rows = self.scheduler.plan()
         if rows:
             step = self._describe(rows, self.scheduler.preemptions - before, started)
-            self.launched.append((self.runner.launch(rows, self.scheduler.tables), step))
+            with profiling.range("launch"):
+                self.launched.append((self.runner.launch(rows, self.scheduler.tables), step))
             step.launched = time.perf_counter()
         while len(self.launched) > (self.ahead if rows else 0):
             self._finish(pieces)
@@ -848,7 +851,8 @@ class Engine:
         """Wait for the oldest launched step, and hand out its tokens."""
         launched, step = self.launched.popleft()
         if launched.arrived is not None:
-            launched.arrived.synchronize()
+            with profiling.range("wait"):
+                launched.arrived.synchronize()
         for request, token in zip(launched.requests, launched.tokens.tolist(), strict=True):
             request.pending -= 1
             if request.finish_reason is None:  # else it ended while this token was on its way
