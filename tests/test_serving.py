@@ -352,6 +352,10 @@ def test_the_stream_yields_what_generate_returns_and_stops_when_nobody_listens()
         ([1], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ([1], {"temperature": -1.0}, "temperature must be at least 0"),
         ([1], {"seed": [1]}, "seed must be one number"),
+        ([1], {"temperature": "hot"}, "a parameter is of the wrong kind"),
+        ([1], {"stop_tokens": 3}, "stop_tokens must be a list of tokens"),
+        ([1], [3], "params must be Params or a dict"),
+        (None, {}, "a prompt must be a text or a list of tokens"),
     ],
 )
 def test_a_bad_request_is_refused_and_the_others_go_on(prompt, params, message):

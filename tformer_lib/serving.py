@@ -81,6 +81,8 @@ class Params(Sampling):
             raise ValueError(f"a request's seed must be one number, got {self.seed!r}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if isinstance(self.stop_tokens, int) or not all(isinstance(token, int) for token in self.stop_tokens):
+            raise ValueError(f"stop_tokens must be a list of tokens, got {self.stop_tokens!r}")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop must be a list of strings, none of them empty, got {self.stop!r}")
 
@@ -89,10 +91,15 @@ class Params(Sampling):
         """Params as they are, from a dict of some of them, or the defaults."""
         if isinstance(given, cls):
             return given
+        if not isinstance(given, (dict, type(None))):
+            raise ValueError(f"params must be Params or a dict, got {given!r}")
         given, known = dict(given or {}), [field.name for field in fields(cls)]
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"unknown parameters: {', '.join(unknown)}; there are {', '.join(known)}")
-        return cls(**given)
+        try:
+            return cls(**given)
+        except TypeError as error:  # what compares a text with a number says
+            raise ValueError(f"a parameter is of the wrong kind in {given}: {error}") from error
 
     @property
     def rules(self) -> Sampling:
@@ -791,7 +798,10 @@ class Engine:
             if self.encoding is None:
                 raise ValueError("a prompt given as text needs an engine with an encoding")
             return self.encoding.encode_ordinary(prompt)
-        return [int(token) for token in prompt]
+        try:
+            return [int(token) for token in prompt]
+        except TypeError:
+            raise ValueError(f"a prompt must be a text or a list of tokens, got {prompt!r}") from None
 
     def _check(self, tokens: list[int], params: Params) -> None:
         """Refuse what could never be answered."""
