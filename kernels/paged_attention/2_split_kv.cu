@@ -534,7 +534,8 @@ __device__ void write_empty_rows(const Arguments& a) {
 }
 
 template <class Sh>
-__global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) decode_kernel(const __grid_constant__ Arguments a, int shift, int members) {
+__global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS)
+    decode_kernel(const __grid_constant__ Arguments a, int shift, int members) {
     using Number = typename Sh::Number;
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ float2 stats[Sh::WARPS][Sh::ROWS];
@@ -618,7 +619,8 @@ extern "C" const char* decode(const Arguments* a, void* stream) {
         using Sh = decltype(shape);
         const int64_t blocks = multiprocessors() * Sh::BLOCKS;
         const int members = int(std::gcd(blocks, bundles_of(*a, Sh::ROWS)));
-        return launch(decode_kernel<Sh>, blocks, Sh::THREADS, Sh::SHARED_BYTES, stream, *a, log2_of(a->block_size), members);
+        return launch(decode_kernel<Sh>, blocks, Sh::THREADS, Sh::SHARED_BYTES, stream, *a, log2_of(a->block_size),
+                      members);
     });
 }
 
