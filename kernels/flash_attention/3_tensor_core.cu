@@ -15,8 +15,8 @@
 // Ledger (H200, bfloat16, 16,384 tokens, figures in benchmarks/results/nvidia-h200/flash_attention.json)
 //   hypothesis  32 rows a warp halve the reads of shared memory for a product; two stages hide the loads; two blocks a
 //               multiprocessor hide the softmax
-//   predicted   as fast as FlashAttention-2, which works so: 308 TFLOP/s at d 64, 351 at d 128
-//   measured    338 and 356. The swizzle alone is worth a factor of 3.3 and 3.9 (without it: 102 and 92)
+//   predicted   as fast as FlashAttention-2, which works so: 305 TFLOP/s at d 64, 346 at d 128
+//   measured    332 and 348. The swizzle alone is worth a factor of 3.2 and 3.7 (without it: 103 and 93)
 //   limit       mma.sync itself: half of what the same device reaches in a matrix product by wgmma (687)
 #include "common/launch.cuh"
 #include "common/mma.cuh"

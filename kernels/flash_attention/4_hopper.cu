@@ -18,10 +18,13 @@
 //               softmax hides behind products of the same and of the other warpgroup
 //   predicted   what FlashAttention-3 reports for this plan: 640 to 660 TFLOP/s at d 128, most of it from wgmma and TMA, a
 //               tenth from turns and overlap
-//   measured    538 at d 64 (cuDNN 461), 633 at d 128 (cuDNN 618); causal 496 (445) and 609 (569)
-//               turns bought 5 % at d 64 and cost 3 % at d 128 (655 without), where they are off since; overlap inside a
-//               warpgroup bought 1 % at d 64, and at d 128 nothing that stands out of the spread of 3 %. With two or three
-//               warpgroups, the hardware's own scheduling already does most of what both were meant for
+//   measured    515 at d 64 (cuDNN 453), 634 at d 128 (cuDNN 612); causal 486 (437) and 595 (562)
+//               turns bought 6 % at d 64 (524 with, 495 without) and cost 2 % at d 128 (626, 637), where
+//               they are off since; overlap inside a warpgroup bought nothing at either that stands out of the spread of 3 %.
+//               With two or three warpgroups, the hardware's own scheduling already does most of what both were meant for
+//   limit       power. Alone after a pause (ncu, d 128) it takes 5.14 million cycles, cuDNN 5.41; the tensor cores work in
+//               84 % of them, cuDNN's in 78 %. But the clock falls from 1.98 GHz to 1.67 (cuDNN 1.69): 713 TFLOP/s then,
+//               686 for cuDNN, less of both in a long run. What is measured first, on a cool card, looks better
 //
 // Blocks are persistent, one a multiprocessor, and walk over the tiles in an order that both sides compute. Packed
 // sequences are one long row to TMA: a tile that passes a sequence's end holds rows of the next. Its scores are masked as
@@ -398,8 +401,10 @@ extern "C" const char* forward(const Arguments* a, void* stream) {
     return with_types(*a, [&]<class Half, class Sh>() -> const char* {
         Plan plan;
         if (const char* error = make_plan<Sh>(plan, *a)) return error;
-        // Packed sequences have empty tiles, which no fixed order deals out evenly: there the hardware does it, a block a tile.
-        const int64_t blocks = Sh::PACKED ? plan.tiles_in_all : std::min<int64_t>(multiprocessors(), plan.tiles_in_all);
+        // Packed sequences have empty tiles, which no fixed order deals out evenly. At d 64 the hardware does better, a block a
+        // tile (393 TFLOP/s against 291 on the benchmark's four sequences), at d 128 it does not (455 against 469).
+        const bool by_hardware = Sh::PACKED && Sh::D == 64;
+        const int64_t blocks = by_hardware ? plan.tiles_in_all : std::min<int64_t>(multiprocessors(), plan.tiles_in_all);
         return launch(forward_kernel<Half, Sh>, blocks, Sh::THREADS, Sh::SHARED_BYTES, stream, plan, *a);
     });
 }

@@ -15,12 +15,16 @@
 // tile that are behind a sequence's end are zeroed in shared memory before they are used.
 //
 // Ledger (H200, bfloat16, 16,384 tokens, figures in benchmarks/results/nvidia-h200/flash_attention.json)
-//   hypothesis  five products by wgmma, four of them without leaving registers, pass FlashAttention-2's mma.sync (288 TFLOP/s
-//               at d 64, 309 at d 128) as the forward did
+//   hypothesis  five products by wgmma, four of them without leaving registers, pass FlashAttention-2's mma.sync (286 TFLOP/s
+//               at d 64, 307 at d 128) as the forward did
 //   predicted   by tiles of 128 x 64 at d 128, 256 KB of shared memory are read in 2,000 cycles while the products take 2,560
-//   measured    451 at d 64 (cuDNN 452), 531 at d 128 (cuDNN 545); causal 449 (432) and 524 (532)
-//               the deterministic order costs a third (353 at d 128), and under a causal mask three fifths (209): blocks
-//               queue up behind the first keys
+//   measured    458 at d 64 (cuDNN 447), 538 at d 128 (cuDNN 534); causal 448 (427) and 525 (522)
+//
+//   The same bits in every run, at d 128 and under a causal mask, one change after another:
+//   a fence after each addition, blocks of a head side by side    353, 209: every tile waits for its sums to reach memory,
+//                                                                  and at the diagonal the blocks of a head queue up
+//   blocks of different heads side by side                        311, 338: no queue, but all heads at once pass the L2 cache
+//   that under a causal mask alone; a turn handed on a tile late  426, 409
 #include "common/launch.cuh"
 #include "common/tma.cuh"
 #include "common/wgmma.cuh"
@@ -43,7 +47,7 @@ constexpr int DS_READY = 1, CLEARED = 4;  // hardware barriers; turns take 2 and
 // dK and dV take D registers of a consumer, S and dP 64 to 128 more: a narrow D leaves room for twice the queries.
 template <int D_>
 struct Shape {
-    static constexpr bool PACKED = false;
+    static constexpr bool PACKED = false, IN_TURN = false;
     static constexpr int D = D_, ROWS = D == 64 ? 128 : 64;
     // Whether dP has registers of its own while S becomes P.
     static constexpr bool EARLY_DP = ROWS == 64;
@@ -56,10 +60,15 @@ struct Shape {
 
 // --- the main kernel -------------------------------------------------------------------------------------------------
 
-// Packed sequences: rows behind a sequence's end are the next one's. Only what differs is compiled.
+// Packed sequences (rows behind a sequence's end are the next one's), and the same bits in every run. Both are compiled
+// apart: the registers are so full that branches never taken cost 9 % at d 128 (491 instead of 538 TFLOP/s).
 template <class Shape>
 struct Packed : Shape {
     static constexpr bool PACKED = true;
+};
+template <class Shape>
+struct InTurn : Shape {
+    static constexpr bool IN_TURN = true;
 };
 
 struct Maps {
@@ -85,7 +94,7 @@ struct Block {
 
 template <class Sh>
 __device__ Block block_of(const Arguments& a) {
-    const bool in_step = a.turn != nullptr && a.causal;  // blocks of one head would wait for one another at the diagonal
+    const bool in_step = Sh::IN_TURN && a.causal;  // blocks of one head would wait for one another at the diagonal
     const Work work = in_step ? work_across_heads(blockIdx.x, a.batch, a.kv_heads)
                               : work_of(blockIdx.x, a.kv_heads, int((a.keys + KEYS - 1) / KEYS), false);
     const Sequence sequence = sequence_of(a, work.b);
@@ -241,7 +250,7 @@ struct Consumer {
     }
 
     __device__ void pass_turn(int64_t tile) const {
-        if (a.turn == nullptr || tile < 0) return;
+        if (!Sh::IN_TURN || tile < 0) return;
         __threadfence();
         meet(2 + group, WARPGROUP);
         if (threadIdx.x % WARPGROUP == 0) atomicAdd(turn_of(tile), 1);
@@ -265,7 +274,7 @@ struct Consumer {
                 const uint32_t dS = shared_address(buffers.dS) + s * Sh::DS_BYTES;
                 const float* lse = buffers.statistics + s * Sh::STATISTICS;
                 const int64_t index = tile_index<Sh>(a, block.sequence, block.b, head, tile);
-                const int seen = a.turn != nullptr ? *static_cast<volatile int32_t*>(turn_of(index)) : 0;
+                const int seen = Sh::IN_TURN ? *static_cast<volatile int32_t*>(turn_of(index)) : 0;
                 float S[Sh::ROWS / 8][4], dP[Sh::ROWS / 8][4];
                 uint32_t P[Sh::ROWS / 16][4];
 
@@ -309,7 +318,7 @@ struct Consumer {
                 release(&barriers.q_empty[s]);
                 wait_products<0>();
                 pin(dQ);
-                if (a.turn != nullptr) wait_turn(index, top, seen);
+                if constexpr (Sh::IN_TURN) wait_turn(index, top, seen);
                 add_dq(dQ, index);
                 last = index;
             }
@@ -419,10 +428,13 @@ const char* run_backward(const Arguments& a, void* stream) {
 template <class Half, class Run>
 const char* with_shape(const Arguments& a, const Run& run) {
     const auto run_with = [&]<class Sh>(Sh) {
-        return a.cu_seqlens_q != nullptr ? run.template operator()<Half, Packed<Sh>>() : run.template operator()<Half, Sh>();
+        return a.turn != nullptr ? run.template operator()<Half, InTurn<Sh>>() : run.template operator()<Half, Sh>();
+    };
+    const auto run_either = [&]<class Sh>(Sh shape) {
+        return a.cu_seqlens_q != nullptr ? run_with(Packed<Sh>{}) : run_with(shape);
     };
     if (a.head_dim > 128) return "the gradients of a head_dim over 128 do not fit the registers of this kernel";
-    return a.head_dim <= 64 ? run_with(Shape<64>{}) : run_with(Shape<128>{});
+    return a.head_dim <= 64 ? run_either(Shape<64>{}) : run_either(Shape<128>{});
 }
 
 template <class Run>

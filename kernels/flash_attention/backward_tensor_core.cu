@@ -14,6 +14,15 @@
 //
 // So P and dS change hands through shared memory. There is one buffer each of Q and dO: Q(i + 1) is loaded during the last
 // two products of tile i, dO(i + 1) during the last, and the other blocks of the multiprocessor fill what waits remain.
+//
+// Ledger (H200, bfloat16, 16,384 tokens, figures in benchmarks/results/nvidia-h200/flash_attention.json)
+//   hypothesis  with every operand in shared memory, one plan fits every head_dim; two or three blocks a multiprocessor
+//               hide one another's waits
+//   predicted   FlashAttention-2's 286 TFLOP/s at d 64 and 307 at d 128, since the plan is the same
+//   measured    264 and 278; causal 232 and 275 (272 and 310); d 256 at 4,096 tokens 238 (245)
+//   limit       shared memory, nearly: at d 128 a tile's fragments take it 4,350 cycles, the products 5,120
+//   tried       one block of 128 keys and eight warps at d 128: 284 instead of 288. At d 64, tiles of 128 queries: 263
+//               instead of 270; two blocks instead of three: 251. The small tiles at d 256: 187 instead of 229
 #include "common/launch.cuh"
 #include "common/mma.cuh"
 #include "gradients.cuh"
@@ -29,12 +38,19 @@ constexpr int CHUNK = 8;  // halves in 16 bytes
 // BLOCKS on a multiprocessor, as far as registers go: 255 a thread for two blocks of four warps.
 template <int D_, int KEYS_, int ROWS_, int WARPS_, int BLOCKS_>
 struct Shape {
+    static constexpr bool IN_TURN = false;
     static constexpr int D = D_, KEYS = KEYS_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_, THREADS = WARPS * WARP;
     static constexpr int WARP_ROWS = ROWS / 2, WARP_KEYS = KEYS / 2;                     // of S and dQ; of dK and dV
     static constexpr int SCORE_COLUMNS = KEYS / (WARPS / 2), COLUMNS = D / (WARPS / 2);  // of S; of dQ, dK and dV
     static constexpr int KEY_BYTES = KEYS * D * 2, ROW_BYTES = ROWS * D * 2, SCORE_BYTES = ROWS * KEYS * 2;
     static constexpr int SHARED_BYTES = 2 * (KEY_BYTES + ROW_BYTES + SCORE_BYTES);
     static constexpr int STATISTICS = 2 * ROWS, DQ_FLOATS = ROWS * D;
+};
+
+// The same bits in every run: compiled apart, since registers are full.
+template <class Shape>
+struct InTurn : Shape {
+    static constexpr bool IN_TURN = true;
 };
 
 // A tile in shared memory, rows of COLUMNS halves. Chunk c of a row lies at place c ^ (row % 8), as in step 3; where a row
@@ -180,14 +196,14 @@ struct Block {
     // sums have long reached memory.
     __device__ void wait_turn(int64_t tile, int top, int seen) const {
         const int order = key / Sh::KEYS - sight.first(top) / Sh::KEYS;
-        if (a.turn != nullptr && threadIdx.x == 0)
+        if (Sh::IN_TURN && threadIdx.x == 0)
             while (seen != order) seen = atomicAdd(a.turn + tile, 0);
     }
     __device__ void sums_are_done() const {
-        if (a.turn != nullptr) __threadfence();
+        if constexpr (Sh::IN_TURN) __threadfence();
     }
     __device__ void pass_turn(int64_t tile) const {
-        if (a.turn != nullptr && tile >= 0 && threadIdx.x == 0) atomicAdd(a.turn + tile, 1);
+        if (Sh::IN_TURN && tile >= 0 && threadIdx.x == 0) atomicAdd(a.turn + tile, 1);
     }
 
     __device__ void run() {
@@ -207,7 +223,7 @@ struct Block {
             const int64_t head = kv * heads + i / tiles, next_head = kv * heads + (i + 1) / tiles;
             const bool more = i + 1 < tiles * heads;
             const int64_t index = tile_index<Sh>(a, sequence, b, head, top / Sh::ROWS);
-            const int seen = a.turn != nullptr ? *static_cast<volatile int32_t*>(a.turn + index) : 0;
+            const int seen = Sh::IN_TURN ? *static_cast<volatile int32_t*>(a.turn + index) : 0;
             wait_copies<0>();
             __syncthreads();  // all have arrived, for all; P and dS of the last tile have been read
             {
@@ -231,9 +247,11 @@ struct Block {
             add_dq(dQ, index);
             last = index;
         }
-        sums_are_done();
-        __syncthreads();
-        pass_turn(last);
+        if constexpr (Sh::IN_TURN) {
+            sums_are_done();
+            __syncthreads();
+            pass_turn(last);
+        }
         store(a.dk, dK, a.scale);
         store(a.dv, dV, 1.0f);
     }
@@ -253,7 +271,7 @@ struct Block {
 template <class Half, class Sh>
 __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) backward_kernel(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) uint8_t shared[];
-    const bool in_step = a.turn != nullptr && a.causal;  // blocks of one head would wait for one another at the diagonal
+    const bool in_step = Sh::IN_TURN && a.causal;  // blocks of one head would wait for one another at the diagonal
     const Work work = in_step ? work_across_heads(blockIdx.x, a.batch, a.kv_heads)
                               : work_of(blockIdx.x, a.kv_heads, int((a.keys + Sh::KEYS - 1) / Sh::KEYS), false);
     const Sequence sequence = sequence_of(a, work.b);
@@ -310,10 +328,12 @@ int most_shared_bytes() {
 template <class Half, class Run>
 const char* with_shape(const Arguments& a, const Run& run) {
     using Wide = Shape<256, 64, 64, 8, 1>;
-    if (a.head_dim <= 64) return run.template operator()<Half, Shape<64, 64, 64, 4, 3>>();
-    if (a.head_dim <= 128) return run.template operator()<Half, Shape<128, 64, 64, 4, 2>>();
-    if (Wide::SHARED_BYTES <= most_shared_bytes()) return run.template operator()<Half, Wide>();
-    return run.template operator()<Half, Shape<256, 32, 32, 4, 1>>();
+    const auto run_with = [&]<class Sh>(Sh) {
+        return a.turn != nullptr ? run.template operator()<Half, InTurn<Sh>>() : run.template operator()<Half, Sh>();
+    };
+    if (a.head_dim <= 64) return run_with(Shape<64, 64, 64, 4, 3>{});
+    if (a.head_dim <= 128) return run_with(Shape<128, 64, 64, 4, 2>{});
+    return Wide::SHARED_BYTES <= most_shared_bytes() ? run_with(Wide{}) : run_with(Shape<256, 32, 32, 4, 1>{});
 }
 
 template <class Run>
