@@ -251,6 +251,8 @@ def time_writing(report: Report, limit: float) -> None:
         moved = 2 * tokens * KV_HEADS * HEAD_DIM * (2 + cache.itemsize)
         timing = measure(fn, inputs, device="cuda", seconds=SECONDS)
         report.add(f"write_cache, {tokens:,} tokens{name}", timing, bytes=moved, limit=limit)
+        timing = measure_graph(fn, inputs)
+        report.add(f"write_cache, {tokens:,} tokens{name}, CUDA graph", timing, bytes=moved, limit=limit)
 
 
 @contextmanager
@@ -266,12 +268,18 @@ def edited(edits: list[tuple[str, str]]) -> Iterator[None]:
             text = text.replace(old, new)
         path.write_text(text)
         jit.kernels_folder, keep = (lambda: Path(folder)), jit.kernels_folder
-        paged_attention.kernel.cache_clear()
+        forget_kernels()
         try:
             yield
         finally:
             jit.kernels_folder = keep
-            paged_attention.kernel.cache_clear()
+            forget_kernels()
+
+
+def forget_kernels() -> None:
+    """Let the next call load its kernel again: plans hold functions of the one that they were made with."""
+    paged_attention.kernel.cache_clear()
+    paged_attention.forget_plans()
 
 
 def time_ablations(report: Report, limit: float) -> None:

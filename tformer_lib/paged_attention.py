@@ -1050,6 +1050,11 @@ def keep_plan(key: tuple, plan: Plan) -> Plan:
     return plan
 
 
+def forget_plans() -> None:
+    """Choose again at the next call: for who has changed the kernels."""
+    _plans.clear()
+
+
 def launch(plan: Plan, arguments: bytes) -> None:
     """Call a plan's C functions: on a GPU with the tensors' device current, on that device's current stream."""
     if plan.device.type == "cuda" and torch.cuda.current_device() != plan.device.index:
