@@ -7,7 +7,8 @@ The theory: a decode step reads all weights and the keys and values of all rows,
 bandwidth. A static batch reads the weights for as many rows as could be reserved at full length, and goes on until its
 longest row has ended; a continuous one reads them for as many rows as really fit, and fills each place at once.
 
-Variants, on the same requests (prompts and outputs of 100 to 1,024 tokens, drawn from one seed, no stop tokens):
+Variants, on the same requests (prompts and outputs of 100 to 1,024 tokens, drawn from one seed, no stop tokens; every
+length as likely, and in the part "skewed" every order of magnitude as likely, which is nearer to real traffic):
 
 - engine: ``serving.Engine``.
 - static: the same engine and kernels, in the same process, given a batch at a time: as many requests as can be reserved
@@ -23,6 +24,7 @@ The last three run in processes of their own. A batch's tokens count if they wer
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -66,7 +68,7 @@ REQUESTS, SHORTEST, LONGEST = 256, 100, 1024
 ROWS_RESERVED = MEMORY // (FULL_LENGTH * 2 * 16 * 8 * 64 * 2)
 WINDOW_US = 50_000.0
 
-SECONDS = {"engine": 120, "transformers": 80, "contiguous": 80, "timeline": 60, "stories": 60}
+SECONDS = {"engine": 120, "skewed": 80, "transformers": 80, "contiguous": 80, "timeline": 60, "stories": 60}
 """How long each part may take."""
 
 
@@ -120,9 +122,9 @@ def add_rows(report: Report, rows: list[dict]) -> None:
 def compare(report: Report) -> None:
     """How many times more tokens a second the engine writes."""
     rates = {row.name: row.extra["tokens_per_second"] for row in report.rows if "tokens_per_second" in row.extra}
-    ours = rates.get("engine")
     for name, rate in rates.items():
-        if ours and name != "engine":
+        ours = rates.get("engine, skewed lengths" if "skewed" in name else "engine")
+        if ours and not name.startswith("engine"):
             report.note(**{f"engine / {name}": round(ours / rate, 2)})
 
 
@@ -138,10 +140,16 @@ def keep_timeline(report: Report, timeline: dict) -> None:
 # the workload
 
 
-def workload() -> list[tuple[list[int], int]]:
-    """(prompt, number of tokens to write) of each request."""
+def workload(skewed: bool = False) -> list[tuple[list[int], int]]:
+    """(prompt, number of tokens to write) of each request: every length as likely, or every order of magnitude."""
     random = Random(0)
-    pairs = [(random.randint(SHORTEST, LONGEST), random.randint(SHORTEST, LONGEST)) for _ in range(REQUESTS)]
+
+    def length() -> int:
+        if skewed:
+            return round(math.exp(random.uniform(math.log(SHORTEST), math.log(LONGEST))))
+        return random.randint(SHORTEST, LONGEST)
+
+    pairs = [(length(), length()) for _ in range(REQUESTS)]
     return [([random.randrange(LLAMA_1B.vocab_size) for _ in range(p)], new) for p, new in pairs]
 
 
@@ -216,6 +224,26 @@ def continuous(engine: Engine) -> dict:
         "engine_log": trace[::4],
         "engine_log_columns": ["seconds", "tokens written", "tokens computed", "live tokens", "waiting", "held blocks"],
     }
+
+
+def skewed_part(device: str) -> dict:
+    """The first part's two variants on lengths of which most are short, as in real traffic."""
+    model, requests = llama(device), workload(skewed=True)
+    engine = make_engine(model, seats=REQUESTS)
+    batches = [requests[i : i + ROWS_RESERVED] for i in range(0, REQUESTS, ROWS_RESERVED)]
+    longest = [[(prompt, max(new for _, new in batch)) for prompt, _ in batch] for batch in batches]
+    rows, steps = [], {}
+    for name, given, repeats in (("engine", [requests], 2), ("static", longest, 1)):
+        seconds = []
+        for _ in range(repeats):
+            engine.log.clear()
+            seconds.append(time_engine(engine, given))
+        rows.append(total_row(f"{name}, skewed lengths", seconds, requests))
+        steps[f"{name}_steps_skewed"] = len(engine.log)
+    mean_prompt, mean_output = (
+        sum(numbers) / REQUESTS for numbers in zip(*((len(p), n) for p, n in requests), strict=True)
+    )
+    return {"rows": rows, **steps, "mean_prompt_skewed": mean_prompt, "mean_output_skewed": mean_output}
 
 
 def rate_under_load(log: list[Step]) -> float:
@@ -397,10 +425,7 @@ def record(step: Callable[[], object]) -> dict:
         step()
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - begin) / 20
-    with profiling.trace() as trace:
-        begin = time.perf_counter()
-        while time.perf_counter() - begin < 10 * WINDOW_US / 1e6:
-            step()
+    trace = kernels_of(step, seconds=4 * WINDOW_US / 1e6)
     skipped = trace.intervals()[-1]["start_us"] - 1.5 * WINDOW_US  # the first steps that a profiler sees are slow
     intervals = [{**i, "start_us": i["start_us"] - skipped} for i in trace.intervals()]
     packed = profiling.pack([i for i in intervals if i["start_us"] >= 0], WINDOW_US, digits=1, name=kind_of_kernel)
@@ -412,6 +437,20 @@ def record(step: Callable[[], object]) -> dict:
         "kernels": len(shown),
         "longest": {profiling.short_name(name): round(entry["seconds"], 6) for name, entry in list(names.items())[:12]},
     }
+
+
+def kernels_of(step: Callable[[], object], seconds: float) -> profiling.Trace:
+    """What the GPU does while steps are taken. Without ``profiling``'s ranges: blocks that were compiled without them
+    would be compiled again."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            begin = time.perf_counter()
+            while time.perf_counter() - begin < seconds:
+                step()
+            torch.cuda.synchronize()
+        profiler.export_chrome_trace(str(file))
+        return profiling.Trace.read(file)
 
 
 KINDS = {
@@ -458,6 +497,7 @@ def stories_part(device: str) -> dict:
 
 PARTS: dict[str, Callable[[str], dict]] = {
     "engine": engine_part,
+    "skewed": skewed_part,
     "timeline": timeline_part,
     "transformers": transformers_part,
     "contiguous": contiguous_part,
