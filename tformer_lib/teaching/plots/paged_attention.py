@@ -209,25 +209,6 @@ def by_block(ax, rates: dict[str, float], limit: float) -> None:
     ax.set(title="TB/s at 64 x 8,192", xlabel="tokens in a block", ylim=(0, 1.2 * limit))
 
 
-def ablations(record: dict, works: Sequence[str] = ("64 x 8,192", "1 x 32,768")) -> None:
-    """TB/s of step 2 as it is and with one idea taken out or changed, for two workloads."""
-    rates = {row["name"]: row["rate"] / 1e12 for row in record["rows"]}
-    head = f"decode, {works[0]}: step 2, "
-    changes = [name.removeprefix(head) for name in rates if name.startswith(head) and not name.endswith("CUDA graph")]
-    _, axes = style.figure(1, 2, height=0.32 * len(changes) + 1.5, sharey=True)
-    for ax, work in zip(axes, works, strict=True):
-        whole = rates[f"decode, {work}: step 2"]
-        values = [whole, *(rates[f"decode, {work}: step 2, {change}"] for change in changes)]
-        bars = ax.barh(range(len(values)), values, color=[style.PALETTE[1], *[style.SKY] * len(changes)])
-        ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=8.5)
-        ax.axvline(whole, color=style.INK, linestyle="--", linewidth=1.0)
-        ax.set(title=work, xlabel="TB/s", xlim=(0, 1.2 * max(values)))
-        ax.grid(False, axis="y")
-    axes[0].set_yticks(range(len(changes) + 1), ["as it is", *changes], fontsize=9)
-    axes[0].invert_yaxis()
-    style.show()
-
-
 def bookkeeping(rows: dict[str, Sequence[float]], sequences: Sequence[int]) -> None:
     """Microseconds of Python per decode step over the number of sequences."""
     _, ax = style.figure(height=3.0)
