@@ -271,7 +271,7 @@ def transposed_keys(report: Report) -> None:
         add_by_bytes(report, f"attention, {title}", fn, make(order), **sizes)
 
 
-def servers(device: torch.device, window_us: float = 50_000.0) -> None:
+def servers(device: torch.device, window_us: float = 30_000.0) -> None:
     """A naive cache and the paged engine on the same requests: what the GPU does in a window in the middle of decoding.
 
     Written to profiling-servers.json. The first trace of each is thrown away.
