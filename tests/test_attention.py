@@ -234,3 +234,12 @@ def test_a_cache_is_asked_in_place_of_the_form():
 def test_wrong_layers_are_refused_by_name(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         MultiHeadAttention(*arguments, **options)
+
+
+@FORMS
+def test_one_compiled_function_serves_any_heads_and_lengths(form):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, v: form(q, k, v, causal=True), fullgraph=True, backend="eager")
+    for heads, kv_heads, T, S in ((2, 2, 5, 5), (4, 2, 6, 6), (6, 3, 7, 9), (8, 8, 3, 3)):
+        q, (k, v) = torch.randn(1, heads, T, 8), torch.randn(2, 1, kv_heads, S, 8)
+        torch.testing.assert_close(compiled(q, k, v), form(q, k, v, causal=True))

@@ -133,10 +133,14 @@ def attend_sdpa(
     T, S = q.shape[2], k.shape[2]
     if q.numel() == 0 or k.numel() == 0:
         return attend(q, k, v, mask=mask, causal=causal, scale=scale, bias=bias)
-    fused = partial(F.scaled_dot_product_attention, q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    # Branches, not values: under torch.compile a comparison of sizes may be symbolic, which torch's function refuses.
+    shared = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    fused = partial(F.scaled_dot_product_attention, q, k, v, scale=scale, **shared)
     hides_something = causal and T > 1  # a single query is the last one, which sees every key
-    if mask is None and bias is None and (T == S or not hides_something):
-        return fused(is_causal=hides_something)
+    if mask is None and bias is None and not hides_something:
+        return fused(is_causal=False)
+    if mask is None and bias is None and T == S:
+        return fused(is_causal=True)
     allowed = allowed_pairs(q, k, mask, hides_something)
     blind = None if allowed is None else ~allowed.any(-1, keepdim=True)  # (..., T, 1)
     seen = None if allowed is None else allowed | blind  # kernels differ in what they give a blind query
