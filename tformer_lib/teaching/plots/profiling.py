@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from tformer_lib.profiling import Roofline, amdahl, totals, unpack, utilisation
+from tformer_lib.profiling import Roofline, amdahl, spans, totals, unpack, utilisation
 from tformer_lib.teaching import style
 
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++")
@@ -26,7 +26,7 @@ def timeline(recordings: dict[str, dict], *, window_us: float | None = None, nam
     looks = looks_of([i for intervals in shown.values() for i in intervals], named)
     _, axes = style.figure(len(shown), 1, height=1.5 + 1.1 * len(shown), sharex=True, squeeze=False)
     for ax, (label, intervals) in zip(axes[:, 0], shown.items(), strict=True):
-        strip(ax, intervals, looks, size)
+        strip(ax, intervals, looks, size, gap_us=window / 1000)
         busy = utilisation(intervals, 0, window) if intervals else 0.0
         ax.set_title(f"{label}: something runs {busy:.0%} of the time", fontsize=10)
     axes[-1, 0].set(xlim=(0, window / size), xlabel=f"{unit} since the window opened")
@@ -42,13 +42,16 @@ def looks_of(intervals: Sequence[dict], named: int) -> dict[str, tuple[str, str]
     return {name: (style.PALETTE[i], HATCHES[i]) for i, name in enumerate(names)} | {"others": (style.GREY, "")}
 
 
-def strip(ax: Axes, intervals: Sequence[dict], looks: dict[str, tuple[str, str]], size: float) -> None:
-    """One recording: a row for each stream."""
+def strip(
+    ax: Axes, intervals: Sequence[dict], looks: dict[str, tuple[str, str]], size: float, *, gap_us: float
+) -> None:
+    """One recording: a row for each stream. Bars of a kind nearer than ``gap_us``, a dot, are drawn as one."""
     streams = sorted({i["stream"] for i in intervals})
-    for name, (colour, _) in looks.items():
+    for name, (colour, _) in reversed(looks.items()):  # those that take the most time on top
         mine = [i for i in intervals if (i["name"] if i["name"] in looks else "others") == name]
         for row, stream in enumerate(streams):
-            bars = [(i["start_us"] / size, i["duration_us"] / size) for i in mine if i["stream"] == stream]
+            stretches = spans([i for i in mine if i["stream"] == stream], gap_us=gap_us)
+            bars = [(begin / size, (end - begin) / size) for begin, end in stretches]
             ax.broken_barh(bars, (row - 0.42, 0.84), facecolor=colour, edgecolor=colour, linewidth=0.2)
     ax.set_yticks(range(len(streams)), [f"stream {i + 1}" for i in range(len(streams))])
     ax.set_ylim(-0.6, max(len(streams), 1) - 0.4)
