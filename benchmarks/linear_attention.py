@@ -71,7 +71,7 @@ def time_forms(report: Report, device: torch.device, rate: float) -> dict[str, l
     times = {}
     for name, form in forms().items():
         for N in lengths_of(name):
-            timing = measure(form, [make(N, device)], device=device, seconds=0.4, min_calls=3)
+            timing = measure(form, [make(N, device)], device=device, seconds=0.2, min_calls=3)
             report.add(f"{name}, N = {N:,}", timing, flops=operations(name, N), limit=rate, tokens=N)
             times.setdefault(name, []).append(timing.p10)
     return times
