@@ -63,8 +63,8 @@ def time_lengths(report: Report, device: torch.device, rate: float) -> dict[str,
     for N in LENGTHS:
         inputs = [make(N, device)]
         live = int(sparse_attention.sliding_window(WINDOW).layout(N, block=BLOCK).sum())
-        dense = measure(fused, inputs, device=device, seconds=1.0, min_calls=3)
-        sparse = measure(window, inputs, device=device, seconds=1.0, min_calls=3)
+        dense = measure(fused, inputs, device=device, seconds=0.3, min_calls=3)
+        sparse = measure(window, inputs, device=device, seconds=0.3, min_calls=3)
         report.add(f"dense causal, fused, N = {N:,}", dense, flops=2 * N * N * HEAD_DIM, limit=rate, tokens=N)
         flops = 4 * live * BLOCK**2 * HEAD_DIM
         report.add(f"window of {WINDOW}, N = {N:,}", sparse, flops=flops, limit=rate, tokens=N, live_blocks=live)
@@ -105,7 +105,7 @@ def patterns(report: Report, device: torch.device, rate: float) -> None:
     for name, pattern in named.items():
         live = int(pattern.layout(N, block=BLOCK).sum())
         form = lambda q, k, v, p=pattern: sparse_attention.attend(q, k, v, pattern=p, block=BLOCK)  # noqa: E731
-        timing = measure(form, inputs, device=device, seconds=0.5, min_calls=3)
+        timing = measure(form, inputs, device=device, seconds=0.3, min_calls=3)
         report.add(name, timing, flops=4 * live * BLOCK**2 * HEAD_DIM, limit=rate, tokens=N, live_blocks=live)
 
 
