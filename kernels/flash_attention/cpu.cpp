@@ -29,46 +29,20 @@
 #include <vector>
 
 #include "arguments.h"
+#include "common/vectors.h"
 
 namespace flash {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 12;  // 32 registers: 12 x 2 accumulators, two of the panel, one of the left side
-#elif defined(__AVX__)
-constexpr int LANES = 8, ROWS = 6;  // 16 registers: 6 x 2 accumulators, two of the panel, one of the left side
-#else
-constexpr int LANES = 4, ROWS = 6;
-#endif
+using vectors::at, vectors::exp2, vectors::Floats, vectors::INF, vectors::LANES, vectors::LN2, vectors::LOG2E,
+    vectors::max_of, vectors::round_up, vectors::sum_of;
+
+// Rows of a block of a product: with 32 registers 12 x 2 accumulators, with 16 registers 6 x 2; the others hold two
+// vectors of the panel and one of the left side.
+constexpr int ROWS = LANES == 16 ? 12 : 6;
 constexpr int PANEL = 2 * LANES;
 constexpr int QUERY_TILE = 96;  // a multiple of ROWS
 constexpr int KEY_TILE = 256;   // a multiple of PANEL: a tile of scores is 96 KB, in the L2 cache
-constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-
-typedef float Floats __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t)), aligned(4), may_alias));
-
-Floats& at(float* p) { return *reinterpret_cast<Floats*>(p); }
-const Floats& at(const float* p) { return *reinterpret_cast<const Floats*>(p); }
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// 2^x. The integer part goes into the exponent's bits; the rest, within half of zero, into a polynomial (Taylor).
-inline Floats exp2(Floats x) {
-    constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
-    Floats clamped = x < -126.0f ? Floats{} - 126.0f : x;
-    Floats shifted = clamped + SHIFT;
-    Floats f = clamped - (shifted - SHIFT);
-    Floats p = f * 1.5403530e-4f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
-    p = p * f + 1.0f;
-    Ints bits = reinterpret_cast<Ints&>(p) + (reinterpret_cast<Ints&>(shifted) << 23);
-    bits &= Ints(x >= -126.0f);  // smaller: exactly zero, as for -inf
-    return x == x ? reinterpret_cast<Floats&>(bits) : x;  // a NaN stays one
-}
 
 // --- matrix products ------------------------------------------------------------------------------------------------
 
@@ -226,18 +200,6 @@ void mask_scores(float* S, const Sight& sight, int64_t row, int64_t rows, int64_
 }
 
 // --- forward ---------------------------------------------------------------------------------------------------------
-
-float sum_of(Floats x) {
-    float sum = 0;
-    for (int i = 0; i < LANES; ++i) sum += x[i];
-    return sum;
-}
-
-float max_of(Floats x) {
-    float most = x[0];
-    for (int i = 1; i < LANES; ++i) most = std::max(most, x[i]);
-    return most;
-}
 
 // One row of the online softmax, in base 2: scores become exp2(score - m), O's row is corrected, m and l are updated.
 void softmax_row(float* scores, int64_t columns, float& m, float& l, float* O, int64_t width) {
