@@ -66,11 +66,13 @@ def doubles(*tensors):
 
 
 def assert_close(got, exact, low, *, factor):
-    """The error is at most ``factor`` times that of plain attention in the same precision, plus 1e-5."""
+    """The error is at most ``factor`` times that of plain attention in the same precision, plus a few roundings."""
     assert torch.isfinite(got).all()
-    error = (got.double() - exact).abs().max().item() if got.numel() else 0.0
-    allowed = (low.double() - exact).abs().max().item() if got.numel() else 0.0
-    assert error <= factor * allowed + 1e-5
+    if got.numel() == 0:
+        return
+    error, allowed = ((x.double() - exact).abs().max().item() for x in (got, low))
+    rounding = 1e-6 * max(30.0, exact.abs().max().item())  # where terms as large as 30 cancel, float32 leaves this
+    assert error <= factor * allowed + rounding
 
 
 def check_against_plain(shape, dtype, device, step, *, backward=False, **options):
@@ -287,6 +289,7 @@ def test_backward_can_be_deterministic(step, device, dtype):
 
 @every_backend
 def test_opcheck_and_compile(step, device, dtype):
+    torch.compiler.reset()  # else torch counts every case as a recompilation of the same function
     q, k, v = inputs((1, 4, 2, 70, 90, 64), dtype, device, grad=True)
     options = (None, None, None, 70, 90, True, 0, 0.125, str(step), False)
     torch.library.opcheck(torch.ops.tformer_lab.flash_attention, (q, k, v, *options))

@@ -8,6 +8,7 @@ from pathlib import Path
 import notebook_rules as rules
 import pytest
 from notebook_rules import cells, load, source, texts
+from pictures import same_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -122,3 +123,22 @@ def test_rule_finds_its_fault(name):
     assert faulty
     for one in faulty:
         assert list(rule(copy.deepcopy(one))), one["cells"][-1]
+
+
+DRAWING = '<svg><defs><path id="p1f" d="M 1 2.5 \nL 3.25 4"/></defs><use href="#p1f" x="7" fill="#1b1f24"/></svg>'
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [
+        (("3.25", "3.249999"), True),
+        (("p1f", "p2a"), True),  # a name is a hash of coordinates
+        (("3.25", "3.5"), False),
+        (("3.25 4", "3.25"), False),
+        (("L", "Q"), False),
+        (("#1b1f24", "#1b1f25"), False),
+        (('href="#p1f"', 'href="#p1e"'), False),
+    ],
+)
+def test_a_drawing_is_compared_as_a_picture(change, is_same):
+    assert same_picture(DRAWING, DRAWING.replace(*change)) == is_same

@@ -795,7 +795,8 @@ class PagedKVCache(KVCache):
     def complete(self, now: Pass) -> PagedPass:
         """Where the new tokens go, and where each row's keys are."""
         size, used = self.allocator.block_size, blocks_for(now.columns, self.allocator.block_size)
-        paged = PagedPass(**vars(now), tables=self.tables[:, :used])
+        shared = (now.length, now.positions, now.real, now.start, now.columns, now.visible, now.survivors)
+        paged = PagedPass(*shared, tables=self.tables[:, :used])
         places = (now.positions // size).clamp_max(self.tables.shape[1] - 1)  # padding may lie past the table
         slots = self.tables.gather(1, places).long() * size + now.positions % size  # (batch, T)
         paged.slots = (slots if now.real is None else slots.masked_fill(~now.real, -1)).flatten()
