@@ -385,13 +385,18 @@ def with_an_offset(x):
     return torch.cat((x.new_full((1,), torch.nan), x.flatten()))[1:].view(x.shape)
 
 
+def cut_from_wider_rows(x):
+    """The same numbers, one NaN after each row, so that rows are not aligned to each other."""
+    return torch.cat((x, torch.full_like(x[..., :1], torch.nan)), dim=-1)[..., :-1]
+
+
 def cut_from_a_cache(x):
     """The same numbers, the front of a longer buffer whose rest is NaN."""
     return torch.cat((x, torch.full_like(x, torch.nan)), dim=2)[:, :, : x.shape[2]]
 
 
 @over_forms
-@pytest.mark.parametrize("layout", [transposed, every_other, with_an_offset, cut_from_a_cache])
+@pytest.mark.parametrize("layout", [transposed, every_other, with_an_offset, cut_from_wider_rows, cut_from_a_cache])
 def test_inputs_need_not_be_contiguous(form, device, layout):
     for dtype in form.dtypes:
         q, k, v = make(form, device, dtype, (33, 33))

@@ -133,6 +133,7 @@ def attend_sdpa(
     T, S = q.shape[2], k.shape[2]
     if q.numel() == 0 or k.numel() == 0:
         return attend(q, k, v, mask=mask, causal=causal, scale=scale, bias=bias)
+    q, k, v = (aligned(x) if x.is_cuda else x for x in (q, k, v))
     # Branches, not values: under torch.compile a comparison of sizes may be symbolic, which torch's function refuses.
     shared = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     fused = partial(F.scaled_dot_product_attention, q, k, v, scale=scale, **shared)
@@ -146,6 +147,19 @@ def attend_sdpa(
     seen = None if allowed is None else allowed | blind  # kernels differ in what they give a blind query
     out = fused(attn_mask=additive(bias, seen, q, k) if bias is not None else four_dimensional(seen))
     return out if blind is None else out.masked_fill(blind, 0.0)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it where its rows could begin at a multiple of 16 bytes and do not.
+
+    PyTorch's CUDA kernels read 16 bytes at once and do not check: other places give NaN, or an error after which the
+    process cannot use its GPU any more (https://github.com/pytorch/pytorch/issues/183484).
+    """
+    unit = max(1, 16 // x.element_size())
+    strides = x.stride()[:-1] if x.shape[-1] % unit == 0 else ()
+    if all(n % unit == 0 for n in (x.storage_offset(), *strides)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def additive(bias: Tensor, allowed: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
