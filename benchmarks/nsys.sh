@@ -30,4 +30,5 @@ flags=(
   --output="$out"
 )
 nsys profile "${flags[@]}" "${PYTHON:-python}" -m "benchmarks.$topic" --device cuda --nvtx
-nsys stats --report cuda_gpu_kern_sum,cuda_api_sum,nvtx_pushpop_sum "$out.nsys-rep"
+# The tables are made from an SQLite copy of the report; make it anew, for one may lie there from the run before.
+nsys stats --force-export=true --report cuda_gpu_kern_sum,cuda_api_sum,nvtx_pushpop_sum "$out.nsys-rep"

@@ -42,6 +42,12 @@ def step_forgets_to_divide(sums, phi_q, phi_k, v):
     return sums, (phi_q @ sums)[:-1]
 
 
+def step_sums_in_the_first_column(sums, phi_q, phi_k, v):
+    sums = sums + torch.outer(phi_k, torch.cat([v.new_ones(1), v]))
+    read = phi_q @ sums
+    return sums, read[1:] / read[0]
+
+
 def step_returns_the_output_alone(sums, phi_q, phi_k, v):
     return step(sums, phi_q, phi_k, v)[1]
 
@@ -67,6 +73,10 @@ def chunked_without_state(phi_q, phi_k, v, chunk):
 
 def chunked_without_itself(phi_q, phi_k, v, chunk):
     return chunked(phi_q, phi_k, v, chunk, mask=lambda x: x.tril(-1) + 1e-9)
+
+
+def chunked_sees_its_chunk_twice(phi_q, phi_k, v, chunk):
+    return chunked(phi_q, phi_k, v, chunk, mask=lambda x: x + x.tril())
 
 
 def chunked_in_one_piece(phi_q, phi_k, v, chunk):
@@ -111,11 +121,13 @@ WRONG = {
         step_in_place,
         step_forgets_to_divide,
         step_returns_the_output_alone,
+        step_sums_in_the_first_column,
     ],
     "linear_attention.chunked": [
         chunked_sees_the_future,
         chunked_without_state,
         chunked_without_itself,
+        chunked_sees_its_chunk_twice,
         chunked_in_one_piece,
     ],
     "linear_attention.decay": [decay_sees_the_future, decay_includes_the_key, decay_as_a_quotient_that_overflows],

@@ -64,6 +64,10 @@ def append_keeps_the_count(blocks, length, holders, empty, size):
     return copies
 
 
+def append_to_a_new_list(blocks, length, holders, empty, size):
+    return append(list(blocks), length, holders, empty, size)
+
+
 def append_copies_full_blocks(blocks, length, holders, empty, size):
     if length and holders[blocks[-1]] > 1:
         last = blocks[-1]
@@ -116,6 +120,17 @@ def match_compares_the_block_alone(tokens, cached, size, key_of):
             break
         if cached[key][1][-size:] == part:
             found.append(cached[key][0])
+    return found
+
+
+def match_compares_and_stops_by_the_block_alone(tokens, cached, size, key_of):
+    found, key = [], None
+    for start in range(0, len(tokens) - size, size):
+        part = tuple(tokens[start : start + size])
+        key = key_of(key, part)
+        if key not in cached or cached[key][1][-size:] != part:
+            break
+        found.append(cached[key][0])
     return found
 
 
@@ -200,8 +215,15 @@ WRONG = {
         append_always_copies,
         append_keeps_the_count,
         append_copies_full_blocks,
+        append_to_a_new_list,
     ],
-    "paged_attention.match": [match_all, match_believes, match_over_holes, match_compares_the_block_alone],
+    "paged_attention.match": [
+        match_all,
+        match_believes,
+        match_over_holes,
+        match_compares_the_block_alone,
+        match_compares_and_stops_by_the_block_alone,
+    ],
     "paged_attention.combine": [combine_mean, combine_overflows, combine_blind, combine_forgets_the_lse],
     "paged_attention.lru": [LatestFirst, CachedFirst, NeverEvicts, FindsButLeaves],
 }

@@ -84,6 +84,8 @@ def check_step(fn):
         if t == 0 and not bool(torch.isfinite(out).all()):
             require(False, "the first output is 0/0: a token sees itself, so add before you read")
         require_close(out, expected[t], f"the output of token {t} is wrong")
+    words = "the last column of the state should be the sum of the keys' features"
+    require_close(sums[:, -1], phi_k.sum(0), words, name="the last column")
 
 
 @exercise(
@@ -115,10 +117,12 @@ def check_chunked(fn):
 def reason(found, phi_q, phi_k, v, t, chunk):
     """What a wrong token seems to see."""
     start = t // chunk * chunk
+    own, all_of_it = list(range(start, t + 1)), list(range(min(start + chunk, len(v))))
     candidates = {
-        "it sees the future inside its chunk": slice(0, start + chunk),
-        "it sees its own chunk alone": slice(start, t + 1),
-        "it sees earlier chunks alone": slice(0, start),
+        "it sees the future inside its chunk": all_of_it,
+        "it sees its own chunk alone": own,
+        "it sees earlier chunks alone": all_of_it[:start],
+        "it sees its own chunk twice, from the state and beside it": all_of_it + own,
     }
     for words, seen in candidates.items():
         weights = phi_q[t] @ phi_k[seen].T

@@ -64,6 +64,8 @@ def judge_append(before, blocks, length, holders, empty, copies, shared) -> None
     wanted = int(full or shared)
     require(taken == wanted, f"{state}: {taken} blocks were taken from the empty ones, expected {wanted}")
     if full:
+        grown = len(blocks) == len(old_blocks) + 1
+        require(grown, f"{state}: the new block must go into `blocks` itself, which holds {blocks} afterwards")
         require(copied == [], f"{state}: the next token starts a block, so nothing is copied, and you copy {copied}")
         require(blocks[:-1] == old_blocks, f"{state}: the blocks before must stay, and they are {blocks}")
     elif shared:
@@ -107,6 +109,9 @@ def check_match(fn):
     require(list(fn(other, chain(text, 2, strong), 2, strong)) == [], message)
     message = "two beginnings with one key: a block with other tokens was taken. Compare the tokens"
     require(list(fn(other, chain(text, 2, weak), 2, weak)) == [], message)
+    mixed = chain(text, 2, weak) | {weak(2, text[2:4]): (1, tuple(other[:4]))}
+    message = "a block with the same tokens was taken, cached after another beginning: compare all tokens up to its end"
+    require(list(fn(text, mixed, 2, weak))[:2] == [0], message)
 
 
 def strong(parent, tokens):
@@ -152,7 +157,8 @@ def check_combine(fn):
     outs, lses = (torch.stack(x) for x in zip(*parts, strict=True))
     wanted, wanted_lse = partial_attention(scores, values)
     answer = fn(outs.clone(), lses.clone())
-    require(isinstance(answer, tuple) and len(answer) == 2, "return two things: the output and its log-sum-exp")
+    is_pair = isinstance(answer, tuple | list) and len(answer) == 2
+    require(is_pair, "return two things: the output and its log-sum-exp")
     out, lse = answer
     require_shape(out, (5, 8), "the output")
     require_shape(lse, (5,), "the log-sum-exp")
@@ -213,12 +219,18 @@ def play(pool, model, step) -> None:
         expected = bool(model.empty or model.cached)
         found = pool.take()
         require((found is not None) == expected, take_message(found, model))
+        cached = next((key for key, block in model.cached.items() if block == found), None)
         if model.empty:
+            because = f"which is cached under {cached!r}, while {model.empty} blocks are empty"
+            require(cached is None, f"take() gives block {found}, {because}")
             model.empty -= 1
         elif expected:
             model.cached.popitem(last=False)
         if expected:
-            require(found not in model.used, f"take() gives block {found}, which is in use")
+            require(
+                found not in model.used,
+                f"take() gives block {found}, which is in use: it was taken or found, and not freed since",
+            )
             require(found not in model.cached.values(), f"take() gives block {found}, which was not the oldest")
             model.used.append(found)
     elif kind == "free":

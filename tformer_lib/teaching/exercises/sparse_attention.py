@@ -108,7 +108,6 @@ def check_layers(fn):
         (sp.strided(4).mask(16), 2),
         (sp.documents(torch.tensor([0, 0, 1, 1])).mask(4) & sp.causal().mask(4), None),
         (sp.sliding_window(1).mask(3), None),
-        (sp.sliding_window(1).mask(1), 1),
     )
     for mask, expected in cases:
         found = fn(mask)
