@@ -17,11 +17,11 @@ NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 
 def collect(kind: str) -> dict:
-    """``RIGHT`` or ``WRONG`` of every file of answers, as one dictionary."""
+    """``RIGHT``, ``ALSO_RIGHT`` or ``WRONG`` of every file of answers, as one dictionary."""
     modules = [m.name for m in pkgutil.iter_modules(answers.__path__)]
     together = {}
     for name in modules:
-        together |= getattr(importlib.import_module(f"{answers.__name__}.{name}"), kind)
+        together |= getattr(importlib.import_module(f"{answers.__name__}.{name}"), kind, {})
     return together
 
 
@@ -41,6 +41,13 @@ def test_exercise_is_complete(name):
 @pytest.mark.parametrize("name", sorted(RIGHT))
 def test_right_answer_passes(name):
     assert engine.examine(name, RIGHT[name]) == engine.Outcome(True)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"), [(name, answer) for name, many in collect("ALSO_RIGHT").items() for answer in many]
+)
+def test_right_answer_in_another_style_passes(name, answer):
+    assert engine.examine(name, answer) == engine.Outcome(True)
 
 
 @pytest.mark.parametrize(("name", "i"), WRONG_CASES)

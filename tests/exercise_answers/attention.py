@@ -79,12 +79,30 @@ def cost_in_scores(batch, heads, T, S, head_dim):
     return 4 * batch * heads * T * S * head_dim, batch * heads * T * S
 
 
+def attend_in_float64(q, k, v, mask):
+    return attend(q.double(), k.double(), v.double(), mask)
+
+
+def attend_with_scores_of_zero(q, k, v, mask):
+    return (q @ k.transpose(-2, -1) / 4 * mask).softmax(-1) @ v
+
+
+def previous_in_integers(T):
+    places = torch.eye(T, dtype=torch.int64)
+    return [places, 100 * T * places.roll(-1, 0)]  # the key of t is the vector of position t + 1
+
+
+def cost_without_the_batch(batch, heads, T, S, head_dim):
+    return 4 * heads * T * S * head_dim, 4 * heads * T * S
+
+
 RIGHT = {
     "attention.attend": attend,
     "attention.split_heads": split_heads,
     "attention.previous": previous,
     "attention.cost": cost,
 }
+ALSO_RIGHT = {"attention.attend": [attend_in_float64], "attention.previous": [previous_in_integers]}
 WRONG = {
     "attention.attend": [
         attend_without_scale,
@@ -93,8 +111,9 @@ WRONG = {
         attend_with_the_mask_inverted,
         attend_with_nan,
         attend_with_a_large_number_for_infinity,
+        attend_with_scores_of_zero,
     ],
     "attention.split_heads": [split_heads_by_view_alone, split_heads_without_transpose, split_heads_strided],
     "attention.previous": [previous_looks_at_itself, previous_looks_ahead, previous_too_soft],
-    "attention.cost": [cost_of_one_product, cost_in_scores],
+    "attention.cost": [cost_of_one_product, cost_in_scores, cost_without_the_batch],
 }

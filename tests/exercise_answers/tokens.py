@@ -4,6 +4,8 @@ import codecs
 import math
 from itertools import pairwise
 
+import torch
+
 
 def merge(word, pair):
     merged, i = [], 0
@@ -129,12 +131,31 @@ def stream_without_an_end(pieces):
         yield decoder.decode(piece)
 
 
+def stream_by_character(pieces):
+    waiting = b""
+    for byte in (bytes([b]) for piece in pieces for b in piece):
+        waiting += byte
+        try:
+            character = waiting.decode()
+        except UnicodeDecodeError:
+            continue
+        yield character
+        waiting = b""
+    if waiting:
+        yield "\ufffd"
+
+
+def bits_per_byte_as_a_tensor(loss, token_count, byte_count):
+    return torch.tensor(loss * token_count / byte_count) / math.log(2)
+
+
 RIGHT = {
     "tokens.merge": merge,
     "tokens.encode": encode,
     "tokens.bits_per_byte": bits_per_byte,
     "tokens.stream": stream,
 }
+ALSO_RIGHT = {"tokens.bits_per_byte": [bits_per_byte_as_a_tensor], "tokens.stream": [stream_by_character]}
 WRONG = {
     "tokens.merge": [merge_forgets_to_skip, merge_from_the_right, merge_the_first_only, merge_to_a_list],
     "tokens.encode": [encode_from_left_to_right, encode_longest_first, encode_one_merge],

@@ -49,6 +49,10 @@ def longest_beam(log_probs, start, end, beams, steps):
     return alive[0][0][1:]
 
 
+def smoothing_on_the_others_alone(vocabulary, smoothing):
+    return -sum(p * math.log(p) for p in (1 - smoothing, *[smoothing / (vocabulary - 1)] * (vocabulary - 1)) if p)
+
+
 RIGHT = {
     "transformer.rms_norm": rms_norm,
     "transformer.shift": shift,
@@ -57,12 +61,18 @@ RIGHT = {
     "transformer.beam": beam_search,
 }
 
+ALSO_RIGHT = {
+    "transformer.rms_norm": [lambda x, gain, epsilon: rms_norm(x.double(), gain, epsilon)],
+    "transformer.shift": [lambda tokens: [tokens[:, :-1], tokens[:, 1:]]],
+}
+
 WRONG = {
     "transformer.rms_norm": [
         layer_norm,
         whole_batch_norm,
         lambda x, gain, epsilon: rms_norm(x, 1.0, epsilon),
         lambda x, gain, epsilon: x / x.pow(2).mean(-1, keepdim=True).sqrt() * gain,
+        lambda x, gain, epsilon: x / (x.pow(2).mean(-1, keepdim=True).sqrt() + epsilon) * gain,
     ],
     "transformer.shift": [
         lambda tokens: (tokens[:, :-1], tokens[:, :-1]),
@@ -72,6 +82,7 @@ WRONG = {
     "transformer.smoothing": [
         lambda vocabulary, smoothing: 0.0,
         lambda vocabulary, smoothing: -(1 - smoothing) * math.log(1 - smoothing),
+        smoothing_on_the_others_alone,
     ],
     "transformer.parameters": [
         lambda config: parameters(config, norms=0),

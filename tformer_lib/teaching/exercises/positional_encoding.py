@@ -79,7 +79,11 @@ def check_alibi(fn):
     require_shape(square, (3, 4, 4), "the bias of 4 queries to 4 keys")
     require(square[0, 3, 3] == 0, "a query's distance to itself is 0, and so is its bias")
     require(square[0, 3, 0] <= 0, "the bias is positive: distance should lower a score, not raise it")
-    require_close(square, expected_alibi(slopes, 4, 4), "the bias of head h is -slope[h] * distance")
+    behind = torch.ones(4, 4, dtype=torch.bool).tril()
+    require_close(square * behind, expected_alibi(slopes, 4, 4) * behind, "the bias of head h is -slope[h] * distance")
+    require_close(
+        square, expected_alibi(slopes, 4, 4), "a key after the query is as far away as one before it: take the absolute"
+    )
     cached = fn(slopes, 1, 6)
     require_shape(cached, (3, 1, 6), "the bias of 1 query to 6 keys")
     require(

@@ -24,9 +24,11 @@ def check_rms_norm(fn):
     require_shape(found, x.shape)
     norm = nn.functional.rms_norm(x, (16,), gain, 1e-5)
     mean_removed = nn.functional.layer_norm(x, (16,), gain, eps=1e-5)
-    require(not torch.allclose(found, mean_removed, atol=1e-3), "the mean is subtracted: that is LayerNorm")
-    require(not torch.allclose(found, norm / gain, atol=1e-3), "the gain is missing")
+    require(not torch.allclose(found.double(), mean_removed.double(), atol=1e-3), "the mean is subtracted: LayerNorm")
+    require(not torch.allclose(found.double(), (norm / gain).double(), atol=1e-3), "the gain is missing")
     require_close(found, norm, "a token is not divided by its own root mean square")
+    faint = nn.functional.rms_norm(0.002 * x, (16,), gain, 1e-3)
+    require_close(fn(0.002 * x, gain, 1e-3), faint, "a token of small numbers: epsilon goes inside the root")
     zeros = fn(torch.zeros(1, 1, 16), gain, 1e-5)
     require_close(zeros, torch.zeros(1, 1, 16), "a token of zeros should stay zeros: epsilon goes inside the root")
 
@@ -43,7 +45,7 @@ def check_rms_norm(fn):
 def check_shift(fn):
     tokens = torch.randint(0, 50, (3, 9))
     pair = fn(tokens)
-    require(isinstance(pair, tuple) and len(pair) == 2, "return two tensors: inputs, targets")
+    require(isinstance(pair, tuple | list) and len(pair) == 2, "return two tensors: inputs, targets")
     inputs, targets = pair
     require_shape(inputs, (3, 8), "inputs")
     require_shape(targets, (3, 8), "targets")
@@ -70,6 +72,12 @@ def check_smoothing(fn):
         entropy = -(target * target.log()).nan_to_num().sum()
         best = label_smoothed_loss(target.log().clamp(min=-700)[None], torch.tensor([0]), smoothing=smoothing)
         require(math.isfinite(found), f"for {vocabulary} tokens and smoothing {smoothing} the result is {found}")
+        others = 1 - smoothing, smoothing / (vocabulary - 1)  # the mistake: the right token gets no part of it
+        wrong = -sum(p * math.log(p) * n for p, n in zip(others, (1, vocabulary - 1), strict=True) if p)
+        require(
+            abs(float(found) - wrong) > 1e-4 or not smoothing,
+            "the smoothing is spread over all tokens, the right one included: that has 1 - e + e / V",
+        )
         require(
             abs(float(found) - entropy.item()) < 1e-4,
             f"{vocabulary} tokens, smoothing {smoothing}: the loss goes down to {best.item():.4f}; you say {found:.4f}",
