@@ -1,9 +1,13 @@
-"""Run every benchmark that this machine can run: ``python -m benchmarks`` (what ``make bench`` calls).
+"""Run every benchmark that this machine can run, or the topics that are named: what ``make bench`` calls.
+
+    python -m benchmarks                          # all of them, under five minutes on two cores
+    python -m benchmarks kv_cache --device cpu    # one; `python -m benchmarks.kv_cache --help` lists its own options
 
 Each topic runs in its own process, on the CPU, and on the GPU too where there is one. The topic ``ratios`` is a guard:
 it fails, and so does the whole, where a kernel has become slower beside its peer than what is on record.
 """
 
+import argparse
 import pkgutil
 import subprocess
 import sys
@@ -21,11 +25,24 @@ def topics() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in ROOMS)
 
 
-def main() -> int:
-    """Run them one after the other and return how many failed."""
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+def main(arguments: list[str] | None = None) -> int:
+    """Run what the command line names, or everything; returns how many failed."""
+    here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("topics", nargs="*", metavar="topic", help=f"by default all: {', '.join(topics())}")
+    parser.add_argument("--device", choices=here, action="append", help=f"by default all that are here: {here}")
+    asked = parser.parse_args(arguments)
+    if unknown := set(asked.topics) - set(topics()):
+        parser.error(f"no such topic: {', '.join(sorted(unknown))}; there are {', '.join(topics())}")
+    return run_all(asked.topics or topics(), asked.device or here)
+
+
+def run_all(names: list[str], devices: list[str]) -> int:
+    """Run these topics on these devices; returns how many failed."""
     failed = []
-    for topic in topics():
+    for topic in names:
         for device in devices:
             print(f"== {topic} on {device}", flush=True)
             start = time.perf_counter()

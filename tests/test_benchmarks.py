@@ -141,7 +141,7 @@ def test_bench_fails_when_a_topic_fails(monkeypatch, capsys):
     monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
     code = lambda command: type("Done", (), {"returncode": int("benchmarks.ratios" in command)})()  # noqa: E731
     monkeypatch.setattr(bench.subprocess, "run", code)
-    assert bench.main() == 1
+    assert bench.main([]) == 1
     assert "failed: ratios on cpu" in capsys.readouterr().out
 
 
