@@ -9,16 +9,24 @@ from matplotlib.patches import Patch
 from tformer_lib.profiling import Roofline, amdahl, spans, totals, unpack, utilisation
 from tformer_lib.teaching import style
 
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++")
+HATCHES = ("", "///", "xx", "\\\\\\", "+++")
 
 
-def timeline(recordings: dict[str, dict], *, window_us: float | None = None, named: int = 4, title: str = "") -> None:
+def timeline(
+    recordings: dict[str, dict],
+    *,
+    window_us: float | None = None,
+    named: int = 4,
+    title: str = "",
+    lane: str = "stream",
+) -> None:
     """What a device did over the same fixed window, one strip a recording: kernels as bars by stream, gaps left white.
 
     Args:
         recordings: label -> what :func:`tformer_lib.profiling.pack` made.
         window_us: the window from 0 that every strip shows; by default the shortest recording's.
         named: how many of the kernels that take the most time have a colour of their own.
+        lane: what a row is: a GPU's stream, a processor's thread.
     """
     window = window_us or min(r["window_us"] for r in recordings.values())
     unit, size = ("ms", 1e3) if window >= 2000 else ("µs", 1.0)
@@ -26,7 +34,7 @@ def timeline(recordings: dict[str, dict], *, window_us: float | None = None, nam
     looks = looks_of([i for intervals in shown.values() for i in intervals], named)
     _, axes = style.figure(len(shown), 1, height=1.5 + 1.1 * len(shown), sharex=True, squeeze=False)
     for ax, (label, intervals) in zip(axes[:, 0], shown.items(), strict=True):
-        strip(ax, intervals, looks, size, gap_us=window / 1000)
+        strip(ax, intervals, looks, size, lane, gap_us=window / 1000)
         busy = utilisation(intervals, 0, window) if intervals else 0.0
         ax.set_title(f"{label}: something runs {busy:.0%} of the time", fontsize=10)
     axes[-1, 0].set(xlim=(0, window / size), xlabel=f"{unit} since the window opened")
@@ -43,7 +51,7 @@ def looks_of(intervals: Sequence[dict], named: int) -> dict[str, tuple[str, str]
 
 
 def strip(
-    ax: Axes, intervals: Sequence[dict], looks: dict[str, tuple[str, str]], size: float, *, gap_us: float
+    ax: Axes, intervals: Sequence[dict], looks: dict[str, tuple[str, str]], size: float, lane: str, *, gap_us: float
 ) -> None:
     """One recording: a row for each stream. Bars of a kind nearer than ``gap_us``, a dot, are drawn as one."""
     streams = sorted({i["stream"] for i in intervals})
@@ -53,7 +61,7 @@ def strip(
             stretches = spans([i for i in mine if i["stream"] == stream], gap_us=gap_us)
             bars = [(begin / size, (end - begin) / size) for begin, end in stretches]
             ax.broken_barh(bars, (row - 0.42, 0.84), facecolor=colour, edgecolor=colour, linewidth=0.2)
-    ax.set_yticks(range(len(streams)), [f"stream {i + 1}" for i in range(len(streams))])
+    ax.set_yticks(range(len(streams)), [f"{lane} {i + 1}" for i in range(len(streams))])
     ax.set_ylim(-0.6, max(len(streams), 1) - 0.4)
     ax.grid(False)
 
@@ -69,27 +77,28 @@ def shortened(name: str, longest: int = 38) -> str:
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 
-def roofline(roof: Roofline, points: dict[str, tuple[float, float]], *, title: str = "The roofline") -> None:
-    """The limit over the intensity, and what was reached.
+def roofline(roof: Roofline, points: dict[str, tuple[float, float]]) -> None:
+    """The limit over the intensity, and what was reached: the dotted line above a mark is what is left.
 
     Args:
         roof: the device's limits.
-        points: label -> (FLOPs per byte, FLOP/s reached); a label with no rate (0) stands on the roof as a promise.
+        points: label -> (FLOPs per byte, FLOP/s reached).
     """
-    at = [intensity for intensity, _ in points.values()] + [roof.ridge]
-    x = np.geomspace(min(at) / 3, max(at) * 6, 200)
-    _, ax = style.figure(height=3.6)
-    ax.plot(x, [roof.rate(i) / 1e9 for i in x], color=style.INK, label="the limit")
-    ax.axvline(roof.ridge, color=style.GREY, linestyle=":", linewidth=1.2)
+    at = [intensity for intensity, _ in points.values()]
+    x = np.geomspace(min(at) / 3, max(at) * 3, 200)
+    _, ax = style.figure(height=4.2)
+    ax.plot(x, [roof.rate(i) / 1e12 for i in x], color=style.INK, linewidth=2)
+    ax.axvline(roof.ridge, color=style.GREY, linestyle="--", linewidth=1)
     for i, (label, (intensity, rate)) in enumerate(points.items()):
-        value, filled = (rate or roof.rate(intensity)) / 1e9, "full" if rate else "none"
         colour, marker = style.PALETTE[i % 6], style.MARKERS[i % 6]
-        ax.plot(intensity, value, marker, color=colour, markersize=8, label=label, fillstyle=filled)
-        if rate:
-            ax.plot([intensity] * 2, [value, roof.rate(intensity) / 1e9], ":", color=colour, linewidth=1.2)
-    ax.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="GFLOP/s")
-    ax.set_title(f"{title}: memory decides left of the dotted line, arithmetic right", fontsize=10.5)
-    ax.legend(fontsize=8.5, loc="lower right")
+        ax.plot([intensity] * 2, [rate / 1e12, roof.rate(intensity) / 1e12], ":", color=colour, linewidth=1.5)
+        ax.plot(intensity, rate / 1e12, marker, color=colour, markersize=9, markeredgecolor="white", label=label)
+    top = 4 * roof.flops_per_second / 1e12
+    for place, side, words in ((0.85, "right", "memory decides"), (1.18, "left", "arithmetic decides")):
+        ax.text(roof.ridge * place, top / 1.4, words, ha=side, va="top", fontsize=9, color=style.INK)
+    ax.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="TFLOP/s", xlim=(x[0], x[-1]), ylim=(None, top))
+    ax.set_title("Under the roof of one GPU")
+    ax.figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     style.show()
 
 

@@ -1,4 +1,5 @@
-const PLOT = { left: 66, top: 24, width: 440, height: 210 };
+const PLOT = { left: 76, top: 28, width: 370, height: 210 };
+const BAR = 270;
 const KINDS = ["arithmetic", "memory", "launches"];
 
 function draw(root, data, kit) {
@@ -67,6 +68,10 @@ function short(x) {
   return `${Number((x / 1000 ** step).toPrecision(3))}${names[step]}`;
 }
 
+function raised(x) {
+  return [...String(x)].map((digit) => (digit === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit])).join("");
+}
+
 function duration(s) {
   const [size, unit] = [[1, "s"], [1e-3, "ms"], [1e-6, "µs"], [1e-9, "ns"]].find(([size]) => s >= size) ?? [1e-9, "ns"];
   return `${Number((s / size).toPrecision(3))} ${unit}`;
@@ -94,17 +99,17 @@ function picture(state, found, text, kit) {
   const points = [low, Math.min(high, Math.max(low, ridge)), high].map((i) => `${x(i)},${y(roof(i))}`).join(" ");
   const here = Math.min(high, Math.max(low, state.intensity));
   const reached = found.flops / found.seconds;
-  const note = (px, py, words, anchor = "middle") => kit.svg("text", { x: px, y: py, "font-size": 12, "text-anchor": anchor }, words);
+  const note = (px, py, words, anchor = "middle") => kit.svg("text", { x: px, y: py, "font-size": 14, "text-anchor": anchor }, words);
   const bars = KINDS.map((kind, i) => bar(kind, i, found, kit));
   const marks = [-4, 0, 4, 8, 12].map((i) => note(x(i), PLOT.top + PLOT.height + 16, short(2 ** i)));
   const levels = [1, 3, 5].map((down) => {
     const value = 10 ** (Math.floor(top) - down);
     return [kit.svg("line", { x1: PLOT.left, x2: PLOT.left + PLOT.width, y1: y(value), y2: y(value), stroke: "currentColor", opacity: 0.2 }),
-      note(PLOT.left - 6, y(value) + 4, `10^${Math.floor(top) - down}`, "end")];
+      note(PLOT.left - 6, y(value) + 4, `10${raised(Math.floor(top) - down)}`, "end")];
   });
   return kit.picture(
     PLOT.left + PLOT.width + 40, PLOT.top + PLOT.height + 132, text,
-    note(PLOT.left, 14, "operations per second, over operations per byte; both axes logarithmic", "start"),
+    note(10, 16, "operations per second, over operations per byte", "start"),
     levels, marks,
     kit.svg("line", { x1: x(ridge), x2: x(ridge), y1: PLOT.top, y2: PLOT.top + PLOT.height, stroke: "currentColor", "stroke-dasharray": "2 4", opacity: 0.6 }),
     kit.svg("polyline", { points, fill: "none", style: `stroke:${kit.colours[0]}`, "stroke-width": 3 }),
@@ -122,8 +127,8 @@ function bar(kind, i, found, kit) {
   const decides = i === found.longest;
   const colour = kit.colours[i];
   return [
-    kit.svg("text", { x: PLOT.left + 14, y: top + 14, "font-size": 12, "text-anchor": "end" }, kind),
-    kit.svg("rect", { x: PLOT.left + 22, y: top, width: Math.max(1, 320 * size), height: 20, rx: 2, style: `stroke:${colour};fill:${decides ? colour : "none"}`, "stroke-width": 2 }),
-    kit.svg("text", { x: PLOT.left + 30 + Math.max(1, 320 * size), y: top + 14, "font-size": 12 }, duration(found.times[i])),
+    kit.svg("text", { x: PLOT.left + 14, y: top + 15, "font-size": 14, "text-anchor": "end" }, kind),
+    kit.svg("rect", { x: PLOT.left + 22, y: top, width: Math.max(1, BAR * size), height: 20, rx: 2, style: `stroke:${colour};fill:${decides ? colour : "none"}`, "stroke-width": 2 }),
+    kit.svg("text", { x: PLOT.left + 30 + Math.max(1, BAR * size), y: top + 15, "font-size": 14 }, duration(found.times[i])),
   ];
 }
