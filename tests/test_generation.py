@@ -262,6 +262,14 @@ def test_draws_follow_the_probabilities_and_never_leave_their_support():
     assert draw(probabilities.expand(3, 6), edges).tolist() == [1, 3, 4]
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-38, 1e-40, 5e-324])
+def test_a_temperature_near_zero_is_nearly_greedy(temperature):
+    logits = torch.tensor([[1.0, 5.0, 3.0], [-3.0, -1e4, 2.0], [3e38, -3e38, 0.0]])
+    for rules in ({}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}):
+        found = distribution(logits, Sampling(temperature=temperature, **rules))
+        assert found.tolist() == [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+
+
 def test_penalty_makes_a_greedy_text_stop_repeating():
     plain = generate(MODEL, [[1, 1]], max_new_tokens=25)[0]
     varied = generate(MODEL, [[1, 1]], max_new_tokens=25, repetition_penalty=10.0)[0]
@@ -278,6 +286,14 @@ def test_penalty_makes_a_greedy_text_stop_repeating():
         ({"repetition_penalty": 0}, "repetition_penalty must be greater than 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"chunk": 0}, "chunk must be at least 1"),
+        ({"top_k": 2.5}, "top_k must be a whole number, got 2.5"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"temperature": None}, "temperature must be a number, got None"),
+        ({"temperature": float("nan")}, "temperature must be at least 0, got nan"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, got 2.5"),
+        ({"stop_tokens": 3}, "stop_tokens must be a list of tokens, got 3"),
+        ({"cache": PreallocatedCache(CacheShape.of(MODEL, 1), 40)}, "made for 1 rows, there are 3 prompts"),
         ({"seed": [1], "temperature": 1.0}, "3 prompts, 1 seeds"),
     ],
 )
@@ -292,6 +308,9 @@ def test_senseless_prompts_are_refused():
         ([[1], []], "prompt 1 is empty"),
         ([1, 2], "prompt 0 is 1"),
         (["ab"], "list of token lists"),
+        ([[1, 2.0]], r"prompt 0 is \[1, 2.0\]"),
+        ([[1], [0, 10_000]], "prompt 1 holds token 10000, the model knows 0 to"),
+        ([[-1]], "prompt 0 holds token -1"),
     ):
         with pytest.raises(ValueError, match=match):
             generate(MODEL, prompts, max_new_tokens=2)

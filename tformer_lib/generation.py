@@ -11,6 +11,9 @@ On a GPU, a small model's decode step is bound by launching its kernels. ``cuda_
 replays it with one launch (:class:`StaticStep`); ``compile=True`` fuses its kernels first.
 """
 
+import math
+import numbers
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,16 +51,31 @@ class Sampling:
     """Keep tokens at least min_p times as likely as the likeliest (Nguyen et al. 2024)."""
 
     def __post_init__(self):
-        ranges = (
-            ("temperature", "at least 0", self.temperature >= 0),
-            ("repetition_penalty", "greater than 0", self.repetition_penalty > 0),
-            ("top_k", "at least 1", self.top_k is None or self.top_k >= 1),
-            ("top_p", "in (0, 1]", self.top_p is None or 0 < self.top_p <= 1),
-            ("min_p", "in [0, 1]", self.min_p is None or 0 <= self.min_p <= 1),
-        )
-        for name, wanted, holds in ranges:
-            if not holds:
-                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)}")
+        for name, kind, wanted, holds in RANGES:
+            value = getattr(self, name)
+            if value is None and name in ("top_k", "top_p", "min_p"):
+                continue
+            check_number(name, value, kind)
+            if not holds(value):
+                raise ValueError(f"{name} must be {wanted}, got {value}")
+        if not isinstance(self.seed, (int, Sequence)) or isinstance(self.seed, str):
+            raise ValueError(f"seed must be a whole number, or one for each prompt, got {self.seed!r}")
+
+
+RANGES = (
+    ("temperature", numbers.Real, "at least 0", lambda x: x >= 0),
+    ("repetition_penalty", numbers.Real, "greater than 0", lambda x: 0 < x < math.inf),
+    ("top_k", numbers.Integral, "at least 1", lambda x: x >= 1),
+    ("top_p", numbers.Real, "in (0, 1]", lambda x: 0 < x <= 1),
+    ("min_p", numbers.Real, "in [0, 1]", lambda x: 0 <= x <= 1),
+)
+"""What the fields of :class:`Sampling` may be."""
+
+
+def check_number(name: str, value, kind: type) -> None:
+    """Refuse what is no number (``numbers.Real``), or no whole one (``numbers.Integral``)."""
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ValueError(f"{name} must be a {'whole ' if kind is numbers.Integral else ''}number, got {value!r}")
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -101,7 +119,9 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     Returns:
         (batch, vocab_size) float64.
     """
-    logits = logits.float() / sampling.temperature
+    logits = logits.float()
+    coldest = torch.finfo(logits.dtype).tiny  # colder, and a quotient is 0 / 0
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, coldest)  # at most 0: no overflow
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p is not None and sampling.top_p < 1:
@@ -310,16 +330,22 @@ def pad(prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu") ->
 
 
 def rows_of(prompts: Sequence[Sequence[int]] | Tensor) -> list[list[int]]:
-    """Prompts as lists; refuses none at all, an empty one, and one that is no sequence."""
+    """Prompts as lists of int; refuses none at all, an empty one, and one that is no sequence of whole numbers."""
     rows = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
     if not rows:
         raise ValueError("there must be at least one prompt")
-    for index, row in enumerate(rows):
-        if isinstance(row, (int, str)):
-            raise ValueError(f"prompts must be a list of token lists, but prompt {index} is {row!r}")
-        if len(row) == 0:
-            raise ValueError(f"prompt {index} is empty: there is no token to continue")
-    return [row.tolist() if isinstance(row, Tensor) else list(row) for row in rows]
+    return [tokens_of(row, f"prompt {place}") for place, row in enumerate(rows)]
+
+
+def tokens_of(row: Sequence[int], name: str) -> list[int]:
+    """A sequence of tokens as a list of int; ``name`` is what an error calls it."""
+    try:
+        tokens = [operator.index(token) for token in (row.tolist() if isinstance(row, Tensor) else row)]
+    except TypeError:
+        raise ValueError(f"prompts must be a list of token lists, but {name} is {row!r}") from None
+    if not tokens:
+        raise ValueError(f"{name} is empty: there is no token to continue")
+    return tokens
 
 
 @torch.no_grad()
@@ -341,13 +367,16 @@ def decode(
     Rows that have stopped go on with tokens that mean nothing, until all have, which is looked at every
     ``check_every`` steps. The other arguments are those of :func:`generate`.
     """
-    rules, prompts = Sampling(**sampling), rows_of(prompts)
+    rules, prompts, stop_tokens = Sampling(**sampling), rows_of(prompts), stops_of(stop_tokens)
     check_lengths(model, prompts, max_new_tokens)
+    check_vocabulary(prompts, model.config.vocab_size)
     if cache is None:
         longest = max(len(prompt) for prompt in prompts)
         cache = PreallocatedCache(CacheShape.of(model, len(prompts)), longest + max_new_tokens)
+    if cache.shape.batch != len(prompts):
+        raise ValueError(f"the cache was made for {cache.shape.batch} rows, there are {len(prompts)} prompts")
     device = cache.lengths.device
-    stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
+    stops = torch.tensor(stop_tokens, dtype=torch.int64, device=device)
     stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     sampler = Sampler(rules, prompts, max_new_tokens, model.config.vocab_size, device)
     with evaluating(model):
@@ -420,12 +449,12 @@ def generate(
         **sampling,
     )
     tokens = torch.stack(list(steps), dim=1)  # (batch, steps)
-    return [cut(row, stop_tokens) for row in tokens.tolist()]
+    return [cut(row, stops_of(stop_tokens)) for row in tokens.tolist()]
 
 
 def stream(model: nn.Module, prompts: Sequence[Sequence[int]], **options) -> Iterator[list[int | None]]:
     """Like :func:`generate`, but yields after each step the new token of every row, None for rows that have stopped."""
-    live, stops = None, set(options.get("stop_tokens", ()))
+    live, stops = None, stops_of(options.get("stop_tokens", ()))
     for tokens in decode(model, prompts, **options):
         row_tokens = tokens.tolist()
         live = [True] * len(row_tokens) if live is None else live
@@ -459,6 +488,7 @@ def cut(tokens: list[int], stop_tokens: Sequence[int]) -> list[int]:
 
 def check_lengths(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> None:
     """Refuse what a table of learned positions cannot hold, before any work is done."""
+    check_number("max_new_tokens", max_new_tokens, numbers.Integral)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     longest, limit = max(len(prompt) for prompt in prompts), model.config.max_length
@@ -468,6 +498,25 @@ def check_lengths(model: nn.Module, prompts: list[list[int]], max_new_tokens: in
             f"a prompt of {longest} tokens and {max_new_tokens} new ones need {needed} positions, "
             f"the model has learned {limit}"
         )
+
+
+def check_vocabulary(prompts: list[list[int]], vocab_size: int) -> None:
+    """Refuse tokens that the model does not know, which a GPU would report as an assertion far from here."""
+    for place, prompt in enumerate(prompts):
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            strange = next(token for token in prompt if not 0 <= token < vocab_size)
+            raise ValueError(f"prompt {place} holds token {strange}, the model knows 0 to {vocab_size - 1}")
+
+
+def stops_of(stop_tokens: Sequence[int]) -> list[int]:
+    """Stop tokens as a list of int; refuses what is no sequence of whole numbers."""
+    try:
+        return [
+            operator.index(token)
+            for token in (stop_tokens.tolist() if isinstance(stop_tokens, Tensor) else stop_tokens)
+        ]
+    except TypeError:
+        raise ValueError(f"stop_tokens must be a list of tokens, got {stop_tokens!r}") from None
 
 
 @contextmanager
