@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -180,6 +181,41 @@ def test_pieces_are_cut_where_no_token_reaches_across(size, pattern):
     assert [i for piece in cut for i in encoding.encode_ordinary(piece)] == encoding.encode_ordinary(text)
 
 
+@given(st.text(alphabet="ab \n\t\r'.1é字🙂\u3000", max_size=60), st.integers(1, 8))
+@settings(max_examples=100, deadline=None)
+def test_cutting_any_text_changes_no_pre_token(text, size):
+    for pattern in (tokens.GPT4_PATTERN, tokens.GPT2_PATTERN):
+        cut = [word for piece in tokens.pieces(list(text), size) for word in regex.findall(pattern, piece)]
+        assert cut == regex.findall(pattern, text)
+
+
+@pytest.mark.parametrize("special", ["<|end of text|>", "<|a\nb|>", " x", "e"])
+def test_no_cut_goes_through_a_special_token(special):
+    text = f"one{special}two three.{special}\n{special}four " * 5
+    encoding = tokens.train_bpe(text, 300, special_tokens=[special]).encoding
+    expected = encoding.encode(text, allowed_special="all")
+    for size in range(1, 40):
+        cut = tokens.pieces(list(text), size, special_tokens=[special])
+        assert [i for piece in cut for i in tokens.encode_special(encoding, piece)] == expected
+
+
+def test_a_text_without_a_cut_is_searched_a_few_times_only(monkeypatch):
+    searched = []
+
+    class Recorder:
+        def __init__(self, pattern):
+            self.pattern = regex.compile(pattern)
+
+        def search(self, text, start):
+            searched.append(len(text) - start)
+            return self.pattern.search(text, start)
+
+    monkeypatch.setattr(tokens, "regex", SimpleNamespace(compile=Recorder, escape=regex.escape))
+    lines = ["12345 67890 "] * 5000
+    assert list(tokens.pieces(lines, 100)) == ["".join(lines)]
+    assert sum(searched) <= 2 * 12 * 5000
+
+
 def test_encode_iterable_is_lazy_and_equals_the_whole(small_bpe):
     taken = []
 
@@ -192,6 +228,19 @@ def test_encode_iterable_is_lazy_and_equals_the_whole(small_bpe):
     first = next(ids)
     assert len(taken) < 20
     assert [first, *ids] == small_bpe.encoding.encode((SAMPLE + END_OF_TEXT) * 20, allowed_special="all")
+
+
+@pytest.mark.parametrize("bad", [-1, 5, 10**9])
+def test_an_id_outside_the_vocabulary_is_refused(bad):
+    encoding = tokens.characters(f"hello{END_OF_TEXT}")
+    for decode in (lambda: encoding.decode([0, bad]), lambda: encoding.decode_single_token_bytes(bad)):
+        with pytest.raises(KeyError, match=f"id {bad} is outside .* 0 to 4"):
+            decode()
+
+
+def test_a_special_token_that_is_a_character_is_refused():
+    with pytest.raises(tokens.CorpusError, match="must not be a character too, got 'a'"):
+        tokens.CharEncoding("ab", ["a"])
 
 
 def test_characters_are_one_token_each():

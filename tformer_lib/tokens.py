@@ -42,8 +42,8 @@ GPT4_PATTERN = (
 )
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-# Where no pre-token of either pattern reaches across.
-SAFE_CUT = regex.compile(r"(?<=\p{L})(?= \p{L})")
+# Where no pre-token of either pattern reaches across: before the space of a next word, and after the end of a line.
+SAFE_CUT = r"(?:(?<=\p{L})(?= \p{L})|(?<=\S\n)(?=\S))"
 
 GPT2_ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 GPT2_SHA256 = {
@@ -305,30 +305,44 @@ def encode_special(encoding: "Encoding", text: str) -> list[int]:
     """
     ids = []
     for i, part in enumerate(split_special(text, encoding.special_tokens_set)):
-        ids += [encoding.encode_single_token(part)] if i % 2 else encoding.encode_ordinary(part)
+        ids += [encoding._special_tokens[part]] if i % 2 else encoding.encode_ordinary(part)
     return ids
 
 
 def encode_iterable(encoding: "Encoding", texts: Iterable[str]) -> Iterator[int]:
     """``encode_special`` of the joined ``texts`` (say, of an open file), lazily: memory holds a piece of it only."""
-    for piece in pieces(texts):
+    for piece in pieces(texts, special_tokens=encoding.special_tokens_set):
         yield from encode_special(encoding, piece)
 
 
-def pieces(texts: Iterable[str], size: int = 1 << 16) -> Iterator[str]:
+def pieces(texts: Iterable[str], size: int = 1 << 16, special_tokens: Iterable[str] = ()) -> Iterator[str]:
     """The joined ``texts`` in pieces of ``size`` characters or a little more, cut where tokens cannot reach across.
 
-    Such a place is between a letter and a space that a letter follows: both patterns end a pre-token there, always.
+    Such a place is between a letter and a space that a letter follows, or after a line's end between two lines that
+    are not blank: both patterns end a pre-token there, always. It is not inside a special token. Where a text has no
+    such place, the piece is as long as the text.
     """
-    held = ""
+    safe_cut = regex.compile(SAFE_CUT + not_inside(special_tokens))
+    held, length, enough = [], 0, size
     for text in texts:
-        held, start = held + text, 0
-        while len(held) - start >= size and (cut := SAFE_CUT.search(held, start + size)):
-            yield held[start : cut.start()]
+        held.append(text)
+        length += len(text)
+        if length < enough:
+            continue
+        joined, start = "".join(held), 0
+        while len(joined) - start >= size and (cut := safe_cut.search(joined, start + size)):
+            yield joined[start : cut.start()]
             start = cut.start()
-        held = held[start:]
-    if held:
-        yield held
+        held, length = [joined[start:]], len(joined) - start
+        enough = size if length < size else 2 * length  # with no cut in it, search again when it has doubled
+    if rest := "".join(held):
+        yield rest
+
+
+def not_inside(special_tokens: Iterable[str]) -> str:
+    """A condition for a regular expression: what stands before is not the beginning of a special token."""
+    beginnings = {token[:i] for token in special_tokens for i in range(1, len(token))}
+    return f"(?<!{'|'.join(map(regex.escape, sorted(beginnings)))})" if beginnings else ""
 
 
 class CharEncoding:
@@ -342,8 +356,11 @@ class CharEncoding:
     def __init__(self, alphabet: Iterable[str], special_tokens: Iterable[str] = ()):
         self.alphabet = sorted(set(alphabet))
         self.special_tokens_set = set(special_tokens)
+        if both := self.special_tokens_set.intersection(self.alphabet):
+            raise CorpusError(f"a special token must not be a character too, got {', '.join(map(repr, sorted(both)))}")
         self.tokens = [*self.alphabet, *sorted(self.special_tokens_set)]
         self.ids = {token: i for i, token in enumerate(self.tokens)}
+        self._special_tokens = {token: self.ids[token] for token in self.special_tokens_set}  # tiktoken's name for it
 
     @property
     def n_vocab(self) -> int:
@@ -375,12 +392,18 @@ class CharEncoding:
             raise CorpusError(f"{error.args[0]!r} is not among the {len(self.alphabet)} known characters") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``."""
-        return "".join(self.tokens[i] for i in ids)
+        """The text of ``ids``; KeyError where one is no token's, as in tiktoken."""
+        return "".join(self.token_of(i) for i in ids)
 
     def decode_single_token_bytes(self, i: int) -> bytes:
-        """The UTF-8 bytes of one token."""
-        return self.tokens[i].encode()
+        """The UTF-8 bytes of one token; KeyError where the id is no token's."""
+        return self.token_of(i).encode()
+
+    def token_of(self, i: int) -> str:
+        """The token with that id. A list's own indexing would take -1 for its last."""
+        if not 0 <= i < len(self.tokens):
+            raise KeyError(f"id {i} is outside the vocabulary, which has ids 0 to {len(self.tokens) - 1}")
+        return self.tokens[i]
 
 
 Encoding = tiktoken.Encoding | CharEncoding
@@ -758,7 +781,7 @@ def encode_corpus(encoding: Encoding, text: str, dtype: np.dtype) -> bytes:
     """The ids of ``text`` as the bytes of an array of ``dtype``."""
     ids = bytearray()
     with tqdm(total=len(text), unit="char", unit_scale=True, desc="encoding", leave=False, delay=1) as bar:
-        for piece in pieces([text], size=1 << 20):
+        for piece in pieces([text], size=1 << 20, special_tokens=encoding.special_tokens_set):
             ids += np.asarray(encode_special(encoding, piece), dtype=dtype).tobytes()
             bar.update(len(piece))
     return bytes(ids)
