@@ -145,15 +145,36 @@ def tiles_with_one_masked_in_a_row(T, S, rows, columns):
     return down * across - whole - down, down, whole
 
 
+def online_keeps_everything(stream, d):
+    scores, values = zip(*stream, strict=True)
+    scores = torch.tensor(scores)
+    lse = scores.logsumexp(0)
+    return (scores.softmax(0) @ torch.stack(values), lse) if lse > -math.inf else (torch.zeros(d), lse)
+
+
+def online_without_the_division(stream, d):
+    m, l, O = -math.inf, 0.0, torch.zeros(d)
+    for score, v in stream:
+        m_new = max(m, score)
+        if m_new == -math.inf:
+            continue
+        correction, p = math.exp(m - m_new), math.exp(score - m_new)
+        m, l, O = m_new, l * correction + p, O * correction + p * v
+    return O, m + math.log(l) if l else -math.inf
+
+
 RIGHT = {
     "flash_math.online": online,
     "flash_math.merge": merge,
     "flash_math.backward": backward,
     "flash_math.tiles": tiles,
 }
+ALSO_RIGHT = {"flash_math.tiles": [lambda *shape: torch.tensor(tiles(*shape))]}
 WRONG = {
     "flash_math.online": [
         online_without_maximum,
+        online_keeps_everything,
+        online_without_the_division,
         online_forgets_to_rescale,
         online_forgets_the_output,
         online_starts_at_zero,

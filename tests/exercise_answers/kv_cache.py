@@ -76,15 +76,33 @@ def slot_out_of_step(position, window, sinks):
     return position if position < sinks else sinks + position % window
 
 
+def step_unscaled(q, k, v, keys, values):
+    keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+    return attend(q, keys, values, causal=True, scale=1.0), keys, values
+
+
+def tokens_whatever_the_number(memory, layers, heads, kv_heads, head_dim, itemsize):
+    return memory // (2 * layers * kv_heads * head_dim)
+
+
 RIGHT = {
     "kv_cache.tokens_that_fit": tokens_that_fit,
     "kv_cache.step": step,
     "kv_cache.visible": visible,
     "kv_cache.slot": slot,
 }
+ALSO_RIGHT = {
+    "kv_cache.tokens_that_fit": [lambda *shape: torch.tensor(tokens_that_fit(*shape))],
+    "kv_cache.step": [lambda *tensors: list(step(*tensors))],
+}
 WRONG = {
-    "kv_cache.tokens_that_fit": [tokens_by_query_heads, tokens_without_values, tokens_in_fractions],
-    "kv_cache.step": [step_sees_the_future, step_top_left, step_does_not_see_itself, step_forgets],
+    "kv_cache.tokens_that_fit": [
+        tokens_by_query_heads,
+        tokens_without_values,
+        tokens_in_fractions,
+        tokens_whatever_the_number,
+    ],
+    "kv_cache.step": [step_sees_the_future, step_top_left, step_does_not_see_itself, step_forgets, step_unscaled],
     "kv_cache.visible": [visible_by_the_longest, visible_whole_chunk, visible_without_itself],
     "kv_cache.slot": [slot_round_everything, slot_out_of_step],
 }

@@ -29,6 +29,12 @@ def convert(weight, heads):
     return weight.view(heads, head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
+def turns_the_first_member_twice(x, angles):
+    x[..., 0::2] = x[..., 0::2] * angles.cos() - x[..., 1::2] * angles.sin()
+    x[..., 1::2] = x[..., 0::2] * angles.sin() + x[..., 1::2] * angles.cos()
+    return x
+
+
 RIGHT = {
     "rope.rotate": rotate,
     "rope.positions": lambda lengths: torch.cat([torch.arange(n) for n in lengths]),
@@ -37,6 +43,7 @@ RIGHT = {
 }
 WRONG = {
     "rope.rotate": [
+        turns_the_first_member_twice,
         lambda x, angles: library_rotate(x, angles.cos(), angles.sin(), "half"),
         lambda x, angles: rotate(x, -angles),
         lambda x, angles: x,

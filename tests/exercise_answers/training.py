@@ -2,6 +2,8 @@
 
 import math
 
+import torch
+
 
 def schedule(step, *, peak, min_rate, warmup, steps):
     if step < warmup:
@@ -76,6 +78,15 @@ def last_piece_only(loss_of, inputs, targets, pieces):
     loss_of(inputs.chunk(pieces)[-1], targets.chunk(pieces)[-1]).backward()
 
 
+def whole_batch_at_once(loss_of, inputs, targets, pieces):
+    loss_of(inputs, targets).backward()
+
+
+def backward_at_the_end(loss_of, inputs, targets, pieces):
+    parts = zip(inputs.chunk(pieces), targets.chunk(pieces), strict=True)
+    sum(loss_of(x, y) * len(x) / len(inputs) for x, y in parts).backward()
+
+
 def groups(model):
     training = [p for p in model.parameters() if p.requires_grad]
     return [p for p in training if p.dim() >= 2], [p for p in training if p.dim() < 2]
@@ -94,15 +105,44 @@ def groups_forget_the_rest(model):
     return groups(model)[0], []
 
 
+def groups_of_names(model):
+    named = list(model.named_parameters())
+    return [n for n, p in named if p.dim() >= 2], [n for n, p in named if p.dim() < 2]
+
+
+def keeps_the_corrected_mean(w, gradient, m, v, t, *, lr, beta1, beta2, eps, decay):
+    m = (beta1 * m + (1 - beta1) * gradient) / (1 - beta1**t)
+    v = beta2 * v + (1 - beta2) * gradient**2
+    return w - lr * (m / ((v / (1 - beta2**t)).sqrt() + eps) + decay * w), m, v
+
+
+def adamw_in_place(w, gradient, m, v, t, *, lr, beta1, beta2, eps, decay):
+    m.mul_(beta1).add_(gradient, alpha=1 - beta1)
+    v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    w.mul_(1 - lr * decay).addcdiv_(m / (1 - beta1**t), (v / (1 - beta2**t)).sqrt() + eps, value=-lr)
+    return [w, m, v]
+
+
 RIGHT = {
     "training.schedule": schedule,
     "training.adamw": adamw,
     "training.accumulate": accumulate,
     "training.groups": groups,
 }
+ALSO_RIGHT = {
+    "training.schedule": [lambda step, **settings: torch.tensor(schedule(step, **settings))],
+    "training.adamw": [adamw_in_place],
+    "training.groups": [lambda model: list(groups(model))],
+}
 WRONG = {
     "training.schedule": [starts_at_zero, cosine_from_step_zero, rises_again, straight_line],
-    "training.adamw": [not_corrected, adam_with_l2, no_decay],
-    "training.accumulate": [sums, divides_by_pieces, last_piece_only],
-    "training.groups": [groups_by_name, groups_all_decayed, groups_forget_the_rest],
+    "training.adamw": [not_corrected, adam_with_l2, no_decay, keeps_the_corrected_mean],
+    "training.accumulate": [
+        sums,
+        divides_by_pieces,
+        last_piece_only,
+        whole_batch_at_once,
+        backward_at_the_end,
+    ],
+    "training.groups": [groups_by_name, groups_all_decayed, groups_forget_the_rest, groups_of_names],
 }

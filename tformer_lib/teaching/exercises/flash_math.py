@@ -1,6 +1,7 @@
 """The exercises of the chapter on the mathematics of flash attention."""
 
 import math
+import weakref
 
 import torch
 from torch import Tensor
@@ -30,8 +31,17 @@ def number(x) -> Tensor:
 
 
 def stream(scores: Tensor, v: Tensor):
-    """Pairs of a score (a float) and a value (d,): they can be read once, and have no length."""
-    yield from zip(scores.tolist(), v, strict=True)
+    """Pairs of a score (a float) and a value (d,): they can be read once, and have no length.
+
+    Fails where the reader keeps the values: the last two may still have a name in its loop.
+    """
+    values = []
+    for score, value in zip(scores.tolist(), v, strict=True):
+        kept = sum(reference() is not None for reference in values)
+        require(kept <= 2, f"your function keeps the values: {kept} of them at once. m, l and O are all that you need")
+        value = value.clone()
+        values.append(weakref.ref(value))
+        yield score, value
 
 
 STREAMS = {
@@ -65,7 +75,15 @@ def check_online(fn):
         out, lse = exact(scores[None], v)
         require_shape(result[0], (3,), f"the output for {name}")
         require(bool(torch.isfinite(result[0]).all()), f"{name}: the output is {result[0].tolist()}")
-        require_close(result[0], out[0], f"{name}: the output is wrong")
+        if not math.isinf(lse[0]):
+            undivided = out[0] * (lse[0] - scores.double().max()).exp()
+            require(
+                len(scores) == 1 or not torch.allclose(result[0].double(), undivided, atol=1e-4),
+                f"{name}: the output was not divided by l at the end",
+            )
+        require_close(
+            result[0], out[0], f"{name}: the output is wrong: were l and O both multiplied by exp(m - m_new)?"
+        )
         require_close(number(result[1]), lse[0], f"{name}: the log-sum-exp is wrong")
 
 
@@ -97,8 +115,8 @@ def check_merge(fn):
         require(all(map(torch.equal, parts, before)), "your function changes the parts that it was given")
         require_pair(result, "the output and the log-sum-exp")
         out, lse = exact(scores, v)
-        require_close(result[1], lse, f"{name}: the log-sum-exp is wrong", name="the log-sum-exp")
-        require_close(result[0], out, f"{name}: the output is wrong", name="the output")
+        require_close(result[1], lse, f"{name}: the log-sum-exp is wrong", name=f"{name}: the log-sum-exp")
+        require_close(result[0], out, f"{name}: the output is wrong", name=f"{name}: the output")
 
 
 @exercise(
@@ -120,9 +138,19 @@ def check_backward(fn):
         given = (x.detach() for x in (q, k[tile], v[tile], out, lse, dout))
         result = fn(*given)
         require(isinstance(result, (tuple, list)) and len(result) == 3, "return three things: dq, dk and dv")
+        explain_tile(result[2], q.detach(), k.detach()[tile], dout)
         where = "all keys in one tile" if tile == slice(0, S) else f"keys 2 to 4 of {S}"
         for name, found, right in zip(("dv", "dk", "dq"), reversed(result), wanted, strict=True):
+            scaled = name != "dv" and found is not None and found.shape == right.shape
+            require(not (scaled and torch.allclose(found, 2.0 * right)), f"{name} lacks the scale, 1/sqrt(d)")
             require_close(found, right, f"{name} is wrong for {where}", name=name)
+
+
+def explain_tile(dv: Tensor, q: Tensor, k: Tensor, dout: Tensor) -> None:
+    """Name the usual mistake in the probabilities of a tile."""
+    within = (q @ k.T / 2.0).softmax(-1).T @ dout
+    whole = dv is None or dv.shape != within.shape or not torch.allclose(dv, within) or len(k) > 3
+    require(whole, "the probabilities sum to 1 within the tile: take the log-sum-exp of the whole row")
 
 
 def true_gradients(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, tile: slice) -> tuple[Tensor, ...]:
@@ -147,7 +175,8 @@ def check_tiles(fn):
     shapes = ((8, 8, 4, 4), (8, 8, 4, 2), (8, 8, 2, 4), (10, 10, 4, 4), (4, 12, 4, 4), (1, 9, 4, 4), (7, 13, 3, 5))
     for T, S, rows, columns in shapes:
         result = fn(T, S, rows, columns)
-        require(isinstance(result, (tuple, list)) and len(result) == 3, "return three counts: skipped, masked, whole")
+        require(len(result) == 3, "return three counts: skipped, masked, whole")
+        result = [int(count) for count in result]
         expected = count_tiles(T, S, rows, columns)
         shape = f"{T} queries in tiles of {rows}, {S} keys in tiles of {columns}"
         total = sum(expected)

@@ -1,7 +1,10 @@
 """The exercises of the KV cache chapter."""
 
+import operator
+
 import torch
 
+from tformer_lib import masks
 from tformer_lib.attention import attend
 from tformer_lib.kv_cache import CacheShape, RingCache
 from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_dtype, require_shape
@@ -23,9 +26,22 @@ def check_tokens_that_fit(fn):
         ((1_000_000, 12, 12, 12, 64, 2), 27, "GPT-2 with a megabyte"),
         ((36_863, 12, 12, 12, 64, 2), 0, "a memory that is one byte short of a token"),
     )
+    memory, layers, heads, kv_heads, head_dim, _ = cases[0][0]
+    require(
+        fn(memory, layers, heads, kv_heads, head_dim, 2) != fn(memory, layers, heads, kv_heads, head_dim, 4),
+        "numbers of 4 bytes take more memory than those of 2, and you find room for as many tokens",
+    )
     for arguments, expected, name in cases:
         found = fn(*arguments)
-        require(isinstance(found, int), f"{name}: the number of tokens should be an int, and is {type(found).__name__}")
+        try:
+            found = operator.index(found)
+        except TypeError:
+            require(False, f"{name}: the number of tokens should be an int, and is {type(found).__name__}")
+        per_head = arguments[0] // (2 * arguments[1] * arguments[2] * arguments[4] * arguments[5])
+        require(
+            found == expected or found != per_head,
+            f"{name}: {found:,} would fit if each query head kept keys and values, expected {expected:,}",
+        )
         require(
             found != 2 * expected or not expected, f"{name}: {found:,} is twice too many: a value goes with each key"
         )
@@ -49,18 +65,38 @@ def check_step(fn):
     for start, stop in ((3, 4), (4, 7), (7, 9)):
         new = slice(start, stop)
         answer = fn(q[:, :, new], k[:, :, new], v[:, :, new], keys, values)
-        require(isinstance(answer, tuple) and len(answer) == 3, "return three things: the output, all keys, all values")
+        require(
+            isinstance(answer, (tuple, list)) and len(answer) == 3,
+            "return three things: the output, all keys, all values",
+        )
         out, keys, values = answer
         require_close(
             keys, k[:, :, :stop], "the keys returned are not the old ones followed by the new", name="the keys"
         )
         require_close(values, v[:, :, :stop], "the values are not the old ones followed by the new", name="the values")
         require_shape(out, (2, 4, stop - start, 8), "the output")
+        explain_step(out, q[:, :, new], k[:, :, :stop], v[:, :, :stop], start)
         for t in range(stop - start):
             place = f"with {start} tokens cached and {stop - start} new, the new token {t}"
             require_close(
                 out[:, :, t], wanted[:, :, start + t], f"{place} does not see exactly the tokens up to itself"
             )
+
+
+def explain_step(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, held: int) -> None:
+    """Name the usual mistakes in what the T new queries see of the S keys, ``held`` of them old."""
+    T, S = q.shape[2], k.shape[2]
+    mistakes = {
+        "the scores are not divided by sqrt(head_dim)": attend(q, k, v, causal=True, scale=1.0),
+        "the new tokens do not see themselves: append first, then look": attend(q, k[:, :, :held], v[:, :, :held]),
+        "the mask is aligned to the first key: new token 0 sees one key, and not all that are cached": attend(
+            q, k, v, mask=masks.causal(S)[:T]
+        ),
+    }
+    if T > 1:
+        mistakes[f"of {T} new tokens, the first sees the last: the future leaks"] = attend(q, k, v)
+    for words, wrong in mistakes.items():
+        require(not torch.allclose(out, wrong.to(out.dtype), atol=1e-4), words)
 
 
 @exercise(

@@ -18,16 +18,22 @@ from tformer_lib.teaching.exercises.engine import exercise, require, require_clo
 def check_rotate(fn):
     x = torch.randn(2, 3, 5, 8)
     angles = torch.arange(5)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])  # (T, pairs)
-    turned = fn(x, angles)
+    given = x.clone()
+    turned = fn(given, angles)
+    require(torch.equal(given, x), "your function changes x itself: the caller's queries are lost")
     require_shape(turned, x.shape, "the turned x")
+    require(
+        not torch.allclose(turned[:, :, 0].float(), torch.cat((x[:, :, 0, 0::2], x[:, :, 0, 1::2]), dim=-1)),
+        "all first members come before all second ones: each should go back to where it was",
+    )
     require_close(turned[:, :, 0], x[:, :, 0], "position 0 has angle 0, so its token should not change")
     require_close(turned.norm(dim=-1), x.norm(dim=-1), "lengths changed: a rotation keeps them", name="the norm")
     require(
-        not torch.allclose(turned, rotate(x, angles.cos(), angles.sin(), "half"), atol=1e-4),
+        not torch.allclose(turned.float(), rotate(x, angles.cos(), angles.sin(), "half"), atol=1e-4),
         "these are the pairs of the half-split layout, (0, 4), (1, 5), ...: the exercise asks for neighbours",
     )
     require(
-        not torch.allclose(turned, rotate(x, angles.cos(), -angles.sin(), "interleaved"), atol=1e-4),
+        not torch.allclose(turned.float(), rotate(x, angles.cos(), -angles.sin(), "interleaved"), atol=1e-4),
         "the pairs turn the other way round: clockwise. The minus belongs to the first member",
     )
     require_close(turned, rotate(x, angles.cos(), angles.sin(), "interleaved"), "a pair is turned wrongly")

@@ -21,29 +21,36 @@ from tformer_lib.teaching.exercises.engine import exercise, require, require_clo
 )
 def check_schedule(fn):
     peak, least, warmup, steps = 0.01, 0.002, 9, 109
-    rate = lambda t: fn(t, peak=peak, min_rate=least, warmup=warmup, steps=steps)  # noqa: E731
+    rate = lambda t: float(fn(t, peak=peak, min_rate=least, warmup=warmup, steps=steps))  # noqa: E731
+    close = lambda a, b: math.isclose(a, b, rel_tol=1e-5)  # noqa: E731 (float32 will do)
     require(rate(0) != 0, "the first step has rate 0: it changes nothing, and is wasted")
-    require(math.isclose(rate(0), peak / 10), f"step 0 should have 1/10 of the peak, 0.001, and has {rate(0):.4g}")
     require(
-        math.isclose(rate(8), 0.9 * peak), f"step 8, the last of the warm-up, should have 0.009, and has {rate(8):.4g}"
+        not close(rate(0), peak / 9),
+        "the warm-up has one step too few: at (step + 1) / warmup its last step is at the peak already",
     )
-    require(math.isclose(rate(9), peak), f"step 9 should have the peak, 0.01, and has {rate(9):.4g}")
+    require(close(rate(0), peak / 10), f"step 0 should have 1/10 of the peak, 0.001, and has {rate(0):.4g}")
+    require(close(rate(8), 0.9 * peak), f"step 8, the last of the warm-up, should have 0.009, and has {rate(8):.4g}")
     require(
-        math.isclose(rate(59), (peak + least) / 2),
-        f"half way down, at step 59, the rate should be midway, 0.006, and is {rate(59):.4g}: does the cosine start at "
-        "the end of the warm-up?",
+        close(rate(9), peak),
+        f"step 9, the first after the warm-up, should have the peak, 0.01, and has {rate(9):.4g}: does the cosine "
+        "start there?",
     )
     require(
-        math.isclose(rate(34), least + (peak - least) * 0.8535533905932737),
+        close(rate(59), (peak + least) / 2),
+        f"half way down, at step 59, the rate should be midway, 0.006, and is {rate(59):.4g}: does the cosine end at "
+        "min_rate, and not at 0?",
+    )
+    require(
+        close(rate(34), least + (peak - least) * 0.8535533905932737),
         f"step 34 should have 0.008828, and has {rate(34):.4g}: is it a cosine?",
     )
-    require(math.isclose(rate(109), least), f"the end should have min_rate, 0.002, and has {rate(109):.4g}")
+    require(close(rate(109), least), f"the end should have min_rate, 0.002, and has {rate(109):.4g}")
     require(
-        math.isclose(rate(150), least),
+        close(rate(150), least),
         f"after the end the rate should stay at 0.002, and is {rate(150):.4g}: it rises again",
     )
     require(
-        math.isclose(fn(0, peak=1.0, min_rate=0.1, warmup=0, steps=10), 1.0),
+        close(float(fn(0, peak=1.0, min_rate=0.1, warmup=0, steps=10)), 1.0),
         "without warm-up, step 0 should have the peak",
     )
 
@@ -68,16 +75,32 @@ def check_adamw(fn):
         theirs.grad = gradient.clone()
         optimizer.step()
         before = w.clone()
-        result = fn(before, gradient.clone(), m, v, t, **settings)
-        require(isinstance(result, tuple) and len(result) == 3, "return three tensors: the new w, m and v")
+        result = fn(w, gradient.clone(), m, v, t, **settings)
+        require(isinstance(result, (tuple, list)) and len(result) == 3, "return three tensors: the new w, m and v")
         w, m, v = result
         state = optimizer.state[theirs]
+        explain_means(m, gradient, before, state, t, settings)
         require_close(m, state["exp_avg"], f"m after step {t} is not the running mean of the gradient", name="m")
         require_close(
             v, state["exp_avg_sq"], f"v after step {t} is not the running mean of the squared gradient", name="v"
         )
         explain_step(w, before, gradient, m, v, t, settings)
         require_close(w, theirs.detach(), f"the weights after step {t} differ", tolerance=1e-9, name="w")
+
+
+def explain_means(m, gradient, before, state, t, s) -> None:
+    """Name the usual mistakes in the running mean of the gradient; told in the first step, from m = 0."""
+    mistakes = {
+        "the decay was added to the gradient: that is an L2 penalty, which Adam then divides by sqrt(v)": (
+            (1 - s["beta1"]) * (gradient + s["decay"] * before)
+        ),
+        "the corrected mean was returned as m: the correction is made anew in each step, and not kept": (
+            state["exp_avg"] / (1 - s["beta1"] ** t)
+        ),
+    }
+    require_tensor(m, "m")
+    for words, wrong in mistakes.items():
+        require(t > 1 or m.shape != wrong.shape or not torch.allclose(m.double(), wrong, atol=1e-9), words)
 
 
 def explain_step(w, before, gradient, m, v, t, s) -> None:
@@ -92,6 +115,15 @@ def explain_step(w, before, gradient, m, v, t, s) -> None:
         "there is no weight decay": step(m_hat, v_hat, 0.0),
         "the weights move up the gradient": 2 * before - step(m_hat, v_hat, -s["decay"]),
         "the decay is not multiplied by the learning rate": step(m_hat, v_hat, s["decay"] / s["lr"]),
+        "m is corrected for its start at zero, and v is not": step(m_hat, v, s["decay"]),
+        "v is corrected for its start at zero, and m is not": step(m, v_hat, s["decay"]),
+        "the square root of v is missing": step(m_hat, v_hat**2, s["decay"]),
+        "epsilon is inside the root; it belongs outside": (
+            before - s["lr"] * (m_hat / (v_hat + s["eps"]).sqrt() + s["decay"] * before)
+        ),
+        "the decay acts on the weight after the step; it belongs to the weight before": (
+            (1 - s["lr"] * s["decay"]) * step(m_hat, v_hat, 0.0)
+        ),
     }
     require_tensor(w, "w")
     for words, wrong in mistakes.items():
@@ -110,9 +142,24 @@ def explain_step(w, before, gradient, m, v, t, s) -> None:
 def check_accumulate(fn):
     model = nn.Linear(4, 3).double()
     inputs, targets = torch.randn(10, 4, dtype=torch.float64), torch.randint(0, 3, (10,))
-    loss_of = lambda x, y: F.cross_entropy(model(x), y)  # noqa: E731
-    whole = torch.autograd.grad(loss_of(inputs, targets), list(model.parameters()))
+    whole = torch.autograd.grad(F.cross_entropy(model(inputs), targets), list(model.parameters()))
+
+    def loss_of(x, y):
+        require(
+            len(x) <= -(-len(inputs) // pieces),
+            f"in {pieces} pieces, the loss of {len(x)} of the {len(inputs)} rows is asked at once: they would have to "
+            "fit in memory together",
+        )
+        gradient = model.weight.grad
+        require(
+            not asked or (gradient is not None and not torch.equal(gradient, asked[-1])),
+            "a piece begins before backward() of the piece before: the activations of both are in memory",
+        )
+        asked.append(torch.zeros_like(model.weight) if gradient is None else gradient.clone())
+        return F.cross_entropy(model(x), y)
+
     for pieces in (1, 2, 5, 3):
+        asked: list[torch.Tensor] = []  # the gradient that stood there at each call of loss_of
         model.zero_grad()
         fn(loss_of, inputs, targets, pieces)
         require(model.weight.grad is not None, "no gradient arrived: is a backward() missing?")
@@ -147,7 +194,15 @@ def check_groups(fn):
 
     model = copy.deepcopy(Small())
     result = fn(model)
-    require(isinstance(result, tuple) and len(result) == 2, "return two lists: the decayed parameters and the others")
+    require(
+        isinstance(result, (tuple, list)) and len(result) == 2,
+        "return two lists: the decayed parameters and the others",
+    )
+    result = [list(group) for group in result]
+    require(
+        all(isinstance(p, nn.Parameter) for group in result for p in group),
+        "the lists should hold the parameters themselves, neither their names nor an optimizer's groups",
+    )
     decayed, spared = ([id(p) for p in group] for group in result)
     names = {id(p): name for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
