@@ -18,8 +18,8 @@ from tformer_lib.teaching.exercises.engine import exercise, require
 def check_decode_bound(fn):
     cases = (
         ((1, 0, 10, 100, 1000), 10.0, "one row without a past"),
-        ((4, 0, 10, 100, 1000), 40.0, "four rows share one reading of the weights"),
         ((4, 5, 10, 100, 1000), 4 * 1000 / 300, "four rows with five tokens each"),
+        ((4, 0, 10, 100, 1000), 40.0, "four rows without a past share one reading of the weights"),
         ((150, 850, 32_768, 2_470_000_000, 4.3e12), 97_022.8, "150 rows of a 1B model on an H200"),
     )
     for arguments, expected, name in cases:
@@ -66,8 +66,22 @@ def check_admit(fn):
         require(found <= len(waiting), f"{case}: {found} join, but only {len(waiting)} wait")
         if found > expected and running + found > seats:
             require(False, f"{case}: {found} join, and {running + found - seats} of them have no seat")
-        require(found <= expected, f"{case}: {found} join, the blocks suffice for {expected}")
+        needed = [-(-tokens // block_size) for tokens in waiting]
+        require(
+            found <= expected or expected + 1 == len(waiting) or found != passing(needed, running, seats, free, spare),
+            f"{case}: prompt {expected} does not fit, and nobody passes it: {expected} join, and you let in {found}",
+        )
+        require(found <= expected, f"{case}: {found} join, the blocks suffice for {expected}: they take {needed}")
         require(found == expected, f"{case}: {found} join, and there was room for {expected}")
+
+
+def passing(needed: list[int], running: int, seats: int, free: int, spare: int) -> int:
+    """How many join if small prompts pass those that do not fit."""
+    joined = 0
+    for blocks in needed:
+        if running + joined < seats and blocks <= free - spare * (running + joined):
+            free, joined = free - blocks, joined + 1
+    return joined
 
 
 @exercise(
@@ -122,7 +136,7 @@ def check_certain(fn):
             if found > expected:
                 begun = text[expected:]
                 require(False, f"{case}: {found} characters are shown, but {begun!r} may begin the stop string")
-            require(found == expected, f"{case}: {found} characters are shown, {expected} are certain")
+            require(found == expected, f"{case}: {text[:found]!r} is shown, and {text[:expected]!r} is certain")
 
 
 @exercise(
