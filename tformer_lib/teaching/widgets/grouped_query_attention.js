@@ -108,15 +108,16 @@ function bars(now, state, data, kit) {
 // What each number of kv heads would take, the chosen one in bold.
 function choicesTable(state, data, kit) {
   const { choices, heads, own } = data.models[state.model];
-  const cell = (text, bold) => kit.el("td", { style: `padding:0.1rem 0.6rem;text-align:right;font-variant-numeric:tabular-nums${bold ? ";font-weight:700" : ""}` }, text);
-  const head = (text) => kit.el("th", { scope: "col", style: "padding:0.1rem 0.6rem;text-align:right" }, text);
+  const pad = "padding:0.1rem min(0.6rem, 1.4vw)"; // four columns on a phone
+  const cell = (text, bold) => kit.el("td", { style: `${pad};text-align:right;font-variant-numeric:tabular-nums${bold ? ";font-weight:700" : ""}` }, text);
+  const head = (text) => kit.el("th", { scope: "col", style: `${pad};text-align:right` }, text);
   const name = (kv) => (kv === heads ? " MHA" : kv === 1 ? " MQA" : "");
   const rows = choices.map(([kv], i) => {
     const one = count(state, data, i);
     const texts = [`${kv}${name(kv)}${kv === own ? " *" : ""}`, short(one.token), short(one.cache), one.room.toLocaleString("en")];
     return kit.el("tr", {}, texts.map((text) => cell(text, i === state.choice)));
   });
-  const table = kit.el("table", { style: "margin:0.5rem auto 0;border-collapse:collapse;color:inherit;font-size:0.9rem;white-space:nowrap" },
+  const table = kit.el("table", { style: "margin:0.5rem auto 0;border-collapse:collapse;color:inherit;font-size:min(0.9rem, 3.5vw);white-space:nowrap" },
     kit.el("thead", {}, kit.el("tr", {}, ["kv heads", "per token", "cache", "room for"].map(head))),
     kit.el("tbody", {}, rows));
   return kit.el("div", { class: "tf-scroll", tabindex: 0, role: "group", "aria-label": "what each number of kv heads takes (* the model's own)" }, table);

@@ -37,7 +37,7 @@ const kit = {
   // A labelled slider. change(value) is called at once and whenever it moves.
   slider({ label, min, max, step = 1, value, format = String, change }) {
     const id = uid("slider");
-    const shown = kit.el("output", { for: id });
+    const shown = kit.el("output", { for: id, "aria-live": "off" }); // the slider itself tells its value
     const input = kit.el("input", { type: "range", id, min, max, step, value });
     const update = () => {
       shown.textContent = format(Number(input.value));
@@ -70,15 +70,16 @@ const kit = {
 
   button: (label, press) => kit.el("button", { type: "button", class: "tf-button", onclick: press }, label),
 
-  // Back / next buttons for figures that go step by step; change(step) is called at once and on each move.
+  // Back / next buttons for figures that go step by step; change(step) is called at once and on each move. At either end
+  // a button is only said to be disabled, for one that is disabled loses the focus, and the arrow keys with it.
   stepper({ steps, change, name = "step" }) {
     let step = 0;
     const where = kit.el("output", { class: "tf-where", "aria-live": "polite" });
     const move = (to) => {
       step = Math.min(steps - 1, Math.max(0, to));
       where.textContent = `${name} ${step + 1} of ${steps}`;
-      back.disabled = step === 0;
-      next.disabled = step === steps - 1;
+      back.setAttribute("aria-disabled", step === 0);
+      next.setAttribute("aria-disabled", step === steps - 1);
       change(step);
     };
     const back = kit.button("Back", () => move(step - 1));

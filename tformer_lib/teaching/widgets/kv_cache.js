@@ -39,10 +39,10 @@ function rows(states, step, kit) {
     ...row.map((position, slot) => box(position, position >= before[b], left + size * slot, 40 + 50 * b, size, kit)),
   ]);
   const heads = slots[0].map((_, slot) =>
-    kit.svg("text", { x: left + size * (slot + 0.5), y: 28, "text-anchor": "middle", "font-size": 11 }, slot),
+    kit.svg("text", { x: left + size * (slot + 0.5), y: 28, "text-anchor": "middle", "font-size": 14 }, slot),
   );
   const words = slots.map((row, b) => `row ${b}: ${row.map((p) => (p < 0 ? "empty" : p)).join(", ")}`).join("; ");
-  const title = kit.svg("text", { x: 0, y: 28, "font-size": 11 }, "slot");
+  const title = kit.svg("text", { x: 0, y: 28, "font-size": 14 }, "slot");
   return kit.picture(left + size * columns + 4, 46 + 50 * slots.length, `Position in each slot. ${words}`, title, heads, boxes);
 }
 
@@ -54,6 +54,6 @@ function box(position, fresh, x, y, size, kit) {
       x: x + 1, y, width: size - 2, height: size, rx: 3, "stroke-width": fresh && !empty ? 2 : 1,
       "stroke-dasharray": empty ? "3 3" : false, style: `fill:${fill};stroke:var(--tf-line)`,
     }),
-    empty ? null : kit.svg("text", { x: x + size / 2, y: y + 22, "text-anchor": "middle", "font-size": 14 }, position),
+    empty ? null : kit.svg("text", { x: x + size / 2, y: y + 22, "text-anchor": "middle", "font-size": 16 }, position),
   );
 }

@@ -1,4 +1,3 @@
-const BOX = { left: 64, top: 26, width: 460, height: 240 };
 const FIRST = 6; // the shortest text is 2^6 tokens
 const LAST = 20;
 
@@ -62,6 +61,8 @@ function short(x) {
   return `${Number((x / 1000 ** step).toPrecision(3))}${units[step]}`;
 }
 
+const raised = (power) => [...String(power)].map((digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]).join("");
+
 function sentence(state, data) {
   const N = 2 ** state.tokens;
   const [softmax, linear] = cost(state, data, N);
@@ -76,6 +77,8 @@ function sentence(state, data) {
 }
 
 function plot(state, data, text, kit) {
+  const font = window.innerWidth < 520 ? 20 : 13; // the picture shrinks to the width of a phone
+  const BOX = { left: 4.2 * font, top: 2.2 * font, width: 460, height: 240 };
   const lengths = [...Array(LAST - FIRST + 1).keys()].map((i) => i + FIRST);
   const curves = lengths.map((n) => cost(state, data, 2 ** n).map(Math.log10));
   const low = Math.floor(Math.min(...curves.flat()));
@@ -92,16 +95,18 @@ function plot(state, data, text, kit) {
   const ticks = [];
   for (let v = low; v <= high; v += every) {
     ticks.push(kit.svg("line", { x1: BOX.left, x2: BOX.left + BOX.width, y1: y(v), y2: y(v), stroke: "currentColor", opacity: 0.2 }));
-    ticks.push(kit.svg("text", { x: BOX.left - 6, y: y(v) + 4, "font-size": 12, "text-anchor": "end" }, `10^${v}`));
+    ticks.push(kit.svg("text", { x: BOX.left - 6, y: y(v) + 4, "font-size": font, "text-anchor": "end" }, `10${raised(v)}`));
   }
-  const marks = lengths.filter((n) => n % 2 === 0).map((n) =>
-    kit.svg("text", { x: x(n), y: BOX.top + BOX.height + 17, "font-size": 12, "text-anchor": "middle" }, n >= 10 ? `${2 ** (n - 10)}k` : String(2 ** n)),
+  const marks = lengths.filter((n) => n % (font > 13 ? 4 : 2) === 0).map((n) =>
+    kit.svg("text", { x: x(n), y: BOX.top + BOX.height + 1.4 * font, "font-size": font, "text-anchor": "middle" }, n >= 10 ? `${2 ** (n - 10)}k` : String(2 ** n)),
   );
   const last = lengths.length - 1;
-  const name = (which, label) => kit.svg("text", { x: BOX.left + BOX.width + 6, y: y(curves[last][which]) + 4, "font-size": 12 }, label);
+  const near = font - Math.abs(y(curves[last][0]) - y(curves[last][1]));
+  const apart = Math.max(0, near / 2) * Math.sign(curves[last][0] - curves[last][1] || 1);
+  const name = (which, label) => kit.svg("text", { x: BOX.left + BOX.width + 6, y: y(curves[last][which]) + 4 + apart * (2 * which - 1), "font-size": font }, label);
   return kit.picture(
-    BOX.left + BOX.width + 70, BOX.top + BOX.height + 36, text,
-    kit.svg("text", { x: BOX.left, y: 14, "font-size": 12 }, `${state.count === "memory" ? "bytes" : "operations"} of one head, over tokens; both axes logarithmic`),
+    BOX.left + BOX.width + 5.2 * font, BOX.top + BOX.height + 2 * font, text,
+    kit.svg("text", { x: 0, y: font, "font-size": font }, `${state.count === "memory" ? "bytes" : "operations"} of one head, over tokens; both axes logarithmic`),
     ticks, marks,
     kit.svg("line", { x1: x(state.tokens), x2: x(state.tokens), y1: BOX.top, y2: BOX.top + BOX.height, stroke: "currentColor", "stroke-dasharray": "2 3" }),
     path(0, ""), path(1, "8 4"), dot(0), dot(1), name(0, "softmax"), name(1, "linear"),

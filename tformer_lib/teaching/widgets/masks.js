@@ -57,9 +57,14 @@ function draw(root, data, kit) {
     size.style.display = state.base === "window" || state.base === "prefix" ? "" : "none";
     const rows = build(state, data);
     const first = S - state.T; // the position of the first query
-    const chosen = Math.max(state.query, first) - first;
+    const slider = query.querySelector("input");
+    if (Number(slider.min) !== first) {
+      slider.min = first; // the slider offers the queries that are there, and moves to one of them
+      slider.dispatchEvent(new Event("input"));
+      return;
+    }
+    const chosen = state.query - first;
     const pick = (i) => {
-      const slider = query.querySelector("input");
       slider.value = first + i;
       slider.dispatchEvent(new Event("input"));
     };

@@ -20,9 +20,9 @@ function draw(root, data, kit) {
     Object.assign(state, { flops: Math.log10(flops), intensity: Math.log2(flops / bytes), launches: Math.log2(launches) });
     sliders.replaceChildren(
       kit.controls(
-        kit.slider({ label: "operations", min: 6, max: 15, step: 0.1, value: state.flops, format: (x) => short(10 ** x), change: change("flops") }),
-        kit.slider({ label: "operations per byte", min: -4, max: 12, step: 0.1, value: state.intensity, format: (x) => short(2 ** x), change: change("intensity") }),
-        kit.slider({ label: "operators launched", min: 0, max: 12, step: 0.1, value: state.launches, format: (x) => String(Math.round(2 ** x)), change: change("launches") }),
+        kit.slider({ label: "operations", min: 6, max: 15, step: 0.02, value: state.flops, format: (x) => short(10 ** x), change: change("flops") }),
+        kit.slider({ label: "operations per byte", min: -4, max: 12, step: 0.02, value: state.intensity, format: (x) => short(2 ** x), change: change("intensity") }),
+        kit.slider({ label: "operators launched", min: 0, max: 12, step: 0.02, value: state.launches, format: (x) => String(Math.round(2 ** x)), change: change("launches") }),
       ),
     );
     if (ready) show();
@@ -77,13 +77,15 @@ function duration(s) {
   return `${Number((s / size).toPrecision(3))} ${unit}`;
 }
 
+const decide = (kind) => (KINDS[kind] === "launches" ? "decide" : "decides");
+
 function sentence(state, found) {
   const name = KINDS[found.longest];
   const gain = found.seconds / found.after;
-  const then = found.next === found.longest ? `${name} still decides` : `then ${KINDS[found.next]} decides`;
+  const then = found.next === found.longest ? `${name} still ${decide(found.longest)}` : `then ${KINDS[found.next]} ${decide(found.next)}`;
   const share = (100 * found.times[0]) / found.seconds;
   const reached = share >= 99.95 ? "the whole matrix rate" : `${Number(share.toPrecision(2))} % of the matrix rate`;
-  return `At least ${duration(found.seconds)}: ${name} decide${found.longest === 2 ? "" : "s"}, and at best ${reached} is reached. ` +
+  return `At least ${duration(found.seconds)}: ${name} ${decide(found.longest)}, and at best ${reached} is reached. ` +
     `With ${name} ${state.factor} times faster: ${Number(gain.toPrecision(3))} times faster in all, ${then}.`;
 }
 
@@ -101,7 +103,7 @@ function picture(state, found, text, kit) {
   const reached = found.flops / found.seconds;
   const note = (px, py, words, anchor = "middle") => kit.svg("text", { x: px, y: py, "font-size": 14, "text-anchor": anchor }, words);
   const bars = KINDS.map((kind, i) => bar(kind, i, found, kit));
-  const marks = [-4, 0, 4, 8, 12].map((i) => note(x(i), PLOT.top + PLOT.height + 16, short(2 ** i)));
+  const marks = [-4, 0, 4, 8, 12].map((i) => note(x(i), PLOT.top + PLOT.height + 16, i < 0 ? `1/${2 ** -i}` : (2 ** i).toLocaleString("en")));
   const levels = [1, 3, 5].map((down) => {
     const value = 10 ** (Math.floor(top) - down);
     return [kit.svg("line", { x1: PLOT.left, x2: PLOT.left + PLOT.width, y1: y(value), y2: y(value), stroke: "currentColor", opacity: 0.2 }),

@@ -87,6 +87,6 @@ function pool({ owners }, { names, blockSize }, kit) {
     ];
   });
   const words = owners.map((owner) => (owner < 0 ? "free" : names[owner])).join(", ");
-  const title = kit.svg("text", { x: 0, y: 12, "font-size": 13 }, `memory: blocks of ${blockSize} tokens, and whose they are`);
+  const title = kit.svg("text", { x: 0, y: 12, "font-size": 13 }, `blocks of ${blockSize} tokens, and whose they are`);
   return kit.picture(Math.max(2 + size * across, 310), 26 + size * Math.ceil(owners.length / across), `Blocks: ${words}`, title, boxes);
 }

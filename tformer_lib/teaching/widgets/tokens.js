@@ -34,7 +34,7 @@ function bars({ pairs }, kit) {
       kit.svg("text", { x: end + 6, y: y + 18, "font-size": 15 }, i ? count : `${count} ← merged`),
     ];
   });
-  return kit.picture(370, 26 * pairs.length + 10, "Counts of the most frequent pairs", lines);
+  return kit.picture(370, 26 * pairs.length + 10, `Counts of the most frequent pairs: ${pairs.map(([left, right, count]) => `${left} + ${right} ${count}`).join(", ")}`, lines);
 }
 
 // One word: how often it occurs, and its tokens as boxes; the newest token is filled.
