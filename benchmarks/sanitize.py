@@ -143,12 +143,13 @@ def run_paged_decode(step: int) -> None:
 
 def run_paged_prefill() -> None:
     """Chunks, whole prompts and decoding rows side by side."""
-    from tformer_lib.paged_attention import FP8, paged_attention
+    from tformer_lib.paged_attention import FP8, PREFILL_STEPS, paged_attention
 
     lengths, counts = [900, 0, 333, 100, 2, 17], [1, 0, 5, 100, 2, 7]
     for d, cache in itertools.product((64, 128, 256), (None, FP8)):
         x = paged_rows(lengths, counts, d=d, heads=6, kv_heads=2, cache=cache)
-        paged_attention(**x, step="prefill", return_lse=True, window=200)
+        for step in ("prefill_tensor_core",) if cache else PREFILL_STEPS:
+            paged_attention(**x, step=step, return_lse=True, window=200)
     paged_attention(**paged_rows(lengths, counts, heads=4, kv_heads=2, block_size=1), step="prefill")
     torch.cuda.synchronize()
 

@@ -14,10 +14,12 @@ from tformer_lib.paged_attention import paged_attention as attention
 
 HAS_CPU_TWIN = jit.can_build_cpp()
 HAS_GPU = torch.cuda.is_available()
+IS_HOPPER = HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 RAGGED = (0, 1, 15, 16, 17, 63, 64, 65, 333, 0, 1100, 7)
 
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+needs_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9.0")
 needs_cpu_twin = pytest.mark.skipif(not HAS_CPU_TWIN, reason="needs a C++ compiler and ninja")
 pytestmark = pytest.mark.filterwarnings("ignore:.*compile.*:UserWarning")
 
@@ -25,9 +27,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*compile.*:UserWarning")
 def backends(packed: bool):
     """(step, device, dtype) of every kernel that runs here."""
     found = [("cpu", "cpu", dtype) for dtype in (FP32, BF16)] if HAS_CPU_TWIN else []
-    if HAS_GPU:
-        found += [("prefill", "cuda", BF16), ("prefill", "cuda", FP16)] if packed else []
-        found += [] if packed else [(1, "cuda", FP32), (1, "cuda", BF16), (2, "cuda", BF16), (2, "cuda", FP16)]
+    if HAS_GPU and packed:
+        steps = ["prefill_tensor_core"] + ["prefill_hopper"] * IS_HOPPER
+        found += [(step, "cuda", dtype) for step in steps for dtype in (BF16, FP16)]
+    elif HAS_GPU:
+        found += [(1, "cuda", FP32), (1, "cuda", BF16), (2, "cuda", BF16), (2, "cuda", FP16)]
     return [pytest.param(*x, id=f"{x[0]}-{str(x[2])[6:]}") for x in found]
 
 
@@ -141,15 +145,19 @@ def test_packed_rows_of_one_query_or_none(step, device, dtype):
     check(x, step, max_queries=1)
 
 
-@every_decoder
-def test_any_strides(step, device, dtype):
+def with_other_strides(x):
     """vLLM's order of a pool, queries that are a slice of something wider, and a table inside a larger one."""
-    x = case(RAGGED, dtype=dtype, device=device)
     for name in ("k_pool", "v_pool"):
         x[name] = x[name].transpose(1, 2).contiguous().transpose(1, 2)
-    x["q"] = torch.cat((x["q"], x["q"]), dim=1)[:, :4]
-    x["block_tables"] = torch.cat((x["block_tables"], x["block_tables"]), dim=1)[:, : x["block_tables"].shape[1]]
-    check(x, step)
+    heads, most = x["q"].shape[1], x["block_tables"].shape[1]
+    x["q"] = torch.cat((x["q"], x["q"]), dim=1)[:, :heads]
+    x["block_tables"] = torch.cat((x["block_tables"], x["block_tables"]), dim=1)[:, :most]
+    return x
+
+
+@every_decoder
+def test_any_strides(step, device, dtype):
+    check(with_other_strides(case(RAGGED, dtype=dtype, device=device)), step)
 
 
 @needs_cpu_twin
@@ -169,7 +177,7 @@ MIXED = {"counts": (1, 0, 5, 100, 33, 2, 1, 0, 7), "lengths": (900, 0, 700, 100,
 
 
 @every_prefill
-@pytest.mark.parametrize("heads", [(4, 2), (6, 1), (2, 2), (24, 2)])
+@pytest.mark.parametrize("heads", [(4, 2), (6, 1), (2, 2), (24, 2), (7, 1), (71, 1)])
 def test_prefill_mixed_with_decode(step, device, dtype, heads):
     check(case(**MIXED, heads=heads[0], kv_heads=heads[1], dtype=dtype, device=device), step)
 
@@ -183,6 +191,8 @@ def test_prefill_of_wide_rows(step, device, dtype, d):
 @every_prefill
 @pytest.mark.parametrize("block_size", [1, 8, 32, 256])
 def test_prefill_for_any_block_size(step, device, dtype, block_size):
+    if step == "prefill_hopper" and block_size < 8:
+        pytest.skip("TMA's swizzle works on 8 rows")
     check(case(**MIXED, block_size=block_size, dtype=dtype, device=device), step)
 
 
@@ -194,7 +204,33 @@ def test_prefill_under_a_window(step, device, dtype, window):
 
 @every_prefill
 def test_prefill_from_float8(step, device, dtype):
+    if step == "prefill_hopper":
+        pytest.skip("TMA copies numbers as they are")
     check(case(**MIXED, dtype=dtype, cache=FP8, device=device), step, k_scale=0.5, v_scale=2.0)
+
+
+@every_prefill
+@pytest.mark.parametrize("d", [64, 128])
+def test_prefill_of_long_rows(step, device, dtype, d):
+    """Several tiles of queries against several of keys, more of them than a GPU works on at once."""
+    if device == "cpu":
+        pytest.skip("takes long")
+    check(case((5000, 1, 2049, 3000), counts=(700, 1, 2049, 3000), heads=8, d=d, dtype=dtype, device=device), step)
+
+
+@every_prefill
+def test_prefill_of_many_short_rows(step, device, dtype):
+    lengths = [i * 7 % 60 for i in range(150)]
+    check(case(lengths, counts=[min(n, i % 9) for i, n in enumerate(lengths)], dtype=dtype, device=device), step)
+
+
+@every_prefill
+@pytest.mark.parametrize("d", [64, 128])
+def test_prefill_with_other_strides_and_scales(step, device, dtype, d):
+    x = with_other_strides(case(**MIXED, d=d, dtype=dtype, device=device))
+    check(x, step, scale=0.3, k_scale=0.5, v_scale=2.0)
+    x["q"] = x["q"][:, :1].expand(-1, 4, -1)
+    check(x, step)
 
 
 @every_prefill
@@ -293,7 +329,7 @@ def test_refusals_say_why():
     x = case((5, 40))
     with pytest.raises(ValueError, match="runs on cuda, and q is on cpu"):
         attention(**x, step=2)
-    with pytest.raises(ValueError, match="step must be one of 0, cpu, 1, 2, prefill, got '7'"):
+    with pytest.raises(ValueError, match=r"step must be one of 0, cpu, 1, 2, prefill, .*, got '7'"):
         attention(**x, step=7)
     with pytest.raises(ValueError, match="no gradients"):
         attention(**{**x, "q": x["q"].requires_grad_()}, step="cpu")
@@ -322,6 +358,35 @@ def test_refusals_of_the_gpu():
         attention(**case((5,), block_size=12, dtype=BF16, device="cuda"), step=2)
     with pytest.raises(ValueError, match="one query a row"):
         attention(**case((5,), counts=(3,), dtype=BF16, device="cuda"), step=2)
+
+
+@needs_hopper
+def test_refusals_of_hopper():
+    def refused(message, **options):
+        x = case((40, 9), **{"counts": (30, 9), "dtype": BF16, "device": "cuda", **options})
+        with pytest.raises(ValueError, match=message):
+            attention(**x, step="prefill_hopper")
+        check(x, "prefill")
+
+    refused("at least, got 4", block_size=4)
+    refused(r"must be of q's dtype torch\.bfloat16, got torch\.float8_e4m3fn", cache=FP8)
+    refused("fit into a tile of 128 rows, got 129", heads=129, kv_heads=1)
+
+
+@needs_gpu
+def test_cuda_graph_of_prefill_follows_lengths_and_tables():
+    x = case((704, 48, 0), counts=(50, 48, 3), dtype=BF16, device="cuda")
+    attention(**x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention(**x)
+    for name in ("lengths", "block_tables"):
+        x[name].copy_(x[name].flip(0))
+    x["q"].normal_()
+    x["query_starts"].copy_(torch.tensor([0, 0, 40, 101]))
+    for _ in range(2):
+        graph.replay()
+        assert torch.equal(out, attention(**x))
 
 
 @needs_gpu
@@ -364,3 +429,5 @@ def test_more_than_two_to_the_31_numbers():
         moved[name][far:] = x[name]
     for step in (1, 2):
         assert torch.equal(attention(**moved, step=step), attention(**x, step=step))
+    starts = {"query_starts": torch.tensor([0, 2, 2], dtype=torch.int32, device="cuda")}
+    assert torch.equal(attention(**moved, **starts, step="prefill"), attention(**x, **starts, step="prefill"))

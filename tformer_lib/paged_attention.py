@@ -16,17 +16,25 @@ at offset ``p % block_size``, and its slot is block * block_size + offset.
 
 The ladder of implementations, each callable by its ``step``; ``step=None`` takes the top one that can do what is asked:
 
-========= ================ =================================================== ======================================
-step      source           what it is                                          runs on
-========= ================ =================================================== ======================================
-0         this file        blocks gathered, plain attention: the reference     anything
-"cpu"     cpu.cpp          tiles of keys read from the blocks, in vectors      a CPU, f32 bf16 f16
-1         1_block_table.cu decode: a thread block a query head                 a GPU, head_dim up to 256
-2         2_split_kv.cu    decode: work cut evenly, tensor cores, cp.async     sm_80 on, bf16 f16, head_dim 64 128
-"prefill" prefill.cu       many queries a row; step 2 for the rows with one    sm_80 on, bf16 f16, head_dim 64 128 256
-========= ================ =================================================== ======================================
+===================== ====================== ========================================== ==============================
+step                  source                 what it is                                 runs on
+===================== ====================== ========================================== ==============================
+0                     this file              blocks gathered, plain attention: the      anything
+                                             reference
+"cpu"                 cpu.cpp                tiles of keys read from the blocks, in     a CPU, f32 bf16 f16
+                                             vectors
+1                     1_block_table.cu       decode: a thread block a query head        a GPU, head_dim up to 256
+2                     2_split_kv.cu          decode: work cut evenly, tensor cores,     sm_80 on, bf16 f16,
+                                             cp.async                                   head_dim 64 128
+"prefill_tensor_core" prefill_tensor_core.cu many queries a row, by mma.sync; step 2    sm_80 on, bf16 f16,
+                                             for the rows with one                      head_dim 64 128 256
+"prefill_hopper"      prefill_hopper.cu      the same by TMA and wgmma                  sm_90, the same; blocks of 8
+                                                                                        or more
+"prefill"                                    the better of the two that can do it
+===================== ====================== ========================================== ==============================
 
-All of them read pools of q's dtype or of float8. What a GPU's kernels refuse runs step 0, which waits for the device.
+All of them read pools of q's dtype, and all but "prefill_hopper" pools of float8. What a GPU's kernels refuse runs
+step 0, which waits for the device.
 """
 
 import ctypes
@@ -888,11 +896,13 @@ def running_sum(counts: Sequence[int]) -> list[int]:
 # --- which step ----------------------------------------------------------------------------------------------------
 
 TOPIC = "paged_attention"
-STEPS = ("0", "cpu", "1", "2", "prefill")
+PREFILL_STEPS = ("prefill_hopper", "prefill_tensor_core")  # the better first
+STEPS = ("0", "cpu", "1", "2", "prefill", *PREFILL_STEPS)
 HALVES = (torch.bfloat16, torch.float16)
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, FP8: 3}
-DECODE_LADDER, PREFILL_LADDER, CPU_LADDER = ("2", "1", "0"), ("prefill", "0"), ("cpu", "0")
+DECODE_LADDER, PREFILL_LADDER, CPU_LADDER = ("2", "1", "0"), (*PREFILL_STEPS, "0"), ("cpu", "0")
 DECODE_HEAD_DIMS, PREFILL_HEAD_DIMS, MOST_HEAD_DIM = (64, 128), (64, 128, 256), 256
+TMA_ROWS, TILE_ROWS = 8, 128  # of prefill_hopper.cu: a box of TMA has so many rows at least, a tile of queries at least
 
 
 @dataclass(frozen=True)
@@ -915,9 +925,11 @@ def choose_step(step: str | None, q: Tensor, k_pool: Tensor, v_pool: Tensor, one
         return next(name for name in ladder(kind) if refusal_of_tensors(name, tensors, scale) is None)
     if step not in STEPS:
         raise ValueError(f"step must be one of {', '.join(STEPS)}, got {step!r}")
-    if reason := refusal(step, kind) or refusal_of_tensors(step, tensors, scale):
-        raise ValueError(f"step {step} cannot do this: {reason}")
-    return step
+    for name in PREFILL_STEPS if step == "prefill" else (step,):
+        reason = refusal(name, kind) or refusal_of_tensors(name, tensors, scale)
+        if reason is None:
+            return name
+    raise ValueError(f"step {step} cannot do this: {reason}")
 
 
 @cache
@@ -957,6 +969,17 @@ def refusal_of_tensor_cores(step: str, kind: Kind) -> str | None:
     capability = torch.cuda.get_device_capability(kind.device)
     if capability < (8, 0):
         return f"mma.sync with bfloat16 and cp.async need compute capability 8.0, this GPU has {capability}"
+    return refusal_of_hopper(kind, capability) if step == "prefill_hopper" else None
+
+
+def refusal_of_hopper(kind: Kind, capability: tuple[int, int]) -> str | None:
+    """Why the prefill by TMA and wgmma cannot do this."""
+    if capability != (9, 0):
+        return f"wgmma is of compute capability 9.0 alone, this GPU has {capability}"
+    if kind.cache_dtype != kind.dtype:
+        return f"TMA copies pools as they are, so they must be of q's dtype {kind.dtype}, got {kind.cache_dtype}"
+    if kind.block_size < TMA_ROWS:
+        return f"TMA's swizzle works on {TMA_ROWS} rows: the block size must be that at least, got {kind.block_size}"
     return None
 
 
@@ -979,8 +1002,11 @@ def refusal_of_tensors(step: str, tensors: tuple[Tensor, Tensor, Tensor], scale:
         return None
     if not all(is_aligned(pool) for pool in pools):
         return "16-byte loads need pools whose addresses and strides are multiples of 16 bytes"
-    if step == "prefill" and scale <= 0:
+    if step in PREFILL_STEPS and scale <= 0:
         return f"it takes the maximum of the scores before it scales them: scale must be positive, got {scale}"
+    group = tensors[0].shape[1] // pools[0].shape[1]
+    if step == "prefill_hopper" and group > TILE_ROWS:
+        return f"the query heads of a kv head must fit into a tile of {TILE_ROWS} rows, got {group}"
     return None
 
 
@@ -1005,7 +1031,8 @@ def kernel(step: str, device: torch.device, name: str) -> ctypes._CFuncPtr:
     """A C function of a step's library, built at the first call."""
     function = getattr(jit.load(TOPIC, step, device=device), name)
     function.restype = ctypes.c_char_p  # null, or what went wrong
-    function.argtypes = [ctypes.c_char_p, ctypes.c_void_p] + ([ctypes.c_int32] if name == "prefill" else [])
+    more = {"prefill_tensor_core": 1, "prefill_hopper": 2}.get(step, 0) if name == "prefill" else 0
+    function.argtypes = [ctypes.c_char_p, ctypes.c_void_p, *[ctypes.c_int32] * more]
     return function
 
 
@@ -1021,7 +1048,7 @@ class Plan:
         calls: the C functions to call, with what each takes beyond the arguments and the stream.
         layouts: the strides of each tensor in the arguments, in their order.
         numbers: the arguments after the last address.
-        pairs: counters that step 2 needs, 0 if it takes no part.
+        pairs: counters that step 2 needs, or the better prefill; 0 if neither takes part.
         copies: whether a tensor must be copied first, so that the kernels can read it.
     """
 
@@ -1207,18 +1234,21 @@ def plan_attention(
         DTYPE_CODES[k_pool.dtype],
     )
     layouts = (q.stride()[:2], (heads * d, d), k_pool.stride()[:3], v_pool.stride()[:3])
-    uses_step_2 = chosen == "2" or (chosen == "prefill" and d in DECODE_HEAD_DIMS)
-    pairs = lengths.shape[0] * heads if uses_step_2 else 0
-    return Plan(chosen, q.device, calls_of(chosen, q.device, uses_step_2), layouts, numbers, pairs)
+    uses_step_2 = chosen == "2" or (chosen in PREFILL_STEPS and d in DECODE_HEAD_DIMS)
+    pairs = max(2, lengths.shape[0] * heads) if uses_step_2 or chosen == "prefill_hopper" else 0
+    return Plan(chosen, q.device, calls_of(chosen, k_pool, uses_step_2), layouts, numbers, pairs)
 
 
-def calls_of(step: str, device: torch.device, uses_step_2: bool) -> tuple:
+def calls_of(step: str, k_pool: Tensor, uses_step_2: bool) -> tuple:
     """The C functions of a step; prefill leaves rows with one query to step 2, where that can take them."""
+    device = k_pool.device
     if step == "cpu":
         return ((kernel("cpu", device, "attend"), ()),)
-    decode = ((kernel("2" if uses_step_2 else step, device, "decode"), ()),) if step != "prefill" or uses_step_2 else ()
-    prefill = ((kernel("prefill", device, "prefill"), (2 if uses_step_2 else 1,)),) if step == "prefill" else ()
-    return prefill + decode
+    if step not in PREFILL_STEPS:
+        return ((kernel(step, device, "decode"), ()),)
+    least, blocks = 2 if uses_step_2 else 1, k_pool.shape[0]
+    prefill = (kernel(step, device, "prefill"), (least, blocks) if step == "prefill_hopper" else (least,))
+    return (prefill, (kernel("2", device, "decode"), ())) if uses_step_2 else (prefill,)
 
 
 def readable(x: Tensor | None) -> Tensor | None:

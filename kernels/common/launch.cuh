@@ -6,6 +6,13 @@
 
 constexpr int64_t MOST_BLOCKS = 0x7fffffff;
 
+inline int64_t multiprocessors() {
+    int device = 0, count = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+}
+
 // A block gets more than 48 KB of shared memory only after asking for it.
 template <class Kernel>
 const char* allow_shared(Kernel kernel, size_t bytes) {

@@ -129,10 +129,11 @@ inline auto find_encoder() {
     return result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
 }
 
-// A map of a (batch, heads, rows, columns) matrix of halves for boxes of `box_rows` rows of 64 columns, written to shared
-// memory with the 128-byte swizzle. Strides are in elements. Returns null, or what went wrong.
+// A map of a (batch, heads, rows, columns) matrix of halves for boxes of `box_rows` rows of 64 columns (of each of
+// `box_batch` batches, one after another), written to shared memory with the 128-byte swizzle. Strides are in elements.
+// Returns null, or what went wrong.
 inline const char* make_map(CUtensorMap* map, bool is_bf16, void* data, const int64_t (&sizes)[4],
-                            const int64_t (&strides)[3], int box_rows) {
+                            const int64_t (&strides)[3], int box_rows, int box_batch = 1) {
     static const auto encode = find_encoder();
     if (encode == nullptr) return NO_ENCODER;
     const auto [batch, heads, rows, columns] = sizes;
@@ -140,7 +141,7 @@ inline const char* make_map(CUtensorMap* map, bool is_bf16, void* data, const in
     cuuint64_t bytes[3];
     for (int i = 0; i < 3; ++i)  // a dimension of one element may have any stride: give it one that the driver takes
         bytes[i] = cuuint64_t(extents[i + 1] == 1 ? columns : strides[2 - i]) * 2;
-    const cuuint32_t box[] = {BOX_COLUMNS, cuuint32_t(box_rows), 1, 1}, every[] = {1, 1, 1, 1};
+    const cuuint32_t box[] = {BOX_COLUMNS, cuuint32_t(box_rows), 1, cuuint32_t(box_batch)}, every[] = {1, 1, 1, 1};
     const auto type = is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     const CUresult result = encode(map, type, 4, data, extents, bytes, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
                                    CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

@@ -20,8 +20,8 @@
 //   limit       mma.sync itself: half of what the same device reaches in a matrix product by wgmma (687)
 #include "common/launch.cuh"
 #include "common/mma.cuh"
+#include "common/softmax.cuh"
 #include "resources.cuh"
-#include "rows.cuh"
 #include "sight.cuh"
 
 namespace flash {

@@ -2,7 +2,7 @@
 // (Shah et al., arXiv:2407.08608).
 //
 //   producer warp         one thread asks TMA for Q, K0, K1, V0, K2, V1, ...; waits only for free buffers
-//   consumer warpgroups   64 rows of Q each; scores, P and O in registers
+//   consumer warpgroups   64 rows of Q each; scores, P and O in registers (common/hopper.cuh: paged attention shares it)
 //
 // Two things keep the tensor cores busy while the special-function units compute exponentials:
 //
@@ -31,47 +31,21 @@
 // ever, its outputs are not written, and its rows of V are zeroed before they meet their P, which is zero.
 #include <algorithm>
 
+#include "common/hopper.cuh"
 #include "common/launch.cuh"
-#include "common/tma.cuh"
-#include "common/wgmma.cuh"
 #include "resources.cuh"
-#include "rows.cuh"
 #include "sight.cuh"
 
 namespace flash {
 namespace {
 
-constexpr int WARPGROUP = 128, WARPS = WARPGROUP / WARP, GROUP_ROWS = 64;
-constexpr int STAGES = 2;  // buffers of K and of V
-constexpr int CLEARED = 8;  // hardware barrier; turns take 1 to 3
-constexpr int ROW_BYTES = BOX_COLUMNS * 2;
-
-// KEYS is as wide as the registers of a consumer allow: scores KEYS / 2, P KEYS / 4 and O D / 2 of them.
-template <int D_, int GROUPS_, int KEYS_>
-struct Shape {
-    static constexpr bool PACKED = false;
-    static constexpr int D = D_, GROUPS = GROUPS_, KEYS = KEYS_, ROWS = GROUPS * GROUP_ROWS;
-    static constexpr bool TURNS = D == 64;  // at wider d the products are long enough to hide a softmax in any order
-    static constexpr int THREADS = (GROUPS + 1) * WARPGROUP;
-    static constexpr int BOXES = D / BOX_COLUMNS;
-    static constexpr int Q_BYTES = ROWS * D * 2, TILE_BYTES = KEYS * D * 2;
-    static constexpr int SHARED_BYTES = Q_BYTES + 2 * STAGES * TILE_BYTES + 1024;  // aligned to 1,024 by hand
-    static constexpr int PRODUCER_REGISTERS = GROUPS == 2 ? 24 : 32, CONSUMER_REGISTERS = GROUPS == 2 ? 240 : 160;
-};
+using namespace hopper;
 
 // Packed sequences: rows behind a sequence's end are the next one's. Only what differs is compiled, so that one sequence a
 // batch row costs nothing more.
-template <class Shape>
-struct Packed : Shape {
-    static constexpr bool PACKED = true;
-};
-
-struct Barriers {
-    uint64_t q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
-};
-
-struct Buffers {
-    uint8_t *Q, *K, *V;
+template <class Shape, bool PACKED_>
+struct Rows : Shape {
+    static constexpr bool PACKED = PACKED_;
 };
 
 // What the host prepares for one launch.
@@ -162,146 +136,54 @@ __device__ void produce(const Plan& plan, const Arguments& a, Buffers buffers, B
 
 // --- consumers -------------------------------------------------------------------------------------------------------
 
-// S = Q K^T: D / 16 products, four in each box of 64 columns, 32 bytes apart in its rows.
 template <class Half, class Sh>
-__device__ void issue_scores(float (&S)[Sh::KEYS / 8][4], uint32_t Q, uint32_t K) {
-#pragma unroll
-    for (int k = 0; k < Sh::D / 16; ++k)
-        multiply_shared<Half, false, false>(S, k_major(Q + k / 4 * Sh::ROWS * ROW_BYTES + k % 4 * 32),
-                                            k_major(K + k / 4 * Sh::KEYS * ROW_BYTES + k % 4 * 32), k > 0);
-    commit_products();
-}
-
-// O += P V: KEYS / 16 products, each of 16 rows of V.
-template <class Half, class Sh>
-__device__ void issue_values(float (&O)[Sh::D / 8][4], const uint32_t (&P)[Sh::KEYS / 16][4], uint32_t V,
-                             bool accumulate) {
-#pragma unroll
-    for (int k = 0; k < Sh::KEYS / 16; ++k)
-        multiply_registers<Half>(O, P[k], n_major(V + k * 16 * ROW_BYTES, Sh::KEYS * ROW_BYTES), accumulate || k > 0);
-    commit_products();
-}
-
-template <class Half, class Sh>
-struct Consumer {
+struct Tile : Consumer<Half, Sh> {
     const Arguments& a;
-    Sequence sequence;
-    Sight sight;
-    Barriers& barriers;
-    const Buffers& buffers;
-    const uint32_t Q, K, V;
-    const int group, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % WARPS;
-    const float to_base_2 = a.scale * LOG2E;
-    Ring<STAGES> k = {}, v = {};
-    int q_parity = 0;
+    Sequence sequence = sequence_of(a, 0);
+    Sight sight = sight_of(a, sequence);
 
-    // Turns: group g waits for turn g, and hands on to the next group.
-    __device__ void wait_turn() const {
-        if constexpr (Sh::TURNS) meet(1 + group, 2 * WARPGROUP);
-    }
-    __device__ void pass_turn() const {
-        if constexpr (Sh::TURNS) report(1 + (group + 1) % Sh::GROUPS, 2 * WARPGROUP);
-    }
-
-    __device__ void release(uint64_t* empty) const {
-        if (lane == 0) arrive(empty);
-    }
-
-    // Mask if needed, and one step of the online softmax of both rows of this lane.
-    __device__ void softmax(float (&S)[Sh::KEYS / 8][4], float (&m)[2], float (&l)[2], float (&correction)[2], int top,
-                            int key) const {
-        if (!sight.sees_all(top, GROUP_ROWS, key, Sh::KEYS))
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const int row = top + row_in_group(r);
-                mask_row(S, r, sight.first(row) - key, sight.last(row) - key);
-            }
-#pragma unroll
-        for (int r = 0; r < 2; ++r) correction[r] = softmax_row(S, r, to_base_2, m[r], l[r]);
-    }
-
-    // The last tile of V may hold rows of the next packed sequence, whose P is zero: not so 0 x NaN.
-    __device__ void clear_neighbours(int key) const {
-        if (!Sh::PACKED || key + Sh::KEYS <= sight.S) return;
-        constexpr int THREADS = Sh::GROUPS * WARPGROUP;
-        wait(&barriers.v_full[v.stage], v.parity);
-        clear_rows(buffers.V + v.stage * Sh::TILE_BYTES, Sh::BOXES, Sh::KEYS, sight.S - key, threadIdx.x, THREADS);
-        show_to_async();
-        meet(CLEARED, THREADS);
-    }
-
-    __device__ int row_in_group(int r) const { return warp * 16 + r * 8 + lane / 4; }
+    __device__ Tile(const Arguments& a, Barriers& barriers, const Buffers& buffers, int group)
+        : Consumer<Half, Sh>(barriers, buffers, group, a.scale), a(a) {}
 
     __device__ void run(const Work& work) {
         if constexpr (Sh::PACKED) {
             sequence = sequence_of(a, work.b);
             sight = sight_of(a, sequence);
         }
-        const int top = work.tile * Sh::ROWS, group_top = top + group * GROUP_ROWS;
+        const int top = work.tile * Sh::ROWS, group_top = top + this->group * GROUP_ROWS;
         const KeyTiles tiles = key_tiles<Sh>(sight, top);
-        float O[Sh::D / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {}, correction[2];
-        if (tiles.count > 0) {
-            float S[Sh::KEYS / 8][4];
-            uint32_t P[Sh::KEYS / 16][4];
-            int key = tiles.begin + (tiles.count - 1) * Sh::KEYS;
-            wait(&barriers.q_full, q_parity);
-            q_parity ^= 1;
-            wait(&barriers.k_full[k.stage], k.parity);
-            products_begin();
-            issue_scores<Half, Sh>(S, Q, K + k.stage * Sh::TILE_BYTES);
-            wait_products<0>();
-            pin(S);
-            release(&barriers.k_empty[k.stage]);
-            k.next();
-            softmax(S, m, l, correction, group_top, key);
-            pack_all<Half>(P, S);
-            clear_neighbours(key);
-
-            for (int i = 1; i < tiles.count; ++i) {
-                key -= Sh::KEYS;
-                wait(&barriers.k_full[k.stage], k.parity);
-                wait_turn();
-                products_begin();
-                issue_scores<Half, Sh>(S, Q, K + k.stage * Sh::TILE_BYTES);
-                wait(&barriers.v_full[v.stage], v.parity);
-                issue_values<Half, Sh>(O, P, V + v.stage * Sh::TILE_BYTES, true);
-                pass_turn();
-                wait_products<1>();
-                pin(S);
-                release(&barriers.k_empty[k.stage]);
-                k.next();
-                softmax(S, m, l, correction, group_top, key);
-                wait_products<0>();
-                pin(O);
-                release(&barriers.v_empty[v.stage]);
-                v.next();
-                pack_all<Half>(P, S);
-#pragma unroll
-                for (int r = 0; r < 2; ++r) scale_row(O, r, correction[r]);
-            }
-            release(&barriers.q_empty);
-            wait(&barriers.v_full[v.stage], v.parity);
-            products_begin();
-            issue_values<Half, Sh>(O, P, V + v.stage * Sh::TILE_BYTES, true);
-            wait_products<0>();
-            pin(O);
-            release(&barriers.v_empty[v.stage]);
-            v.next();
-        }
+        float O[Sh::D / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {};
+        if (tiles.count > 0)
+            this->attend(
+                O, m, l, tiles.begin + (tiles.count - 1) * Sh::KEYS, tiles.count,
+                [&](float(&S)[Sh::KEYS / 8][4], int key) { mask(S, group_top, key); },
+                [&](int key) {  // the last tile of V may hold rows of the next packed sequence
+                    if (Sh::PACKED && key + Sh::KEYS > sight.S) this->clear_values(sight.S - key);
+                });
         store(O, m, l, work, group_top);
+    }
+
+    __device__ void mask(float (&S)[Sh::KEYS / 8][4], int group_top, int key) const {
+        if (sight.sees_all(group_top, GROUP_ROWS, key, Sh::KEYS)) return;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = group_top + this->row_in_group(r);
+            mask_row(S, r, sight.first(row) - key, sight.last(row) - key);
+        }
     }
 
     __device__ void store(const float (&O)[Sh::D / 8][4], const float (&m)[2], const float (&l)[2], const Work& work,
                           int group_top) const {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int row = group_top + row_in_group(r);
+            const int row = group_top + this->row_in_group(r);
             const float sum = quad_sum(l[r]);
             const bool valid = row < sight.T;
             const int64_t batch = Sh::PACKED ? 0 : work.b, at = Sh::PACKED ? sequence.q_begin + row : row;
             Half* target = row_of<Half>(a.out, batch, work.h, at);
             store_row<Half>(target, O, r, sum > 0.0f ? 1.0f / sum : 0.0f, valid, a.head_dim);
-            if (valid && lane % 4 == 0) a.lse[lse_index(a, batch, work.h, at)] = log_sum_exp(m[r], sum, to_base_2);
+            if (valid && this->lane % 4 == 0)
+                a.lse[lse_index(a, batch, work.h, at)] = log_sum_exp(m[r], sum, this->to_base_2);
         }
     }
 };
@@ -311,19 +193,9 @@ __global__ void __launch_bounds__(Sh::THREADS, 1)
     forward_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Arguments a) {
     extern __shared__ uint8_t shared[];
     __shared__ Barriers barriers;
-    uint8_t* const Q = shared + (1024 - shared_address(shared) % 1024) % 1024;  // the swizzle counts from 1,024 bytes
-    const Buffers buffers{Q, Q + Sh::Q_BYTES, Q + Sh::Q_BYTES + STAGES * Sh::TILE_BYTES};
-
+    const Buffers buffers = buffers_in<Sh>(shared);
     if (threadIdx.x == 0) {
-        constexpr int CONSUMER_WARPS = Sh::GROUPS * WARPS;
-        barrier_init(&barriers.q_full, 1);
-        barrier_init(&barriers.q_empty, CONSUMER_WARPS);
-        for (int i = 0; i < STAGES; ++i) {
-            barrier_init(&barriers.k_full[i], 1);
-            barrier_init(&barriers.v_full[i], 1);
-            barrier_init(&barriers.k_empty[i], CONSUMER_WARPS);
-            barrier_init(&barriers.v_empty[i], CONSUMER_WARPS);
-        }
+        barriers.init(Sh::CONSUMER_WARPS);
         barriers_ready();
     }
     __syncthreads();
@@ -334,20 +206,10 @@ __global__ void __launch_bounds__(Sh::THREADS, 1)
     } else {
         take_registers<Sh::CONSUMER_REGISTERS>();
         const int group = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
-        const Sequence sequence = sequence_of(a, 0);
-        Consumer<Half, Sh> consumer{a,
-                                    sequence,
-                                    sight_of(a, sequence),
-                                    barriers,
-                                    buffers,
-                                    shared_address(buffers.Q) + group * GROUP_ROWS * ROW_BYTES,
-                                    shared_address(buffers.K),
-                                    shared_address(buffers.V),
-                                    group};
-        if (group == Sh::GROUPS - 1) consumer.pass_turn();  // group 0 begins
+        Tile<Half, Sh> tile(a, barriers, buffers, group);
         Work work;
         for (int round = 0; next_work(plan, a, round, work); ++round)
-            if (work.tile >= 0) consumer.run(work);
+            if (work.tile >= 0) tile.run(work);
     }
 }
 
@@ -375,7 +237,8 @@ constexpr int64_t LONG = 8192;  // keys from which on a causal mask loses little
 template <class Half, class Run>
 const char* with_shape(const Arguments& a, const Run& run) {
     const auto run_with = [&]<class Sh>(Sh) {
-        return a.cu_seqlens_q != nullptr ? run.template operator()<Half, Packed<Sh>>() : run.template operator()<Half, Sh>();
+        return a.cu_seqlens_q != nullptr ? run.template operator()<Half, Rows<Sh, true>>()
+                                         : run.template operator()<Half, Rows<Sh, false>>();
     };
     if (a.head_dim <= 64) return run_with(Shape<64, 3, 128>{});
     if (a.head_dim > 128) return run_with(Shape<256, 2, 80>{});
@@ -388,13 +251,6 @@ const char* with_types(const Arguments& a, const Run& run) {
     return a.dtype == BFLOAT16 ? with_shape<Bf16>(a, run) : with_shape<Fp16>(a, run);
 }
 
-int multiprocessors() {
-    int device = 0, count = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return count;
-}
-
 }  // namespace
 
 extern "C" const char* forward(const Arguments* a, void* stream) {
@@ -404,7 +260,7 @@ extern "C" const char* forward(const Arguments* a, void* stream) {
         // Packed sequences have empty tiles, which no fixed order deals out evenly. At d 64 the hardware does better, a block a
         // tile (393 TFLOP/s against 291 on the benchmark's four sequences), at d 128 it does not (455 against 469).
         const bool by_hardware = Sh::PACKED && Sh::D == 64;
-        const int64_t blocks = by_hardware ? plan.tiles_in_all : std::min<int64_t>(multiprocessors(), plan.tiles_in_all);
+        const int64_t blocks = by_hardware ? plan.tiles_in_all : std::min(multiprocessors(), plan.tiles_in_all);
         return launch(forward_kernel<Half, Sh>, blocks, Sh::THREADS, Sh::SHARED_BYTES, stream, plan, *a);
     });
 }

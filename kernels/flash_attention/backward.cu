@@ -26,11 +26,11 @@
 //   blocks of different heads side by side                        311, 338: no queue, but all heads at once pass the L2 cache
 //   that under a causal mask alone; a turn handed on a tile late  426, 409
 #include "common/launch.cuh"
+#include "common/softmax.cuh"
 #include "common/tma.cuh"
 #include "common/wgmma.cuh"
 #include "gradients.cuh"
 #include "resources.cuh"
-#include "rows.cuh"
 #include "sight.cuh"
 
 namespace flash {

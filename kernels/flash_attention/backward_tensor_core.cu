@@ -25,9 +25,9 @@
 //               instead of 270; two blocks instead of three: 251. The small tiles at d 256: 187 instead of 229
 #include "common/launch.cuh"
 #include "common/mma.cuh"
+#include "common/softmax.cuh"
 #include "gradients.cuh"
 #include "resources.cuh"
-#include "rows.cuh"
 #include "sight.cuh"
 
 namespace flash {

@@ -2,9 +2,6 @@
 // rows g and g + 8, of every 8 columns the two at 2 t. Rows are told apart by `r` = 0, 1.
 #pragma once
 #include "common/mma.cuh"
-#include "sight.cuh"
-
-namespace flash {
 
 // Set the scores of one row outside of the columns first .. last - 1 to -inf.
 template <int TILES>
@@ -86,5 +83,3 @@ __device__ void pack_all(uint32_t (&words)[TILES / 2][4], const float (&C)[TILES
 __device__ inline float log_sum_exp(float m, float l, float to_base_2) {
     return l > 0.0f ? (m * to_base_2 + log2f(l)) * LN2 : -INFINITY;
 }
-
-}  // namespace flash

@@ -1,5 +1,5 @@
 // Prefill over the block table (sm_80 and later): many new queries of a row against all its keys, at the speed of tensor
-// cores by mma.sync. Flash attention's step 3, with two changes:
+// cores by mma.sync. (On Hopper, prefill_hopper.cu does most of this twice as fast.) Flash attention's step 3, with two changes:
 //
 //   rows of a tile   the `group` query heads that share a kv head stand beside each other, query by query, so that a tile
 //                    of keys is loaded once for all of them:   q0 h0 | q0 h1 | q0 h2 | q0 h3 | q1 h0 | ...
@@ -20,6 +20,7 @@
 
 #include "common/launch.cuh"
 #include "common/mma.cuh"
+#include "common/softmax.cuh"
 #include "rows.cuh"
 
 namespace paged {
@@ -232,56 +233,6 @@ __device__ void multiply_values(float (&O)[Sh::M][Sh::D / 8][4], const float (&P
     }
 }
 
-// Set the scores of one row outside of the columns first .. last - 1 to -inf.
-template <int TILES>
-__device__ void mask_row(float (&S)[TILES][4], int r, int first, int last) {
-    const int t = threadIdx.x % 4;
-    first -= 2 * t, last -= 2 * t;
-#pragma unroll
-    for (int j = 0; j < TILES; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-            if (8 * j + e < first || 8 * j + e >= last) S[j][2 * r + e] = -INFINITY;
-}
-
-// One row of the online softmax. Scores become exp2(score * to_base_2 - anchor): one multiply-add and one exponential
-// each. m is the maximum of the raw scores, l this lane's share of the sum.
-template <class Sh>
-__device__ void softmax_row(float (&S)[Sh::N][4], float (&O)[Sh::D / 8][4], int r, float to_base_2, float& m,
-                            float& l) {
-    float most = m;
-#pragma unroll
-    for (int j = 0; j < Sh::N; ++j) most = fmaxf(most, fmaxf(S[j][2 * r], S[j][2 * r + 1]));
-    const float m_new = quad_max(most);
-    const float anchor = m_new == -INFINITY ? 0.0f : m_new * to_base_2;  // a row that has seen no key
-    const float correction = fast_exp2(m * to_base_2 - anchor);
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < Sh::N; ++j)
-#pragma unroll
-        for (int e = 2 * r; e < 2 * r + 2; ++e) sum += S[j][e] = fast_exp2(fmaf(S[j][e], to_base_2, -anchor));
-#pragma unroll
-    for (int j = 0; j < Sh::D / 8; ++j) O[j][2 * r] *= correction, O[j][2 * r + 1] *= correction;
-    l = l * correction + sum;
-    m = m_new;
-}
-
-// Write one row times `factor`, 16 bytes a lane: the four lanes of a row trade words first.
-template <class Half, int TILES>
-__device__ void store_row(Half* target, const float (&O)[TILES][4], int r, float factor, bool valid) {
-    const int t = threadIdx.x % 4;
-#pragma unroll
-    for (int four = 0; four < TILES; four += 4) {
-        uint32_t words[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-            words[j] = pack<Half>(O[four + j][2 * r] * factor, O[four + j][2 * r + 1] * factor);
-        quad_transpose(words);
-        if (valid)
-            *reinterpret_cast<uint4*>(target + (four + t) * 8) = make_uint4(words[0], words[1], words[2], words[3]);
-    }
-}
-
 template <class Sh>
 __global__ void __launch_bounds__(THREADS, Sh::BLOCKS)
     prefill_kernel(const __grid_constant__ Arguments a, int shift, int tiles, int least) {
@@ -340,7 +291,7 @@ __global__ void __launch_bounds__(THREADS, Sh::BLOCKS)
 #pragma unroll
         for (int i = 0; i < Sh::M; ++i)
 #pragma unroll
-            for (int r = 0; r < 2; ++r) softmax_row<Sh>(S[i], O[i], r, to_base_2, m[i][r], l[i][r]);
+            for (int r = 0; r < 2; ++r) scale_row(O[i], r, softmax_row(S[i], r, to_base_2, m[i][r], l[i][r]));
         multiply_values<Sh>(O, S, tile + Sh::TILE_BYTES);
     }
 
@@ -354,9 +305,9 @@ __global__ void __launch_bounds__(THREADS, Sh::BLOCKS)
             const bool valid = row < task.rows;
             const float sum = quad_sum(l[i][r]);
             Half* out = static_cast<Half*>(a.out.data) + token * a.out.token + head * a.out.head;
-            store_row<Half>(out, O[i], r, sum > 0.0f ? a.v_scale / sum : 0.0f, valid);
+            store_row<Half>(out, O[i], r, sum > 0.0f ? a.v_scale / sum : 0.0f, valid, Sh::D);
             if (valid && lane % 4 == 0 && a.lse != nullptr)
-                a.lse[token * a.heads + head] = sum > 0.0f ? (m[i][r] * to_base_2 + log2f(sum)) * LN2 : -INFINITY;
+                a.lse[token * a.heads + head] = log_sum_exp(m[i][r], sum, to_base_2);
         }
 }
 
