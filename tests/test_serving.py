@@ -1,6 +1,7 @@
 """Serving: under every schedule a request gets what it would get alone, and every block comes back."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -352,7 +353,12 @@ def test_the_stream_yields_what_generate_returns_and_stops_when_nobody_listens()
         ([1], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ([1], {"temperature": -1.0}, "temperature must be at least 0"),
         ([1], {"seed": [1]}, "seed must be one number"),
-        ([1], {"temperature": "hot"}, "a parameter is of the wrong kind"),
+        ([1], {"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ([1], {"top_k": 2.5, "temperature": 1.0}, "top_k must be a whole number"),
+        ([1], {"max_new_tokens": None}, "max_new_tokens must be a whole number"),
+        ([1], {"stop": 5}, "stop must be a list of strings"),
+        ([1.5], {}, "a prompt must be a text or a list of tokens"),
+        (["1"], {}, "a prompt must be a text or a list of tokens"),
         ([1], {"stop_tokens": 3}, "stop_tokens must be a list of tokens"),
         ([1], [3], "params must be Params or a dict"),
         (None, {}, "a prompt must be a text or a list of tokens"),
@@ -375,10 +381,56 @@ def test_senseless_calls_are_refused():
     llm = LLM(MODEL)
     with pytest.raises(ValueError, match="must be a list of prompts"):
         llm.generate("text")
+    with pytest.raises(ValueError, match="must be a list of prompts, got 5"):
+        llm.generate(5)
+    for options, match in (
+        ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"seats": 2.5}, "seats must be a whole number, got 2.5"),
+        ({"max_context": 0}, "max_context must be at least 2"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            Engine(MODEL, **options)
     with pytest.raises(ValueError, match="one for each of 2 prompts, got 1"):
         llm.generate([[1], [2]], [{}])
     with pytest.raises(ValueError, match="unknown parameters"):
         Params.of({"stop_token": 1})
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_a_step_that_fails_ends_what_runs_and_the_engine_goes_on(ahead, error):
+    engine = Engine(MODEL, blocks=32, block_size=2, seats=2, budget=4, ahead=ahead)
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+    running, other, waiting = (engine.add(prompt, {"max_new_tokens": 5}) for _ in range(3))
+    launch, engine.runner.launch = engine.runner.launch, Mock(side_effect=error)  # after blocks have got their names
+    with pytest.raises(type(error)):
+        engine.step()
+    engine.runner.launch = launch
+    assert (running.finish_reason, running.error) == ("error", repr(error))
+    again = engine.add(prompt, {"max_new_tokens": 5})  # must not find what was never computed
+    engine.run()
+    assert {r.finish_reason for r in (other, waiting, again)} <= {"error", "length"}
+    assert waiting.new_tokens == again.new_tokens == alone(prompt, max_new_tokens=5)
+    check_all_blocks_are_back(engine)
+
+
+def test_an_interrupted_answer_leaves_nothing_behind():
+    llm = LLM(MODEL, blocks=32, block_size=4, seats=1, budget=4)
+    step, llm.engine.step = llm.engine.step, Mock(side_effect=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[1, 2], [3]], {"max_new_tokens": 5})
+    llm.engine.step = step
+    assert not llm.engine.busy
+    assert llm.generate([[1, 2]], {"max_new_tokens": 5})[0].new_tokens == alone([1, 2], max_new_tokens=5)
+
+
+def test_another_engines_request_is_not_cancelled():
+    ours, theirs = Engine(MODEL, blocks=16), Engine(MODEL, blocks=16)
+    request = theirs.add([1, 2], {"max_new_tokens": 3})
+    with pytest.raises(ValueError, match="another engine's"):
+        ours.cancel(request)
+    theirs.run()
+    assert request.new_tokens == alone([1, 2], max_new_tokens=3)
 
 
 def test_cancelling_twice_or_late_does_nothing():

@@ -64,7 +64,7 @@ class Sampling:
 
 RANGES = (
     ("temperature", numbers.Real, "at least 0", lambda x: x >= 0),
-    ("repetition_penalty", numbers.Real, "greater than 0", lambda x: 0 < x < math.inf),
+    ("repetition_penalty", numbers.Real, "greater than 0 and finite", lambda x: 0 < x < math.inf),
     ("top_k", numbers.Integral, "at least 1", lambda x: x >= 1),
     ("top_p", numbers.Real, "in (0, 1]", lambda x: 0 < x <= 1),
     ("min_p", numbers.Real, "in [0, 1]", lambda x: 0 <= x <= 1),

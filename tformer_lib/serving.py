@@ -25,12 +25,14 @@ and is computed again later.
 import argparse
 import codecs
 import json
+import numbers
+import operator
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -42,7 +44,7 @@ from torch import Tensor, nn
 
 from tformer_lib import pretrained, profiling
 from tformer_lib.attention import MultiHeadAttention, merge
-from tformer_lib.generation import Sampling, distribution, draw, penalise_repetition
+from tformer_lib.generation import Sampling, check_number, distribution, draw, penalise_repetition, stops_of
 from tformer_lib.kv_cache import CacheShape
 from tformer_lib.paged_attention import BLOCK_SIZE, BlockAllocator, BlockTable, blocks_for, paged_attention, write_cache
 from tformer_lib.tokens import Encoding
@@ -79,11 +81,11 @@ class Params(Sampling):
         super().__post_init__()
         if not isinstance(self.seed, int):
             raise ValueError(f"a request's seed must be one number, got {self.seed!r}")
+        check_number("max_new_tokens", self.max_new_tokens, numbers.Integral)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if isinstance(self.stop_tokens, int) or not all(isinstance(token, int) for token in self.stop_tokens):
-            raise ValueError(f"stop_tokens must be a list of tokens, got {self.stop_tokens!r}")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+        stops_of(self.stop_tokens)
+        if not isinstance(self.stop, Iterable) or isinstance(self.stop, str) or not all(map(is_text, self.stop)):
             raise ValueError(f"stop must be a list of strings, none of them empty, got {self.stop!r}")
 
     @classmethod
@@ -96,16 +98,18 @@ class Params(Sampling):
         given, known = dict(given or {}), [field.name for field in fields(cls)]
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"unknown parameters: {', '.join(unknown)}; there are {', '.join(known)}")
-        try:
-            return cls(**given)
-        except TypeError as error:  # what compares a text with a number says
-            raise ValueError(f"a parameter is of the wrong kind in {given}: {error}") from error
+        return cls(**given)
 
     @property
     def rules(self) -> Sampling:
         """How tokens are chosen, without the seed: requests with equal rules are sampled together."""
         names = [field.name for field in fields(Sampling) if field.name != "seed"]
         return Sampling(**{name: getattr(self, name) for name in names})
+
+
+def is_text(x) -> bool:
+    """Whether x is a string, and not an empty one."""
+    return isinstance(x, str) and bool(x)
 
 
 class Request:
@@ -116,7 +120,7 @@ class Request:
         tokens: the prompt and all new tokens that have come back.
         text: what is certain of the new tokens' text, if the engine has an encoding.
         finish_reason: "length", "stop", "cancelled" or "error"; None while it lasts.
-        error: why it was refused.
+        error: why it was refused, or what made a step fail.
         table: its blocks; ``table.length`` tokens have been computed or are being so.
         pending: tokens that were sampled for it and have not come back.
         reused: tokens that a prefix cache spared it; ``preemptions``: how often it had to start over.
@@ -130,7 +134,7 @@ class Request:
         self.stream: TextStream | None = None
         self.seat, self.pending, self.reused, self.preemptions = -1, 0, 0, 0
         self.end = self.prompt_length + params.max_new_tokens
-        self.stop_tokens = frozenset(params.stop_tokens)
+        self.stop_tokens = frozenset(stops_of(params.stop_tokens))
         self.rules, self.random = params.rules, Random(params.seed) if params.temperature > 0 else None
         self.is_plain = params.temperature == 0 and params.repetition_penalty == 1
 
@@ -719,6 +723,20 @@ class Step:
         return self.unused_slots / slots if slots else 0.0
 
 
+def ends_all_on_error(step: Callable) -> Callable:
+    """An engine's ``step`` that leaves no request half done: where it fails, those that run end with "error"."""
+
+    @wraps(step)
+    def safe_step(engine: "Engine") -> list[Piece]:
+        try:
+            return step(engine)
+        except BaseException as error:  # KeyboardInterrupt too: a notebook's stop button
+            engine.abandon(repr(error))
+            raise
+
+    return safe_step
+
+
 class Engine:
     """Continuous batching: requests come and go at any step, and none notices the others.
 
@@ -755,6 +773,10 @@ class Engine:
         compile: bool = False,
     ):
         check_servable(model, max_context)
+        for name, value in (("block_size", block_size), ("seats", seats), ("budget", budget)):
+            check_number(name, value, numbers.Integral)
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         blocks = blocks_that_fit(model, DEFAULT_MEMORY, block_size) if blocks is None else blocks
         self.model, self.encoding = model.eval(), encoding
         self.max_context = model.config.max_length if max_context is None else max_context
@@ -799,7 +821,7 @@ class Engine:
                 raise ValueError("a prompt given as text needs an engine with an encoding")
             return self.encoding.encode_ordinary(prompt)
         try:
-            return [int(token) for token in prompt]
+            return [operator.index(token) for token in prompt]
         except TypeError:
             raise ValueError(f"a prompt must be a text or a list of tokens, got {prompt!r}") from None
 
@@ -825,6 +847,7 @@ class Engine:
         """Whether there is anything left to do."""
         return bool(self.scheduler.running or self.scheduler.waiting or self.launched)
 
+    @ends_all_on_error
     def step(self) -> list[Piece]:
         """Launch the next step, and return what the latest finished ones wrote."""
         pieces: list[Piece] = []
@@ -890,9 +913,29 @@ class Engine:
         request.finish_reason = reason
         self.scheduler.remove(request)
 
+    def abandon(self, error: str) -> None:
+        """End the requests that run, with the reason "error": a step failed, and what it had counted is not computed.
+
+        All blocks are empty afterwards, prefixes included; those that wait are served by the next steps.
+
+        Args:
+            error: what went wrong, for ``Request.error``.
+        """
+        self.launched.clear()
+        for request in list(self.scheduler.running):
+            request.finish_reason, request.error = "error", error
+            self.scheduler.remove(request)
+        self.allocator.reset()
+
     def cancel(self, request: Request) -> None:
         """End a request now. Its blocks are free at once: the device does things in order, so what is written into them
-        next is written after what is under way. Cancelling twice, or what has ended, does nothing."""
+        next is written after what is under way. Cancelling twice, or what has ended, does nothing.
+
+        Raises:
+            ValueError: the request is another engine's.
+        """
+        if request.table is not None and request.table.allocator is not self.allocator:
+            raise ValueError(f"{request} is another engine's")
         if request.finish_reason is None:
             self._end(request, "cancelled")
             if request.stream is not None:
@@ -923,6 +966,8 @@ def check_servable(model: nn.Module, max_context: int | None) -> None:
     if model.rope is not None and model.rope.scaling.needs_length:
         kind = type(model.rope.scaling).__name__
         raise ValueError(f"{kind} turns keys by the length of the text, which differs from row to row")
+    if max_context is not None and max_context < 2:
+        raise ValueError(f"max_context must be at least 2, a token of a prompt and a new one, got {max_context}")
     if config.positions == "learned" and (max_context or 0) > config.max_length:
         raise ValueError(f"max_context is {max_context}, the model has learned {config.max_length} positions")
 
@@ -968,8 +1013,9 @@ class LLM:
                 self.engine.cancel(request)
 
     def _add_all(self, prompts: Sequence, params) -> list[Request]:
-        if isinstance(prompts, str):
-            raise ValueError(f"prompts must be a list of prompts, got the text {prompts!r}")
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise ValueError(f"prompts must be a list of prompts, got {prompts!r}")
+        prompts = list(prompts)
         each = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"params must be one for all or one for each of {len(prompts)} prompts, got {len(each)}")
@@ -984,8 +1030,13 @@ class LLM:
             return refused(place, str(error))
 
     def _drive(self, requests: list[Request]) -> None:
-        while any(request.finish_reason is None for request in requests):
-            self.engine.step()
+        """Step until all have ended; where a step fails, none of them is left waiting."""
+        try:
+            while any(request.finish_reason is None for request in requests):
+                self.engine.step()
+        finally:
+            for request in requests:
+                self.engine.cancel(request)
 
 
 def refused(id, error: str) -> Request:
