@@ -63,16 +63,29 @@ function short(x) {
 
 const raised = (power) => [...String(power)].map((digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]).join("");
 
+// The number of tokens at which both cost the same, null if softmax is cheaper up to the last.
+function crossing(state, data) {
+  const lost = (N) => {
+    const [softmax, linear] = cost(state, data, N);
+    return linear - softmax;
+  };
+  let [low, high] = [1, 2 ** LAST];
+  if (lost(high) > 0) return null;
+  while (high - low > 1) {
+    const middle = Math.floor((low + high) / 2);
+    if (lost(middle) > 0) low = middle;
+    else high = middle;
+  }
+  return high;
+}
+
 function sentence(state, data) {
   const N = 2 ** state.tokens;
   const [softmax, linear] = cost(state, data, N);
   const unit = state.count === "memory" ? "bytes" : "operations";
   const better = softmax >= linear ? `linear costs ${short(softmax / linear)} times less` : `softmax costs ${short(linear / softmax)} times less`;
-  const cross = [...Array(LAST - FIRST + 1).keys()].map((i) => i + FIRST).find((n) => {
-    const [a, b] = cost(state, data, 2 ** n);
-    return a > b;
-  });
-  const where = cross === undefined ? "Up to a million tokens softmax is cheaper." : `Linear is cheaper from about ${(2 ** cross).toLocaleString("en")} tokens on.`;
+  const cross = crossing(state, data);
+  const where = cross === null ? "Up to a million tokens softmax is cheaper." : `Linear is cheaper above ${cross.toLocaleString("en")} tokens.`;
   return `${N.toLocaleString("en")} tokens: softmax ${short(softmax)} ${unit}, linear ${short(linear)} ${unit}; ${better}. ${where}`;
 }
 
