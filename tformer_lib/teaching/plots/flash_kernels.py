@@ -30,6 +30,35 @@ def bare(ax: Axes, width: float, height: float) -> None:
     ax.grid(False)
 
 
+# --- the machine ---------------------------------------------------------------------------------------------------
+
+
+def multiprocessor() -> None:
+    """What is inside one multiprocessor of an H200, what each part does in a cycle, and what lies below it."""
+    _, ax = style.figure(height=3.9)
+    bare(ax, 100, 60)
+    ax.add_patch(Rectangle((1, 5), 66, 40.5, facecolor="none", edgecolor=style.INK, linewidth=1.4))
+    ax.text(1, 3.6, "one multiprocessor, in one cycle", fontsize=10, fontweight="bold")
+    box(ax, 3, 7, 62, 6.5, "4 schedulers: each starts an instruction of one warp", "#E3E6EA")
+    units = {
+        "tensor cores": "4,096\noperations",
+        "float32 lanes": "256\noperations",
+        "special\nfunctions": "16\nexponentials",
+        "loads and\nstores": "128\nbytes",
+    }
+    for i, (unit, rate) in enumerate(units.items()):
+        ax.text(10 + 15.8 * i, 16.4, unit, ha="center", va="center", fontsize=9)
+        box(ax, 3 + 15.8 * i, 19, 14.6, 9, rate, style.SKY)
+    box(ax, 3, 31, 62, 5.5, "registers of all threads: 256 KB", "#F3CE7E")
+    box(ax, 3, 38.2, 62, 5.5, "shared memory and first cache: 256 KB", "#F3CE7E")
+    box(ax, 1, 48, 98, 5, "second cache: 60 MB", "#F3CE7E")
+    box(ax, 1, 54.5, 98, 5, "main memory: 141 GB", "#F3CE7E")
+    for i in range(12):
+        box(ax, 72 + 9.2 * (i % 3), 5 + 10.4 * (i // 3), 8.2, 9.3)
+    ax.text(72, 3.6, "131 more", fontsize=10, fontweight="bold")
+    style.show()
+
+
 # --- the cost model ------------------------------------------------------------------------------------------------
 
 
