@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness import Report, Timing, copy_rate, matmul_rate, measure, profiled
 from tformer_lib import jit, paged_attention
-from tformer_lib.paged_attention import FP8, blocks_for, write_cache
+from tformer_lib.paged_attention import FP8, PREFILL_STEPS, blocks_for, write_cache
 from tformer_lib.paged_attention import paged_attention as attention
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
@@ -43,11 +43,11 @@ BF16 = torch.bfloat16
 DENSE = {"dense cache, sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "dense cache, sdpa flash": SDPBackend.FLASH_ATTENTION}
 
 STEP_2 = "2_split_kv.cu"
-RING, WARPS = "192 * 1024 / BLOCKS", "WARPS = 4, THREADS = WARPS * WARP, BLOCKS = 2;"
+RING, WARPS = "128 * 1024 / BLOCKS", "WARPS = 4, THREADS = WARPS * WARP, BLOCKS = 2;"
 ABLATIONS = {  # what is changed -> edits
     "one block of 4 warps a multiprocessor": [(WARPS, WARPS.replace("BLOCKS = 2", "BLOCKS = 1"))],
     "one block of 8 warps a multiprocessor": [(WARPS, WARPS.replace("BLOCKS = 2", "BLOCKS = 1").replace("= 4", "= 8"))],
-    "128 KB of ring": [(RING, "128 * 1024 / BLOCKS")],
+    "192 KB of ring": [(RING, "192 * 1024 / BLOCKS")],
     "the table asked when it is needed": [
         ("        copy(K, a.k);\n", "        look_up();\n        copy(K, a.k);\n"),
         ("        look_up();\n    }\n};", "    }\n};"),
@@ -224,8 +224,11 @@ def time_prefill(report: Report, limit: float) -> None:
             x = make_rows(lengths, queries=queries, **options)
             pairs = sum(T * (S - T) + T * (T + 1) / 2 for T, S in zip(queries, lengths, strict=True))
             work = 4 * HEADS * x["q"].shape[2] * pairs
-            timing = measure(own(None), [(x,)], device="cuda", seconds=SECONDS)
-            report.add(f"prefill, {name}{kind}: step prefill", timing, flops=work, limit=limit)
+            for step in PREFILL_STEPS:
+                if step == "prefill_hopper" and options.get("cache") == FP8:
+                    continue
+                timing = measure(own(step), [(x,)], device="cuda", seconds=SECONDS)
+                report.add(f"prefill, {name}{kind}: step {step}", timing, flops=work, limit=limit)
         if len(set(lengths)) == 1 and queries == lengths:
             shape = (len(lengths), HEADS, lengths[0], HEAD_DIM)
             dense = tuple(torch.randn(shape, device="cuda", dtype=BF16) for _ in range(3))

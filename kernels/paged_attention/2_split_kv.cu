@@ -1,7 +1,7 @@
 // Step 2: decode at the speed of memory (sm_80 and later), bfloat16 and float16, pools of the same or of float8.
 //
 // A decode step reads every key and value once and does few operations with them: nothing counts but that enough bytes
-// are on their way at any time. 4.4 TB/s x 1 us are 4.4 MB, 33 KB a multiprocessor, and the rings below hold 192.
+// are on their way at any time. 4.4 TB/s x 1 us are 4.4 MB, 33 KB a multiprocessor, and the rings below hold 128.
 //
 //   all tiles of all rows, end to end, cut into equal shares, one a team; a team is one block for each kv head:
 //
@@ -16,7 +16,7 @@
 //
 //   inside a block: a tile is KEYS keys for each warp. Each warp has a ring of its own and never waits for another:
 //
-//     block table --shuffle--> 16 rows --cp.async--> [K V | K V | K V] --ldmatrix--> mma.sync
+//     block table --shuffle--> 16 rows --cp.async--> [K V | K V] --ldmatrix--> mma.sync
 //       a step ahead                                   ^ read  ^ on their way
 //
 //   The query heads that share a kv head are the rows of one product (16, of which `group` are real), so that a key is
@@ -43,7 +43,7 @@
 namespace paged {
 namespace {
 
-// A multiprocessor has two blocks with rings of 96 KB: STAGES steps of KEYS keys and values for each warp. Two blocks, so
+// A multiprocessor has two blocks with rings of 64 KB: STAGES steps of KEYS keys and values for each warp. Two blocks, so
 // that one goes on while the other merges; 8 warps, so that a warp's chain of products and softmax is not the limit.
 template <class Number_, class Cache_, int D_, int ROWS_>
 struct Shape {
@@ -57,7 +57,8 @@ struct Shape {
     static constexpr int ROW_BYTES = D * sizeof(Cache);
     static constexpr int KEYS = ROW_BYTES >= 256 ? 16 : 32, TILE = WARPS * KEYS;
     static constexpr int STEP_BYTES = 2 * KEYS * ROW_BYTES;
-    static constexpr int STAGES = 192 * 1024 / BLOCKS / (WARPS * STEP_BYTES);
+    static constexpr int STAGES = 128 * 1024 / BLOCKS / (WARPS * STEP_BYTES);
+    static_assert(STAGES > 1, "one step is read while another is on its way");
     static constexpr int CHUNKS = ROW_BYTES / 16;
     static constexpr int RING_BYTES = WARPS * STAGES * STEP_BYTES, MERGE_BYTES = WARPS * 8 * D * 4;  // 8 rows at a time
     static constexpr int SHARED_BYTES = RING_BYTES + MERGE_BYTES;
@@ -602,13 +603,6 @@ const char* with_types(const Arguments& a, const Run& run) {
     if (a.cache_dtype == FLOAT8)
         return a.dtype == BFLOAT16 ? with_shape<Bf16, Fp8>(a, run) : with_shape<Fp16, Fp8>(a, run);
     return a.dtype == BFLOAT16 ? with_shape<Bf16, Bf16>(a, run) : with_shape<Fp16, Fp16>(a, run);
-}
-
-int64_t multiprocessors() {
-    int device = 0, count = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return count;
 }
 
 // How many bundles of heads a row has.

@@ -292,8 +292,8 @@ const char* make_plan(Plan& plan, const Arguments& a, int least, int blocks) {
     plan.least = least;
     plan.counter = a.arrivals;
     const auto pool_map = [&](CUtensorMap& map, const Pool& pool) {
-        return make_map(&map, is_bf16, pool.data, {pool_blocks, a.kv_heads, a.block_size, d}, {pool.block, pool.head, pool.row},
-                        plan.piece);
+        return make_map(&map, is_bf16, pool.data, {pool_blocks, a.kv_heads, a.block_size, d},
+                        {pool.block, pool.head, pool.row}, plan.piece);
     };
     if (const char* error = pool_map(plan.k, a.k)) return error;
     if (const char* error = pool_map(plan.v, a.v)) return error;

@@ -1,5 +1,5 @@
 // Prefill over the block table (sm_80 and later): many new queries of a row against all its keys, at the speed of tensor
-// cores by mma.sync. (On Hopper, prefill_hopper.cu does most of this twice as fast.) Flash attention's step 3, with two changes:
+// cores by mma.sync. (Where it can, prefill_hopper.cu does it twice as fast.) Flash attention's step 3, with two changes:
 //
 //   rows of a tile   the `group` query heads that share a kv head stand beside each other, query by query, so that a tile
 //                    of keys is loaded once for all of them:   q0 h0 | q0 h1 | q0 h2 | q0 h3 | q1 h0 | ...
