@@ -1,6 +1,7 @@
-"""JupyterLab with a live kernel, in a browser that reaches nothing but this machine: a figure draws and moves.
+"""JupyterLab with a live kernel, in a browser that reaches nothing but this machine: a figure draws and moves, and the
+text shows its boxes, exercises and equations.
 
-The chapter is cut down to its first cell and the cell of its interactive figure, so that this takes seconds.
+The chapter is cut down to a few cells, so that this takes seconds.
 """
 
 import json
@@ -29,12 +30,14 @@ pytestmark = pytest.mark.skipif(executable() is None, reason="Chromium is not in
 
 
 def short_version(chapter: Path) -> dict:
-    """The chapter with its title, its first code cell and the cell of its interactive figure, and without outputs."""
+    """The title, the first code cell and the interactive figure, without outputs, then an equation and an exercise."""
     notebook = json.loads(chapter.read_text(encoding="utf-8"))
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     figure = next(c for c in code if any("widget-view" in kind for o in c["outputs"] for kind in o.get("data", {})))
-    cells = [notebook["cells"][0], code[0], figure]
-    for cell in cells[1:]:
+    text = [cell for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
+    signs = ("$$", ":::{exercise}", ":::{solution}")
+    cells = [text[0], code[0], figure, *(next(c for c in text if sign in "".join(c["source"])) for sign in signs)]
+    for cell in (code[0], figure):
         cell.update(outputs=[], execution_count=None)
     kernel = {"kernelspec": notebook["metadata"]["kernelspec"]}
     return {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
@@ -103,6 +106,9 @@ def test_figure_moves_with_a_live_kernel(lab):
         assert browser.evaluate(f"({MOVE})(0)"), "the figure does not change when its controls are moved"
         assert browser.evaluate(NONSENSE) == []
         assert [url for url in browser.requests if not url.startswith((lab, "data:", "blob:"))] == []
+        assert browser.evaluate(RAW) is None, "JupyterLab shows MyST as it is written: is jupyterlab-myst installed?"
+        assert browser.evaluate(EQUATIONS) >= 1
+        assert browser.evaluate(BOXES) == ["What you will be able to do", "Exercise 1", "Solution to Exercise 1"]
         assert browser.messages == []
 
 
@@ -122,3 +128,9 @@ DRAWN = """
 [...document.querySelectorAll('.tf-widget .tf-body')]
   .some((body) => body.childElementCount && body.getBoundingClientRect().height > 40)
 """
+BOXES = """
+[...document.querySelectorAll('.jp-MarkdownCell :is(aside, details)')]
+  .map((box) => box.innerText.split('\\n')[0].replace(/\\s/g, ' '))
+"""
+RAW = "document.querySelector('.jp-Notebook').innerText.match(/:::.*|\\$\\$|\\{(eq|cite|exercise)\\}/g)"
+EQUATIONS = "document.querySelectorAll('.jp-MarkdownCell .katex-display').length"
