@@ -376,6 +376,8 @@ def test_errors_name_what_came():
     q, k, v = inputs((1, 4, 2, 5, 6, 8), torch.float32, "cpu")
     with pytest.raises(ValueError, match="window must be at least 1"):
         flash_attention(q, k, v, window=0)
+    with pytest.raises(ValueError, match=r"window must be a whole number of keys, got 2\.5"):
+        flash_attention(q, k, v, window=2.5)
     with pytest.raises(ValueError, match="step must be one of"):
         flash_attention(q, k, v, step=7)
     with pytest.raises(ValueError, match="runs on cuda"):
@@ -388,6 +390,34 @@ def test_errors_name_what_came():
         flash_attention_varlen(q, k, v, torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"must be \(batch \+ 1,\) int32"):
         flash_attention_varlen(q[0], k[0], v[0], torch.zeros(2), torch.zeros(2, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("step", [0, pytest.param("cpu", marks=needs_cpu_twin)])
+@pytest.mark.parametrize(
+    ("starts", "options", "message"),
+    [
+        ([0, 3, 12], {}, "cu_seqlens_q must go from 0 to 9, got 0 to 12"),
+        ([-1, 9], {}, "must go from 0 to 9, got -1 to 9"),
+        ([0, 3, 8], {}, "must go from 0 to 9, got 0 to 8"),
+        ([0, 5, 3, 9], {}, r"cu_seqlens_q must not fall, got \[0, 5, 3, 9\]"),
+        ([0, 3, 9], {"max_seqlen_q": 5}, "max_seqlen_q is 5, the longest sequence has 6 tokens"),
+        ([0, 3, 9], {"max_seqlen_k": 0}, "max_seqlen_k is 0, the longest sequence has 6 tokens"),
+    ],
+)
+def test_a_packing_that_lies_is_refused_where_looking_costs_nothing(step, starts, options, message):
+    x, starts = torch.randn(9, 2, 8), torch.tensor(starts, dtype=torch.int32)
+    with pytest.raises(ValueError, match=message):
+        flash_attention_varlen(x, x, x, starts, starts, **options, step=step)
+
+
+@pytest.mark.parametrize("step", [0, pytest.param("cpu", marks=needs_cpu_twin)])
+def test_starts_may_have_gaps_in_memory(step):
+    x, starts = torch.randn(9, 2, 8, requires_grad=True), torch.tensor([0, 3, 9], dtype=torch.int32)
+    gappy = torch.stack([starts, torch.full_like(starts, 7)], dim=1)[:, 0]
+    found, wanted = (flash_attention_varlen(x, x, x, s, s, step=step) for s in (gappy, starts))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (found, wanted)]
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
 
 
 @needs_cpu_twin

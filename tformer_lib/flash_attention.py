@@ -141,6 +141,7 @@ def flash_attention_varlen(
         cu_seqlens_q: (batch + 1,) int32, where each sequence's queries begin; the last entry is total_q.
         cu_seqlens_k: (batch + 1,) int32, the same of the keys. A sequence may be empty.
         max_seqlen_q, max_seqlen_k: the longest lengths; read from the tensors if not given, which waits for the GPU.
+            What these four say is checked on a CPU; on a GPU that would wait for it, so there they are believed.
 
     Returns:
         out (total_q, heads, head_dim), and with ``return_lse`` lse (heads, total_q). The other arguments, and what is
@@ -173,6 +174,8 @@ def check_options(q: Tensor, v: Tensor, window: int | None) -> None:
     """Refuse what no step can do."""
     if v.shape[-1] != q.shape[-1]:
         raise ValueError(f"v must have q's head_dim {q.shape[-1]}, got {v.shape[-1]}")
+    if isinstance(window, float):
+        raise ValueError(f"window must be a whole number of keys, got {window}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (the query itself), got {window}")
 
@@ -202,6 +205,25 @@ def check_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqle
             f"cu_seqlens_q and cu_seqlens_k must agree in length, got {cu_seqlens_q.shape[0]} and "
             f"{cu_seqlens_k.shape[0]}"
         )
+
+
+def check_packing(name: str, cu_seqlens: Tensor, total: int, most: int) -> None:
+    """Refuse numbers that would send a kernel past the ends of its tensors. Reads them: for a CPU alone.
+
+    Args:
+        name: "q" or "k".
+        cu_seqlens: (batch + 1,) int32.
+        total: tokens that are packed.
+        most: what the caller says is the longest sequence.
+    """
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0 or starts[-1] != total:
+        raise ValueError(f"cu_seqlens_{name} must go from 0 to {total}, got {starts[0]} to {starts[-1]}")
+    lengths = [stop - start for start, stop in pairwise(starts)]
+    if min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seqlens_{name} must not fall, got {starts}")
+    if max(lengths, default=0) > most:
+        raise ValueError(f"max_seqlen_{name} is {most}, the longest sequence has {max(lengths)} tokens")
 
 
 def longest(cu_seqlens: Tensor) -> int:
@@ -717,7 +739,10 @@ def flash_attention_op(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """The operator behind both public functions; it sees one batch row where sequences are packed."""
-    packed = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k)
+    packed = None if cu_seqlens_q is None else (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
+    if packed and q.device.type == "cpu":
+        check_packing("q", cu_seqlens_q, q.shape[2], max_seqlen_q)
+        check_packing("k", cu_seqlens_k, k.shape[2], max_seqlen_k)
     chosen = choose_step(step, q, mask)
     longest = (max_seqlen_q, max_seqlen_k)
     return run_forward(chosen, q, k, v, mask, packed, longest, causal, window, scale)
@@ -750,7 +775,7 @@ def flash_attention_backward_op(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
-    packed = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k)
+    packed = None if cu_seqlens_q is None else (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
     chosen = choose_backward(step, q, mask)
     longest = (max_seqlen_q, max_seqlen_k)
     return run_backward(
