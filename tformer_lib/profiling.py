@@ -184,7 +184,8 @@ def trace(path: Path | str | None = None, *, operators: bool = True) -> Iterator
     activities = [torch.profiler.ProfilerActivity.CUDA] if gpu else []
     if operators or not gpu:
         activities.append(torch.profiler.ProfilerActivity.CPU)
-    recorded, profiler = Trace(), torch.profiler.profile(activities=activities)
+    profiler = torch.profiler.profile(activities=activities, acc_events=True)  # the flag: no warning on torch 2.11
+    recorded = Trace()
     with listening(torch.profiler.record_function):
         with silent_start():
             profiler.start()
