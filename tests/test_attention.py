@@ -227,6 +227,8 @@ def test_a_cache_is_asked_in_place_of_the_form():
     [
         ((30, 4), {}, "width 30 is not divisible by 4 heads"),
         ((32, 0), {}, "heads must be at least 1, got 0"),
+        ((0, 4), {}, "width must be at least 1, got 0"),
+        ((32, 4), {"head_dim": 0}, "head_dim must be at least 1, got 0"),
         ((32, 4), {"kv_heads": 3}, "q has 4 heads, which 3 kv heads do not divide"),
         ((32, 4), {"kv_heads": 0}, "which 0 kv heads do not divide"),
     ],

@@ -434,6 +434,7 @@ def wrong_inputs():
         "q has 3 dimensions": (lambda q, k, v: (q[0], k, v), r"q must have 4 dimensions.*\(6, 7, 16\)"),
         "batches differ": (lambda q, k, v: (q[:1], k, v), r"q has batch 1, k and v have batch 2"),
         "head_dims differ": (lambda q, k, v: (q[..., :8], k, v), r"q has head_dim 8, k has head_dim 16"),
+        "no head_dim": (lambda q, k, v: (q[..., :0], k[..., :0], v), r"head_dim of at least 1, got .*, 7, 0\)"),
         "k and v lengths differ": (lambda q, k, v: (q, k[:, :, :5], v), r"k and v must agree.*5.*33"),
         "k and v heads differ": (lambda q, k, v: (q, k[:, :1], v), r"k and v must agree"),
         "heads do not divide": (lambda q, k, v: (q[:, :5], k, v), r"q has 5 heads, which 2 kv heads do not divide"),

@@ -423,6 +423,14 @@ def test_retention_decays_are_those_of_the_paper():
     torch.testing.assert_close(decays, torch.tensor([31 / 32, 63 / 64, 127 / 128, 255 / 256], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("form", [la.gated_attend, la.gated_recurrent, la.gated_parallel])
+def test_the_decayed_forms_compile_as_one_graph(form):
+    q, k, v = make(7)
+    run = lambda *inputs: form(*inputs, log_decay=la.retention_log_decay(k.shape[1]))  # noqa: E731
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q, k, v), run(q, k, v))
+
+
 # ---- refusals
 
 
@@ -454,6 +462,8 @@ def test_a_mask_that_depends_on_the_query_is_refused():
         (lambda q, k, v: la.gated_attend(q[:, :, :3], k, v, log_decay=torch.zeros(1, 1, 1, 1)), "got 3 and 7"),
         (lambda q, k, v: la.attend(q, k, v, feature_map=la.RandomFeatures(4, 8)), "drawn for head_dim 4, got 8"),
         (lambda q, k, v: la.RandomFeatures(8, 0), "at least 1, got 8 and 0"),
+        (lambda q, k, v: la.gated_attend(q, k, v, log_decay=-1.0), "must be a tensor .* got float"),
+        (lambda q, k, v: la.retention_log_decay(0), "heads must be at least 1, got 0"),
     ],
 )
 def test_wrong_options_are_refused_by_name(call, message):

@@ -78,6 +78,32 @@ def test_public_weights_give_the_logits_and_the_greedy_text_of_transformers(kind
     assert text.tolist() == expected.tolist()
 
 
+STRETCHES = {
+    "default": {},
+    "dynamic, of another trained length": {"factor": 2.0},
+    "yarn, its factor from the lengths": {"factor": None, "mscale": 0.7, "mscale_all_dim": 1.3},
+    "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "longrope, its factor from the lengths": {"short_factor": [1.1] * 4, "long_factor": [1.0, 1.5, 2.0, 4.0]},
+}
+
+
+@pytest.mark.parametrize("name", STRETCHES)
+def test_a_stretched_llama_is_read_with_both_of_its_lengths(name):
+    transformers = pytest.importorskip("transformers")
+    kind = name.split(",")[0]
+    lengths = {} if kind == "default" else {"original_max_position_embeddings": 16}
+    rope = {"rope_type": kind, "rope_theta": 1e4, **STRETCHES[name], **lengths}
+    settings = LLAMA | {"hidden_size": 32, "num_attention_heads": 4, "head_dim": 8, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings | {"rope_parameters": rope})).eval()
+    ours = pretrained.from_llama(theirs.state_dict(), theirs.config.to_dict())
+    assert ours.config.max_length == 64
+    with torch.no_grad():
+        for length in (12, 40, 80):  # within the trained length, beyond it, and beyond both
+            tokens = torch.randint(0, 61, (2, length))
+            torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_weights_in_several_files_are_read_together(tmp_path):
     theirs = reference("gpt2")
     theirs.save_pretrained(tmp_path, max_shard_size="30KB")

@@ -181,6 +181,14 @@ def test_rows_with_no_live_block_give_zeros_and_zero_gradients():
     assert (grads[0][:, :, :40] == 0).all()
 
 
+def test_a_pattern_that_allows_nothing_gives_zeros_and_zero_gradients():
+    inputs = [torch.randn(1, 2, 9, 4, requires_grad=True) for _ in "qkv"]
+    nothing = sp.Segments(4) & sp.global_tokens([100])
+    out = sp.attend(*inputs, pattern=nothing, block=4)
+    assert not out.any()
+    assert not any(gradient.any() for gradient in torch.autograd.grad(out.sum(), inputs))
+
+
 def test_gradients_equal_those_of_dense_attention():
     for kv_heads in (1, 4):
         q, k, v = (x.requires_grad_() for x in make(50, 70, kv_heads=kv_heads))
@@ -376,6 +384,12 @@ def test_big_bird_reaches_what_the_pattern_says():
 def test_wrong_patterns_are_refused_by_name(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_what_is_no_pattern_is_refused():
+    q = torch.zeros(1, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"pattern must be a Pattern .* got Tensor"):
+        sp.attend(q, q, q, pattern=torch.ones(4, 4, dtype=torch.bool))
 
 
 def test_a_pattern_that_is_too_short_is_refused():

@@ -112,6 +112,40 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(pieces):
         torch.testing.assert_close(p.grad, expected, atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.parametrize("pieces", [2, 3, 4, 5, 7])
+def test_pieces_of_unequal_size_or_padding_give_the_gradient_of_the_whole_batch(pieces):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 11)).double()
+    inputs, targets = torch.randint(0, 11, (2, 7, 9))
+    targets[:2], targets[3, 1:], targets[6, :4] = training.IGNORED, training.IGNORED, training.IGNORED
+    loss = training.next_token_loss(model, inputs, targets)
+    whole = torch.autograd.grad(loss, list(model.parameters()))
+    total = training.accumulate_gradient(lambda x, y: training.next_token_loss(model, x, y), inputs, targets, pieces)
+    assert total.item() == pytest.approx(loss.item(), rel=1e-5)
+    for p, expected in zip(model.parameters(), whole, strict=True):
+        torch.testing.assert_close(p.grad, expected, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pieces", [0, 8])
+def test_a_batch_is_not_cut_into_more_pieces_than_it_has_windows(pieces):
+    windows = torch.zeros(7, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"a batch of 7 windows cannot be cut into {pieces} micro-batches"):
+        training.accumulate_gradient(lambda x, y: torch.zeros(()), windows, windows, pieces)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": math.inf}, "learning_rate must be finite, got inf"),
+        ({"dtype": "float16"}, "dtype must be auto, float32 or bfloat16, got 'float16'"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+    ],
+)
+def test_settings_that_no_step_can_take_are_refused_at_once(changes, message):
+    with pytest.raises(ValueError, match=message):
+        training.preset("quick", **changes)
+
+
 def test_the_average_of_the_weights_is_what_is_kept(data, tmp_path):
     """The recurrence by hand; the weights that train on are untouched by what an evaluation borrows."""
     run = Run(tiny(data, tmp_path, average=0.75))

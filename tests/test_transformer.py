@@ -253,6 +253,33 @@ def test_translate_is_the_argmax_step_by_step_and_stops():
         assert set(row[stop:]) <= {2}
 
 
+def test_translate_reads_no_padding_drops_nothing_and_leaves_the_mode():
+    torch.manual_seed(5)
+    model = EncoderDecoder(config(**KINDS["paper"], dropout=0.5))
+    short, padded = torch.randint(3, 61, (1, 5)), torch.full((2, 8), 60)
+    padded[:, :5] = short
+    expected = model.translate(short, start=1, end=2, max_length=10)
+    written = model.translate(padded, start=1, end=2, max_length=10, source_lengths=torch.tensor([5, 5]))
+    assert model.training
+    assert written.tolist() == expected.tolist() * 2
+    assert model.translate(short, start=1, end=2, max_length=0).shape == (1, 0)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "grouped", "paper", "alibi"])
+def test_models_compile_as_one_graph(kind):
+    torch.manual_seed(6)
+    source, target, lengths = torch.randint(3, 61, (2, 8)), torch.randint(3, 61, (2, 5)), torch.tensor([8, 3])
+    if kind == "paper":
+        model, inputs = EncoderDecoder(config(**KINDS[kind])).eval(), (source, target)
+        run = lambda *tokens: model(*tokens, source_lengths=lengths)  # noqa: E731
+    else:
+        model, inputs = decoder(kind), (source,)
+        run = model
+    with torch.no_grad():
+        compiled = torch.compile(run, fullgraph=True, backend="eager")(*inputs)
+        torch.testing.assert_close(compiled, run(*inputs), atol=1e-5, rtol=1e-4)
+
+
 def test_the_logits_of_some_places_are_those_of_all():
     model = decoder("llama").double()
     tokens = torch.randint(61, (2, 9))
@@ -318,6 +345,12 @@ def test_label_smoothing_formula(smoothing):
         ({"layers": 0}, "layers must be at least 1, got 0"),
         ({"dropout": 1.0}, "dropout must be in"),
         ({"positions": "rope", "head_dim": 7}, "head_dim must be even, got 7"),
+        ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
+        ({"feed_forward_width": 0}, "feed_forward_width must be at least 1, got 0"),
+        ({"norm_epsilon": float("nan")}, "norm_epsilon must be at least 0, got nan"),
+        ({"positions": "rope", "rope_base": 0.0}, "base must be positive, got 0"),
+        ({"positions": "rope", "rope_layout": "neox"}, "layout must be one of half, interleaved, got 'neox'"),
+        ({"positions": "rope", "rope_scaling": {"rope_type": "linear"}}, "linear scaling needs factor"),
         ({"positions": "alibi", "attention": "flash_attention"}, "ALiBi adds a bias"),
     ],
 )
@@ -332,6 +365,15 @@ def test_models_refuse_bad_input_by_name():
         model(torch.randn(2, 3))
     with pytest.raises(ValueError, match="40"):
         model(torch.zeros(1, 41, dtype=torch.int64))
+    for token in (-1, 61):
+        with pytest.raises(ValueError, match=f"token {token} is outside the vocabulary, which has tokens 0 to 60"):
+            model(torch.tensor([[3, token, 5]]))
+    with pytest.raises(ValueError, match=r"tokens must be a tensor .* got list"):
+        model([[1, 2]])
+    with pytest.raises(ValueError, match="has a cross-attention and so takes a memory, got none"):
+        Block(config(), cross=True)(torch.zeros(1, 3, config().width))
+    with pytest.raises(ValueError, match="has no cross-attention and so takes no memory, got one"):
+        Block(config())(torch.zeros(1, 3, config().width), memory=torch.zeros(1, 3, config().width))
     with pytest.raises(ValueError, match="encoder-decoder"):
         EncoderDecoder(config(positions="rope"))
     with pytest.raises(ValueError, match="attention must be one of"):

@@ -197,8 +197,9 @@ class MultiHeadAttention(nn.Module):
         attend: Attend = attend,
     ) -> None:
         super().__init__()
-        if heads < 1:
-            raise ValueError(f"heads must be at least 1, got {heads}")
+        for name, size in (("width", width), ("heads", heads), ("head_dim", head_dim)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         if head_dim is None and width % heads:
             raise ValueError(f"width {width} is not divisible by {heads} heads; give head_dim, or change one of them")
         self.heads = heads

@@ -56,6 +56,8 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q has batch {q.shape[0]}, k and v have batch {k.shape[0]}")
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q has head_dim {q.shape[3]}, k has head_dim {k.shape[3]}")
+    if q.shape[3] == 0:
+        raise ValueError(f"q and k must have a head_dim of at least 1, got shape {tuple(q.shape)}")
     check_heads(q.shape[1], k.shape[1])
 
 
@@ -86,6 +88,11 @@ def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> None:
     target = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if not broadcasts_to(bias.shape, target):
         raise ValueError(f"bias must broadcast to (batch, heads, T, S) = {target}, got {tuple(bias.shape)}")
+
+
+def readable(x: Tensor) -> bool:
+    """Whether a check may read the values of ``x``: not while a graph is compiled or captured, which it would break."""
+    return not (torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
 def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tformer_lib.contract import check_inputs
+from tformer_lib.contract import check_inputs, readable
 
 FeatureMap = Callable[[Tensor], Tensor]
 CHUNK = 64  # near head_dim, where the work inside a chunk (C·d) and between chunks (d·d) balance
@@ -408,6 +408,8 @@ class LinearCache:
 
 def retention_log_decay(heads: int) -> Tensor:
     """RetNet's decays, log(1 - 2^(-5 - h)) for head h, as (1, heads, 1, 1) in float64 (Sun et al. 2023, eq. 8)."""
+    if heads < 1:
+        raise ValueError(f"heads must be at least 1, got {heads}")
     return torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, dtype=torch.float64))).view(1, heads, 1, 1)
 
 
@@ -478,13 +480,15 @@ def gated_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: floa
     batch, kv_heads, S, head_dim = k.shape
     if q.shape[2] != S:
         raise ValueError(f"gated linear attention needs as many queries as keys, got {q.shape[2]} and {S}")
+    if not isinstance(log_decay, Tensor):
+        raise ValueError(f"log_decay must be a tensor of 4 dimensions, got {type(log_decay).__name__}")
     fits = log_decay.dim() == 4 and all(
         g in (1, n) for g, n in zip(log_decay.shape, (batch, kv_heads, S, head_dim), strict=True)
     )
     if not fits:
         expected = f"(batch, kv_heads, T, head_dim) = {(batch, kv_heads, S, head_dim)}"
         raise ValueError(f"log_decay must have 4 dimensions that broadcast to {expected}, got {tuple(log_decay.shape)}")
-    if bool((log_decay > 0).any()):
+    if readable(log_decay) and bool((log_decay > 0).any()):
         raise ValueError(
             f"log_decay must be at most 0, so that the state does not grow, got {log_decay.max().item():.3g}"
         )

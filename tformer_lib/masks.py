@@ -11,6 +11,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from tformer_lib.contract import readable
+
 
 def causal(T: int, S: int | None = None, *, device: torch.device | str | None = None) -> Tensor:
     """Each query sees its own position and everything before it.
@@ -62,7 +64,7 @@ def padding(lengths: Tensor, S: int) -> Tensor:
     """
     if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths must be (batch,) integers, got {tuple(lengths.shape)} of {lengths.dtype}")
-    if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= S:
+    if lengths.numel() and readable(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) <= S:
         raise ValueError(f"lengths must lie in 0 .. {S}, got {int(lengths.min())} .. {int(lengths.max())}")
     keys = torch.arange(S, device=lengths.device)  # (S,)
     return (keys < lengths[:, None])[:, None, None, :]  # (batch, S) -> (batch, 1, 1, S)

@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from tformer_lib.contract import readable
+
 
 def sinusoidal(positions: int | Tensor, width: int, *, base: float = 10000.0) -> Tensor:
     """The sines and cosines of "Attention Is All You Need" (section 3.5), interleaved.
@@ -234,8 +236,7 @@ def check_positions(positions: Tensor) -> None:
 
 def check_in_table(positions: Tensor, max_length: int) -> None:
     """Refuse positions outside a table; silent where reading them would break a graph that is being recorded."""
-    recording = torch.compiler.is_compiling() or (positions.is_cuda and torch.cuda.is_current_stream_capturing())
-    if recording or positions.numel() == 0:
+    if positions.numel() == 0 or not readable(positions):
         return
     if positions.is_floating_point():
         raise ValueError(f"positions must be integers to look up a table, got {positions.dtype}")

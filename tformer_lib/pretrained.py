@@ -183,11 +183,10 @@ def llama_config(config: dict) -> ModelConfig:
     """Llama's ``config.json`` in our words; RoPE's settings stand in ``rope_parameters``, or in older files apart."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     base = rope.pop("rope_theta", config.get("rope_theta", 10_000.0))
-    trained = rope.pop("original_max_position_embeddings", None) or config["max_position_embeddings"]
     kind = rope.get("rope_type", rope.get("type", "default"))
     return ModelConfig(
         vocab_size=config["vocab_size"],
-        max_length=trained,
+        max_length=config["max_position_embeddings"],
         width=config["hidden_size"],
         layers=config["num_hidden_layers"],
         heads=config["num_attention_heads"],

@@ -14,7 +14,7 @@ with channel i + rotary_dim / 2, as GPT-NeoX and transformers do. `convert_layou
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 
 import torch
 from torch import Tensor
@@ -52,6 +52,10 @@ class Rope:
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
         check_rotary_dim(rotary_dim, head_dim)
         check_layout(layout)
+        if not base > 0:
+            raise ValueError(f"base must be positive, got {base}")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {max_length}")
         self.head_dim, self.rotary_dim, self.base, self.layout = head_dim, rotary_dim, float(base), layout
         self.max_length = max_length
         self.scaling = scaling_from(scaling)
@@ -398,11 +402,17 @@ FOREIGN_NAMES = {"attention_factor": "attention", "partial_rotary_factor": "frac
 
 
 def scaling_from(given: Scaling | dict | None) -> Scaling:
-    """A `Scaling` from itself, from None, or from a dict: rope_type (a key of `SCALINGS`) and that class's fields."""
+    """A `Scaling` from itself, from None, or from a dict: rope_type (a key of `SCALINGS`) and that class's fields.
+
+    Raises:
+        ValueError: it is something else, or the dict has an unknown key or lacks one that its class needs.
+    """
     if given is None:
         return Scaling()
     if isinstance(given, Scaling):
         return given
+    if not isinstance(given, dict):
+        raise ValueError(f"scaling must be None, a Scaling or a dict, got {type(given).__name__}")
     values = {FOREIGN_NAMES.get(key, key): value for key, value in given.items() if value is not None}
     kind = values.pop("rope_type", values.pop("type", "default"))
     values.pop("type", None)
@@ -411,6 +421,9 @@ def scaling_from(given: Scaling | dict | None) -> Scaling:
     known = {field.name for field in fields(SCALINGS[kind])}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"{kind} scaling takes {', '.join(sorted(known)) or 'nothing'}, got {', '.join(unknown)}")
+    needed = {field.name for field in fields(SCALINGS[kind]) if field.default is MISSING}
+    if missing := sorted(needed - set(values)):
+        raise ValueError(f"{kind} scaling needs {', '.join(sorted(needed))}, and has no {', '.join(missing)}")
     return SCALINGS[kind](**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
 
 

@@ -334,6 +334,8 @@ def big_bird(length: int, *, block: int = BLOCK, random_blocks: int = 3, seed: i
         random_blocks: blocks drawn for each row among those it does not see yet (fewer where fewer are left).
         seed: the draw is a function of it and of the shape alone.
     """
+    if block < 1 or random_blocks < 0:
+        raise ValueError(f"block must be at least 1 and random_blocks at least 0, got {block} and {random_blocks}")
     if length < 1 or length % block:
         raise ValueError(f"length must be a positive multiple of block = {block}, got {length}")
     n = length // block
@@ -404,6 +406,8 @@ class Bucket:
 @torch.inference_mode(False)  # a plan that is first made in inference must serve training later
 def plan(pattern: Pattern, T: int, S: int, block: int, device: torch.device | str = "cpu") -> tuple[Bucket, ...]:
     """The live blocks of a pattern in buckets of query blocks. Kept for the next call: two bytes for each live pair."""
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"pattern must be a Pattern such as sliding_window(512), got {type(pattern).__name__}")
     if T == 0 or S == 0:
         return ()
     pairs = candidate_blocks(pattern, T, S, block, device)
@@ -528,6 +532,8 @@ def attend(
     out = v.new_zeros(*q_blocks.shape[:5], v.shape[3])
     if outputs:
         out = out.index_copy(3, torch.cat(rows), torch.cat(outputs, dim=3))
+    else:  # no pair is allowed: zeros, and a function of the inputs, so that a backward pass finds its way
+        out = out + sum(x[..., :0].sum() for x in (q, k, v))
     return out.flatten(3, 4)[:, :, :, :T].flatten(1, 2)
 
 

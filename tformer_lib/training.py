@@ -111,7 +111,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         at_least = {"batch": 1, "context": 1, "steps": 1, "warmup": 0, "accumulation": 1, "eval_interval": 1}
-        at_least |= {"eval_windows": 0, "save_interval": 1, "log_interval": 1, "sample_tokens": 0}
+        at_least |= {"eval_windows": 0, "save_interval": 1, "log_interval": 1, "sample_tokens": 0, "seed": 0}
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -119,6 +119,10 @@ class TrainingConfig:
             raise ValueError(
                 f"a batch of {self.batch} windows cannot be cut into {self.accumulation} equal micro-batches"
             )
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"dtype must be auto, float32 or bfloat16, got {self.dtype!r}")
+        if not math.isfinite(self.learning_rate):
+            raise ValueError(f"learning_rate must be finite, got {self.learning_rate}")
         if not 0 <= self.min_learning_rate <= self.learning_rate:
             raise ValueError(
                 f"min_learning_rate must be in [0, learning_rate = {self.learning_rate}], got {self.min_learning_rate}"
@@ -327,18 +331,28 @@ def next_token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor
 def accumulate_gradient(loss_of, inputs: Tensor, targets: Tensor, pieces: int) -> Tensor:
     """Add up the gradient of a batch piece by piece, and return the batch's loss.
 
-    The pieces are equally large, so the mean over the batch is the mean of the pieces' means: each loss is divided by
-    ``pieces`` before its backward pass. Without that, the gradient would be ``pieces`` times too long.
+    The mean over the batch is that of the pieces' means, each weighted by its share of the targets that count: by
+    1 / ``pieces`` where all count and the pieces are equally large. Without the weights the gradient would be
+    ``pieces`` times too long; with equal ones, a piece that is half padding would count for as much as a full one.
 
     Args:
-        loss_of: a function of (inputs, targets) that returns the mean loss.
-        inputs: (batch, T) int64, batch a multiple of pieces.
+        loss_of: a function of (inputs, targets) that returns the mean loss over the targets that are not ``IGNORED``.
+        inputs: (batch, T) int64.
         targets: (batch, T) int64.
-        pieces: how many micro-batches.
+        pieces: how many micro-batches, at most ``batch``.
+
+    Returns:
+        The mean loss of the batch, in nats.
+
+    Raises:
+        ValueError: if the batch has fewer windows than pieces.
     """
-    total = torch.zeros((), device=inputs.device)
-    for x, y in zip(inputs.chunk(pieces), targets.chunk(pieces), strict=True):
-        loss = loss_of(x, y) / pieces
+    if not 1 <= pieces <= len(inputs):
+        raise ValueError(f"a batch of {len(inputs)} windows cannot be cut into {pieces} micro-batches")
+    total, all_counted = torch.zeros((), device=inputs.device), (targets != IGNORED).sum()
+    for x, y in zip(inputs.tensor_split(pieces), targets.tensor_split(pieces), strict=True):
+        counted = (y != IGNORED).sum()  # stays on the device: nothing waits for it
+        loss = torch.where(counted > 0, loss_of(x, y), 0.0) * (counted / all_counted)  # a mean over nothing is NaN
         loss.backward()
         total += loss.detach()
     return total

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tformer_lib import positional_encoding, profiling
 from tformer_lib.attention import MultiHeadAttention
+from tformer_lib.contract import readable
 from tformer_lib.masks import padding
 from tformer_lib.rope import Rope
 
@@ -92,7 +93,8 @@ class ModelConfig:
     rope_layout: Literal["half", "interleaved"] = "half"
     """Which elements of a head RoPE pairs: Llama's halves, or the paper's neighbours."""
     rope_scaling: dict | None = None
-    """How RoPE is stretched past the trained length, in the words of :mod:`tformer_lib.rope`; None leaves it alone."""
+    """How RoPE is stretched past the trained length, as :meth:`tformer_lib.rope.Rope.from_parameters` reads it; None
+    leaves it alone. The trained length is its ``original_max_position_embeddings``, or ``max_length``."""
     attention: str = "sdpa"
     """The attention form: 'attention' is the readable reference, 'sdpa' torch's fused one."""
     tie_embeddings: bool = True
@@ -107,11 +109,14 @@ class ModelConfig:
     def __post_init__(self):
         self._check_sizes()
         self._check_choices()
+        make_rope(self)  # refuses what RoPE cannot do
 
     def _check_sizes(self) -> None:
-        for name in ("vocab_size", "max_length", "width", "layers", "heads"):
-            if getattr(self, name) < 1:
+        for name in ("vocab_size", "max_length", "width", "layers", "heads", "head_dim", "feed_forward_width"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.norm_epsilon >= 0:
+            raise ValueError(f"norm_epsilon must be at least 0, got {self.norm_epsilon}")
         if self.head_dim is None and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads; set head_dim or change one")
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
@@ -237,6 +242,9 @@ class Block(nn.Module):
             cache: this layer's part of a KV cache.
         """
         attend = partial(self.attention, mask=mask, causal=causal, bias=bias, rotate=rotate, cache=cache)
+        if (memory is None) != (self.cross_attention is None):
+            needs, came = ("a", "none") if memory is None else ("no", "one")
+            raise ValueError(f"this block has {needs} cross-attention and so takes {needs} memory, got {came}")
         with profiling.range("attention"):
             x = self._add(x, self.attention_norm, attend)
         if self.cross_attention is not None:
@@ -288,7 +296,7 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """tokens: (batch, T) int64; positions: (T,) or (batch, T) int64, by default 0, 1, ..."""
-        check_tokens(tokens)
+        check_tokens(tokens, self.tokens.num_embeddings)
         x = self.tokens(tokens) * self.scale  # (batch, T, width)
         return self.dropout(x if self.places is None else self.places(x, positions))
 
@@ -430,26 +438,38 @@ class EncoderDecoder(nn.Module):
         return self.unembedding(x)
 
     @torch.no_grad()
-    def translate(self, source: Tensor, *, start: int, end: int, max_length: int | None = None) -> Tensor:
-        """Write the most likely target token by token.
+    def translate(
+        self,
+        source: Tensor,
+        *,
+        start: int,
+        end: int,
+        max_length: int | None = None,
+        source_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Write the most likely target token by token, without dropout.
 
         Args:
             source: (batch, S) int64.
             start: the token that opens a target.
             end: the token that closes it; rows that have written it go on with it.
             max_length: the most tokens to write; by default ``config.max_length - 1``.
+            source_lengths: (batch,) int64, how many tokens of each source row are real; None is all.
 
         Returns:
             (batch, at most max_length) int64, without the start token.
         """
-        memory = self.encode(source)
+        was_training = self.training
+        self.eval()
+        memory = self.encode(source, source_lengths)
         target = torch.full((source.shape[0], 1), start, device=source.device)
-        for _ in range(max_length or self.config.max_length - 1):
-            step = self.decode(target, memory)[:, -1].argmax(-1, keepdim=True)  # (batch, 1)
-            step = step.masked_fill(target[:, -1:] == end, end)
+        for _ in range(self.config.max_length - 1 if max_length is None else max_length):
+            logits = self.decode(target, memory, source_lengths=source_lengths)[:, -1]  # (batch, vocab_size)
+            step = logits.argmax(-1, keepdim=True).masked_fill(target[:, -1:] == end, end)  # (batch, 1)
             target = torch.cat([target, step], dim=1)
             if (step == end).all():
                 break
+        self.train(was_training)
         return target[:, 1:]
 
 
@@ -472,12 +492,9 @@ def make_rope(config: ModelConfig) -> Rope | None:
     """The config's RoPE, or None if it places tokens otherwise."""
     if config.positions != "rope":
         return None
-    return Rope(
-        config.size_of_head,
-        base=config.rope_base,
-        layout=config.rope_layout,
-        scaling=config.rope_scaling,
-        max_length=config.max_length,
+    parameters = {**(config.rope_scaling or {}), "rope_theta": config.rope_base}
+    return Rope.from_parameters(
+        config.size_of_head, parameters, max_length=config.max_length, layout=config.rope_layout
     )
 
 
@@ -493,10 +510,17 @@ def initialise(model: nn.Module, config: ModelConfig) -> None:
             nn.init.zeros_(module.bias)
 
 
-def check_tokens(tokens: Tensor) -> None:
-    """Refuse tokens that are not (batch, T) integers."""
+def check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    """Refuse tokens that are not (batch, T) integers, or on a CPU (elsewhere it would wait) outside the vocabulary."""
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"tokens must be a tensor of (batch, T) integers, got {type(tokens).__name__}")
     if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"tokens must be (batch, T) integers, got {tokens.dtype} of shape {tuple(tokens.shape)}")
+    if tokens.device.type == "cpu" and tokens.numel() and readable(tokens):
+        lowest, highest = (x.item() for x in tokens.aminmax())
+        if lowest < 0 or highest >= vocab_size:
+            outside = lowest if lowest < 0 else highest
+            raise ValueError(f"token {outside} is outside the vocabulary, which has tokens 0 to {vocab_size - 1}")
 
 
 def count_parameters(model: nn.Module) -> int:
