@@ -24,7 +24,7 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 from chromium import Browser, executable
-from pages import DESKTOP, PHONE, broken_links, visit
+from pages import DESKTOP, DRAWN, PHONE, broken_links, visit
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTENTS = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
@@ -197,6 +197,25 @@ def test_first_paint_does_not_wait_for_interactive_figures(browser, address, mon
     assert browser.evaluate(f"{painted} < {arrived}")
 
 
+@pytest.mark.parametrize(
+    ("typed", "chapter"),
+    [("kv cache", "08-kv-cache"), ("byte pair encoding", "01-tokens"), ("rotary", "07-rope"), ("GQA", "09-grouped")],
+)
+def test_search_finds_the_chapter_first(browser, address, typed, chapter):
+    browser.open(f"{address}search.html?q={typed.replace(' ', '+')}")
+    assert browser.evaluate(FIRST_FOUND).startswith(f"notebooks/{chapter}")
+
+
+def test_a_stepper_keeps_the_keyboard_at_its_ends(browser, address):
+    browser.open(f"{address}notebooks/10-flash-math.html")
+    browser.evaluate(f"({DRAWN})(10000)")
+    browser.evaluate("document.querySelectorAll('.tf-stepper button')[1].focus(); 0")
+    for key, number in [("End", 6), ("ArrowRight", 6), ("ArrowLeft", 5), ("Home", 1), ("ArrowRight", 2)]:
+        browser.send("Input.dispatchKeyEvent", type="keyDown", key=key)
+        assert f"step {number} of 6" in browser.evaluate("document.querySelector('.tf-where').textContent")
+    assert browser.evaluate("document.activeElement.textContent") == "Next"
+
+
 def test_print_shows_what_was_folded_and_in_the_light_theme(browser, address):
     browser.resize(DESKTOP, 900)
     browser.open(f"{address}{WITH_FIGURE}.html")
@@ -311,6 +330,16 @@ axe.run({ exclude: [['mjx-container'], ['.highlight'], ['svg.tf-picture > *']] }
   .then((found) => found.violations
   .filter((v) => ['serious', 'critical'].includes(v.impact))
   .map((v) => `${v.id}, ${v.nodes.length} times: ${v.nodes[0].html.slice(0, 200)} ${v.nodes[0].failureSummary}`))
+"""
+
+FIRST_FOUND = """
+new Promise((resolve) => {
+  const look = () => {
+    const first = document.querySelector('#search-results li a');
+    first ? resolve(first.getAttribute('href')) : setTimeout(look, 50);
+  };
+  look();
+})
 """
 
 FOLDED = """
