@@ -1,8 +1,9 @@
 # Every target does its own set-up: `make book` or `make test` on a fresh clone is enough.
 #   make book       build the book: book/_build/html/index.html
 #   make test       every test and every notebook
+#   make setup      only the environment in .venv; TORCH=cpu, here or with any other target, takes PyTorch without CUDA
 #   make lab        JupyterLab on the notebooks
-#   make bench      measure (CPU, and the GPU where there is one)
+#   make bench      measure on the CPU, and on the GPU where there is one (`python -m benchmarks --help` picks topics)
 #   make notebooks  run the notebooks again and keep their outputs (NB=notebooks/04-attention.ipynb for one)
 #   make chapter    begin a chapter: make chapter NAME=18-mixture-of-experts TITLE="Mixture of experts"
 #   make address    say where the repository is, which turns on Binder and Colab: make address URL=https://github.com/o/n
@@ -15,6 +16,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NB ?= $(wildcard notebooks/*.ipynb)
+# Which of PyTorch's own indexes to take it from: cpu, cu130, ...; empty for the package index's wheel.
+TORCH ?=
 UV := $(shell command -v uv 2>/dev/null)
 
 # uv does not read pip's settings: hand it the folder of local wheels that pip is configured with.
@@ -30,12 +33,13 @@ setup: $(READY)
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "TFormer Lab needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Setting up $(VENV): some minutes and 1.5 GB; several GB more where PyTorch brings CUDA, which TORCH=cpu leaves out."
 ifneq ($(UV),)
 	uv venv --quiet --allow-existing --python $(PYTHON) $(VENV)
-	uv pip install --python $(BIN)/python --editable '.[test]'
+	uv pip install --python $(BIN)/python $(if $(TORCH),--torch-backend $(TORCH)) --editable '.[test]'
 else
 	@test -x $(BIN)/pip && $(BIN)/python -c '' || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH)) --editable '.[test]'
 endif
 	@touch $@
 

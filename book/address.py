@@ -20,15 +20,21 @@ CELL = """import sys
 if "google.colab" in sys.modules:  # Colab opens this notebook alone: fetch and install the rest
     !git clone --quiet --depth 1 {address} /content/course
     %pip install --quiet --editable /content/course
-    %cd -q /content/course/notebooks"""
+    %cd -q /content/course/notebooks
+    sys.path.insert(0, "/content/course")  # a running kernel does not see an editable install"""
 
 
 def main() -> int:
     """Set the address that the command line gives."""
-    if len(sys.argv) != 2 or not re.fullmatch(r"(https://github\.com/[\w.-]+/[\w.-]+)?", sys.argv[1]):
+    given = sys.argv[1] if len(sys.argv) == 2 else None
+    address = (given or "").strip().rstrip("/").removesuffix(".git")
+    if given is None or not re.fullmatch(r"(https://github\.com/[\w.-]+/[\w.-]+)?", address):
         print(__doc__)
+        print(f"An address is https://github.com/owner/name, which Binder and Colab can open; got {given!r}.")
         return 2
-    set_address(ROOT, sys.argv[1])
+    set_address(ROOT, address)
+    told = f"the chapters open on Binder and Colab from {address}" if address else "the chapters open here alone"
+    print(f"{told}; `make book` shows it")
     return 0
 
 

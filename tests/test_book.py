@@ -265,7 +265,8 @@ def test_address_goes_into_the_configuration_and_the_chapters_and_out_again(copi
     assert contents(copied) == before
 
 
-def test_colab_s_cell_does_nothing_elsewhere():
+def test_colab_s_cell_does_nothing_elsewhere(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
     shell = InteractiveShell()
     asked = []
     shell.run_line_magic = lambda *call, **options: asked.append(call)
@@ -273,12 +274,14 @@ def test_colab_s_cell_does_nothing_elsewhere():
     source = "".join(script(BOOK / "address.py").colab_cell("https://github.com/someone/lab")["source"])
     shell.run_cell(source).raise_error()
     assert asked == []
+    assert "/content/course" not in sys.path
     sys.modules["google.colab"] = sys
     try:
         shell.run_cell(source).raise_error()
     finally:
         del sys.modules["google.colab"]
     assert len(asked) == 3
+    assert "/content/course" in sys.path, "a running kernel does not see an editable install"
 
 
 # Containers and workflows, which cannot be run here, are read
@@ -295,7 +298,7 @@ def test_container_installs_and_serves_the_course():
     assert "lab" in command
     container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
     assert (ROOT / ".devcontainer" / container["build"]["dockerfile"]).resolve() == ROOT / "Dockerfile"
-    assert container["postCreateCommand"] == "make setup"
+    assert container["postCreateCommand"] == "make setup TORCH=cpu"
 
 
 @pytest.mark.parametrize("name", ["test", "publish"])
