@@ -68,10 +68,25 @@ def absorb_one_head_for_all(q, up, latents):
 
 
 TOPIC = "grouped_query_attention"
+
+
+def absorb_makes_keys_in_turn(q, up, latents):
+    return torch.stack([q[:, h] @ (latents @ up[h].T).mT for h in range(len(up))], dim=1)
+
+
+def pool_neighbouring_rows(weight, kv_heads, head_dim):
+    return weight.unflatten(0, (kv_heads * head_dim, -1)).mean(1)
+
+
+def scores_scaled(q, k):
+    rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
+    return (rows @ k.mT).reshape(*q.shape[:3], -1) / q.shape[-1] ** 0.5
+
+
 RIGHT = {f"{TOPIC}.{fn.__name__}": fn for fn in (kv_head, scores, pool, absorb)}
 WRONG = {
     f"{TOPIC}.kv_head": [kv_head_interleaved, kv_head_always_first, kv_head_divided_by_kv_heads],
-    f"{TOPIC}.scores": [scores_copied, scores_of_tiled_heads, scores_broadcast],
-    f"{TOPIC}.pool": [pool_strided, pool_takes_the_first, pool_sums],
-    f"{TOPIC}.absorb": [absorb_expands, absorb_one_head_for_all],
+    f"{TOPIC}.scores": [scores_copied, scores_of_tiled_heads, scores_broadcast, scores_scaled],
+    f"{TOPIC}.pool": [pool_strided, pool_takes_the_first, pool_sums, pool_neighbouring_rows],
+    f"{TOPIC}.absorb": [absorb_expands, absorb_one_head_for_all, absorb_makes_keys_in_turn],
 }

@@ -57,6 +57,8 @@ def check_scores(fn):
             found = fn(q, k)
         wanted = torch.einsum("bhtd,bhsd->bhts", q, k.repeat_interleave(heads // kv_heads, 1))
         place = f"with {heads} heads and {kv_heads} kv heads"
+        scaled = found.shape == wanted.shape and torch.allclose(found, wanted / q.shape[-1] ** 0.5, atol=1e-4)
+        require(not scaled, "the scores are divided by sqrt(head_dim); they were asked for unscaled")
         require_close(found, wanted, f"{place}, a query meets the keys of another group", name=f"{place}, the scores")
         largest = max(q.numel(), wanted.numel())
         message = f"{place}, a tensor of {sizes.largest:,} numbers is made; the scores are {wanted.numel():,}: "
@@ -76,12 +78,40 @@ def check_pool(fn):
     for heads, kv_heads, head_dim, width in ((8, 2, 4, 10), (8, 1, 4, 10), (4, 4, 2, 6), (6, 3, 5, 7)):
         weight = torch.randn(heads * head_dim, width)
         name = f"the weight from {heads} to {kv_heads} heads"
+        found = fn(weight, kv_heads, head_dim)
+        explain_pool(found, weight, kv_heads, head_dim)
         require_close(
-            fn(weight, kv_heads, head_dim),
+            found,
             pool_heads(weight, kv_heads, head_dim),
             f"{name} is not the mean of each group of neighbouring heads",
             name=name,
         )
+
+
+def explain_pool(found: torch.Tensor, weight: torch.Tensor, kv_heads: int, head_dim: int) -> None:
+    """Name the usual mistakes in the mean of each group."""
+    heads = weight.shape[0] // head_dim
+    if (
+        not isinstance(found, torch.Tensor)
+        or found.shape != (kv_heads * head_dim, weight.shape[1])
+        or kv_heads == heads
+    ):
+        return
+    mean = pool_heads(weight, kv_heads, head_dim)
+    split = weight.unflatten(0, (heads, head_dim))
+    mistakes = {
+        "the heads of a group are added up, and not divided by their number": mean * (heads // kv_heads),
+        "this is one head of each group: the exercise asks for the mean of them all": split[:: heads // kv_heads],
+        "neighbouring rows are averaged: they belong to one head; average row 0 of each head of the group, and so on": (
+            weight.unflatten(0, (kv_heads * head_dim, -1)).mean(1)
+        ),
+        "heads that stand kv_heads apart are averaged: a group is made of neighbours": (
+            split.unflatten(0, (-1, kv_heads)).mean(0)
+        ),
+    }
+    for words, wrong in mistakes.items():
+        different = not torch.allclose(found.double(), wrong.reshape(found.shape).double(), atol=1e-4)
+        require(different or (kv_heads == 1 and torch.allclose(wrong.reshape(mean.shape), mean)), words)
 
 
 @exercise(
@@ -94,11 +124,13 @@ def check_pool(fn):
     ),
 )
 def check_absorb(fn):
-    q, up, latents = torch.randn(2, 4, 1, 8), torch.randn(4, 8, 6), torch.randn(2, 50, 6)
+    # Latents of 4, heads of 32: a product may copy the latents for each head, and that is less than one head's keys.
+    q, up, latents = torch.randn(2, 4, 1, 32), torch.randn(4, 32, 4), torch.randn(2, 50, 4)
     with Sizes(q, up, latents) as sizes:
         found = fn(q, up, latents)
     keys = torch.einsum("hdc,bsc->bhsd", up, latents)
     wanted = q @ keys.transpose(-2, -1)
     require_close(found, wanted, "the scores differ from those of the expanded keys", name="the scores")
-    made = f"a tensor of {sizes.largest:,} numbers is made; all keys are {keys.numel():,}"
-    require(sizes.largest < keys.numel(), f"{made}: the keys are still expanded")
+    one_head = keys[:, 0].numel()
+    made = f"a tensor of {sizes.largest:,} numbers is made; the keys of one head are {one_head:,}"
+    require(sizes.largest < one_head, f"{made}: keys are still made")

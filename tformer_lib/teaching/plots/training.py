@@ -9,18 +9,24 @@ from tformer_lib.teaching import style
 
 def loop() -> None:
     """The loop of training, as boxes and arrows."""
-    _, ax = style.figure(height=2.3)
-    boxes = ["text\nas tokens", "windows\n(batch, T)", "model\n(at first random)", "loss\n-log p(next)", "gradient"]
-    look = {"boxstyle": "round,pad=0.45", "facecolor": "white", "edgecolor": style.BLUE}
+    _, ax = style.figure(height=2.5)
+    boxes = {
+        "text\nas tokens": (0, 1),
+        "windows\n(batch, T)": (2, 1),
+        "model\n(at first\nrandom)": (4, 1),
+        "loss\n-log p(next)": (6, 1),
+        "gradient": (6, 0),
+    }
+    look = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": style.BLUE}
     arrow = {"arrowstyle": "-|>", "color": style.INK, "linewidth": 1.3}
-    for i, words in enumerate(boxes):
-        ax.text(2 * i, 1, words, ha="center", va="center", fontsize=8.5, bbox=look)
-        if i:
-            ax.annotate("", (2 * i - 0.72, 1), (2 * i - 1.25, 1), arrowprops=arrow)
-    ax.plot([8, 8, 4], [0.68, 0.3, 0.3], color=style.INK, linewidth=1.3)
-    ax.annotate("", (4, 0.72), (4, 0.29), arrowprops=arrow)
-    ax.text(6, 0.22, "AdamW: a small step of every weight", ha="center", va="top", fontsize=9, color=style.VERMILION)
-    ax.set(xlim=(-0.9, 8.9), ylim=(0.0, 1.4))
+    for words, (x, y) in boxes.items():
+        ax.text(x, y, words, ha="center", va="center", fontsize=12, bbox=look)
+    for start, end in (((0.72, 1), (1.2, 1)), ((2.78, 1), (3.28, 1)), ((4.72, 1), (5.12, 1)), ((6, 0.66), (6, 0.2))):
+        ax.annotate("", end, start, arrowprops=arrow)
+    ax.plot([5.3, 4, 4], [0, 0, 0.3], color=style.INK, linewidth=1.3)
+    ax.annotate("", (4, 0.54), (4, 0.2), arrowprops=arrow)
+    ax.text(3.8, 0, "AdamW: a small step\nof every weight", ha="right", va="center", fontsize=12, color=style.VERMILION)
+    ax.set(xlim=(-0.9, 6.95), ylim=(-0.35, 1.5))
     ax.axis("off")
     style.show()
 
@@ -79,6 +85,9 @@ def losses(short: Sequence[dict], long: Sequence[dict], floor: float) -> None:
         ax.set(title=title, xlabel="step", xscale="log", yscale="log", ylim=(0.22, 8))
         ax.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["0.25", "0.5", "1", "2", "4", "8"])
         ax.minorticks_off()
+    line = {"arrowstyle": "-", "color": style.INK, "linewidth": 0.8}
+    for words, (step, loss), place in (("shelf", (200, 0.5), (45, 0.34)), ("spike", (500, 0.4), (1100, 0.62))):
+        axes[1].annotate(words, (step, loss), place, ha="center", va="center", fontsize=10, arrowprops=line)
     axes[0].set_ylabel("nats per token")
     axes[1].legend(loc="upper right")
     style.show()
