@@ -82,6 +82,15 @@ def pictures_have_words(notebook: dict) -> Iterator[str]:
             yield f"a picture needs mystnb.image.alt in the metadata of\n{source(cell)}"
 
 
+def no_markdown_table_in_outputs(notebook: dict) -> Iterator[str]:
+    """No output is a table in Markdown, which the book would show as one line with bars; ``show_table`` makes HTML."""
+    for cell in cells(notebook, "code"):
+        for output in cell["outputs"]:
+            text = "".join(output.get("data", {}).get("text/markdown", ""))
+            if re.search(r"^\|[-: |]*-{3}[-: |]*\|\s*$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE):
+                yield f"a Markdown table in the output of\n{source(cell)}"
+
+
 def kernel_is_python3(notebook: dict) -> Iterator[str]:
     """The kernel's name is one that every machine has."""
     name = notebook["metadata"].get("kernelspec", {}).get("name")
@@ -109,7 +118,15 @@ def uncompared(notebook: dict) -> list[dict]:
     ]
 
 
-RULES = (run_in_order, no_error, no_absolute_path, pictures_have_words, kernel_is_python3, headings_step_down)
+RULES = (
+    run_in_order,
+    no_error,
+    no_absolute_path,
+    pictures_have_words,
+    no_markdown_table_in_outputs,
+    kernel_is_python3,
+    headings_step_down,
+)
 
 
 def complaints(path: Path) -> list[str]:

@@ -98,6 +98,8 @@ SOUND = {
 
 PICTURE = {"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo="}}
 
+TABLE = {"output_type": "display_data", "data": {"text/markdown": ["| a | b |\n", "|---|---|\n", "| 1 | 2 |"]}}
+
 FAULTY = {
     "run_in_order": [code("2", count=None), code("2", count=5)],
     "no_error": [
@@ -109,6 +111,7 @@ FAULTY = {
         code("open(path)", {"output_type": "stream", "name": "stdout", "text": ["in /tmp/x/y.py"]}, count=2),
     ],
     "pictures_have_words": [code("draw()", PICTURE, count=2)],
+    "no_markdown_table_in_outputs": [code("rows()", TABLE, count=2)],
     "headings_step_down": [markdown("# A second title"), markdown("#### Too deep")],
 }
 

@@ -1,8 +1,10 @@
 """Show the library's own source, and the results that were measured elsewhere, on the page."""
 
+import html
 import inspect
 import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 from IPython import get_ipython
@@ -36,6 +38,32 @@ def show_markdown(text: str) -> None:
         print(text)
     else:
         display(Markdown(text))
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Show a table in a notebook; print it elsewhere. (The book reads Markdown in outputs without its tables.)
+
+    Args:
+        columns: the heads of the columns; the first column names the rows.
+        rows: the cells of each row; what stands between two asterisks ``**`` is bold.
+    """
+    plain = "\n".join(" | ".join(row) for row in (columns, *rows))
+    if get_ipython() is None:
+        print(plain)
+        return
+    heads = "".join(f'<th scope="col">{html.escape(head)}</th>' for head in columns)
+    body = "\n".join(
+        f'<tr><th scope="row"><code>{html.escape(name)}</code></th>{"".join(map(table_cell, cells))}</tr>'
+        for name, *cells in rows
+    )
+    table = f'<table class="table">\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
+    display({"text/html": table, "text/plain": plain}, raw=True)
+
+
+def table_cell(text: str) -> str:
+    """One cell of a table, in HTML."""
+    bold = len(text) > 4 and text.startswith("**") and text.endswith("**")
+    return f"<td><strong>{html.escape(text[2:-2])}</strong></td>" if bold else f"<td>{html.escape(text)}</td>"
 
 
 def results(device: str, topic: str) -> dict:

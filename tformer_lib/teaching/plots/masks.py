@@ -8,7 +8,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from tformer_lib.teaching import style
-from tformer_lib.teaching.display import show_markdown
+from tformer_lib.teaching.display import show_table
 
 
 def who_sees_whom(mask: Tensor, queries: Sequence[str], keys: Sequence[str]) -> None:
@@ -101,8 +101,5 @@ def note(fig: plt.Figure, text: str) -> None:
 def verdicts(results: dict[str, dict[str, bool]]) -> None:
     """A table of forms (rows) and tests (columns): name of a form -> name of a test -> did it pass."""
     tests = list(next(iter(results.values())))
-    rows = [
-        f"| `{name}` | " + " | ".join("ok" if fine else "**fails**" for fine in passed.values()) + " |"
-        for name, passed in results.items()
-    ]
-    show_markdown("\n".join([f"| | {' | '.join(tests)} |", "|---" * (len(tests) + 1) + "|", *rows]))
+    rows = [[name, *("ok" if fine else "**fails**" for fine in passed.values())] for name, passed in results.items()]
+    show_table(["form", *tests], rows)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.patches import Circle
 from torch import Tensor
 
 from tformer_lib.positional_encoding import sinusoidal, t5_bucket
@@ -30,6 +32,29 @@ def table(encoding: Tensor) -> None:
     ax.set(xlabel="channel", ylabel="position", title="Each row is what is added to the token at that position")
     figure.colorbar(image, ax=ax, label="value")
     style.show()
+
+
+def clocks(steps: int, starts: Sequence[int], width: int = 16, count: int = 3) -> None:
+    """The first hands of the sinusoidal encoding before and after the same number of steps, from several starts."""
+    thetas = 10000.0 ** (-2 * np.arange(count) / width)
+    _, axes = style.figure(len(starts), count, height=2.3 * len(starts))
+    for row, start in zip(axes, starts, strict=True):
+        for i, (ax, theta) in enumerate(zip(row, thetas, strict=True)):
+            draw_clock(ax, start * theta, (start + steps) * theta)
+            ax.set_title(f"clock {i}, p = {start} to {start + steps}", fontsize=10.5, loc="center")
+            ax.text(0, -1.28, f"turned by {np.degrees(steps * theta):.0f}°", ha="center", va="top")
+    style.show()
+
+
+def draw_clock(ax: Axes, before: float, after: float) -> None:
+    """A face whose hand turns clockwise from the top, by angles in radians: its tip is at (sin, cos)."""
+    turn = np.linspace(before, after, 60)
+    ax.add_patch(Circle((0, 0), 1, fc="none", ec=style.GREY))
+    ax.fill([0, *(0.6 * np.sin(turn))], [0, *(0.6 * np.cos(turn))], color=style.SKY, alpha=0.45, lw=0)
+    for angle, look in ((before, {"color": style.GREY, "ls": "--"}), (after, {"color": style.BLUE})):
+        ax.plot([0, np.sin(angle)], [0, np.cos(angle)], lw=2.5, **look)
+    ax.set(xlim=(-1.3, 1.3), ylim=(-1.6, 1.15), aspect="equal")
+    ax.axis("off")
 
 
 def similarity(width: int = 64, reach: int = 128, bases: Sequence[float] = (100, 10_000, 1_000_000)) -> None:

@@ -68,7 +68,7 @@ function heatMap(table, kit) {
   return kit.picture(
     LEFT + CELL * length + RIGHT, TOP + 8 + height * width,
     `Heat map of the table: ${width} channels by ${length} positions. The top channels change from one position to the next, the bottom ones hardly at all.`,
-    kit.svg("text", { x: LEFT, y: FONT, "font-size": FONT }, `the table, channels 0 to ${width - 1}: a column is added at its position`),
+    kit.svg("text", { x: LEFT, y: FONT, "font-size": FONT }, `channels 0 to ${width - 1}; each position adds its column`),
     kit.svg("text", { x: LEFT - 6, y: TOP + FONT, "font-size": FONT, "text-anchor": "end" }, "0"),
     kit.svg("text", { x: LEFT - 6, y: TOP + height * width - 2, "font-size": FONT, "text-anchor": "end" }, `${width - 1}`),
     ...cells,
