@@ -106,6 +106,25 @@ print(jit.load("small", 1).answer())
     assert sum("built kernels" in err for _, err in results) == 1
 
 
+@needs_compiler
+def test_a_cache_that_cannot_be_written_is_named(kernels, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(jit.BuildError, match=r"file/cache, where nothing can be written .*set TORCH_EXTENSIONS_DIR"):
+        jit.load("small", 1)
+
+
+def test_torch_is_told_of_the_tools_that_were_found(monkeypatch):
+    monkeypatch.setattr(jit, "compiler", lambda: "/opt/bin/g++-14")
+    monkeypatch.setattr(jit, "ninja", lambda: "/opt/ninja")
+    monkeypatch.setenv("CXX", "a wrapper with words")
+    monkeypatch.setenv("PATH", "/usr/bin")
+    with jit.tools_in_environment():
+        assert os.environ["CXX"] == "/opt/bin/g++-14"
+        assert os.environ["PATH"] == os.pathsep.join(("/usr/bin", "/opt/ninja"))
+    assert (os.environ["CXX"], os.environ["PATH"]) == ("a wrapper with words", "/usr/bin")
+
+
 def test_a_missing_compiler_is_named(kernels, monkeypatch):
     monkeypatch.setattr(jit, "compiler", lambda: None)
     with pytest.raises(jit.BuildError, match=r"needs a C\+\+ compiler: install g\+\+"):

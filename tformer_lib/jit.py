@@ -216,8 +216,15 @@ def locked(folder: Path) -> Iterator[None]:
     """
     import fcntl
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "tformer.lock", "w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "tformer.lock", "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise BuildError(
+            f"kernels are kept in {folder.parent}, where nothing can be written ({error.strerror}): "
+            "set TORCH_EXTENSIONS_DIR to a folder that you may write to"
+        ) from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -231,7 +238,7 @@ def build(name: str, source: Path, flags: list[str], folder: Path, arch: str) ->
     target = f"kernels/{source.parent.name}/{source.name}" + (f" for sm_{arch}" if arch else "")
     is_cuda = source.suffix == ".cu"
     start = time.perf_counter()
-    with progress(target), path_with(ninja()):
+    with progress(target), tools_in_environment():
         try:
             cpp_extension.load(
                 name,
@@ -254,15 +261,27 @@ def tail(text: str, lines: int = 60) -> str:
     return "\n".join(text.splitlines()[-lines:])
 
 
+_environment = threading.Lock()
+
+
 @contextmanager
-def path_with(folder: str | None) -> Iterator[None]:
-    """Put ``folder`` on the PATH for the length of a build."""
-    before = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join(filter(None, (before, folder)))
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before
+def tools_in_environment() -> Iterator[None]:
+    """For the length of a build, let torch find ninja and the compiler that were found here.
+
+    Torch asks ``CXX`` alone, else for ``c++``. The environment is the whole process's, so one build at a time has it.
+    """
+    with _environment:
+        before = {name: os.environ.get(name) for name in ("PATH", "CXX")}
+        os.environ["PATH"] = os.pathsep.join(filter(None, (before["PATH"], ninja())))
+        os.environ["CXX"] = compiler() or ""
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
 
 @contextmanager
