@@ -322,6 +322,13 @@ def run_cpu(report: Report) -> None:
         report.add(name, timing, flops=work, limit=limit, spread="p10 and p90 are the fastest and the slowest call")
 
 
+def run_twin() -> None:
+    """The C++ twin once, beside the matrix of scores: what a profiler watches on a CPU."""
+    q, k, v = torch.randn(3, 1, 4, 512, 64)
+    naive(q, k, v)
+    flash.flash_attention(q, k, v, step="cpu")
+
+
 def take_turns(contestants: dict[str, Callable], inputs: tuple[Tensor, ...], rounds: int = 8) -> dict[str, list[float]]:
     """Seconds of each contestant, one call a round: what else the machine does disturbs all of them alike."""
     times = {name: [] for name in contestants}
@@ -342,7 +349,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.nvtx:
-        return profiled(run_once, device="cuda", warmup=1)
+        return profiled(run_once if options.device == "cuda" else run_twin, device=options.device, warmup=1)
     report = Report("flash_attention", options.device, options.out)
     if options.device == "cpu":
         run_cpu(report)

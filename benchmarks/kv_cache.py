@@ -83,8 +83,8 @@ class Bench:
 
     @torch.no_grad()
     def decode_for_profiler(self, held: int = 512, steps: int = 4) -> None:
-        """A few eager steps after ``held`` tokens on a preallocated cache, inside NVTX ranges."""
-        cache = self.preallocated(held + 8 * steps)
+        """A few eager steps after ``held`` tokens on the naive cache, which concatenates, inside NVTX ranges."""
+        cache = GrowingCache(self.shape())
         prefill(self.model, torch.randint(self.config.vocab_size, (1, held)), cache)
         step, token = decode_step(self.model, cache), torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         profiled(lambda: [step(token) for _ in range(steps)], device=self.device)

@@ -351,13 +351,19 @@ def run_gpu(report: Report, ablations: bool) -> None:
     time_prefill(report, matmul)
 
 
-def run_once() -> None:
-    """Steps 1 and 2 at 64 x 8,192: what a profiler watches (``--nvtx``)."""
-    x = make_rows(DECODE["64 x 8,192"])
-    profiled(lambda: (own(1)(x), own(2)(x)), device="cuda")
+def run_once(device: str) -> None:
+    """Steps 1 and 2 at 64 x 8,192, on a CPU step 0 and the twin: what a profiler watches (``--nvtx``)."""
+    gpu = device == "cuda"
+    x = make_rows(DECODE["64 x 8,192"]) if gpu else make_rows([256] * 4, **SMALL)
+    one, other = (own(1), own(2)) if gpu else (own(0), own("cpu"))
+    profiled(lambda: (one(x), other(x)), device=device)
 
 
 # --- CPU -----------------------------------------------------------------------------------------------------------
+
+
+SMALL = {"heads": 8, "kv_heads": 2, "d": 64, "dtype": torch.float32, "device": "cpu"}
+"""The heads of what a CPU measures."""
 
 
 def run_cpu(report: Report) -> None:
@@ -366,8 +372,7 @@ def run_cpu(report: Report) -> None:
     limit = copy_rate("cpu")
     report.note(copy_gb_s=limit / 1e9)
     for batch, context in ((16, 128), (8, 1024)):
-        shape = {"heads": 8, "kv_heads": 2, "d": 64, "dtype": torch.float32, "device": "cpu"}
-        x = make_rows([context] * batch, **shape)
+        x = make_rows([context] * batch, **SMALL)
         dense = [torch.randn(batch, 2, context, 64) for _ in range(2)]
         q = x["q"][:, :, None]
         contestants = {
@@ -391,7 +396,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.nvtx:
-        return run_once()
+        return run_once(options.device)
     report = Report("paged_attention", options.device, options.out)
     with torch.no_grad():
         if options.device == "cpu":

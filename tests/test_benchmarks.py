@@ -1,9 +1,11 @@
 """What is measured and what is written about it: the harness, the guard of ratios, the page of results, the prose."""
 
+import importlib
 import importlib.util
 import json
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -79,6 +81,20 @@ def test_scripts_of_the_profilers_know_their_targets(script):
     assert "paged_attention" in named
     for topic in named:
         assert '"--nvtx"' in (ROOT / "benchmarks" / f"{topic}.py").read_text(), f"{topic} has no --nvtx"
+
+
+@pytest.mark.parametrize("topic", ["kv_cache", "paged_attention", "profiling", "flash_attention"])
+def test_targets_of_the_profilers_run_on_a_cpu(topic, monkeypatch):
+    module, heard = importlib.import_module(f"benchmarks.{topic}"), []
+    if topic == "paged_attention":  # its twin and that of flash attention take a compiler seconds
+        monkeypatch.setattr(module, "own", lambda step, own=module.own: own(0))
+    if topic == "flash_attention":
+        monkeypatch.setattr(module.flash, "flash_attention", lambda q, k, v, step: attend(q, k, v))
+    monkeypatch.setattr(sys, "argv", [topic, "--device", "cpu", "--nvtx"])
+    monkeypatch.setattr(harness.profiling, "enable", lambda: None)
+    with harness.profiling.listening(lambda name: heard.append(name) or harness.profiling._off):
+        module.main()
+    assert heard.count("measured") == 1
 
 
 def test_noise_of_a_constant_is_small():
