@@ -43,11 +43,13 @@ BF16 = torch.bfloat16
 DENSE = {"dense cache, sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "dense cache, sdpa flash": SDPBackend.FLASH_ATTENTION}
 
 STEP_2 = "2_split_kv.cu"
-RING, WARPS = "128 * 1024 / BLOCKS", "WARPS = 4, THREADS = WARPS * WARP, BLOCKS = 2;"
+RING, WARPS = "(D == 64 ? 192 : 128) * 1024", "WARPS = 4, THREADS = WARPS * WARP, BLOCKS = D == 64 ? 3 : 2;"
 ABLATIONS = {  # what is changed -> edits
-    "one block of 4 warps a multiprocessor": [(WARPS, WARPS.replace("BLOCKS = 2", "BLOCKS = 1"))],
-    "one block of 8 warps a multiprocessor": [(WARPS, WARPS.replace("BLOCKS = 2", "BLOCKS = 1").replace("= 4", "= 8"))],
-    "192 KB of ring": [(RING, "192 * 1024 / BLOCKS")],
+    "one block of 4 warps a multiprocessor": [(WARPS, WARPS.replace("D == 64 ? 3 : 2", "1"))],
+    "one block of 8 warps a multiprocessor": [
+        (WARPS, WARPS.replace("D == 64 ? 3 : 2", "1").replace("WARPS = 4", "WARPS = 8"))
+    ],
+    "192 KB of ring": [(RING, "192 * 1024")],
     "the table asked when it is needed": [
         ("        copy(K, a.k);\n", "        look_up();\n        copy(K, a.k);\n"),
         ("        look_up();\n    }\n};", "    }\n};"),

@@ -1142,7 +1142,7 @@ def make_scratch(device: torch.device, pairs: int) -> tuple[int, int, int]:
 
 
 MOST_PARTIAL = 2 * 2 * 16 * (128 + 2)
-"""Floats of partial results a multiprocessor: two blocks, two results each, of 16 heads."""
+"""Floats of partial results a multiprocessor: two blocks (three at head_dim 64 take less), two results of 16 heads."""
 
 
 # --- attention -----------------------------------------------------------------------------------------------------

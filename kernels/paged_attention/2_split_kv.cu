@@ -43,8 +43,9 @@
 namespace paged {
 namespace {
 
-// A multiprocessor has two blocks with rings of 64 KB: STAGES steps of KEYS keys and values for each warp. Two blocks, so
-// that one goes on while the other merges; 8 warps, so that a warp's chain of products and softmax is not the limit.
+// A multiprocessor has two blocks (three at head_dim 64) with rings of 64 KB: STAGES steps of KEYS keys and values for each
+// warp. Several blocks, so that one goes on while another merges; 8 warps and more, so that a warp's chain of products and
+// softmax is not the limit.
 template <class Number_, class Cache_, int D_, int ROWS_>
 struct Shape {
     using Number = Number_;  // of q and out
@@ -53,11 +54,12 @@ struct Shape {
     using Half = std::conditional_t<IS_FP8, Fp16, Number>;  // of the products: float16 holds any float8
     static constexpr int D = D_;
     static constexpr int ROWS = ROWS_;  // query heads that fit: 8 or 16 of the 16 rows of a product
-    static constexpr int WARPS = 4, THREADS = WARPS * WARP, BLOCKS = 2;
+    static constexpr int WARPS = 4, THREADS = WARPS * WARP, BLOCKS = D == 64 ? 3 : 2;
     static constexpr int ROW_BYTES = D * sizeof(Cache);
     static constexpr int KEYS = ROW_BYTES >= 256 ? 16 : 32, TILE = WARPS * KEYS;
     static constexpr int STEP_BYTES = 2 * KEYS * ROW_BYTES;
-    static constexpr int STAGES = 128 * 1024 / BLOCKS / (WARPS * STEP_BYTES);
+    static constexpr int RINGS = (D == 64 ? 192 : 128) * 1024;  // of all blocks
+    static constexpr int STAGES = RINGS / BLOCKS / (WARPS * STEP_BYTES);
     static_assert(STAGES > 1, "one step is read while another is on its way");
     static constexpr int CHUNKS = ROW_BYTES / 16;
     static constexpr int RING_BYTES = WARPS * STAGES * STEP_BYTES, MERGE_BYTES = WARPS * 8 * D * 4;  // 8 rows at a time

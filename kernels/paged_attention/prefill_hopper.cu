@@ -268,7 +268,7 @@ template <class Half, class Run>
 const char* with_shape(const Arguments& a, const Run& run) {
     switch (a.head_dim) {
         case 64: return run.template operator()<Half, Shape<64, 3, 128>>();
-        case 128: return run.template operator()<Half, Shape<128, 2, 176>>();
+        case 128: return run.template operator()<Half, Shape<128, 2, 128>>();
         case 256: return run.template operator()<Half, Shape<256, 2, 80>>();
         default: return "prefill takes a head_dim of 64, 128 or 256";
     }
