@@ -55,13 +55,13 @@ __device__ Buffers buffers_in(uint8_t* shared) {
 }
 
 // S = Q K^T: D / 16 products, four in each box of 64 columns, 32 bytes apart in its rows. The asm keeps the compiler from
-// computing all descriptors first: with products issued back to back, without the few instructions in between, the kernel
-// is a tenth slower (d 128).
+// computing all descriptors first: at d 128, with products issued back to back, without the few instructions in between,
+// the kernel is a tenth slower.
 template <class Half, class Sh>
 __device__ void issue_scores(float (&S)[Sh::KEYS / 8][4], uint32_t Q, uint32_t K) {
 #pragma unroll
     for (int k = 0; k < Sh::D / 16; ++k) {
-        asm volatile("" : "+r"(Q), "+r"(K));
+        if constexpr (Sh::D == 128) asm volatile("" : "+r"(Q), "+r"(K));
         multiply_shared<Half, false, false>(S, k_major(Q + k / 4 * Sh::ROWS * ROW_BYTES + k % 4 * 32),
                                             k_major(K + k / 4 * Sh::KEYS * ROW_BYTES + k % 4 * 32), k > 0);
     }
