@@ -2,6 +2,7 @@
 
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -146,6 +147,24 @@ def test_trace_outlives_an_error():
     with profiling.trace() as trace:
         torch.ones(8) + 1
     assert trace.intervals()
+
+
+def test_a_trace_within_a_trace_is_refused_and_the_outer_one_goes_on():
+    with profiling.trace() as outer:
+        with pytest.raises(RuntimeError, match="recorded already"), profiling.trace():
+            pass
+        with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="recorded already"):
+            pool.submit(lambda: profiling.trace().__enter__()).result()
+        with profiling.range("after"):
+            torch.ones(8) + 1
+    assert "after" in outer.phases()
+    with torch.profiler.profile(), pytest.raises(RuntimeError, match="recorded already"), profiling.trace():
+        pass
+
+
+def test_a_trace_that_could_not_be_written_is_refused_before_the_work(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder"), profiling.trace(tmp_path / "missing" / "t.json"):
+        raise AssertionError("the work began")
 
 
 GPU_TRACE = [

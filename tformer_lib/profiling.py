@@ -31,6 +31,7 @@ import json
 import os
 import re
 import tempfile
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -179,7 +180,27 @@ def trace(path: Path | str | None = None, *, operators: bool = True) -> Iterator
         path: where to write the trace as well, for chrome://tracing or https://ui.perfetto.dev.
         operators: record the host's operators and ranges too. They slow the host down; where the question is how long
             a GPU waits for it, leave them out. Without a GPU they are all there is, and always recorded.
+
+    Raises:
+        RuntimeError: something is being recorded already. PyTorch has one recorder, and a second start ends the
+            process.
+        FileNotFoundError: the folder of ``path`` does not exist; said before anything runs.
     """
+    if path is not None and not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"the trace is to be written to {path}, but there is no folder {Path(path).parent}")
+    if torch.autograd._profiler_enabled() or not _recording.acquire(blocking=False):
+        raise RuntimeError("a trace is being recorded already: end it before the next one begins")
+    try:
+        yield from _record(path, operators)
+    finally:
+        _recording.release()
+
+
+_recording = threading.Lock()
+
+
+def _record(path: Path | str | None, operators: bool) -> Iterator[Trace]:
+    """:func:`trace`, once nobody else records."""
     gpu = torch.cuda.is_available()
     activities = [torch.profiler.ProfilerActivity.CUDA] if gpu else []
     if operators or not gpu:
