@@ -255,6 +255,18 @@ def test_reset_is_as_good_as_new_even_after_nan(name):
     torch.testing.assert_close(got[1], uncached(model, tokens, name)[1, :2], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", CACHES)
+@torch.no_grad()
+def test_a_pass_that_brings_nothing_changes_nothing(name):
+    model, tokens = MODEL["llama-like"], tokens_of(2, 9)
+    cache = CACHES[name](CacheShape.of(model, 2))
+    feed(model, cache, tokens, [9, 2])
+    assert model(tokens[:, :0], cache=cache).shape == (2, 0, model.config.vocab_size)
+    cache.expect([0, 0])
+    assert model(tokens[:, :3], cache=cache).isfinite().all()
+    assert cache.lengths.tolist() == [9, 2]
+
+
 def test_a_ring_that_lost_tokens_refuses_to_be_truncated():
     cache = RingCache(CacheShape(1, 1, 1, 2), WINDOW, SINKS)
     new = torch.randn(1, 1, 8, 2)

@@ -812,7 +812,7 @@ class PagedKVCache(KVCache):
             paged.packed = self._on_device(real_places(self.counts, now.length))
         counts = [now.length] * self.shape.batch if self.counts is None else self.counts
         paged.ends = (self.lengths + (now.length if self.counts is None else self._on_device(counts))).int()
-        if now.length > 1 or now.real is not None:
+        if now.length != 1 or now.real is not None:
             paged.starts = self._on_device(running_sum(counts)).int()
         return paged
 
