@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from tformer_lib import jit
 
@@ -64,6 +65,18 @@ def test_a_changed_header_or_source_is_built_again(kernels):
     (kernels.parent / "common" / "number.h").write_text("#define NUMBER 43\n")
     jit.load_source.cache_clear()
     assert jit.load("small", "cpu").answer() == 43
+
+
+@needs_compiler
+def test_builds_where_paths_have_spaces(kernels, tmp_path, monkeypatch):
+    folder = tmp_path / "my course"
+    folder.mkdir()
+    (folder / "lib").symlink_to(cpp_extension.TORCH_LIB_PATH)
+    kernels.parent.rename(folder / "kernels")
+    monkeypatch.setattr(jit, "kernels_folder", lambda: folder / "kernels")
+    monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", str(folder / "lib"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "cache"))
+    assert jit.load("small", "cpu").answer() == 42
 
 
 @needs_compiler

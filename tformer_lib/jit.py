@@ -13,6 +13,7 @@ torch and Python. A second load, in this process or another, compiles nothing.
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -238,7 +239,7 @@ def build(name: str, source: Path, flags: list[str], folder: Path, arch: str) ->
     target = f"kernels/{source.parent.name}/{source.name}" + (f" for sm_{arch}" if arch else "")
     is_cuda = source.suffix == ".cu"
     start = time.perf_counter()
-    with progress(target), tools_in_environment():
+    with progress(target), tools_in_environment(), quoted_libraries():
         try:
             cpp_extension.load(
                 name,
@@ -282,6 +283,19 @@ def tools_in_environment() -> Iterator[None]:
                     del os.environ[name]
                 else:
                     os.environ[name] = value
+
+
+@contextmanager
+def quoted_libraries() -> Iterator[None]:
+    """Quote the folder of torch's libraries for the shell, as torch does not: its path may have a space."""
+    from torch.utils import cpp_extension
+
+    before = cpp_extension.TORCH_LIB_PATH
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(before)
+    try:
+        yield
+    finally:
+        cpp_extension.TORCH_LIB_PATH = before
 
 
 @contextmanager
