@@ -102,6 +102,8 @@ def test_learned_encoding_trains_only_the_rows_that_were_used():
         (lambda: SinusoidalEncoding(4)(torch.zeros(3, 2, 4), torch.zeros(2, 2)), r"\(2, 2\) do not fit"),
         (lambda: alibi_slopes(0), "at least 1, got 0"),
         (lambda: alibi(4), "how many queries"),
+        (lambda: alibi(4, -1), "at least 0, got T = -1"),
+        (lambda: T5Bias(0), "heads must be at least 1, got 0"),
         (lambda: alibi(4, 3, positions=torch.arange(2)), r"T is 3, .* \(2,\)"),
         (lambda: alibi(4, 3, 5, key_positions=torch.arange(4)), r"S is 5, .* \(4,\)"),
         (lambda: alibi(4, positions=torch.zeros(1, 2, 3)), r"got shape \(1, 2, 3\)"),

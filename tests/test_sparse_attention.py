@@ -376,6 +376,8 @@ def test_big_bird_reaches_what_the_pattern_says():
         (lambda: sp.fixed(4, 5), r"width must lie in 1 .. size = 4, got 5"),
         (lambda: sp.global_tokens([]), r"one or more numbers of at least 0, got \(\)"),
         (lambda: sp.global_tokens([-1]), r"one or more numbers of at least 0, got \(-1,\)"),
+        (lambda: sp.big_bird(64, block=0), "at least 1 and random_blocks at least 0, got 0 and 3"),
+        (lambda: sp.big_bird(64, block=8, random_blocks=-1), "at least 0, got 8 and -1"),
         (lambda: sp.big_bird(100, block=16), "length must be a positive multiple of block = 16, got 100"),
         (lambda: sp.documents(torch.ones(3)), r"ids must be \(S,\) or \(batch, S\) integers, got \(3,\)"),
         (lambda: sp.BlockTable(4, torch.ones(2, 3, dtype=torch.bool)), r"\(blocks, blocks\) boolean, got \(2, 3\)"),

@@ -378,3 +378,5 @@ def test_models_refuse_bad_input_by_name():
         EncoderDecoder(config(positions="rope"))
     with pytest.raises(ValueError, match="attention must be one of"):
         attention_form("magic")
+    with pytest.raises(ValueError, match=r"smoothing must be in \[0, 1\], got -0.1"):
+        label_smoothed_loss(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64), smoothing=-0.1)

@@ -452,7 +452,7 @@ def gated_attend(
 
 
 def gated_recurrent(q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor, scale: float | None = None) -> Tensor:
-    """``gated_attend`` as the recurrence that defines it, one token at a time."""
+    """``gated_attend`` as the recurrence that defines it, one token at a time; arguments and errors are the same."""
     q_g, k, values, gates = gated_inputs(q, k, v, log_decay, scale)
     state = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
     outputs = []
@@ -464,7 +464,10 @@ def gated_recurrent(q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor, scale
 
 
 def gated_parallel(q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor, scale: float | None = None) -> Tensor:
-    """``gated_attend`` with all T x T weights written out: attention under a mask of decays instead of a softmax."""
+    """``gated_attend`` with all T x T weights written out: attention under a mask of decays instead of a softmax.
+
+    Arguments and errors are the same.
+    """
     q_g, k, values, gates = gated_inputs(q, k, v, log_decay, scale)
     weights = decayed_scores(q_g, k, gates.cumsum(2))  # (batch, kv_heads, group, T, T)
     out = (weights.flatten(2, 3) @ values).unflatten(2, weights.shape[2:4])

@@ -111,6 +111,9 @@ def alibi(
 
     Returns:
         (heads, T, S) float32, or (batch, heads, T, S) where a position tensor has a batch.
+
+    Raises:
+        ValueError: if there is no head, or lengths and positions do not fit together.
     """
     relative = relative_positions(T, S, positions=positions, key_positions=key_positions, device=device)
     slopes = alibi_slopes(heads).to(relative.device)[:, None, None]
@@ -118,10 +121,20 @@ def alibi(
 
 
 class T5Bias(nn.Module):
-    """T5's bias: one trained number for each head and each bucket of distance (Raffel et al. 2020, section 2.1)."""
+    """T5's bias: one trained number for each head and each bucket of distance (Raffel et al. 2020, section 2.1).
+
+    Args:
+        heads: number of query heads.
+        buckets, max_distance, bidirectional: as in `t5_bucket`.
+
+    Raises:
+        ValueError: if there is no head, or the buckets leave no room for exact or for logarithmic ones.
+    """
 
     def __init__(self, heads: int, *, buckets: int = 32, max_distance: int = 128, bidirectional: bool = True):
         super().__init__()
+        if heads < 1:
+            raise ValueError(f"heads must be at least 1, got {heads}")
         check_buckets(buckets, max_distance, bidirectional)
         self.buckets, self.max_distance, self.bidirectional = buckets, max_distance, bidirectional
         self.table = nn.Embedding(buckets, heads)
@@ -161,6 +174,9 @@ def t5_bucket(relative: Tensor, *, buckets: int = 32, max_distance: int = 128, b
 
     Returns:
         int64 of the same shape, in 0 .. buckets - 1.
+
+    Raises:
+        ValueError: if the buckets leave no room for exact or for logarithmic ones.
     """
     check_buckets(buckets, max_distance, bidirectional)
     relative = relative.long()
@@ -195,9 +211,14 @@ def relative_positions(
 
     Returns:
         (T, S) or (batch, T, S), integers.
+
+    Raises:
+        ValueError: if the number of queries is not given, is negative, or differs from that of their positions.
     """
     if positions is None and T is None:
         raise ValueError("say how many queries there are: T, or their positions")
+    if min(T or 0, S or 0) < 0:
+        raise ValueError(f"T and S must be at least 0, got T = {T} and S = {S}")
     if positions is not None:
         check_positions(positions)
         if T is not None and positions.shape[-1] != T:

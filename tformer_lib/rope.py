@@ -37,6 +37,9 @@ class Rope:
         rotary_dim: how many of the first channels turn (all by default); the rest passes unturned.
         scaling: None, one of the classes in `SCALINGS`, or a dict such as {"rope_type": "yarn", "factor": 4.0}.
         max_length: the context that the model was trained with; scalings that compare with it need it.
+
+    Raises:
+        ValueError: if channels do not form pairs, or the base, the layout or the scaling makes no sense.
     """
 
     def __init__(
@@ -69,6 +72,9 @@ class Rope:
         Args:
             parameters: rope_theta, rope_type, factor, ... in that library's words.
             max_length: its max_position_embeddings; original_max_position_embeddings, where given, goes first.
+
+        Raises:
+            ValueError: the parameters have an unknown key, lack one, or make no sense.
         """
         parameters = dict(parameters)
         base = parameters.pop("rope_theta", 10000.0)
@@ -149,6 +155,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "half") -> Tensor:
 
     Returns:
         x's shape and dtype; channels from rotary_dim on are unchanged.
+
+    Raises:
+        ValueError: if the angles are of other positions, another batch or more channels than x has.
     """
     check_rotation(x, cos, sin, layout)
     cos, sin = (t.unsqueeze(-3) for t in (cos, sin))  # (1, T, pairs) or (batch, 1, T, pairs): the same for all heads

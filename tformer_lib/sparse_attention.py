@@ -333,6 +333,9 @@ def big_bird(length: int, *, block: int = BLOCK, random_blocks: int = 3, seed: i
         block: positions per block.
         random_blocks: blocks drawn for each row among those it does not see yet (fewer where fewer are left).
         seed: the draw is a function of it and of the shape alone.
+
+    Raises:
+        ValueError: if block does not divide length, or a number is too small.
     """
     if block < 1 or random_blocks < 0:
         raise ValueError(f"block must be at least 1 and random_blocks at least 0, got {block} and {random_blocks}")

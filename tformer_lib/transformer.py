@@ -409,6 +409,9 @@ class EncoderDecoder(nn.Module):
 
         Returns:
             (batch, T, vocab_size).
+
+        Raises:
+            ValueError: if tokens have another shape or dtype or are outside the vocabulary, or lengths do not fit them.
         """
         memory = self.encode(source, source_lengths)
         return self.decode(target, memory, source_lengths=source_lengths, target_lengths=target_lengths)
@@ -482,8 +485,13 @@ def label_smoothed_loss(logits: Tensor, targets: Tensor, *, smoothing: float = 0
         smoothing: the share spread over all tokens, the right one included (section 5.4 of the paper: 0.1).
 
     Returns:
-        The mean over the places that count, in nats.
+        The mean over the places that count, in nats; NaN, as in torch, if none does.
+
+    Raises:
+        ValueError: if smoothing is not in [0, 1].
     """
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"smoothing must be in [0, 1], got {smoothing}")
     flat = logits.reshape(-1, logits.shape[-1]).float()
     return F.cross_entropy(flat, targets.reshape(-1), label_smoothing=smoothing, ignore_index=ignore_index)
 
