@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from tformer_lib import profiling
+from tformer_lib.flash_attention import flash_attention, flash_attention_varlen
 from tformer_lib.generation import StaticStep, generate
 from tformer_lib.kv_cache import CacheShape, PreallocatedCache
 from tformer_lib.transformer import Decoder, ModelConfig
@@ -141,9 +142,16 @@ def failing_trace():
         torch.ones(2).reshape(3)
 
 
-def test_trace_outlives_an_error():
+def test_trace_outlives_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="shape"):
         failing_trace()
+    recording = profiling.trace(tmp_path / "t.json")
+    trace = recording.__enter__()
+    with profiling.range("before"):
+        torch.ones(8) + 1
+    assert not recording.__exit__(ValueError, ValueError("too late"), None)
+    assert "before" in trace.phases()
+    assert "before" in profiling.Trace.read(tmp_path / "t.json").phases()
     with profiling.trace() as trace:
         torch.ones(8) + 1
     assert trace.intervals()
@@ -310,6 +318,24 @@ def test_flops_of_a_training_step():
     with profiling.count() as work:
         (x @ w).sum().backward()
     assert work.flops == 2 * (2 * 5 * 7 * 3)
+
+
+@pytest.mark.parametrize("attend", [F.scaled_dot_product_attention, flash_attention])
+def test_flops_of_fused_attention_and_its_gradients_are_those_of_its_products(attend):
+    q, k, v = (torch.randn(2, 3, length, 16, requires_grad=True) for length in (5, 7, 7))
+    product = 2 * 2 * 3 * 5 * 7 * 16
+    with profiling.count() as forward:
+        out = attend(q, k, v)
+    with profiling.count() as backward:
+        out.sum().backward()
+    assert (forward.flops, backward.flops) == (2 * product, 5 * product)
+
+
+def test_flops_of_packed_sequences_are_those_of_each():
+    x, starts = torch.randn(9, 3, 16), torch.tensor([0, 2, 2, 9], dtype=torch.int32)
+    with profiling.count() as work:
+        flash_attention_varlen(x, x, x, starts, starts)
+    assert work.flops == 2 * 2 * 3 * 16 * (2 * 2 + 7 * 7)
 
 
 def test_bytes_of_simple_operators():

@@ -32,7 +32,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tformer_lib import jit
+from tformer_lib import jit, profiling
 from tformer_lib.contract import check_inputs
 
 TOPIC = "flash_attention"
@@ -822,3 +822,26 @@ def backward(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple:
 
 
 flash_attention_op.register_autograd(backward, setup_context=save_for_backward)
+
+
+def flops(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, products: int) -> int:
+    """FLOPs of so many products of (T, head_dim) by (head_dim, S), causal or not, of each head and sequence."""
+    batch, heads, T, head_dim = q.shape
+    pairs = batch * T * k.shape[2]
+    if cu_seqlens_q is not None:
+        pairs = int((cu_seqlens_q.diff().long() * cu_seqlens_k.diff()).sum())
+    return 2 * products * heads * head_dim * pairs
+
+
+def forward_flops(q, k, v, mask, cu_seqlens_q, cu_seqlens_k, *_, out_val=None) -> int:
+    """For ``profiling.count``: S = Q K^T and O = P V."""
+    return flops(q, k, cu_seqlens_q, cu_seqlens_k, 2)
+
+
+def backward_flops(dout, dlse, q, k, v, out, lse, mask, cu_seqlens_q, cu_seqlens_k, *_, out_val=None) -> int:
+    """For ``profiling.count``: S again, dP, dV, dQ and dK."""
+    return flops(q, k, cu_seqlens_q, cu_seqlens_k, 5)
+
+
+profiling.PRODUCTS[torch.ops.tformer_lab.flash_attention] = forward_flops
+profiling.PRODUCTS[torch.ops.tformer_lab.flash_attention_backward] = backward_flops

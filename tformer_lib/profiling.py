@@ -28,6 +28,7 @@ Sources: Amdahl 1967 (the law); Williams, Waterman and Patterson 2009 (the roofl
 import csv
 import gzip
 import json
+import math
 import os
 import re
 import tempfile
@@ -48,7 +49,8 @@ KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 """The categories of a trace that say what a GPU did."""
 
 PRODUCTS: dict = dict(flop_registry)
-"""Operator -> the formula for its FLOPs: PyTorch's own, and the CPU's fused attention, which it leaves out."""
+"""Operator -> the formula for its FLOPs: PyTorch's own, the CPU's fused attention, which it leaves out, and those that
+modules of this library add for their kernels."""
 
 _off = nullcontext()
 _markers: tuple[Callable[[str], AbstractContextManager], ...] = ()
@@ -181,6 +183,8 @@ def trace(path: Path | str | None = None, *, operators: bool = True) -> Iterator
         operators: record the host's operators and ranges too. They slow the host down; where the question is how long
             a GPU waits for it, leave them out. Without a GPU they are all there is, and always recorded.
 
+    The host's part is that of the thread that records and of autograd's; the GPU's is everybody's.
+
     Raises:
         RuntimeError: something is being recorded already. PyTorch has one recorder, and a second start ends the
             process.
@@ -214,15 +218,20 @@ def _record(path: Path | str | None, operators: bool) -> Iterator[Trace]:
             yield recorded
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-        finally:
+        finally:  # after an error too: what ran before it
             with silent_start():
                 profiler.stop()
+            recorded.events = events_of(profiler)
+            if path is not None:
+                recorded.save(path)
+
+
+def events_of(profiler: torch.profiler.profile) -> list[dict]:
+    """What a profiler that has stopped recorded, in Chrome's format."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
-        recorded.events = Trace.read(file).events
-    if path is not None:
-        recorded.save(path)
+        return Trace.read(file).events
 
 
 @contextmanager
@@ -575,7 +584,14 @@ def attention_flops(query, key, value, *args, out_val=None, **kwargs) -> int:
     return 2 * batch * heads * T * key.shape[2] * (head_dim + value.shape[3])
 
 
+def attention_backward_flops(grad_out, query, key, value, *args, out_val=None, **kwargs) -> int:
+    """FLOPs of its gradients: five products where the forward has two (the scores are computed again)."""
+    batch, heads, T, head_dim = query.shape
+    return 2 * batch * heads * T * key.shape[2] * (3 * head_dim + 2 * value.shape[3])
+
+
 PRODUCTS.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, attention_flops)
+PRODUCTS.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, attention_backward_flops)
 
 
 @dataclass(frozen=True)
@@ -627,4 +643,5 @@ def amdahl(share: float, speedup: float) -> float:
     """
     if not 0 <= share <= 1 or speedup <= 0:
         raise ValueError(f"share must be in [0, 1] and speedup above 0, got {share} and {speedup}")
-    return 1 / (1 - share + share / speedup)
+    left = 1 - share + share / speedup
+    return 1 / left if left else math.inf
