@@ -433,6 +433,9 @@ def gated_attend(
 
     Returns:
         (batch, heads, T, value_dim) in q's dtype.
+
+    Raises:
+        ValueError: if the inputs break the contract, T is not S, or a decay is over 0 or of another shape.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")

@@ -343,7 +343,8 @@ class Decoder(nn.Module):
             (batch, T, vocab_size), or (batch, n, vocab_size) with ``only``.
 
         Raises:
-            ValueError: if ``tokens`` has another shape or dtype, or a token is too far along for the model.
+            ValueError: if ``tokens`` has another shape or dtype, or a token is outside the vocabulary or too far along
+                for the model.
         """
         if positions is None and cache is not None:
             positions = cache.positions(tokens.shape[1])
