@@ -193,7 +193,7 @@ def seen_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
 
 
 def row_seeds(seed: int | Sequence[int], batch: int) -> list[int]:
-    """The seed of each row: seed + i, or the i-th of those given."""
+    """The seed of each row: seed + i, or the i-th of those given; refuses another number of seeds than rows."""
     if isinstance(seed, int):
         return [seed + row for row in range(batch)]
     if len(seed) != batch:
@@ -399,7 +399,11 @@ def decode(
 def decode_step(
     model: nn.Module, cache: KVCache, *, cuda_graph: bool = False, compile: bool = False
 ) -> Callable[[Tensor], Tensor]:
-    """The function that appends tokens (batch, 1) and returns the next logits (batch, vocab_size)."""
+    """The function that appends tokens (batch, 1) and returns the next logits (batch, vocab_size).
+
+    Raises:
+        ValueError: a CUDA graph was asked for, and the cache is on no GPU.
+    """
     if cuda_graph and not cache.lengths.is_cuda:
         raise ValueError(f"cuda_graph needs a model on a GPU, this one is on {cache.lengths.device}")
     if cuda_graph or compile:
@@ -434,6 +438,10 @@ def generate(
 
     Returns:
         The new tokens of each row, without its prompt.
+
+    Raises:
+        ValueError: a prompt is empty or holds a token that the model does not know, a rule is out of its range, or the
+            cache was made for other rows, is full, or (before any work) the model's learned positions do not suffice.
     """
     device = next(model.parameters()).device
     steps = decode(

@@ -99,7 +99,11 @@ def kernels_folder() -> Path:
 
 
 def find_source(topic: str, step: int | str) -> Path:
-    """The file of a step: its number is the part of the file's name before the first underscore."""
+    """The file of a step: its number is the part of the file's name before the first underscore.
+
+    Raises:
+        FileNotFoundError: there is none; the message lists those that there are.
+    """
     folder = kernels_folder() / topic
     sources = sorted(p for p in folder.glob("*") if p.suffix in SOURCE_SUFFIXES)
     for source in sources:
@@ -119,7 +123,11 @@ def headers(source: Path) -> list[Path]:
 
 
 def architecture(device: torch.device | None = None) -> str:
-    """The name nvcc has for the GPU: "90a" on Hopper, whose own instructions need the a, "80" on an A100."""
+    """The name nvcc has for the GPU: "90a" on Hopper, whose own instructions need the a, "80" on an A100.
+
+    Raises:
+        BuildError: torch sees no GPU.
+    """
     if not torch.cuda.is_available():
         raise BuildError(
             "a CUDA kernel was asked for, but torch sees no CUDA device. Run on a machine with an NVIDIA GPU and a "

@@ -164,7 +164,11 @@ class KVCache(ABC):
         return self._pass.positions if real is None else self._pass.positions.masked_fill(~real, 0)
 
     def layer(self, index: int) -> LayerCache:
-        """The part of layer ``index``."""
+        """The part of layer ``index``.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
         if not 0 <= index < self.shape.layers:
             raise ValueError(f"the cache has layers 0 to {self.shape.layers - 1}, got {index}")
         return LayerCache(self, index)
@@ -237,11 +241,19 @@ class KVCache(ABC):
 
     @abstractmethod
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget all but the first ``lengths[b]`` tokens of each row b (a rejected draft, an edited prompt)."""
+        """Forget all but the first ``lengths[b]`` tokens of each row b (a rejected draft, an edited prompt).
+
+        Raises:
+            ValueError: a row holds fewer tokens than it is to keep, or a ring has lost some of them.
+        """
 
     @abstractmethod
     def reorder(self, rows: Sequence[int]) -> None:
-        """Row b becomes a copy of what row ``rows[b]`` was; more or fewer rows than before may be named."""
+        """Row b becomes a copy of what row ``rows[b]`` was; more or fewer rows than before may be named.
+
+        Raises:
+            ValueError: there is no such row.
+        """
 
     def _set_lengths(self, lengths: Sequence[int]) -> None:
         """Set the lengths in place: a captured graph holds their address."""

@@ -423,7 +423,11 @@ class BlockAllocator:
         return block
 
     def share(self, block: int) -> None:
-        """One more holder; a cached block that nobody held comes back to life."""
+        """One more holder; a cached block that nobody held comes back to life.
+
+        Raises:
+            ValueError: the block is empty.
+        """
         if self.holders[block] == 0:
             if block not in self.unheld:
                 raise ValueError(f"block {block} is empty: there is nothing to share")
@@ -431,7 +435,11 @@ class BlockAllocator:
         self.holders[block] += 1
 
     def free(self, block: int) -> None:
-        """One holder fewer; a block without holders is cached if its contents are known, else empty."""
+        """One holder fewer; a block without holders is cached if its contents are known, else empty.
+
+        Raises:
+            ValueError: nobody holds it.
+        """
         if self.holders[block] == 0:
             raise ValueError(f"block {block} is freed, but nobody holds it")
         self.holders[block] -= 1
@@ -466,6 +474,9 @@ class BlockAllocator:
 
         Returns:
             The prefix that ends with this block: the parent of the next.
+
+        Raises:
+            ValueError: the block is not full, nobody holds it, or it is known to hold other tokens.
         """
         if len(tokens) != self.block_size:
             raise ValueError(f"only a full block of {self.block_size} tokens can be found again, got {len(tokens)}")
@@ -566,7 +577,11 @@ class BlockTable:
         return copies
 
     def advance(self, tokens: int) -> None:
-        """So many reserved tokens have been written."""
+        """So many reserved tokens have been written.
+
+        Raises:
+            ValueError: more than were reserved.
+        """
         if tokens > self.slack:
             raise ValueError(f"{tokens} tokens were written where {self.slack} slots were reserved")
         self.length += tokens
@@ -593,7 +608,11 @@ class BlockTable:
 
     def truncate(self, length: int) -> None:
         """Forget all but the first ``length`` tokens. Blocks are freed from the end, so that a cached beginning, which
-        more prompts have in common, outlives what follows it."""
+        more prompts have in common, outlives what follows it.
+
+        Raises:
+            ValueError: the sequence is shorter.
+        """
         if not 0 <= length <= self.length:
             raise ValueError(f"a sequence of {self.length} tokens cannot be truncated to {length}")
         kept = blocks_for(length, self.allocator.block_size)
@@ -615,6 +634,9 @@ class BlockTable:
 
         Returns:
             How many of its tokens need not be computed: fewer than all, see :meth:`BlockAllocator.match`.
+
+        Raises:
+            ValueError: the table holds blocks.
         """
         if self.blocks:
             raise ValueError(f"only an empty table can reuse blocks, this one holds {self.length} tokens")

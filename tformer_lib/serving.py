@@ -90,7 +90,11 @@ class Params(Sampling):
 
     @classmethod
     def of(cls, given: "Params | dict | None") -> "Params":
-        """Params as they are, from a dict of some of them, or the defaults."""
+        """Params as they are, from a dict of some of them, or the defaults.
+
+        Raises:
+            ValueError: there is no such parameter, or it is out of its range.
+        """
         if isinstance(given, cls):
             return given
         if not isinstance(given, (dict, type(None))):
