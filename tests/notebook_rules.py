@@ -91,6 +91,15 @@ def no_markdown_table_in_outputs(notebook: dict) -> Iterator[str]:
                 yield f"a Markdown table in the output of\n{source(cell)}"
 
 
+def figures_keep_their_state(notebook: dict) -> Iterator[str]:
+    """Every interactive figure can be drawn without a kernel: JupyterLab's own save leaves out what that takes."""
+    kept = notebook["metadata"].get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
+    for cell in cells(notebook, "code"):
+        views = [o.get("data", {}).get("application/vnd.jupyter.widget-view+json") for o in cell["outputs"]]
+        if any(view and view["model_id"] not in kept for view in views):
+            yield f"no state of its interactive figure is saved (make notebooks NB=...):\n{source(cell)}"
+
+
 def kernel_is_python3(notebook: dict) -> Iterator[str]:
     """The kernel's name is one that every machine has."""
     name = notebook["metadata"].get("kernelspec", {}).get("name")
@@ -124,6 +133,7 @@ RULES = (
     no_absolute_path,
     pictures_have_words,
     no_markdown_table_in_outputs,
+    figures_keep_their_state,
     kernel_is_python3,
     headings_step_down,
 )

@@ -96,6 +96,7 @@ SOUND = {
     "metadata": {"kernelspec": {"name": "python3"}},
 }
 
+FIGURE = {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": {"model_id": "7f"}}}
 PICTURE = {"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo="}}
 
 TABLE = {"output_type": "display_data", "data": {"text/markdown": ["| a | b |\n", "|---|---|\n", "| 1 | 2 |"]}}
@@ -112,6 +113,7 @@ FAULTY = {
     ],
     "pictures_have_words": [code("draw()", PICTURE, count=2)],
     "no_markdown_table_in_outputs": [code("rows()", TABLE, count=2)],
+    "figures_keep_their_state": [code("explore()", FIGURE, count=2)],
     "headings_step_down": [markdown("# A second title"), markdown("#### Too deep")],
 }
 
