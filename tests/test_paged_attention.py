@@ -599,6 +599,15 @@ def model():
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8], [9], [5, 6, 7, 8, 9]]
 
 
+@pytest.mark.parametrize("step", [0, None])
+@pytest.mark.parametrize("slot", [16, 2**40])
+def test_a_slot_past_the_pool_is_refused_and_nothing_is_written(step, slot):
+    k, pools = torch.randn(2, 2, 8), torch.zeros(2, 4, 2, 4, 8)
+    with pytest.raises(ValueError, match=f"slots hold {slot}, the pool has slots 0 to 15"):
+        write_cache(k, k, *pools, torch.tensor([0, slot]), step=step)
+    assert not pools.any()
+
+
 @pytest.mark.parametrize("block_size", [1, 4, 8, 16])
 def test_generation_is_token_for_token_that_of_a_contiguous_cache(model, block_size):
     options = {"max_new_tokens": 20, "temperature": 1.0, "seed": 3}

@@ -83,7 +83,8 @@ def write_cache(
     Args:
         k, v: (tokens, kv_heads, head_dim), any strides with adjacent columns.
         k_pool, v_pool: (blocks, kv_heads, block_size, head_dim), any strides with adjacent columns.
-        slots: (tokens,) int64, block * block_size + offset; -1 for a token that is not to be stored.
+        slots: (tokens,) int64, block * block_size + offset; -1 for a token that is not to be stored. On a GPU, where
+            looking would wait for it, they are believed.
         cos, sin: (tokens, rotary_dim / 2) float32: the keys are turned by these angles on the way, as ``rope`` does.
         layout: of RoPE's pairs, "half" or "interleaved".
         k_scale, v_scale: a pool of float8 holds x / scale, cut off at the largest float8.
@@ -200,6 +201,13 @@ def check_write(k, v, k_pool, v_pool, slots, cos, sin) -> None:
         if x is not None and (x.dim() != 2 or x.shape[0] != k.shape[0] or x.dtype != torch.float32):
             came = f"{x.dtype} of shape {tuple(x.shape)}"
             raise ValueError(f"{name} must be float32 of shape ({k.shape[0]}, rotary_dim / 2), got {came}")
+
+
+def check_slots(slots: Tensor, pool: Tensor) -> None:
+    """Refuse a slot past the pool, into which a kernel would write all the same. Reads the slots: for a CPU alone."""
+    room = pool.shape[0] * pool.shape[2]
+    if slots.numel() and (most := int(slots.max())) >= room:
+        raise ValueError(f"slots hold {most}, the pool has slots 0 to {room - 1}")
 
 
 def check_paged(q, k_pool, v_pool, block_tables, lengths, query_starts, window) -> None:
@@ -1304,6 +1312,8 @@ def run_write(
     with_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     key = (*map(layout_of, tensors), options, with_grad)
     plan = _plans.get(key) or keep_plan(key, plan_write(tensors, *options))
+    if plan.device.type == "cpu":
+        check_slots(slots, k_pool)
     if plan.step == "0":
         write_in_pytorch(*tensors, layout, k_scale, v_scale)
     elif plan.copies:
