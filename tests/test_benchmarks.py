@@ -111,18 +111,21 @@ def test_noise_of_a_constant_is_small():
 def guard(tmp_path, monkeypatch):
     """The guard with one small case, whose record and results stay in the test's folder."""
     q, k, v = torch.randn(3, 1, 2, 192, 32)
-    kernel = {"fast": lambda: attend_sdpa(q, k, v, causal=True)}
-    case = {"attention: fused / plain": lambda device: (lambda: kernel["fast"](), lambda: attend(q, k, v, causal=True))}
+    plain = lambda: attend(q, k, v, causal=True)  # noqa: E731
+    kernel = {"fast": lambda: attend_sdpa(q, k, v, causal=True), "slow": lambda: [plain() for _ in range(5)]}
+    case = {"attention: fused / plain": lambda device: (lambda: kernel["fast"](), plain)}
     monkeypatch.setattr(ratios, "CASES", case)
     monkeypatch.setattr(ratios, "RESULTS", tmp_path)
     monkeypatch.setenv("TFORMER_RESULTS", str(tmp_path / "cpu"))
-    return kernel
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine, threads wait for one another
+    yield kernel
+    torch.set_num_threads(threads)
 
 
 def test_a_slowed_kernel_is_caught(guard, capsys):
     assert ratios.main(["--record"]) == 0
-    fast = guard["fast"]
-    guard["fast"] = lambda: (time.sleep(0.02), fast())
+    guard["fast"] = guard["slow"]
     assert ratios.main([]) == 1
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("SLOWER"))
     assert "attention: fused / plain" in line
@@ -130,8 +133,7 @@ def test_a_slowed_kernel_is_caught(guard, capsys):
 
 
 def test_a_kernel_that_became_faster_is_none_the_worse(guard, capsys):
-    fast = guard["fast"]
-    guard["fast"] = lambda: (time.sleep(0.02), fast())
+    fast, guard["fast"] = guard["fast"], guard["slow"]
     assert ratios.main(["--record"]) == 0
     guard["fast"] = fast
     assert ratios.main([]) == 0
