@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import regex
 import tiktoken
+import tiktoken.load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

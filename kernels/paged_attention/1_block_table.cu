@@ -10,7 +10,7 @@
 //   floor       64 rows of 8,192 keys are 2.15 GB of K and V: 0.50 ms at the device's copy rate of 4.3 TB/s
 //   predicted   four query heads read the same keys, each for itself, though mostly from the L2 cache; a warp waits for
 //               one key after another, with five shuffles for each score: a tenth of the copy rate
-//   measured    0.51 TB/s. One row of 32,768 keys takes 4.1 ms: its 32 blocks leave 100 of 132 multiprocessors idle, and
+//   measured    0.50 TB/s. One row of 32,768 keys takes 4.2 ms: its 32 blocks leave 100 of 132 multiprocessors idle, and
 //               nothing about a long context can be done with one block a head
 #include "common/launch.cuh"
 #include "rows.cuh"

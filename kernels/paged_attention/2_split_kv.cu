@@ -26,15 +26,14 @@
 //   floor       64 rows of 8,192 keys are 2.15 GB of K and V: 0.50 ms at the device's copy rate of 4.3 TB/s, 0.49 at the
 //               4.4 of a kernel that only reads
 //   predicted   4.3 TB/s, as FlashAttention-3 and FlashInfer reach
-//   measured    4.25 TB/s; 64 rows of 100 to 16,384 keys 4.25; 1 x 32,768 and 16 x 2,048 in 46 us as calls from Python, 44
-//               inside a CUDA graph, of which 5 pass before the first bytes arrive and 4 after the last. Over a contiguous
-//               cache, cuDNN reads 4.45 in the same run
-//               Two ideas were worth more than expected, as tuning runs said. A block of 4 warps with the whole 192 KB
-//               reached 3.7 where two such blocks with half of it each reached 4.2: not bytes on their way were missing,
-//               but warps to work on them. And teams are worth 2 %: eight heads' runs of 4 KB, read at the same time, are
-//               one run of 32 KB to the memory
-//               Nor is more ring better: with 128 KB for 192, a later tuning run gained 1 to 4 % in every row but float8's
-//               (64 x 8,192: 4.43 for 4.36). At d 64 the room that is left holds a third block: 2 % more, from float8 12
+//   measured    4.40 TB/s; 64 rows of 100 to 16,384 keys 4.37; 1 x 32,768 in 44 us and 16 x 2,048 in 43 as calls from
+//               Python, 42 and 41 inside a CUDA graph, of which 5 pass before the first bytes arrive and 4 after the last.
+//               Over a contiguous cache, cuDNN reads 4.55 in the same run
+//   without     what single ideas are worth, at 64 x 8,192. A block of 4 warps with a ring twice as long in place of two
+//               such blocks: 3.48, for not bytes on their way are missing, but warps to work on them. No swizzle: 2.86.
+//               No teams: 4.33, for eight heads' runs of 4 KB, read at the same time, are one run of 32 KB to the memory.
+//               192 KB of ring: 4.34. At d 64, where the room that 128 KB leave holds a third block, a tuning run gained
+//               2 %, from float8 12
 #include <algorithm>
 #include <numeric>
 

@@ -22,11 +22,11 @@
 //   floor       a matrix product's 690 TFLOP/s
 //   predicted   what flash attention's step 4 reaches over contiguous keys under a causal mask: 595. The table is asked a
 //               tile ahead, and 32 boxes of 2 KB in the 2,600 cycles of a tile of keys do not keep the copy engine busy
-//   measured    605 in tuning runs, where mma.sync reaches 300; 550 for 4 prompts of 4,096, 608 for chunks of 512 over 8,192
-//               keys; d 64 487, d 256 640. Blocks of 64 are no faster (615), blocks of 8 a tenth slower (533): their boxes
-//               are twice as many
-//               Tiles of 176 keys, flash attention's on long rows, are as fast there and an eighth slower on prompts of
-//               512 (281, 320). Dealing out the kv heads in turn, in place of one after another, costs a sixth (509): the
+//   measured    608, where mma.sync reaches 301 and cuDNN, over contiguous keys, 573; 560 for 4 prompts of 4,096, 584 for
+//               chunks of 512 over 8,192 keys; d 64 490. In tuning runs, d 256 640. Blocks of 64 were no faster (615), blocks
+//               of 8 a tenth slower (533): their boxes are twice as many
+//               Tiles of 176 keys, flash attention's on long rows, were as fast there and an eighth slower on prompts of
+//               512 (281, 320). Dealing out the kv heads in turn, in place of one after another, cost a sixth (509): the
 //               keys of all heads then pass through the L2 cache at once
 #include <algorithm>
 

@@ -14,8 +14,8 @@
 //   floor       a matrix product's 690 TFLOP/s; half of it is what mma.sync reaches
 //   predicted   flash attention's step 3 under a causal mask, less what the addresses cost: 300 TFLOP/s
 //   measured    301 for a prompt of 16,384, 274 for 4 of 4,096, 285 for chunks of 512 over 8,192 keys; from float8, which is
-//               widened on its way through registers, 199. On the same prompt over contiguous keys, FlashAttention-2 reaches
-//               333 and cuDNN, by wgmma, 574
+//               widened on its way through registers, 197. On the same prompt over contiguous keys, FlashAttention-2 reaches
+//               333 and cuDNN, by wgmma, 573
 #include <algorithm>
 
 #include "common/launch.cuh"
