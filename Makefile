@@ -60,7 +60,7 @@ notebooks: $(READY)
 	$(BIN)/ruff format --quiet $(NB)
 	cd notebooks && TFORMER_PROGRESS= ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=300 \
-	  --CoalesceStreamsPreprocessor.enabled=True $(notdir $(NB))
+	  --Exporter.preprocessors='["nbconvert.preprocessors.CoalesceStreamsPreprocessor"]' $(notdir $(NB))
 	$(BIN)/python book/status.py
 
 chapter: $(READY)
