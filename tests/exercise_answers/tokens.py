@@ -2,9 +2,12 @@
 
 import codecs
 import math
+from collections import Counter, defaultdict
 from itertools import pairwise
 
 import torch
+
+from tformer_lib.tokens import MergeTable
 
 
 def merge(word, pair):
@@ -149,16 +152,134 @@ def bits_per_byte_as_a_tensor(loss, token_count, byte_count):
     return torch.tensor(loss * token_count / byte_count) / math.log(2)
 
 
+def train(words, count):
+    cut = [tuple(bytes([b]) for b in word) for word in words]
+    times, counts, holders, merges = list(words.values()), Counter(), defaultdict(set), []
+
+    def tally(i, sign):
+        for pair in pairwise(cut[i]):
+            counts[pair] += sign * times[i]
+            holders[pair].add(i)
+            if not counts[pair]:
+                del counts[pair]
+
+    for i in range(len(cut)):
+        tally(i, 1)
+    while counts and len(merges) < count:
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(best)
+        for i in sorted(holders.pop(best)):
+            tally(i, -1)
+            cut[i] = merge(cut[i], best)
+            tally(i, 1)
+    return merges
+
+
+def train_with_a_heap(words, count):
+    table, merges = MergeTable(words), []
+    while len(merges) < count and (pair := table.most_frequent()):
+        table.merge(pair)
+        merges.append(pair)
+    return tuple(map(list, merges))
+
+
+def train_by_recounting(words, count, *, weighted=True, greatest=True, overlaps=True, endless=False):
+    cut = {tuple(bytes([b]) for b in word): times for word, times in words.items()}
+    merges = []
+    while len(merges) < count:
+        counts = Counter()
+        for word, times in cut.items():
+            last = None
+            for at, pair in enumerate(pairwise(word)):
+                if overlaps or last != (at - 1, pair):
+                    counts[pair] += times if weighted else 1
+                    last = (at, pair)
+        if not counts and not endless:
+            break
+        best = max(counts, key=lambda pair: (counts[pair], pair if greatest else 0))
+        merges.append(best)
+        cut = {merge(word, best): times for word, times in cut.items()}
+    return merges
+
+
+def train_searching_all_words(words, count):
+    cut = [[tuple(bytes([b]) for b in word), times] for word, times in words.items()]
+    counts, merges = Counter(), []
+    for word, times in cut:
+        for pair in pairwise(word):
+            counts[pair] += times
+    while +counts and len(merges) < count:
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(best)
+        for entry in cut:
+            if best in pairwise(entry[0]):
+                for pair in pairwise(entry[0]):
+                    counts[pair] -= entry[1]
+                entry[0] = merge(entry[0], best)
+                for pair in pairwise(entry[0]):
+                    counts[pair] += entry[1]
+    return merges
+
+
+def train_from_the_first_counts(words, count):
+    counts = Counter()
+    for word, times in words.items():
+        for pair in pairwise(bytes([b]) for b in word):
+            counts[pair] += times
+    return sorted(counts, key=lambda pair: (counts[pair], pair), reverse=True)[:count]
+
+
+def train_without_neighbours(words, count):
+    """Counts the new pairs, and leaves the old neighbours' counts as they were."""
+    cut = {tuple(bytes([b]) for b in word): times for word, times in words.items()}
+    counts, merges = Counter(), []
+    for word, times in cut.items():
+        for pair in pairwise(word):
+            counts[pair] += times
+    while counts and len(merges) < count:
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(best)
+        del counts[best]
+        cut = {merge(word, best): times for word, times in cut.items()}
+        for word, times in cut.items():
+            for pair in pairwise(word):
+                if b"".join(best) in pair:
+                    counts[pair] += times
+    return merges
+
+
+def train_emptying_the_words(words, count):
+    merges = train(words, count)
+    words.clear()
+    return merges
+
+
 RIGHT = {
     "tokens.merge": merge,
     "tokens.encode": encode,
     "tokens.bits_per_byte": bits_per_byte,
     "tokens.stream": stream,
+    "tokens.train": train,
 }
-ALSO_RIGHT = {"tokens.bits_per_byte": [bits_per_byte_as_a_tensor], "tokens.stream": [stream_by_character]}
+ALSO_RIGHT = {
+    "tokens.bits_per_byte": [bits_per_byte_as_a_tensor],
+    "tokens.stream": [stream_by_character],
+    "tokens.train": [train_with_a_heap],
+}
 WRONG = {
     "tokens.merge": [merge_forgets_to_skip, merge_from_the_right, merge_the_first_only, merge_to_a_list],
     "tokens.encode": [encode_from_left_to_right, encode_longest_first, encode_one_merge],
     "tokens.bits_per_byte": [nats_per_byte, bits_per_token, bits_upside_down, bits_the_wrong_way],
     "tokens.stream": [stream_each_alone, stream_dropping_halves, stream_all_at_the_end, stream_without_an_end],
+    "tokens.train": [
+        train_by_recounting,
+        train_searching_all_words,
+        lambda words, count: train_by_recounting(words, count, weighted=False),
+        lambda words, count: train_by_recounting(words, count, greatest=False),
+        lambda words, count: train_by_recounting(words, count, overlaps=False),
+        lambda words, count: train_by_recounting(words, count, endless=True),
+        train_from_the_first_counts,
+        train_without_neighbours,
+        train_emptying_the_words,
+    ],
 }

@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import SupportsFloat
@@ -146,3 +147,102 @@ def run_stream(fn, pieces: list[bytes]) -> str:
     parts = list(parts)
     require(all(isinstance(part, str) for part in parts), "yield strings: what the reader sees, not bytes")
     return "".join(parts)
+
+
+@exercise(
+    "tokens.train",
+    title="A trainer that never counts twice",
+    hints=(
+        "Keep two tables from merge to merge: how often each pair is seen, and which words hold it.",
+        "A merge changes the words that hold its pair: take a word's pairs out of the count, merge, put the new in.",
+        "In the second table, a set of words for each pair; a word that has lost the pair may stay and does no harm.",
+        "max(counts, key=lambda pair: (counts[pair], pair)) has the tie rule; drop pairs whose count is down to 0.",
+    ),
+)
+def check_train(fn):
+    draw = random.Random(0)
+    corpora = [{b"low": 5, b"lower": 2, b"newest": 6, b"widest": 3}, {b"aaaa": 2, b"aaa": 1, b"baaab": 1}, {b"a": 3}]
+    for letters in ["ab", "abc", "abcdé"] * 8:
+        words = ("".join(draw.choices(letters, k=draw.randint(1, 9))).encode() for _ in range(8))
+        corpora.append({word: draw.randint(1, 4) for word in words})
+    for words in corpora:
+        check_one_training(fn, words, 40)  # more than some of them have
+    check_one_training(fn, tokens.count_words(" ".join(tokens.stories(5, seed=1)), [], tokens.GPT4_PATTERN), 30)
+    check_work_of_training(fn)
+
+
+def check_one_training(fn, words: dict[bytes, int], count: int) -> None:
+    """Fail unless ``fn`` learns up to ``count`` merges from ``words`` as the plain algorithm does."""
+    given = dict(words)
+    found = fn(given, count)
+    require(isinstance(found, list | tuple), f"the result should be a list of pairs, and is {found!r:.60}")
+    require(given == words, "your function changed the dictionary of words that it was given: work on a copy")
+    case = str(dict(words)) if len(words) < 10 else f"a corpus of {len(words)} words"
+    cut = {tuple(bytes([b]) for b in word): times for word, times in words.items()}
+    for number in range(count + 1):
+        counts = tokens.count_pairs(cut)
+        learned = tuple(found[number]) if number < len(found) else None
+        best = max(counts, key=lambda pair: (counts[pair], pair)) if counts and number < count else None
+        if learned != best:
+            fail_training(cut, learned, best, f"{case}: merge {number + 1}")
+        if best is None:
+            return
+        merged = {}
+        for word, times in cut.items():
+            merged[tokens.merge_pair(word, best)] = times
+        cut = merged
+
+
+def fail_training(cut: dict, learned: tuple | None, best: tuple | None, case: str) -> None:
+    """Say why ``learned`` is not the merge to come, which is ``best``."""
+    counts = tokens.count_pairs(cut)
+    require(best is not None, f"{case} should not be there: as many as asked for are learned, or no pair is left")
+    should = f"should be {best}, seen {counts[best]} times"
+    require(learned is not None, f"{case} {should}, and is missing")
+    require(learned in counts, f"{case} is {learned}, which stands nowhere by then: a count was not brought up to date")
+    least = f"{case} is {learned}, and {should}"
+    require(counts[learned] < counts[best], f"{least} too: of pairs seen as often, the greater goes first")
+    once = tokens.count_pairs(dict.fromkeys(cut, 1))
+    plainly = once[learned] >= once[best] and max(cut.values()) > 1
+    doubt = "does a word count as often as it is in the text, and is every old pair of a merged word taken out?"
+    twice = "in aaa the pair of two a's is seen twice, though merged once"
+    require(best[0] != best[1] or plainly, f"{least}: {twice}, and the same in longer rows")
+    require(False, f"{least}, where {learned} is seen {counts[learned]} times: {doubt}")
+
+
+def check_work_of_training(fn) -> None:
+    """Fail where a merge costs as much as a look at all words, by lines of Python run: not by time."""
+    draw = random.Random(1)
+    rare = {"".join(draw.choices("uvwxyz", k=draw.randint(5, 7))).encode(): 1 for _ in range(3000)}
+    frequent = {"".join(draw.choices("abcdefghij", k=8)).encode(): draw.randint(2000, 9000) for _ in range(40)}
+    words = rare | frequent
+    start = count_lines(lambda: fn(dict(words), 3))
+    reason = (
+        f"the merges are right, and too dear: of {len(words)} words only {len(frequent)} hold pairs that are merged, "
+        "and yet a merge runs more than a line of Python for every second word: visit only those that hold the pair"
+    )
+    found = []
+    count_lines(lambda: found.extend(fn(dict(words), 53)), start + 50 * len(words) // 2, reason)
+    table, expected = tokens.MergeTable(words), []
+    for _ in range(53):
+        expected.append(table.most_frequent())
+        table.merge(expected[-1])
+    require([tuple(pair) for pair in found] == expected, f"53 merges of {len(words)} words go wrong")
+
+
+def count_lines(run, most: float = math.inf, reason: str = "") -> int:
+    """How many lines of Python ``run()`` runs, with all that it calls; fail with ``reason`` beyond ``most``."""
+    lines, before = 0, sys.gettrace()
+
+    def trace(frame, event, argument):
+        nonlocal lines
+        lines += event == "line"
+        require(lines <= most, reason)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return lines
