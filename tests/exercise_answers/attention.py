@@ -96,13 +96,106 @@ def cost_without_the_batch(batch, heads, T, S, head_dim):
     return 4 * heads * T * S * head_dim, 4 * heads * T * S
 
 
+def shares_of(q, k, mask, scale):
+    scores = (scale * q @ k.mT).masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1).masked_fill(~mask, 0.0)
+
+
+def backward(q, k, v, mask, scale, d_out):
+    a = shares_of(q, k, mask, scale)
+    da = d_out @ v.mT
+    ds = a * (da - (a * da).sum(-1, keepdim=True))
+    return scale * ds @ k, scale * ds.mT @ q, a.mT @ d_out
+
+
+def backward_from_the_output(q, k, v, mask, scale, d_out):
+    scores = (scale * torch.einsum("bhtd,bhsd->bhts", q, k)).masked_fill(~mask, -1e9)
+    e = (scores - scores.amax(-1, keepdim=True)).exp() * mask
+    a = e / e.sum(-1, keepdim=True).clamp(min=1e-30)
+    out = a @ v
+    delta = (out * d_out).sum(-1, keepdim=True)
+    ds = scale * a * (d_out @ v.mT - delta)
+    return [torch.einsum("bhts,bhsd->bhtd", ds, k), torch.einsum("bhts,bhtd->bhsd", ds, q), a.mT @ d_out]
+
+
+def backward_with_the_whole_jacobian(q, k, v, mask, scale, d_out):
+    a = shares_of(q, k, mask, scale)
+    jacobian = torch.diag_embed(a) - a[..., :, None] * a[..., None, :]
+    ds = scale * (jacobian @ (d_out @ v.mT)[..., None])[..., 0]
+    return ds @ k, ds.mT @ q, a.mT @ d_out
+
+
+def backward_given(ds_of, masked=shares_of):
+    def answer(q, k, v, mask, scale, d_out):
+        a = masked(q, k, mask, scale)
+        ds = scale * ds_of(a, d_out @ v.mT)
+        return ds @ k, ds.mT @ q, a.mT @ d_out
+
+    return answer
+
+
+def slope(a, da):
+    return a * (da - (a * da).sum(-1, keepdim=True))
+
+
+def backward_without_scale(q, k, v, mask, scale, d_out):
+    dq, dk, dv = backward(q, k, v, mask, scale, d_out)
+    return dq / scale, dk / scale, dv
+
+
+def backward_with_the_scale_of_the_root(q, k, v, mask, scale, d_out):
+    a = shares_of(q, k, mask, scale)
+    ds = slope(a, d_out @ v.mT) / q.shape[-1] ** 0.5
+    return ds @ k, ds.mT @ q, a.mT @ d_out
+
+
+def backward_by_autograd(q, k, v, mask, scale, d_out):
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    (shares_of(*leaves[:2], mask, scale) @ leaves[2]).backward(d_out)
+    return [x.grad for x in leaves]
+
+
+def backward_with_nan(q, k, v, mask, scale, d_out):
+    a = (scale * q @ k.mT).masked_fill(~mask, float("-inf")).softmax(-1)
+    ds = scale * slope(a, d_out @ v.mT)
+    return ds @ k, ds.mT @ q, a.mT @ d_out
+
+
+def backward_with_a_large_number_for_infinity(q, k, v, mask, scale, d_out):
+    a = (scale * q @ k.mT).masked_fill(~mask, -1e9).softmax(-1)
+    ds = scale * slope(a, d_out @ v.mT)
+    return ds @ k, ds.mT @ q, a.mT @ d_out
+
+
+def backward_that_overflows(q, k, v, mask, scale, d_out):
+    e = (scale * q @ k.mT).exp() * mask
+    a = e / e.sum(-1, keepdim=True).clamp(min=1e-30)
+    ds = scale * slope(a, d_out @ v.mT)
+    return ds @ k, ds.mT @ q, a.mT @ d_out
+
+
+def backward_with_dq_and_dk_swapped(q, k, v, mask, scale, d_out):
+    dq, dk, dv = backward(q, k, v, mask, scale, d_out)
+    return dk, dq, dv
+
+
+def backward_in_place(q, k, v, mask, scale, d_out):
+    q *= scale
+    return backward(q, k, v, mask, 1.0, d_out)
+
+
 RIGHT = {
     "attention.attend": attend,
     "attention.split_heads": split_heads,
     "attention.previous": previous,
     "attention.cost": cost,
+    "attention.backward": backward,
 }
-ALSO_RIGHT = {"attention.attend": [attend_in_float64], "attention.previous": [previous_in_integers]}
+ALSO_RIGHT = {
+    "attention.attend": [attend_in_float64],
+    "attention.previous": [previous_in_integers],
+    "attention.backward": [backward_from_the_output, backward_with_the_whole_jacobian],
+}
 WRONG = {
     "attention.attend": [
         attend_without_scale,
@@ -116,4 +209,21 @@ WRONG = {
     "attention.split_heads": [split_heads_by_view_alone, split_heads_without_transpose, split_heads_strided],
     "attention.previous": [previous_looks_at_itself, previous_looks_ahead, previous_too_soft],
     "attention.cost": [cost_of_one_product, cost_in_scores, cost_without_the_batch],
+    "attention.backward": [
+        backward_given(lambda a, da: da),
+        backward_given(lambda a, da: a * da),
+        backward_given(lambda a, da: a * (1 - a) * da),
+        backward_given(lambda a, da: a * (da - da.mean(-1, keepdim=True))),
+        backward_given(lambda a, da: a * (da - (a * da).sum(-2, keepdim=True))),
+        backward_given(slope, lambda q, k, mask, scale: (scale * q @ k.mT).softmax(-1)),
+        backward_given(slope, lambda q, k, mask, scale: (scale * q @ k.mT).softmax(-1) * mask),
+        backward_without_scale,
+        backward_with_the_scale_of_the_root,
+        backward_by_autograd,
+        backward_with_nan,
+        backward_with_a_large_number_for_infinity,
+        backward_that_overflows,
+        backward_with_dq_and_dk_swapped,
+        backward_in_place,
+    ],
 }

@@ -1,5 +1,7 @@
 """The exercises of the attention chapter."""
 
+from unittest import mock
+
 import torch
 
 from tformer_lib import attention, masks
@@ -130,3 +132,108 @@ def check_cost(fn):
         require(flops == 4 * products, f"{case} the FLOPs are {4 * products:,}, not {flops:,}")
         require(size != scores, f"{case}: that counts the scores; a float32 takes 4 bytes")
         require(size == 4 * scores, f"{case} the scores take {4 * scores:,} bytes, not {size:,}")
+
+
+@exercise(
+    "attention.backward",
+    title="The gradients of attention, by hand (an evening)",
+    hints=(
+        "Go backwards through out = a @ v, a = softmax(s), s = scale * q @ k^T, one step at a time. Where c = a @ b, "
+        "a's gradient is dc @ b^T and b's is a^T @ dc: the shapes leave no other choice.",
+        "The softmax: a_j moves with every score of its row. Sum da_j times the derivative of a_j by s_l over j; the "
+        "matrix never needs to be built.",
+        "ds = a * (da - the row's mean of da, weighted by a). Then once more the rule for a product, and the scale.",
+        "A blind row has shares of zero, and then everything in its row is zero: see to it that no 0/0 is made before.",
+    ),
+)
+def check_backward(fn):
+    everything = torch.ones(5, 7, dtype=torch.bool)
+    data = draw()
+    found, expected = by_hand(fn, *data, everything, 0.25), true_gradients(*data, everything, 0.25)
+    name_the_mistake(found, data, expected)
+    compare(found, expected, "with nothing masked")
+    compare(by_hand(fn, *data, everything, 0.7), true_gradients(*data, everything, 0.7), "with a scale of 0.7")
+    window = masks.sliding_window(5, 7, window=2)
+    found = by_hand(fn, *data, window, 0.25)
+    for name, tensor in zip(("dk", "dv"), found[1:], strict=True):
+        leak = f"key 0 is hidden from every query, and still it gets a gradient in {name}: hide it before the softmax"
+        require(not tensor[:, :, 0].any(), leak)  # the first of 5 queries on 7 keys stands at position 2
+    compare(found, true_gradients(*data, window, 0.25), "with a window for the mask")
+    padding = torch.tensor([[True] * 7, [True] * 3 + [False] * 4])[:, None, None]  # (batch, 1, 1, S)
+    compare(by_hand(fn, *data, padding, 0.25), true_gradients(*data, padding, 0.25), "with a mask (batch, 1, 1, S)")
+    blind = masks.causal(5, 3)
+    short = [x[:, :, :3] if i in (1, 2) else x for i, x in enumerate(data)]
+    found = by_hand(fn, *short, blind, 0.25)
+    for name, tensor in zip(("dq", "dk", "dv"), found, strict=True):
+        require_finite(tensor, f"beside a query that may look at nothing, {name}")
+    require(not found[0][:, :, :2].any(), "a query that may look at nothing moves nothing: its dq should be zero")
+    compare(found, true_gradients(*short, blind, 0.25), "beside a query that may look at nothing")
+    found, sharp = by_hand(fn, *data, everything, 900.0), true_gradients(*data, everything, 900.0)
+    for name, tensor in zip(("dq", "dk", "dv"), found, strict=True):
+        require_finite(tensor, f"with scores in the thousands, whose exponentials overflow, {name}")
+    require_close(found[2], sharp[2], "with scores in the thousands, dv is wrong", tolerance=1e-3)
+
+
+def draw() -> list[torch.Tensor]:
+    """q, k, v and the gradient of the output, for 5 queries on 7 keys; values are wider than keys."""
+    shapes = (2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 6), (2, 3, 5, 6)
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+def by_hand(fn, q, k, v, d_out, mask, scale) -> list[torch.Tensor]:
+    """The answer's dq, dk, dv; it gets copies, and no autograd."""
+    given = [x.clone() for x in (q, k, v, mask, d_out)]
+    with mock.patch("torch.autograd.grad", no_autograd), mock.patch("torch.autograd.backward", no_autograd):
+        three = fn(*given[:4], scale, given[4])
+    same = all(map(torch.equal, given, (q, k, v, mask, d_out)))
+    require(same, "your function changes the tensors that it was given: work on new ones")
+    require(isinstance(three, tuple | list) and len(three) == 3, "return three tensors: dq, dk and dv")
+    for name, found, x in zip(("dq", "dk", "dv"), three, (q, k, v), strict=True):
+        require_shape(found, x.shape, f"{name}, the gradient of {name[1]},")
+        require(found.is_floating_point(), f"{name} should hold real numbers, and is {found.dtype}")
+    return [x.detach().double() for x in three]
+
+
+def no_autograd(*arguments, **options):
+    """What the answer finds in autograd's place."""
+    require(False, "by hand, please: your function asks autograd for the gradient")
+
+
+def true_gradients(q, k, v, d_out, mask, scale) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv by autograd, through the library's attention."""
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    return torch.autograd.grad(attention.attend(*leaves, mask=mask, scale=scale), leaves, d_out)
+
+
+def name_the_mistake(found, data, expected) -> None:
+    """Name the classic mistakes of a row's derivative, each by the dq that it gives; the scale is 0.25."""
+    q, k, v, d_out = data
+    a = (0.25 * q @ k.mT).softmax(-1)  # (batch, heads, T, S)
+    da = d_out @ v.mT
+    mean = "the shares sum to 1, so raising one score lowers all the others"
+    mistakes = {
+        "ds is da alone: the softmax's own derivative is missing": da,
+        f"ds is a * da: {mean}. Something must be subtracted from da": a * da,
+        f"a * (1 - a) * da is the slope of each share by its own score: {mean}": a * (1 - a) * da,
+        "what is subtracted from da is the row's mean weighted by a, not the plain one": a * (da - da.mean(-1, True)),
+        "the mean that is subtracted runs over the keys, within one query's row": a * (da - (a * da).sum(-2, True)),
+    }
+    right = zip(("dq", "dk"), found, expected, strict=False)
+    for name, mine, true in right:
+        require(not close(mine, 4 * true), f"{name} is right but for the scale: s = scale * q k^T passes it on")
+        require(not close(mine, 0.25 * true), f"{name} is right, and then multiplied by the scale once more")
+        require(not close(mine, -true), f"{name} has the wrong sign")
+    for message, ds in mistakes.items():
+        require(not close(found[0], 0.25 * ds @ k), message)
+
+
+def compare(found, expected, case: str) -> None:
+    """Fail unless the three gradients agree, the one that needs least first."""
+    reasons = {
+        "dv": "a value collects d_out from all the queries that looked at it, by the shares after the mask",
+        "dq": "dv is right, so the shares are; look at the way back through the softmax, and at the scale",
+        "dk": "dq is right, so the scores' gradient is; a key collects from all the queries that scored it",
+    }
+    named = dict(zip(("dq", "dk", "dv"), zip(found, expected, strict=True), strict=True))
+    for name, reason in reasons.items():
+        require_close(*named[name], f"{case}, {name} is wrong: {reason}", tolerance=1e-5, name=name)

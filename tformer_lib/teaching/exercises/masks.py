@@ -139,3 +139,92 @@ def one_ahead(T: int):
 def attention_on(x, mask):
     """Self-attention of one head on the bare tokens: (T, width) -> (T, width)."""
     return attend(x[None, None], x[None, None], x[None, None], mask=mask)[0, 0]
+
+
+@exercise(
+    "masks.tree",
+    title="A tree of drafts, verified in one pass (an evening)",
+    hints=(
+        "Start with the drafts alone: a (D, D) table that says who is whose parent. Who sees a grandparent?",
+        "A draft sees what its parent sees, and itself. The parent may stand behind it, so one pass in order is not "
+        "enough: repeat until nothing changes.",
+        "If a table says who is reached in up to n steps up, its product with itself says who is reached in up to 2n.",
+        "A draft's depth is the number of drafts that it sees, less itself. And one draft can be padding: no row, no "
+        "column, position 0.",
+    ),
+)
+def check_tree(fn):
+    chain, star, backwards = [-1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [-1, -1, -1], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, -1]
+    cases = [([[-1]], [3]), ([star], [2]), ([chain], [4]), ([backwards], [1])]
+    cases += [([[-1, 0, 0, 1, 1], [-1, -1, 0, 1, -2], [-2] * 5], [4, 1, 6])]
+    cases += [([grow(12), grow(7) + [-2] * 5, [-2] * 2 + grow(10, behind=2)], [5, 0, 9]) for _ in range(3)]
+    for parents, lengths in cases:
+        given, prefixes = torch.tensor(parents), torch.tensor(lengths)
+        pair = fn(given, prefixes)
+        unchanged = given.tolist() == parents and prefixes.tolist() == lengths
+        require(unchanged, "your function changes the tensors that it was given: work on a clone()")
+        is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+        require(is_pair, "return two tensors: the mask and the positions")
+        require_tree(*pair, parents, lengths)
+
+
+def grow(drafts: int, behind: int = 0) -> list[int]:
+    """The parents of a random tree whose drafts stand in any order, numbered from ``behind``."""
+    names = torch.randperm(drafts).tolist()
+    parents = [0] * drafts
+    for i, name in enumerate(names):
+        above = int(torch.randint(-1, i, ())) if i else -1
+        parents[name] = names[above] + behind if above >= 0 else -1
+    return parents
+
+
+def require_tree(mask, positions, parents, lengths) -> None:
+    """Compare with a walk from every draft up to the prefix, one draft after another."""
+    batch, D, S = len(parents), len(parents[0]), max(lengths)
+    require_shape(mask, (batch, 1, D, S + D), f"the mask of {batch} trees with {D} drafts behind {S} keys")
+    require_dtype(mask, torch.bool, "the mask")
+    positions = torch.as_tensor(positions)
+    require_shape(positions, (batch, D), "the tensor of positions")
+    whole = not positions.is_floating_point() and positions.dtype != torch.bool
+    require(whole, f"positions are whole numbers, and yours are {positions.dtype}")
+    for tree, length, row, places in zip(parents, lengths, mask[:, 0], positions.tolist(), strict=True):
+        for t, parent in enumerate(tree):
+            about = f"with the parents {tree} and a prefix of {length}, draft {t}"
+            require_row(row[t, :S], row[t, S:].tolist(), walk(tree, t), parent, length, about)
+            require_place(places, t, parent, length, len(walk(tree, t)) - 1, max(lengths), about)
+
+
+def walk(tree, t: int) -> list[int]:
+    """A draft, its parent, its parent's parent, and so on to the prefix; of padding, nothing."""
+    path = []
+    while t >= 0 and tree[t] != -2:
+        path.append(t)
+        t = tree[t]
+    return path
+
+
+def require_row(prefix, drafts, path, parent, length, about) -> None:
+    """Fail unless a draft sees its own row's prefix and its path, and nothing else."""
+    if parent == -2:
+        require(not prefix.any() and not any(drafts), f"{about} is padding (-2), and still sees something")
+        return
+    seen = prefix.sum().item()
+    require(not prefix[length:].any(), f"{about} sees a key of the cache behind its own prefix: that is padding")
+    require(seen == length, f"{about} sees {seen} keys of the prefix: it should see them all")
+    require(drafts[path[0]], f"{about} does not see itself")
+    for s, sees in enumerate(drafts):
+        steps = path.index(s) if s in path else 0
+        require(sees or s not in path, f"{about} does not see draft {s}, from which it descends ({steps} steps up)")
+        require(not sees or s in path, f"{about} sees draft {s}, which is not on its own path: a text that never was")
+
+
+def require_place(places, t, parent, length, depth, longest, about) -> None:
+    """Fail unless a draft stands as far behind its prefix as it is deep in the tree."""
+    if parent == -2:
+        require(places[t] == 0, f"{about} is padding, its position should be 0, and is {places[t]}")
+        return
+    found, right = places[t], length + depth
+    told = f"{about} is given position {found}"
+    require(found == right or found != longest + depth, f"{told}: count from its own prefix, not from the longest")
+    require(found == right or found != length + t, f"{told}, its place in the row: it is {depth} deep in the tree")
+    require(found == right, f"{told}: it is {depth} deep behind {length} tokens, so it stands at {right}")
