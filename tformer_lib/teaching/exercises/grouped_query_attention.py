@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tformer_lib.grouped_query_attention import pool_heads
-from tformer_lib.teaching.exercises.engine import exercise, require, require_close
+from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_finite, require_shape
 
 
 @exercise(
@@ -134,3 +134,88 @@ def check_absorb(fn):
     one_head = keys[:, 0].numel()
     made = f"a tensor of {sizes.largest:,} numbers is made; the keys of one head are {one_head:,}"
     require(sizes.largest < one_head, f"{made}: keys are still made")
+
+
+def as_pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """The elements that RoPE turns together as complex numbers: (heads, head_dim / 2, width)."""
+    first, second = weight.unflatten(0, (-1, head_dim)).chunk(2, dim=1)
+    return torch.complex(first, second)
+
+
+def rotated_scores(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor, head_dim: int, rope: bool) -> torch.Tensor:
+    """Scores of all pairs of tokens in every head, with RoPE or without: (heads, T, T)."""
+    place = torch.arange(len(x), dtype=torch.float64)[:, None]
+    angle = place * 10_000.0 ** -torch.linspace(0, 1, head_dim // 2, dtype=torch.float64)
+    turn = torch.polar(torch.ones_like(angle), angle if rope else torch.zeros_like(angle))
+    q, k = (torch.einsum("tw,hpw->htp", x.to(turn.dtype), as_pairs(w, head_dim)) * turn for w in (q, k))
+    return torch.einsum("htp,hsp->hts", q, k.conj()).real
+
+
+@exercise(
+    "grouped_query_attention.align",
+    title="Heads turned towards each other before they are pooled",
+    hints=(
+        "Values first. Head i adds out_i @ v_i to the result. Which matrices can you put between the two for free?",
+        "The orthogonal R that brings R @ v_i nearest to v_first comes from the SVD of v_first @ v_i.T (Procrustes).",
+        "Keys: RoPE turns elements (j, j + head_dim / 2) together, and turns commute with turns in the same plane. "
+        "Make each pair one complex number; what is left to choose is an angle for each pair.",
+        "For complex rows a and b, the angle of (a * b.conj()).sum() turns b towards a. q turns with k; out undoes v.",
+    ),
+)
+def check_align(fn):
+    for heads, kv_heads, head_dim, width in ((4, 2, 6, 20), (6, 2, 4, 15), (3, 1, 8, 30)):
+        weights = [torch.randn(heads * head_dim, width) for _ in range(3)] + [torch.randn(width, heads * head_dim)]
+        given = [w.clone() for w in weights]
+        found = fn(*given, kv_heads, head_dim)
+        require(isinstance(found, (tuple, list)) and len(found) == 4, "return four weights: q, k, v and out")
+        for name, new, old, kept in zip(("q", "k", "v", "out"), found, weights, given, strict=True):
+            require(
+                torch.equal(kept, old), f"your function changes the weight of {name} that it was given: make a new one"
+            )
+            require_shape(new, old.shape, f"the weight of {name}")
+            require_finite(new, f"the weight of {name}")
+        before = [w.double() for w in weights]
+        after = [w.detach().double() for w in found]
+        place = f"with {heads} heads in {kv_heads} groups"
+        same_function(before, after, head_dim, place)
+        near_the_first(before, after, kv_heads, head_dim, place)
+
+
+def same_function(before: list, after: list, head_dim: int, place: str) -> None:
+    """Fail unless every head computes what it did."""
+    x = torch.randn(5, before[0].shape[1], dtype=torch.float64)
+    for rope in (False, True):
+        old, new = (rotated_scores(w[0], w[1], x, head_dim, rope) for w in (before, after))
+        why = "q must make the same turns as k"
+        if rope:
+            why = "only turns in the planes of the pairs (j, j + head_dim / 2) commute with RoPE"
+        require_close(new, old, f"{place}, the scores change {'under RoPE' if rope else 'even without RoPE'}: {why}")
+    old, new = (
+        torch.einsum("ohd,hdw->how", w[3].unflatten(1, (-1, head_dim)), w[2].unflatten(0, (-1, head_dim)))
+        for w in (before, after)
+    )
+    require_close(new, old, f"{place}, out @ v of a head changes: what turns v must be undone in out")
+
+
+def near_the_first(before: list, after: list, kv_heads: int, head_dim: int, place: str) -> None:
+    """Fail unless every head's keys and values are as near to those of its group's first head as a turn brings them."""
+    k, v = as_pairs(before[1], head_dim), before[2].unflatten(0, (-1, head_dim))
+    group = len(k) // kv_heads
+    for name, old, weight in (("keys", k, after[1]), ("values", v, after[2])):
+        new = weight.unflatten(0, (-1, head_dim))
+        for i in range(len(k)):
+            first = i - i % group
+            head = f"{place}, the {name} of head {i}"
+            length = old[i].norm()
+            require(
+                torch.isclose(new[i].norm(), length, rtol=1e-3),
+                f"{head} are stretched: turn them and keep their length",
+            )
+            if name == "keys":
+                common = (old[first] * old[i].conj()).sum(-1).abs().sum()
+            else:
+                common = torch.linalg.matrix_norm(old[first] @ old[i].T, "nuc")
+            best = (old[first].norm() ** 2 + length**2 - 2 * common).clamp(min=0).sqrt()
+            distance, way = (new[first] - new[i]).norm(), "a turn" if name == "keys" else "a turn or a reflection"
+            words = f"{head} are {distance:.2f} from those of head {first}, the group's first"
+            require(i == first or distance <= best + 1e-3 * length, f"{words}; {way} can bring them to {best:.2f}")
