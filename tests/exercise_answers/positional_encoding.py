@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.nn import functional as F
 
 
 def sinusoidal(T, width, *, layout="interleaved", divisor=None, degrees=False):
@@ -63,12 +64,93 @@ def linear(distance, buckets, max_distance):
     return min(exact + (distance - exact) * (buckets - exact) // (max_distance - exact), buckets - 1)
 
 
+def skew(queries, table, S, *, flip=False, offset=None, short=False):
+    batch, heads, T = queries.shape[:3]
+    longest = (len(table) + 1) // 2
+    rows = table.flip(0) if flip else table
+    rows = rows[longest - S : longest + T - 1]
+    scores = F.pad(queries @ rows.T, (0, 0 if short else 1))  # (batch, heads, T, S + T)
+    start, size = T - 1 if offset is None else offset, T * (S + T - 1)
+    flat = F.pad(scores.flatten(2), (0, T))[:, :, start : start + size]
+    return flat.view(batch, heads, T, S + T - 1)[..., :S]
+
+
+def skew_as_strided(queries, table, S):
+    batch, heads, T = queries.shape[:3]
+    longest = (len(table) + 1) // 2
+    scores = torch.einsum("bhtd,rd->bhtr", queries, table[longest - S : longest + T - 1]).contiguous()
+    step = S + T - 1
+    return scores.as_strided((batch, heads, T, S), (heads * T * step, T * step, step - 1, 1), T - 1)
+
+
+def skew_from_the_left(queries, table, S):
+    """Transformer-XL's way: the column in front, and one row less."""
+    batch, heads, T = queries.shape[:3]
+    longest = (len(table) + 1) // 2
+    scores = F.pad(queries @ table[longest - S : longest + T - 1].T, (1, 0))
+    return scores.view(batch, heads, S + T, T)[:, :, 1:].reshape(batch, heads, T, S + T - 1)[..., :S]
+
+
+def skew_top_left(queries, table, S):
+    T = queries.shape[2]
+    padded = torch.cat((queries, queries.new_zeros(*queries.shape[:2], S - T, queries.shape[3])), 2)
+    return skew(padded, table, S)[:, :, :T]
+
+
+def skew_causal(queries, table, S):
+    """Music Transformer's: the past's distances alone, a column in front, one row less."""
+    batch, heads, T = queries.shape[:3]
+    longest = (len(table) + 1) // 2
+    scores = F.pad(queries @ table[longest - S : longest].T, (1, 0))  # (batch, heads, T, S + 1)
+    flat = scores.flatten(2)[:, :, T:]
+    return flat.reshape(batch, heads, T, S)
+
+
+def skew_by_index(queries, table, S):
+    T, zero = queries.shape[2], len(table) // 2
+    distance = torch.arange(S) - (torch.arange(T)[:, None] + S - T)
+    return torch.einsum("bhtd,tsd->bhts", queries, table[zero + distance])
+
+
+def skew_by_gather(queries, table, S):
+    T, zero = queries.shape[2], len(table) // 2
+    distance = torch.arange(S) - (torch.arange(T)[:, None] + S - T)
+    return (queries @ table.T).gather(-1, (zero + distance).expand(*queries.shape[:2], T, S))
+
+
+def skew_by_rows(queries, table, S):
+    T, zero = queries.shape[2], len(table) // 2
+    rows = [queries[:, :, i] @ table[zero - (S - T + i) :][:S].T for i in range(T)]
+    return torch.stack(rows, 2)
+
+
+def skew_all_rows(queries, table, S):
+    batch, heads, T = queries.shape[:3]
+    columns = len(table)
+    scores = F.pad(queries @ table.T, (0, 1)).flatten(2)[:, :, columns // 2 - (S - T) :]
+    return F.pad(scores, (0, T * columns))[:, :, : T * columns].view(batch, heads, T, columns)[..., :S]
+
+
+def skew_across_heads(queries, table, S):
+    """Flattens the heads as well, with nothing between them."""
+    batch, heads, T = queries.shape[:3]
+    longest = (len(table) + 1) // 2
+    flat = (queries @ table[longest - S : longest + T - 1].T).flatten()[T - 1 :]
+    return F.pad(flat, (0, T - 1)).view(batch, heads, T, S + T - 1)[..., :S]
+
+
+def skew_without_gradient(queries, table, S):
+    return skew(queries, table.detach(), S)
+
+
 RIGHT = {
     "positional_encoding.sinusoidal": sinusoidal,
     "positional_encoding.shift": shift,
     "positional_encoding.alibi": alibi,
     "positional_encoding.bucket": bucket,
+    "positional_encoding.skew": skew,
 }
+ALSO_RIGHT = {"positional_encoding.skew": [skew_as_strided, skew_from_the_left]}
 WRONG = {
     "positional_encoding.sinusoidal": [
         lambda T, width: sinusoidal(T, width, layout="halves"),
@@ -91,5 +173,18 @@ WRONG = {
         uncapped,
         linear,
         lambda distance, buckets, largest: min(distance, buckets - 1),
+    ],
+    "positional_encoding.skew": [
+        lambda queries, table, S: skew(queries, table, S, flip=True),
+        lambda queries, table, S: skew(queries, table, S, offset=0),
+        lambda queries, table, S: skew(queries, table, S, short=True),
+        skew_top_left,
+        skew_causal,
+        skew_by_index,
+        skew_by_gather,
+        skew_by_rows,
+        skew_all_rows,
+        skew_across_heads,
+        skew_without_gradient,
     ],
 }

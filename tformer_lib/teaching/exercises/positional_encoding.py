@@ -1,6 +1,7 @@
-"""The checks of chapter 02: sinusoids, the map that shifts them, ALiBi's bias, T5's buckets."""
+"""The checks of chapter 02: sinusoids, the map that shifts them, ALiBi's bias, T5's buckets, relative scores."""
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tformer_lib import positional_encoding
 from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_shape
@@ -126,3 +127,110 @@ def check_bucket(fn):
             edge = expected[distance - 1] != bucket or expected[min(distance + 1, len(expected) - 1)] != bucket
             near = abs(int(came) - bucket) <= 1 and edge  # float64 and float32 may differ at an edge
             require(came == bucket or near, f"{say} gives bucket {came}, expected {bucket}")
+
+
+class Work(TorchFunctionMode):
+    """Counts the calls that make tensors within it, the numbers of the largest, and what is looked up by index."""
+
+    def __init__(self, *inputs):
+        super().__init__()
+        self.known = {x.untyped_storage().data_ptr() for x in inputs}
+        self.operations, self.largest, self.lookups = 0, 0, []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not isinstance(out, torch.Tensor):
+            return out
+        name = function.__name__
+        places = args[1] if name == "__getitem__" and isinstance(args[1], tuple) else args[1:2]
+        by_places = name == "__getitem__" and any(isinstance(place, (torch.Tensor, list)) for place in places)
+        if by_places or name in ("gather", "index_select", "take", "take_along_dim", "embedding"):
+            self.lookups.append("table[indices]" if by_places else name)
+        self.operations += 1
+        if out.untyped_storage().data_ptr() not in self.known:
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+@exercise(
+    "positional_encoding.skew",
+    title="Relative attention without an index",
+    hints=(
+        "First without a cache, T = S. Row i of queries @ table.T has what you need, from column T-1-i on.",
+        "So each row is to move a place further left than the row above. What if rows were a number longer in memory?",
+        "Add one column, lay the rows end to end, drop the first T-1 numbers, and cut into rows that are one shorter.",
+        "For S keys, S+T-1 rows of the table are needed, distances -(S-1) to T-1. Pad to S+T columns, flatten, drop "
+        "T-1 numbers at the front and one at the end, cut into rows of S+T-1 and keep S columns of them.",
+    ),
+)
+def check_skew(fn):
+    for T, S, longest in ((5, 5, 5), (1, 1, 1), (4, 4, 9), (1, 6, 6), (3, 7, 10), (2, 9, 9)):
+        queries = torch.randn(2, T, 3, 8).transpose(1, 2)  # as a layer makes them: not contiguous
+        check_one_skew(fn, queries, torch.randn(2 * longest - 1, 8), S)
+    queries, table = torch.randn(1, 2, 3, 4).double().requires_grad_(), torch.randn(9, 4).double().requires_grad_()
+    upstream = torch.randn(1, 2, 3, 5).double()
+    found = fn(queries, table, 5)
+    require(found.dtype == torch.float64, f"of float64 the scores should be float64, and are {found.dtype}")
+    require(found.requires_grad, "no gradient flows back to the table: was it detached, or its data copied?")
+    grads = torch.autograd.grad((found * upstream).sum(), (queries, table), allow_unused=True)
+    wanted = torch.autograd.grad((loop_over_pairs(queries, table, 5) * upstream).sum(), (queries, table))
+    for grad, right, name in zip(grads, wanted, ("queries", "table"), strict=True):
+        require(grad is not None, f"no gradient flows back to the {name}")
+        require_close(grad, right, f"the values are right, and the gradient of the {name} is not", name="the gradient")
+    check_work_of_skew(fn)
+
+
+def check_one_skew(fn, queries: torch.Tensor, table: torch.Tensor, S: int) -> None:
+    """Fail unless ``fn`` gives each query the score of its distance to each of ``S`` keys."""
+    T, longest = queries.shape[2], (len(table) + 1) // 2
+    case = f"with {T} queries, {S} keys and a table up to distance {longest - 1}"
+    found, expected = fn(queries, table, S), loop_over_pairs(queries, table, S)
+    require_shape(found, expected.shape, f"{case}, the result")
+    if torch.allclose(found, expected, atol=1e-4):
+        return
+    mirrored = torch.allclose(found, loop_over_pairs(queries, table.flip(0), S), atol=1e-4)
+    require(
+        not mirrored, f"{case}, past and future are exchanged: the distance is the key's position minus the query's"
+    )
+    top_left = loop_over_pairs(torch.cat((queries, queries.new_zeros(2, 3, S - T, 8)), 2), table, S)[:, :, :T]
+    require(
+        not torch.allclose(found, top_left, atol=1e-4),
+        f"{case}, query 0 is taken to stand at position 0: the queries are the last {T} of {S}",
+    )
+    past = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+    require(
+        not torch.allclose(found * past, expected * past, atol=1e-4),
+        f"{case}, keys up to the query's own are right, and those after it are not: "
+        "padding a column on the left of the past's distances serves a causal model alone",
+    )
+    last_row = torch.allclose(found[:, :, -1], expected[:, :, -1], atol=1e-4)
+    drift = "is not: each row begins a column earlier than the row above it"
+    require(not last_row, f"{case}, the last query's row is right, and one above it {drift}")
+    require(
+        not torch.allclose(found[:, :, 0], expected[:, :, 0], atol=1e-4),
+        f"{case}, the first query's row is right, and one below it {drift}",
+    )
+    require_close(found, expected, f"{case}, a score is not the query's product with the row of its distance")
+
+
+def loop_over_pairs(queries: torch.Tensor, table: torch.Tensor, S: int) -> torch.Tensor:
+    """(batch, heads, T, S), one pair of a query and a key after the other."""
+    T, zero = queries.shape[2], len(table) // 2
+    rows = [[queries[:, :, i] @ table[zero + j - (S - T + i)] for j in range(S)] for i in range(T)]
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
+def check_work_of_skew(fn) -> None:
+    """Fail where the answer looks scores up, takes an operation for each row, or makes a tensor that is too large."""
+    T, S, width = 48, 64, 32
+    queries, table = torch.randn(1, 2, T, width), torch.randn(2 * 512 - 1, width)
+    with Work(queries, table) as work:
+        fn(queries, table, S)
+    require(not work.lookups, f"the values are right, but they are looked up ({' '.join(work.lookups[:1])}): reshape")
+    require(work.operations < T, f"{T} queries take {work.operations} operations: do not loop over rows, reshape")
+    enough = 2 * T * (S + T)
+    require(
+        work.largest <= 2 * enough,
+        f"a tensor of {work.largest:,} numbers is made; {enough:,} do for 2 heads, {T} queries and {S} keys: "
+        "multiply with the S + T - 1 rows of the table that can occur, and not with more",
+    )
