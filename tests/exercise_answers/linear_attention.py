@@ -104,12 +104,101 @@ def decay_as_a_quotient_that_overflows(log_decay):
     return (c.exp()[:, None] * (-c).exp()[None, :]).tril()
 
 
+def delta(q, k, v, beta, state, chunk, *, below=-1, own=0, strength=True, erase=True, carry=True):
+    outputs = []
+    for start in range(0, len(v), chunk):
+        now = slice(start, start + chunk)
+        keys, strengths = k[now], beta[now, None]
+        known = strengths * (v[now] - (keys @ state if erase else 0))
+        system = torch.eye(len(keys)) + (strengths * (keys @ keys.T) if strength else keys @ keys.T).tril(below)
+        u = torch.linalg.solve_triangular(system, known, upper=False)
+        outputs.append(q[now] @ state + (q[now] @ keys.T).tril(own) @ u)
+        state = state + keys.T @ u if carry else state
+    return torch.cat(outputs), state
+
+
+def delta_by_an_inverse(q, k, v, beta, state, chunk):
+    """The WY form of the paper: W and U before the state is known."""
+    outputs = []
+    for queries, keys, values, b in zip(*(x.split(chunk) for x in (q, k, v, beta)), strict=True):
+        inverse = torch.linalg.inv(torch.eye(len(keys)) + (b[:, None] * (keys @ keys.T)).tril(-1)) * b
+        u = inverse @ values - (inverse @ keys) @ state
+        outputs.append(queries @ state + (queries @ keys.T).tril() @ u)
+        state = state + keys.T @ u
+    return [torch.cat(outputs), state]
+
+
+def delta_token_by_token(q, k, v, beta, state, chunk):
+    outputs = []
+    for t in range(len(v)):
+        state = state + beta[t] * torch.outer(k[t], v[t] - k[t] @ state)
+        outputs.append(q[t] @ state)
+    return torch.stack(outputs), state
+
+
+def delta_that_adds(q, k, v, beta, state, chunk):
+    outputs = []
+    for t in range(len(v)):
+        state = state + beta[t] * torch.outer(k[t], v[t])
+        outputs.append(q[t] @ state)
+    return torch.stack(outputs), state
+
+
+def delta_in_place(q, k, v, beta, state, chunk):
+    out, new = delta(q, k, v, beta, state, chunk)
+    return out, state.copy_(new)
+
+
+def delta_without_the_solve(q, k, v, beta, state, chunk):
+    outputs = []
+    for start in range(0, len(v), chunk):
+        now = slice(start, start + chunk)
+        u = beta[now, None] * (v[now] - k[now] @ state)
+        outputs.append(q[now] @ state + (q[now] @ k[now].T).tril() @ u)
+        state = state + k[now].T @ u
+    return torch.cat(outputs), state
+
+
+def delta_beta_on_the_value_alone(q, k, v, beta, state, chunk):
+    return delta(q, k, beta[:, None] * v, torch.ones_like(beta), state, chunk)
+
+
+def delta_reads_first(*inputs):
+    return delta(*inputs, own=-1)
+
+
+def delta_solves_without_beta(*inputs):
+    return delta(*inputs, strength=False)
+
+
+def delta_forgets_the_state_in_the_values(*inputs):
+    return delta(*inputs, erase=False)
+
+
+def delta_keeps_the_first_state(*inputs):
+    return delta(*inputs, carry=False)
+
+
+def delta_with_the_diagonal(*inputs):
+    return delta(*inputs, below=0)
+
+
+def delta_sees_the_future(*inputs):
+    return delta(*inputs, own=1)
+
+
+def delta_output_alone(*inputs):
+    return delta(*inputs)[0]
+
+
 RIGHT = {
     "linear_attention.associative": associative,
     "linear_attention.step": step,
     "linear_attention.chunked": chunked,
     "linear_attention.decay": decay,
+    "linear_attention.delta": delta,
 }
+ALSO_RIGHT = {"linear_attention.delta": [delta_by_an_inverse]}
 WRONG = {
     "linear_attention.associative": [
         associative_with_all_weights,
@@ -131,4 +220,18 @@ WRONG = {
         chunked_in_one_piece,
     ],
     "linear_attention.decay": [decay_sees_the_future, decay_includes_the_key, decay_as_a_quotient_that_overflows],
+    "linear_attention.delta": [
+        delta_that_adds,
+        delta_token_by_token,
+        delta_without_the_solve,
+        delta_beta_on_the_value_alone,
+        delta_reads_first,
+        delta_solves_without_beta,
+        delta_forgets_the_state_in_the_values,
+        delta_keeps_the_first_state,
+        delta_with_the_diagonal,
+        delta_sees_the_future,
+        delta_in_place,
+        delta_output_alone,
+    ],
 }

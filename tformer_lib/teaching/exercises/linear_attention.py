@@ -152,3 +152,121 @@ def check_decay(fn):
                 between = f"between them lie the decays of tokens {s + 1} .. {t}" if s < t else "no decay yet"
                 words = "the future leaks" if s > t else between
                 require_close(found[t, s], expected, f"query {t} and key {s}: {words}", tolerance=1e-4)
+
+
+def delta_by_steps(q, k, v, beta, state):
+    """The delta rule, one token after the other, in float64: outputs (T, e) and the last state (d, e)."""
+    q, k, v, beta, state = (x.double() for x in (q, k, v, beta, state))
+    outputs = []
+    for t in range(len(v)):
+        state = state + beta[t] * torch.outer(k[t], v[t] - k[t] @ state)
+        outputs.append(q[t] @ state)
+    return torch.stack(outputs), state
+
+
+def delta_mistakes(q, k, v, beta, state, chunk):
+    """What some wrong rules give, each with the words for it."""
+    q, k, v, beta, state = (x.double() for x in (q, k, v, beta, state))
+    adding, late, blunt, stale, old = (state.clone() for _ in range(5))
+    rows = {name: [] for name in ("add", "late", "blunt", "stale")}
+    for t in range(len(v)):
+        rows["late"].append(q[t] @ late)
+        late = late + beta[t] * torch.outer(k[t], v[t] - k[t] @ late)
+        adding = adding + beta[t] * torch.outer(k[t], v[t])
+        blunt = blunt + torch.outer(k[t], beta[t] * v[t] - k[t] @ blunt)
+        old = stale.clone() if t % chunk == 0 else old
+        stale = stale + beta[t] * torch.outer(k[t], v[t] - k[t] @ old)
+        for name, now in (("add", adding), ("blunt", blunt), ("stale", stale)):
+            rows[name].append(q[t] @ now)
+    words = {
+        "add": "the new values are added and nothing is erased: take away what the state holds under the key",
+        "late": "a query reads the state before its own token has written",
+        "blunt": "beta scales the new value alone: it must scale what is erased as well",
+        "stale": "a token erases what the state held before its chunk: earlier tokens of the chunk have written since",
+    }
+    return {words[name]: torch.stack(outputs) for name, outputs in rows.items()}
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations on tensors that are done inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def draw_delta(T, features=6, width=3):
+    """q and unit keys (T, features), v (T, width), beta (T,) between 0 and 1, and a state (features, width)."""
+    q, k = torch.randn(2, T, features)
+    return q, k / k.norm(dim=1, keepdim=True), torch.randn(T, width), torch.rand(T), torch.randn(features, width)
+
+
+def run_delta(fn, inputs, chunk):
+    """The answer's output and state, of the right shapes, with its inputs left as they were."""
+    before = [x.clone() for x in inputs]
+    result = fn(*inputs, chunk)
+    require(isinstance(result, (tuple, list)) and len(result) == 2, "return two things: the output and the new state")
+    for name, old, new in zip(("q", "k", "v", "beta", "state"), before, inputs, strict=True):
+        require(torch.equal(old, new), f"your function changes the {name} that it was given: make a new tensor")
+    T, place = len(inputs[2]), f"for {len(inputs[2])} tokens in chunks of {chunk}"
+    for name, x, rows in (("the output", result[0], T), ("the new state", result[1], inputs[1].shape[1])):
+        require_shape(x, (rows, inputs[2].shape[1]), f"{name} {place}")
+        require_finite(x, f"{name} {place}")
+    return result
+
+
+@exercise(
+    "linear_attention.delta",
+    title="The delta rule, a chunk at a time",
+    hints=(
+        "Write the loop over tokens first, and test the rest against it. Each token adds outer(k[t], u[t]) to the "
+        "state; what is u[t]?",
+        "Inside a chunk the state before token t is the chunk's first one plus the sum of outer(k[s], u[s]) for s < t. "
+        "Put that into u[t] = beta[t] * (v[t] - k[t] @ state).",
+        "Now every u[t] is something known less a weighted sum of earlier u[s]. Bring the sum to the left: "
+        "(I + A) U = B, with A strictly lower triangular. torch.linalg.solve_triangular solves it.",
+        "With U, the chunk is ordinary linear attention whose values are U: the state, and a triangle that holds its "
+        "diagonal.",
+    ),
+)
+def check_delta(fn):
+    overwritten(fn)
+    for T, chunk in ((6, 1), (8, 4), (10, 4), (3, 16), (24, 8)):
+        inputs = draw_delta(T)
+        found, state = run_delta(fn, inputs, chunk)
+        place = f"for {T} tokens in chunks of {chunk}"
+        expected, last = delta_by_steps(*inputs)
+        for words, wrong in delta_mistakes(*inputs, chunk).items():
+            apart = not torch.allclose(wrong, expected, atol=1e-3)
+            require(not (apart and torch.allclose(found.double(), wrong, atol=1e-4)), f"{place}: {words}")
+        future = [x.clone() for x in inputs]
+        for x in future[:4]:
+            x[-1] = torch.rand_like(x[-1])
+        leaks = not torch.allclose(run_delta(fn, future, chunk)[0][:-1], found[:-1], atol=1e-4)
+        require(not leaks, f"{place}, earlier outputs change with the last token: the future leaks")
+        require_close(found, expected, f"{place}, the output differs from the loop over tokens")
+        require_close(state, last, f"{place}, the outputs are right and the new state is not")
+    inputs, counts = draw_delta(96), []
+    for chunk in (8, 48):
+        with Operations() as seen:
+            fn(*inputs, chunk)
+        counts.append(seen.count)
+    words = f"right, but chunks of 48 take {counts[1]} operations and chunks of 8 take {counts[0]}: "
+    require(counts[1] < counts[0] / 2, words + "there is still a loop over the tokens; solve for a chunk's at once")
+
+
+def overwritten(fn):
+    """Fail unless a key that is written twice at full strength holds its second value, and others keep theirs."""
+    keys = torch.linalg.qr(torch.randn(6, 6))[0][:3]
+    k, v = keys[[0, 1, 0, 2]], torch.randn(4, 3)
+    q = torch.zeros(4, 6)
+    q[3] = keys[0]
+    for chunk, how in ((1, "in a chunk of its own"), (4, "in one chunk")):
+        read = run_delta(fn, (q, k, v, torch.ones(4), torch.zeros(6, 3)), chunk)[0][3]
+        both = torch.allclose(read, v[0] + v[2], atol=1e-4)
+        require(not both, f"a key written twice, {how}, holds the sum of its two values: erase the first one")
+        require_close(read, v[2], f"a key written twice with beta 1, {how}, does not give back its second value")
