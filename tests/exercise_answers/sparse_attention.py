@@ -100,15 +100,149 @@ def layers_never_gives_up(mask):
     return layers(mask) or len(mask)
 
 
+def blocks(q, k, v, live, allows, block, start=-torch.inf, rescale=True, blind=True, tile=None):
+    T, S = len(q), len(k)
+    out = q.new_zeros(T, v.shape[1])
+    for r in range(len(live)):
+        i = torch.arange(r * block, min(T, (r + 1) * block))
+        most, weight = torch.full((len(i), 1), start), torch.zeros(len(i), 1)
+        summed = torch.zeros(len(i), v.shape[1])
+        for c in live[r].nonzero().flatten().tolist():
+            j = torch.arange(c * block, min(S, (c + 1) * block))
+            seen = allows(i[:, None], j[None, :]) if tile is None else tile(allows, i, j)
+            scores = (q[i] @ k[j].T / q.shape[1] ** 0.5).masked_fill(~seen, -torch.inf)
+            higher = torch.maximum(most, scores.amax(1, keepdim=True))
+            base = higher.masked_fill(higher == -torch.inf, 0.0) if blind else higher
+            weights, shrink = (scores - base).exp(), (most - base).exp() if rescale else 1.0
+            weight, summed = shrink * weight + weights.sum(1, keepdim=True), shrink * summed + weights @ v[j]
+            most = higher
+        out[i] = summed / (weight.masked_fill(weight == 0, 1.0) if blind else weight)
+    return out
+
+
+def blocks_gathered(q, k, v, live, allows, block):
+    outputs = []
+    columns = torch.arange(len(k)) // block
+    for r, rows in enumerate(torch.arange(len(q)).split(block)):
+        j = live[r][columns].nonzero().flatten()
+        seen = allows(rows[:, None], j[None, :])
+        scores = (q[rows] @ k[j].T / q.shape[1] ** 0.5).masked_fill(~seen, -torch.inf)
+        outputs.append(scores.softmax(-1).nan_to_num(0.0) @ v[j])
+    return torch.cat(outputs)
+
+
+def blocks_batched(q, k, v, live, allows, block, counts=None):
+    """Rows of blocks with equally many live columns together, in one batched product; padded to whole blocks."""
+    T, S, pad = len(q), len(k), torch.nn.functional.pad
+    tile = lambda x: pad(x, (0, 0, 0, -len(x) % block)).unflatten(0, (-1, block))  # noqa: E731
+    q, k, v, inside = tile(q), tile(k), tile(v), torch.arange(block)
+    out, many = q.new_zeros(*q.shape[:2], v.shape[-1]), live.sum(1)
+    for n in many.unique().tolist() if counts is None else counts(many):
+        r = (many == n).nonzero().flatten() if counts is None else torch.arange(len(live))
+        c = live[r].float().topk(n).indices  # (rows, n)
+        i = (r[:, None] * block + inside)[:, :, None]
+        j = (c[:, :, None] * block + inside).flatten(1)[:, None, :]
+        seen = allows(i, j) & (j < S) & live[r].gather(1, c).repeat_interleave(block, 1)[:, None, :]
+        scores = q[r] @ k[c].flatten(1, 2).mT / q.shape[-1] ** 0.5
+        out[r] = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0) @ v[c].flatten(1, 2)
+    return out.flatten(0, 1)[:T]
+
+
+def blocks_padded_to_the_longest(q, k, v, live, allows, block):
+    return blocks_batched(q, k, v, live, allows, block, counts=lambda many: [int(many.max())])
+
+
+def blocks_with_all_scores(q, k, v, live, allows, block):
+    inside = live.repeat_interleave(block, 0).repeat_interleave(block, 1)[: len(q), : len(k)]
+    seen = inside & allows(torch.arange(len(q))[:, None], torch.arange(len(k))[None, :])
+    return (q @ k.T / q.shape[1] ** 0.5).masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0) @ v
+
+
+def blocks_all_of_them(q, k, v, live, allows, block):
+    dead = lambda i, j: live[i // block, j // block]  # noqa: E731
+    return blocks(q, k, v, torch.ones_like(live), lambda i, j: allows(i, j) & dead(i, j), block)
+
+
+def blocks_that_ignore_the_layout(q, k, v, live, allows, block):
+    return blocks(q, k, v, torch.ones_like(live), allows, block)
+
+
+def blocks_that_ignore_the_mask(q, k, v, live, allows, block):
+    return blocks(q, k, v, live, lambda i, j: i + j >= 0, block)
+
+
+def blocks_with_a_softmax_each(q, k, v, live, allows, block):
+    out = q.new_zeros(len(q), v.shape[1])
+    for r, c in live.nonzero().tolist():
+        only = torch.zeros_like(live)
+        only[r, c] = True
+        out += blocks(q, k, v, only, allows, block)
+    return out
+
+
+def blocks_without_rescaling(*args):
+    return blocks(*args, rescale=False)
+
+
+def blocks_nan_for_the_blind(*args):
+    return blocks(*args, blind=False)
+
+
+def blocks_from_a_maximum_of_zero(*args):
+    return blocks(*args, start=0.0)
+
+
+def blocks_with_local_positions(*args):
+    return blocks(*args, tile=lambda allows, i, j: allows((i - i[0])[:, None], (j - j[0])[None, :]))
+
+
+def blocks_that_drop_the_rest(q, k, v, live, allows, block):
+    S = len(k) // block * block
+    return blocks(q, k[:S], v[:S], live[:, : S // block], allows, block)
+
+
+def blocks_that_see_the_padding(q, k, v, live, allows, block):
+    more = -len(k) % block
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, more)) for x in (k, v))
+    return blocks(q, k, v, live, allows, block)
+
+
+def blocks_without_a_maximum(q, k, v, live, allows, block):
+    weight, out = torch.zeros(len(q), 1), q.new_zeros(len(q), v.shape[1])
+    for r, c in live.nonzero().tolist():
+        i, j = (torch.arange(n * block, min(m, (n + 1) * block)) for n, m in ((r, len(q)), (c, len(k))))
+        weights = (q[i] @ k[j].T / q.shape[1] ** 0.5).exp() * allows(i[:, None], j[None, :])
+        weight[i] += weights.sum(1, keepdim=True)
+        out[i] += weights @ v[j]
+    return out / weight.masked_fill(weight == 0, 1.0)
+
+
 RIGHT = {
     "sparse_attention.strided": strided,
     "sparse_attention.layout": layout,
     "sparse_attention.window": window,
     "sparse_attention.layers": layers,
+    "sparse_attention.blocks": blocks,
 }
+ALSO_RIGHT = {"sparse_attention.blocks": [blocks_gathered, blocks_batched]}
 WRONG = {
     "sparse_attention.strided": [strided_sees_the_future, strided_as_fixed, strided_as_both],
     "sparse_attention.layout": [layout_of_full_blocks, layout_by_corners, layout_drops_the_rest],
     "sparse_attention.window": [window_with_all_scores, window_one_wider, window_of_its_own_block],
     "sparse_attention.layers": [layers_by_the_window, layers_one_too_many, layers_never_gives_up],
+    "sparse_attention.blocks": [
+        blocks_padded_to_the_longest,
+        blocks_with_all_scores,
+        blocks_all_of_them,
+        blocks_that_ignore_the_layout,
+        blocks_that_ignore_the_mask,
+        blocks_with_a_softmax_each,
+        blocks_without_rescaling,
+        blocks_nan_for_the_blind,
+        blocks_from_a_maximum_of_zero,
+        blocks_with_local_positions,
+        blocks_that_drop_the_rest,
+        blocks_that_see_the_padding,
+        blocks_without_a_maximum,
+    ],
 }

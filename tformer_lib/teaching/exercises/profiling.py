@@ -1,6 +1,8 @@
 """The exercises of the profiling chapter."""
 
+import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
@@ -160,3 +162,144 @@ def check_slower(fn: Callable) -> None:
         require(found in (True, False), f"return True or False; this is {found!r}")
         word = "is no alarm" if not expected else "should raise an alarm"
         require(bool(found) == expected, f"{name}: that {word}, and the answer is {found}")
+
+
+def draw_ranges(draw: random.Random, start: int, stop: int, thread, depth: int = 0) -> list[tuple]:
+    """Random ranges of one thread inside start .. stop: nested, touching, recursive, some as long as their parent."""
+    ranges, at = [], start
+    while at < stop and len(ranges) < 12:
+        begin = at + draw.choice((0, 0, 1, 3))
+        end = min(stop, begin + draw.choice((1, 4, 9, 20, stop - start)))
+        if begin >= stop:
+            break
+        ranges.append((draw.choice("abc"), begin, end, thread))
+        if depth < 4 and draw.random() < 0.7:
+            ranges += draw_ranges(draw, begin, end, thread, depth + 1)
+        at = end
+    return ranges
+
+
+def moment_by_moment(ranges: list[tuple]) -> tuple[list, dict, dict]:
+    """The same three answers by asking, between any two ends, what was open: each moment is the innermost range's."""
+    own, names, gaps = [0] * len(ranges), {name: [0, 0] for name, *_ in ranges}, {}
+    for thread in dict.fromkeys(r[3] for r in ranges):
+        mine = [i for i, r in enumerate(ranges) if r[3] == thread]
+        ends = sorted({t for i in mine for t in ranges[i][1:3]})
+        gaps[thread] = []
+        for a, b in pairwise(ends):
+            around = [i for i in mine if ranges[i][1] <= a and b <= ranges[i][2]]
+            if not around:
+                gaps[thread].append((a, b))
+                continue
+            innermost = max(around, key=lambda i: (ranges[i][1], -ranges[i][2], i))
+            own[innermost] += b - a
+            names[ranges[innermost][0]][0] += b - a
+            for name in {ranges[i][0] for i in around}:
+                names[name][1] += b - a
+    return own, names, gaps
+
+
+@exercise(
+    "profiling.own_time",
+    title="Whose time is it: a trace as a table of own and total times",
+    hints=(
+        "Walk over a thread's ranges in the order in which they begin, and keep a stack of those that are still open. "
+        "The top of the stack, once you have closed what ended, is the parent.",
+        "A range adds its duration to its own time and takes it from its parent's, and from no other's. Of two that "
+        "begin together the longer one comes first: sort by (start, -stop).",
+        "The total of a name: count a range only where no open range has the same name.",
+        "A gap opens where the stack has run empty, from the last stop to the next start. Keep threads apart.",
+    ),
+)
+def check_own_time(fn: Callable) -> None:
+    draw = random.Random(0)
+    fixed = (
+        (
+            [("step", 0, 10, 0), ("attention", 2, 6, 0), ("softmax", 3, 5, 0)],
+            "a child and a grandchild",
+            "the child's time holds the grandchild's already",
+        ),
+        (
+            [("a", 0, 4, 0), ("b", 4, 6, 0), ("c", 9, 10, 0)],
+            "ranges that touch, and a gap",
+            "neighbours are no children",
+        ),
+        (
+            [("inner", 0, 3, 0), ("outer", 0, 8, 0)],
+            "two that begin together, the inner one listed first",
+            "the longer one is the parent",
+        ),
+        (
+            [("outer", 0, 5, 0), ("inner", 0, 5, 0), ("leaf", 4, 5, 0)],
+            "two that begin and end together",
+            "the one listed first is the parent",
+        ),
+        (
+            [("f", 0, 10, 0), ("f", 2, 8, 0), ("g", 3, 5, 0), ("f", 6, 7, 0)],
+            "f, which calls itself",
+            "a child of the same name is a child",
+        ),
+        (
+            [("main", 0, 9, 1), ("worker", 2, 5, 2), ("worker", 7, 8, 2)],
+            "two threads",
+            "what another thread does meanwhile is no child",
+        ),
+        (
+            [("a", 1, 2, 0), ("long", 4, 20, 0), ("b", 5, 6, 0), ("c", 22, 23, 0)],
+            "a gap after a nest",
+            "b ends long before its parent does",
+        ),
+        ([], "an empty trace", ""),
+    )
+    for ranges, case, note in fixed:
+        compare_own_times(fn(list(ranges)), ranges, case, note)
+    for many in range(12):
+        ranges = [r for thread in range(1 + many % 3) for r in draw_ranges(draw, 0, 40 + many, f"thread {thread}")]
+        draw.shuffle(ranges)
+        case = f"{len(ranges)} random ranges on {1 + many % 3} threads"
+        compare_own_times(fn(list(ranges)), ranges, case, "only the children's time comes off, each child's once")
+
+
+def compare_own_times(answer, ranges: list[tuple], case: str, note: str) -> None:
+    """Fail unless the three parts of the answer are right; the note says what the case is about."""
+    three = isinstance(answer, tuple | list) and len(answer) == 3
+    require(three, "return three things: the own times, the names' (own, total), and the gaps of each thread")
+    found, found_names, found_gaps = answer
+    own, names, gaps = moment_by_moment(ranges)
+    require(hasattr(found, "__len__") and len(found) == len(own), f"{case}: the own times should be {len(own)} numbers")
+    found = [float(x) for x in found]
+    for (name, start, stop, _), x, wanted in zip(ranges, found, own, strict=True):
+        words = f"{case}: {name} from {start} to {stop} has {wanted} of its own, and you say {x:.6g}"
+        whole = abs(x - (stop - start)) < 1e-6
+        why = "that is all of its time, with its children's" if whole else note
+        require(abs(x - wanted) < 1e-6, f"{words}: {why}")
+    for part, kind in (
+        (found_names, "names: {name: (own, total)}"),
+        (found_gaps, "gaps: {thread: [(start, stop), ...]}"),
+    ):
+        require(isinstance(part, dict), f"{case}: return a dictionary of the {kind}; this is a {type(part).__name__}")
+    strange = sorted(map(str, set(found_names) ^ set(names)))
+    require(
+        not strange, f"{case}: {', '.join(strange)} should be among the names if, and only if, a range has that name"
+    )
+    for name, (wanted, total) in names.items():
+        pair = found_names[name]
+        require(hasattr(pair, "__len__") and len(pair) == 2, f"{case}: give {name} a pair, (own, total)")
+        x, y = map(float, pair)
+        require(abs(x - wanted) < 1e-6, f"{case}: the own times of {name} add up to {wanted}, and you say {x:.6g}")
+        why = f": while {name} runs inside {name}, a moment counts once" if y > total else ""
+        require(abs(y - total) < 1e-6, f"{case}: the total of {name} is {total}, and you say {y:.6g}{why}")
+    strange = sorted(map(str, set(found_gaps) ^ set(gaps)))
+    require(
+        not strange, f"{case}: each thread has a list of gaps, an empty one if it never waits; look at {strange[:1]}"
+    )
+    for thread, wanted in gaps.items():
+        mine = [tuple(map(float, gap)) for gap in found_gaps[thread]]
+        for a, b in mine:
+            require(a < b, f"{case}: you give a gap from {a:g} to {b:g}: ranges that touch leave none")
+            busy = next((r for r in ranges if r[3] == thread and r[1] < b and a < r[2]), None)
+            require(not busy, f"{case}: a gap from {a:g} to {b:g}, but on that thread {busy and busy[0]} runs then")
+        require(mine == sorted(mine), f"{case}: list the gaps in the order of time")
+        said = ", ".join(f"{a:g} to {b:g}" for a, b in mine) or "none"
+        truth = ", ".join(f"{a} to {b}" for a, b in wanted) or "none"
+        require(mine == wanted, f"{case}: the gaps of thread {thread!r} are {truth}, and you say {said}")

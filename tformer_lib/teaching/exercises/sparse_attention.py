@@ -119,3 +119,108 @@ def check_layers(fn):
 def no_way(row: str, found) -> str:
     """What to say of a number of layers where there is none."""
     return f"{row} never connects all of them, so the answer is None, and you say {found}"
+
+
+def seen_pairs(live: torch.Tensor, allows, T: int, S: int, block: int) -> torch.Tensor:
+    """The mask (T, S) that a layout and a rule inside its blocks make together."""
+    inside = live.repeat_interleave(block, 0).repeat_interleave(block, 1)[:T, :S]
+    return inside & allows(torch.arange(T)[:, None], torch.arange(S)[None, :])
+
+
+def by_the_table(q, k, v, mask: torch.Tensor) -> torch.Tensor:
+    """Masked attention of one head with all its scores written out; zeros where a query sees nothing."""
+    scores = (q.double() @ k.double().T / q.shape[1] ** 0.5).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).nan_to_num(0.0) @ v.double()
+
+
+def draw_blocks(T: int, S: int, block: int, share: float = 0.5):
+    """A random layout, and a random rule that says yes to everything past the ends."""
+    rows, columns = -(-T // block), -(-S // block)
+    live, table = torch.rand(rows, columns) < share, torch.rand(rows * block, columns * block) < share
+    live[0, 0] = live[0, -1] = True
+    table[0], table[1, :block] = False, False  # query 0 sees nothing at all, query 1 nothing in the first block
+    table[1, S - 1] = True
+    table[T:], table[:, S:] = True, True
+    return live, lambda i, j: table[i, j]
+
+
+def say_which_query(found, q, k, v, live, allows, block: int, case: str) -> None:
+    """Fail unless this is attention over the layout, saying of the first wrong query what is wrong."""
+    T, S = len(q), len(k)
+    mask = seen_pairs(live, allows, T, S, block)
+    expected = by_the_table(q, k, v, mask)
+    require_shape(found, expected.shape, f"{case}: the output")
+    wrong = ~torch.isclose(found.detach().double(), expected, rtol=1e-3, atol=1e-3)
+    for t in wrong.any(1).nonzero().flatten().tolist()[:1]:
+        where = mask[t].nonzero().flatten() // block
+        blocks, first = where.unique().tolist(), live[t // block].nonzero().flatten().tolist()[:1]
+        query = f"{case}: query {t}"
+        for other, words in (
+            (allows(torch.arange(T)[:, None], torch.arange(S)[None, :]), "sees pairs of dead blocks, too"),
+            (seen_pairs(live, lambda i, j: i + j >= 0, T, S, block), "sees all of its blocks: ask `allows` as well"),
+        ):
+            same = torch.allclose(found[t].double(), by_the_table(q, k, v, other)[t], atol=1e-3)
+            require(not same, f"{query} {words}")
+        value = f"holds {found[t, 0].item():.3g}"
+        require(blocks, f"{query} sees no key, so its output is zeros, and yours {value}")
+        if not bool(torch.isfinite(found[t]).all()):
+            late = case != "large scores" and blocks[0] != first[0]
+            why = f"it sees nothing of the first of its live blocks, {first[0]}: the maximum is minus infinity there"
+            require(False, f"{query} {value}: {why if late else 'take the largest score out before exp'}")
+        wanted = f"output {found[t, 0].item():.4g}, expected {expected[t, 0].item():.4g}"
+        require(False, f"{query} sees {len(where)} keys in blocks {blocks} of {block}: {wanted}")
+
+
+@exercise(
+    "sparse_attention.blocks",
+    title="Exact attention over any layout of blocks",
+    hints=(
+        "One row of blocks at a time: its queries, and the list of its live columns. The last block may be shorter.",
+        "Either gather the keys of the live columns and do one softmax, or keep a maximum, a sum of weights and a sum "
+        "of weighted values for each query, and go from block to block as in the chapter on flash attention.",
+        "When the maximum rises from m to n, what was summed before is multiplied by exp(m - n).",
+        "While a query has seen nothing, its maximum is minus infinity, and minus infinity less itself is NaN: "
+        "subtract 0 there. At the end its sum of weights is 0: divide by 1.",
+    ),
+)
+def check_blocks(fn):
+    from tformer_lib.profiling import count
+    from tformer_lib.teaching.exercises.linear_attention import LargestTensor
+
+    for T, S, block in ((8, 8, 4), (12, 20, 4), (10, 11, 4), (3, 9, 4), (13, 7, 5)):
+        case = f"{T} queries, {S} keys, blocks of {block}"
+        q, k, v = torch.randn(T, 6), torch.randn(S, 6), torch.randn(S, 3)
+        live, allows = draw_blocks(T, S, block)
+        sees = seen_pairs(live, allows, T, S, block).any(1)
+        total = fn(q, k, torch.ones(S, 1), live.clone(), allows, block)
+        require_shape(total, (T, 1), f"{case}, values (S, 1): the output")
+        for t in (total[:, 0] - 1).abs().gt(1e-3).logical_and(sees).nonzero().flatten().tolist()[:1]:
+            why = "all that it sees shares one softmax, over all of its blocks"
+            lost = "does it miss a key that it may see, or does one past the end have a share?"
+            words = f"the weights of query {t} sum to {total[t, 0].item():.3g} instead of 1"
+            require(False, f"{case}: {words}: {why if total[t, 0] > 1 else lost}")
+        say_which_query(fn(q, k, v, live.clone(), allows, block), q, k, v, live, allows, block, case)
+        say_which_query(
+            fn(60 * q, k, v, live.clone(), allows, block), 60 * q, k, v, live, allows, block, "large scores"
+        )
+        q, k = 15 * q.abs() + 5, -k.abs() - 2
+        say_which_query(fn(q, k, v, live.clone(), allows, block), q, k, v, live, allows, block, "scores far below zero")
+    nothing = torch.zeros_like(live)
+    say_which_query(
+        fn(q, k, v, nothing, allows, block), q, k, v, nothing, allows, block, "a layout without live blocks"
+    )
+
+    T, block = 500, 16
+    pattern = (sp.sliding_window(20) | sp.global_tokens([0])) & sp.causal() | sp.global_tokens([499])
+    q, k, v = (torch.randn(T, 8) for _ in range(3))
+    live = pattern.layout(T, block=block)
+    with LargestTensor() as seen, count() as work:
+        found = fn(q, k, v, live.clone(), pattern.allows, block)
+    case = "a window with global tokens"
+    say_which_query(found, q, k, v, live, pattern.allows, block, case)
+    pairs = int(live.sum()) * block * block
+    words = f"right, but for {T} tokens, whose {int(live.sum())} live blocks hold {pairs:,} pairs,"
+    advice = "go row of blocks by row of blocks, and do not fill all rows up to the longest"
+    require(seen.most <= pairs, f"{words} a tensor of {seen.most:,} numbers was made: {advice}")
+    times = work.flops / (4 * 8 * pairs)
+    require(times < 2, f"{words} you multiply {times:.1f} times as much as those need: leave dead blocks out")
