@@ -1,8 +1,10 @@
-"""The checks of chapter 07: turning pairs, positions of packed documents, the two layouts, NTK's base."""
+"""The checks of chapter 07: turning pairs, positions of packed documents, the two layouts, NTK's base, YaRN."""
+
+import math
 
 import torch
 
-from tformer_lib.rope import Rope, convert_layout, rotate
+from tformer_lib.rope import Rope, Yarn, convert_layout, rotate
 from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_shape
 
 
@@ -115,3 +117,88 @@ def check_ntk(fn):
             abs(slower / factor - 1) < 1e-3,
             f"{say}: with the base {new:.6g} the slowest pair turns {slower:.4g} times slower, not {factor:g} times",
         )
+
+
+@exercise(
+    "rope.yarn",
+    title="YaRN, from the paper to a checkpoint's numbers",
+    hints=(
+        "By the end of the trained length, pair i has made length * theta_i / (2 pi) turns. Work with turns first.",
+        "The other way round: which i, as a fraction, makes t turns? Put in theta_i = base^(-2i / head_dim); solve.",
+        "Round the fraction for beta_fast down (not below 0) and the one for beta_slow up. Between the two, the share "
+        "that is divided grows from 0 to 1 by equal steps; clamp it outside.",
+        "A pair's frequency is (1 - share) * theta + share * theta / factor. Queries and keys are both multiplied, "
+        "so the scores get the square of what you return.",
+    ),
+)
+def check_yarn(fn):
+    cases = [(64, 10000.0, 4.0, 2048, 32, 1), (64, 10000.0, 4.0, 128, 32, 1), (128, 1e6, 1.0, 32768, 32, 1)]
+    for _ in range(20):
+        r = torch.rand(6).tolist()
+        fast, slow, length = 8 + 56 * r[0], 0.5 + 3 * r[1], int(2 ** (8 + 8 * r[2]))
+        cases.append((16 * 2 ** int(4 * r[3]), 10 ** (4 + 2 * r[4]), 1.5 + 30 * r[5], length, fast, slow))
+    for head_dim, base, factor, length, fast, slow in cases:
+        answer = fn(head_dim, base, factor, length, fast, slow)
+        require(answer is not None, "your function returns None: is a return missing?")
+        require(
+            isinstance(answer, (tuple, list)) and len(answer) == 2,
+            "return two things: the frequencies of the pairs, and the attention factor",
+        )
+        frequencies, attention = torch.as_tensor(answer[0]).double(), float(answer[1])
+        require_shape(frequencies, (head_dim // 2,), "the frequencies")
+        say = (
+            f"head_dim {head_dim}, base {base:.6g}, factor {factor:.3g}, length {length}, betas {fast:.3g}, {slow:.3g}"
+        )
+        explain_pairs(frequencies, say, head_dim, base, factor, length, fast, slow)
+        explain_sharpening(attention, factor)
+
+
+def explain_pairs(frequencies, say, head_dim, base, factor, length, fast, slow) -> None:
+    """What YaRN promises of the pairs, then the usual mistakes in the ramp, then the library's numbers."""
+    theta = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    turns, kept = length * theta / (2 * torch.pi), frequencies / theta
+    for i in range(head_dim // 2):
+        made = f"{say}: pair {i} makes {turns[i]:.3g} turns in the trained context"
+        if turns[i] >= fast:
+            require(abs(kept[i] - 1) < 1e-3, f"{made}, so it stays, but yours is multiplied by {kept[i]:.4g}")
+        if turns[i] <= slow:
+            word = f"so it should slow by {factor:.3g}, but yours is multiplied by {kept[i]:.4g}"
+            require(abs(kept[i] * factor - 1) < 1e-3, f"{made}, {word}")
+        word = f"yours is multiplied by {kept[i]:.4g}: no pair should grow faster, or slow by more than the factor"
+        require(1 / factor - 1e-3 < kept[i] < 1.001, f"{made}, and {word}")
+    require((kept.diff() < 1e-4).all(), f"{say}: a slower pair is slowed less than the faster one before it")
+    expected = Rope(head_dim, base=base, scaling=Yarn(factor, beta_fast=fast, beta_slow=slow), max_length=length)
+    expected = expected.frequencies().double() / theta
+    exact = Yarn(factor, beta_fast=fast, beta_slow=slow, truncate=False)
+    exact = Rope(head_dim, base=base, scaling=exact, max_length=length).frequencies().double() / theta
+    by_turns = ((turns - slow) / (fast - slow)).clamp(0, 1)
+    share = (1 - expected) / (1 - 1 / factor) if factor > 1 else 0 * expected  # of a pair that is interpolated
+    mistakes = {
+        "the ramp is straight in the number of turns; it should be straight in the number of the pair": (
+            by_turns + (1 - by_turns) / factor
+        ),
+        "the ramp starts or ends between two pairs: round its start down and its end up, to whole pairs": exact,
+        "the ramp blends wavelengths; it should blend frequencies": 1 / (1 + share * (factor - 1)),
+        "the ramp goes through powers of the factor; frequencies should be blended by adding shares": factor**-share,
+    }
+    for words, wrong in mistakes.items():
+        usual = torch.allclose(kept, wrong, atol=1e-4) and not torch.allclose(wrong, expected, atol=1e-3)
+        require(not usual, f"{say}: {words}")
+    require_close(kept, expected, f"{say}: the ramp multiplies a pair by another number", tolerance=1e-3)
+
+
+def explain_sharpening(attention: float, factor: float) -> None:
+    """Name the usual mistakes in the attention factor."""
+    expected = 1 + 0.1 * math.log(factor)
+    say = f"factor {factor:.3g}: the attention factor is {attention:.4g}"
+    mistakes = {
+        "what the scores are multiplied by: queries and keys each bring its root": expected**2,
+        "the paper's temperature t; queries and keys are multiplied by the root of 1 / t": expected**-2,
+        "the inverse: scores should grow sharper, not flatter": 1 / expected,
+        "without the 1": expected - 1,
+        "a logarithm to the base 10; the paper takes the natural one": 1 + 0.1 * math.log10(factor),
+        "no sharpening at all": 1.0,
+    }
+    for words, wrong in mistakes.items():
+        require(abs(attention - wrong) > 1e-4 or abs(wrong - expected) < 1e-4, f"{say}, {words}")
+    require(abs(attention - expected) < 1e-3, f"{say}, expected {expected:.4g}")
