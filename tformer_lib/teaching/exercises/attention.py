@@ -1,8 +1,7 @@
 """The exercises of the attention chapter."""
 
-from unittest import mock
-
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tformer_lib import attention, masks
 from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_finite, require_shape
@@ -183,7 +182,7 @@ def draw() -> list[torch.Tensor]:
 def by_hand(fn, q, k, v, d_out, mask, scale) -> list[torch.Tensor]:
     """The answer's dq, dk, dv; it gets copies, and no autograd."""
     given = [x.clone() for x in (q, k, v, mask, d_out)]
-    with mock.patch("torch.autograd.grad", no_autograd), mock.patch("torch.autograd.backward", no_autograd):
+    with NoAutograd():
         three = fn(*given[:4], scale, given[4])
     same = all(map(torch.equal, given, (q, k, v, mask, d_out)))
     require(same, "your function changes the tensors that it was given: work on new ones")
@@ -194,9 +193,13 @@ def by_hand(fn, q, k, v, d_out, mask, scale) -> list[torch.Tensor]:
     return [x.detach().double() for x in three]
 
 
-def no_autograd(*arguments, **options):
-    """What the answer finds in autograd's place."""
-    require(False, "by hand, please: your function asks autograd for the gradient")
+class NoAutograd(TorchFunctionMode):
+    """While it is on, whoever asks autograd for a gradient is told not to."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        asks = func in (torch.Tensor.backward, torch.autograd.grad, torch.autograd.backward)
+        require(not asks, "by hand, please: your function asks autograd for the gradient")
+        return func(*args, **(kwargs or {}))
 
 
 def true_gradients(q, k, v, d_out, mask, scale) -> tuple[torch.Tensor, ...]:
