@@ -151,3 +151,161 @@ def check_slot(fn):
             if position >= sinks:
                 require(found >= sinks, f"{place}: position {position} overwrites the sink in slot {found}")
             require(found == expected, f"{place}: position {position} goes to slot {found}, expected {expected}")
+
+
+class CountedModel:
+    """A large model whose logits follow from the tokens that its cache holds; it counts passes and positions.
+
+    Like a real one it does not notice what is wrong in its cache: it goes on writing from there.
+    """
+
+    vocabulary, most = 48, 200
+
+    def __init__(self, text: list[int]):
+        self.tokens, self.passes, self.held = list(text), [], []
+
+    def __call__(self, tokens: torch.Tensor, *, cache: "CountedModel") -> torch.Tensor:
+        require(cache is self, "give the model the cache that came with it: model(tokens, cache=cache)")
+        tokens = torch.as_tensor(tokens)
+        require(
+            tokens.ndim == 2 and tokens.shape[0] == 1 and tokens.shape[1] > 0,
+            f"the model takes tokens of shape (1, T) with T at least 1, and got {tuple(tokens.shape)}",
+        )
+        require(len(self.passes) < self.most, f"{self.most} passes, and still no end: what if no guess is accepted?")
+        self.held.append(list(self.tokens))
+        self.passes.append(tokens[0].tolist())
+        start = len(self.tokens)
+        self.tokens += tokens[0].tolist()
+        return torch.stack([self.logits(self.tokens[: i + 1]) for i in range(start, len(self.tokens))])[None]
+
+    @classmethod
+    def logits(cls, text: list[int]) -> torch.Tensor:
+        """(vocabulary,) of the token that follows a text: any change of the text changes them."""
+        state = 7
+        for token in text:
+            state = (state * 1_000_003 + token + 1) % (2**31 - 1)
+        return torch.randn(cls.vocabulary, generator=torch.Generator().manual_seed(state))
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(1,) tokens held, as the library's caches say it."""
+        return torch.tensor([len(self.tokens)])
+
+    def truncate(self, lengths) -> None:
+        """Forget all but the first lengths[0] tokens."""
+        (length,) = [int(n) for n in lengths]
+        held = len(self.tokens)
+        require(0 <= length <= held, f"truncate([{length}]), but the cache holds {held} tokens: it can only be cut")
+        del self.tokens[length:]
+
+
+def greedy(text: list[int], count: int) -> list[int]:
+    """The next ``count`` tokens that the counted model writes, one at a time."""
+    text, start = list(text), len(text)
+    for _ in range(count):
+        text.append(int(CountedModel.logits(text).argmax()))
+    return text[start:]
+
+
+def drafter(luck: int):
+    """A draft that guesses like the large model, but wrong at some places: ``luck`` of 12 guesses are right.
+
+    After some texts it has no guess at all, unless it is always right.
+    """
+
+    def draft(text, n):
+        text, start = [int(token) for token in text], len(text)
+        for _ in range(n if luck == 12 or sum(text) % 5 else 0):
+            (right,) = greedy(text, 1)
+            wrong = (31 * sum(text) + 7 * len(text)) % 12 >= luck
+            text.append((right + wrong) % CountedModel.vocabulary)
+        return text[start:]
+
+    return draft
+
+
+def passes_needed(text: list[int], count: int, draft, n: int) -> int:
+    """How many passes write ``count`` tokens, if each accepts all it can and adds a token of its own."""
+    wanted, done, passes = greedy(text, count), 0, 0
+    while done < count:
+        guesses = draft(text + wanted[:done], n)
+        right = [a == b for a, b in zip(guesses, wanted[done:], strict=False)]
+        done, passes = done + [*right, False].index(False) + 1, passes + 1
+    return passes
+
+
+@exercise(
+    "kv_cache.speculate",
+    title="Speculative decoding, greedy",
+    hints=(
+        "Keep one thing true: before each pass the cache holds the text but for its last token. So a pass takes that "
+        "token and the guesses behind it.",
+        "Row i of the logits says what follows guess i - 1, and row 0 what follows the text. So there is one row more "
+        "than there are guesses: what is the last one good for?",
+        "A guess is worth something only if all guesses before it were right. Count up to the first that is not; the "
+        "row at which you stop gives the next token, right or wrong guess alike.",
+        "With a guesses accepted the text has grown by a + 1. Cut the cache to one less than the text, and ask for no "
+        "more guesses than still fit.",
+    ),
+)
+def check_speculate(fn):
+    cases = [(0, 6, 3), (12, 12, 3), (12, 1, 4), (8, 20, 1)]
+    cases += [(6, 20, 4), (9, 23, 5), (10, 17, 2), (11, 15, 8), (9, 24, 4)]
+    for luck, count, n in cases:
+        prompt = torch.randint(CountedModel.vocabulary, (3 + count % 4,)).tolist()
+        model, text, draft = CountedModel(prompt[:-1]), list(prompt), drafter(luck)
+        written = fn(model, model, draft, text, count, n)
+        require(written is not None, "your function returns None: is a return missing?")
+        require(text == prompt, "your function changes the caller's text: work on a copy")
+        written, wanted = [int(token) for token in written], greedy(prompt, count)
+        name = f"a prompt of {len(prompt)} tokens, {count} to write, {n} guesses at a time"
+        require(written[: len(prompt)] != prompt or written == wanted, f"{name}: return the new tokens alone")
+        explain_cache(model, prompt + written, name)
+        explain_tokens(model, len(prompt), written, wanted, name)
+        require(len(written) == count, f"{name}: you return {len(written)} tokens")
+        explain_passes(model, len(prompt), count, passes_needed(prompt, count, draft, n), name)
+        require(
+            len(model.tokens) < len(prompt) + count or model.tokens == prompt + wanted,
+            f"{name}: at the end the cache holds {len(model.tokens)} tokens, more than the text has",
+        )
+
+
+def explain_cache(model: CountedModel, text: list[int], name: str) -> None:
+    """Hold what the cache held before each pass, and the pass's first token, against the text that was written."""
+    for number, (held, tokens) in enumerate(zip(model.held, model.passes, strict=True), 1):
+        pairs = zip(held, text, strict=False)
+        place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        require(
+            place is None,
+            f"{name}: when pass {number} begins, the cache holds a token at place {place} that your text does not have "
+            "there, a rejected guess: cut it back",
+        )
+        require(
+            len(held) >= len(text) or tokens[0] == text[len(held)],
+            f"{name}: pass {number} starts at place {len(held)} with another token than your text has there: "
+            "the cache was cut to the wrong length, or the pass starts with the wrong token",
+        )
+
+
+def explain_tokens(model: CountedModel, known: int, written: list[int], wanted: list[int], name: str) -> None:
+    """Say whether the first wrong token is a guess that was believed, or another row's."""
+    place = next((i for i, (a, b) in enumerate(zip(written, wanted, strict=False)) if a != b), None)
+    if place is None:
+        return
+    ahead = [(known + place - len(held), tokens) for held, tokens in zip(model.held, model.passes, strict=True)]
+    why = "which row of the logits says what follows the last accepted guess?"
+    if any(0 < i < len(tokens) and tokens[i] == written[place] for i, tokens in ahead):
+        why = "a wrong guess was accepted. Does each row judge the guess behind it, and did you stop at the first miss?"
+    require(False, f"{name}: new token {place} is {written[place]}, and greedy decoding writes {wanted[place]}: {why}")
+
+
+def explain_passes(model: CountedModel, known: int, count: int, needed: int, name: str) -> None:
+    """Say why there were more passes, or longer ones, than the draft asks for."""
+    passes = len(model.passes)
+    why = "each pass gives the accepted guesses and one token more, also where all were right or none"
+    if passes == count and needed < count:
+        why = "that is one for each token: verify all guesses in one pass"
+    require(passes <= needed, f"{name}: the right text, but in {passes} passes, and {needed} are enough: {why}")
+    require(passes >= needed, f"{name}: {passes} passes, and {needed} are needed: the text cannot come from the model")
+    again = [number for number, held in enumerate(model.held, 1) if len(held) < known - 1]
+    require(not again, f"{name}: pass {again[0] if again else 0} computes the prompt again, which was in the cache")
