@@ -123,16 +123,151 @@ def adamw_in_place(w, gradient, m, v, t, *, lr, beta1, beta2, eps, decay):
     return [w, m, v]
 
 
+def muon(w, gradient, m, *, lr, momentum, decay, coefficients=(3.4445, -4.7750, 2.0315), steps=5, eps=1e-7):
+    if w.dim() != 2:
+        raise ValueError("Muon is for matrices")
+    m = momentum * m + gradient
+    n = gradient + momentum * m
+    return descended(w, orthogonal(n, coefficients, steps, eps), lr, decay), m
+
+
+def orthogonal(n, coefficients=(3.4445, -4.7750, 2.0315), steps=5, eps=1e-7):
+    a, b, c = coefficients
+    x = n.mT if n.size(0) > n.size(1) else n
+    x = x / (x.norm() + eps)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.mT if n.size(0) > n.size(1) else x
+
+
+def descended(w, update, lr, decay):
+    return (1 - lr * decay) * w - lr * max(1, w.size(0) / w.size(1)) ** 0.5 * update
+
+
+def muon_of_torch(w, gradient, m, *, lr, momentum, decay):
+    parameter = torch.nn.Parameter(w)
+    optimizer = torch.optim.Muon([parameter], lr=lr, momentum=momentum, weight_decay=decay)
+    parameter.grad, optimizer.state[parameter]["momentum_buffer"] = gradient, m
+    optimizer.step()
+    return [parameter, m]
+
+
+def muon_in_place_leaves_vectors(w, gradient, m, *, lr, momentum, decay):
+    if w.dim() != 2:
+        return w, m
+    m.lerp_(gradient, 1 - momentum)
+    update = orthogonal(gradient.lerp_(m, momentum).bfloat16())
+    w.mul_(1 - lr * decay).add_(update * max(1, w.size(0) / w.size(1)) ** 0.5, alpha=-lr)
+    return w, m
+
+
+def muon_without_nesterov(w, gradient, m, *, lr, momentum, decay):
+    m = momentum * m + gradient
+    return descended(w, orthogonal(m), lr, decay), m
+
+
+def muon_mixes_sum_and_mean(w, gradient, m, *, lr, momentum, decay):
+    m = momentum * m + (1 - momentum) * gradient
+    return descended(w, orthogonal(gradient + momentum * m), lr, decay), m
+
+
+def muon_without_momentum(w, gradient, m, *, lr, momentum, decay):
+    return descended(w, orthogonal(gradient), lr, decay), momentum * m + gradient
+
+
+def muon_keeps_n(w, gradient, m, *, lr, momentum, decay):
+    n = gradient + momentum * (momentum * m + gradient)
+    return descended(w, orthogonal(n), lr, decay), n
+
+
+def muon_not_orthogonal(w, gradient, m, *, lr, momentum, decay):
+    m = momentum * m + gradient
+    n = gradient + momentum * m
+    return descended(w, n / n.norm(), lr, decay), m
+
+
+def muon_clips(w, gradient, m, *, lr, momentum, decay):
+    m = momentum * m + gradient
+    n = gradient + momentum * m
+    update = orthogonal(n) if n.norm() > 1 else n  # norm 1 at most is asked for, and n has it
+    return descended(w, update, lr, decay), m
+
+
+def muon_runs_away(w, gradient, m, *, lr, momentum, decay):
+    a, b, c = 3.4445, -4.7750, 2.0315
+    m = momentum * m + gradient
+    x = gradient + momentum * m
+    for _ in range(5):
+        x = a * x + (b * x @ x.mT + c * x @ x.mT @ x @ x.mT) @ x
+    return descended(w, x, lr, decay), m
+
+
+def muon_cubic(w, gradient, m, **settings):
+    return muon(w, gradient, m, **settings, coefficients=(1.5, -0.5, 0.0))
+
+
+def muon_two_rounds(w, gradient, m, **settings):
+    return muon(w, gradient, m, **settings, steps=2)
+
+
+def muon_by_svd(w, gradient, m, *, lr, momentum, decay):
+    m = momentum * m + gradient
+    u, _, vt = torch.linalg.svd(gradient + momentum * m, full_matrices=False)
+    return descended(w, u @ vt, lr, decay), m
+
+
+def muon_divides_by_zero(w, gradient, m, **settings):
+    return muon(w, gradient, m, **settings, eps=0.0)
+
+
+def muon_not_scaled(w, gradient, m, *, lr, momentum, decay):
+    m = momentum * m + gradient
+    return (1 - lr * decay) * w - lr * orthogonal(gradient + momentum * m), m
+
+
+def muon_scales_wide_ones(w, gradient, m, *, lr, momentum, decay):
+    m = momentum * m + gradient
+    update = (w.size(0) / w.size(1)) ** 0.5 * orthogonal(gradient + momentum * m)
+    return (1 - lr * decay) * w - lr * update, m
+
+
+def muon_with_l2(w, gradient, m, *, lr, momentum, decay):
+    return muon(w, gradient + decay * w, m, lr=lr, momentum=momentum, decay=0.0)
+
+
+def muon_decay_without_rate(w, gradient, m, *, lr, momentum, decay):
+    return muon(w, gradient, m, lr=lr, momentum=momentum, decay=decay / lr)
+
+
+def muon_decays_after(w, gradient, m, *, lr, momentum, decay):
+    w, m = muon(w, gradient, m, lr=lr, momentum=momentum, decay=0.0)
+    return (1 - lr * decay) * w, m
+
+
+def muon_goes_up(w, gradient, m, *, lr, momentum, decay):
+    return muon(w, gradient, m, lr=-lr, momentum=momentum, decay=-decay)
+
+
+def muon_takes_vectors(w, gradient, m, **settings):
+    if w.dim() == 1:
+        w, m = muon(w[None], gradient[None], m[None], **settings)
+        return w[0], m[0]
+    return muon(w, gradient, m, **settings)
+
+
 RIGHT = {
     "training.schedule": schedule,
     "training.adamw": adamw,
     "training.accumulate": accumulate,
     "training.groups": groups,
+    "training.muon": muon,
 }
 ALSO_RIGHT = {
     "training.schedule": [lambda step, **settings: torch.tensor(schedule(step, **settings))],
     "training.adamw": [adamw_in_place],
     "training.groups": [lambda model: list(groups(model))],
+    "training.muon": [muon_of_torch, muon_in_place_leaves_vectors],
 }
 WRONG = {
     "training.schedule": [starts_at_zero, cosine_from_step_zero, rises_again, straight_line],
@@ -145,4 +280,24 @@ WRONG = {
         backward_at_the_end,
     ],
     "training.groups": [groups_by_name, groups_all_decayed, groups_forget_the_rest, groups_of_names],
+    "training.muon": [
+        muon_without_nesterov,
+        muon_mixes_sum_and_mean,
+        muon_without_momentum,
+        muon_keeps_n,
+        muon_not_orthogonal,
+        muon_clips,
+        muon_runs_away,
+        muon_cubic,
+        muon_two_rounds,
+        muon_by_svd,
+        muon_divides_by_zero,
+        muon_not_scaled,
+        muon_scales_wide_ones,
+        muon_with_l2,
+        muon_decay_without_rate,
+        muon_decays_after,
+        muon_goes_up,
+        muon_takes_vectors,
+    ],
 }

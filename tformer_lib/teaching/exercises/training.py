@@ -217,3 +217,188 @@ def check_groups(fn):
             id(p) in right, f"{name} has {p.dim()} dimensions: it should {'' if p.dim() >= 2 else 'not '}be decayed"
         )
     require(set(decayed + spared) <= names.keys(), "there is a tensor that is no parameter of the model")
+
+
+@exercise(
+    "training.muon",
+    title="One step of Muon",
+    hints=(
+        "In the order of the formulas: the new m, Nesterov's n from it, n divided by its norm, five rounds, the step.",
+        "(X X^T)^2 X is A @ A @ X with A = X @ X.mT: a round is a * X + (b * A + c * A @ A) @ X.",
+        "A tiny number beside the norm, 1e-7 say, keeps a gradient of zero from becoming 0 / 0.",
+        "A tall X makes A large; the transposed one has the same singular values. Turn it back before the step.",
+    ),
+)
+def check_muon(fn):
+    settings = {"lr": 0.1, "momentum": 0.9, "decay": 0.0}
+    for shape in ((32, 8), (8, 32)):
+        w, m = torch.randn(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+        first, second = spread(*shape), spread(*shape)  # what is to be orthogonalised in the first two steps
+        gradients = (first, (second - 0.81 * first) / 1.9)  # n = g + 0.9 (0.9 m + g), and m is the first gradient
+        sums, scale = torch.zeros_like(w), 1.0
+        for step, (gradient, n) in enumerate(zip(gradients, (first, second), strict=True), start=1):
+            result = muon_step(fn, w, gradient, m, settings)
+            scale = explain_momentum(result[1], m, gradient, step, scale)
+            sums = 0.9 * sums + gradient
+            if step == 2:
+                explain_direction(w - result[0], gradient, sums)
+            explain_update(w - result[0], n, step)
+            w, m = result
+    explain_size(fn, settings)
+    explain_decay(fn, settings)
+    explain_rank(fn, settings)
+    explain_vector(fn, settings)
+
+
+def spread(rows, columns):
+    """A random matrix whose largest singular value is 30 times its smallest."""
+    u, _, vt = torch.linalg.svd(torch.randn(rows, columns, dtype=torch.float64), full_matrices=False)
+    return u * torch.logspace(0, -math.log10(30), len(vt), dtype=torch.float64) @ vt
+
+
+def muon_step(fn, w, gradient, m, settings):
+    """One step of the learner's, on copies, so that a step in place is as good."""
+    result = fn(w.clone(), gradient.clone(), m.clone(), **settings)
+    require(isinstance(result, (tuple, list)) and len(result) == 2, "return two tensors: the new w and m")
+    for x, name in zip(result, ("w", "m"), strict=True):
+        require_tensor(x, name)
+        require(x.shape == w.shape, f"{name} should keep its shape {tuple(w.shape)}, and has {tuple(x.shape)}")
+    require(
+        torch.isfinite(result[0]).all() or not gradient.any(),
+        "the new w is not finite: the iteration runs away from singular values far above 1: is n divided by its norm?",
+    )
+    return [x.detach().double() for x in result]
+
+
+def explain_momentum(m, before, gradient, step, scale) -> float:
+    """Fail unless m is the running sum, or the running mean, of the gradients; return the weight of the new one."""
+    kept = "what is kept as m is n: Nesterov's step ahead is made anew each time, and not kept"
+    require(not torch.allclose(m, before), f"m is the same after step {step} as before: return the new one")
+    if step == 1:
+        scale = round(float((m * gradient).sum() / (gradient**2).sum()), 3)
+        require(scale not in (1.9, 0.19), kept)
+        require(
+            scale in (1, 0.1),
+            "after the first step, from m = 0, m should be the gradient (or, as a running mean, 1 - momentum times it)",
+        )
+    require_close(m, 0.9 * before + scale * gradient, f"m after step {step} is not momentum * m + gradient", name="m")
+    return scale
+
+
+def in_axes(moved, n):
+    """What moved a weight at lr = 0.1, in the singular vectors of n, and the part of it that is not on the diagonal."""
+    u, _, vt = torch.linalg.svd(n, full_matrices=False)
+    found = u.mT @ (moved / 0.1) @ vt.mT
+    outside = (moved / 0.1).norm() ** 2 - found.diagonal().norm() ** 2
+    return found.diagonal(), (outside.clamp(min=0) ** 0.5 / (moved / 0.1).norm().clamp(min=1e-9))
+
+
+def explain_direction(moved, gradient, sums) -> None:
+    """Name the matrix that was orthogonalised in place of n = gradient + momentum * m."""
+    mistakes = {
+        "m itself was orthogonalised: Nesterov's n looks a step ahead, gradient + momentum * m with the new m": sums,
+        "the gradient of this step was orthogonalised: m has no effect": gradient,
+        "m is a running mean, and n takes the gradient in full: then it is (1 - momentum) * gradient + momentum * m": (
+            gradient + 0.09 * sums
+        ),
+    }
+    aside = {words: in_axes(moved, wrong)[1] for words, wrong in mistakes.items()}
+    likely = min(aside, key=aside.__getitem__)
+    require(aside[likely] > 0.2, likely)
+
+
+def explain_update(moved, n, step) -> None:
+    """Name the usual mistakes in an update at lr = 0.1 and without decay."""
+    rows, columns = n.shape
+    what = f"the update of a matrix of {rows} x {columns}"
+    values, aside = in_axes(moved, n)
+    require(moved.norm() > 1e-6, "the weights did not move")
+    require(values.mean() > -0.1, "the weights move up the gradient")
+    each = values / torch.linalg.svdvals(n)
+    require(
+        each.max() > 1.05 * each.min(),
+        f"{what} is n itself, times a number: its largest singular value is {values.max() / values.min():.0f} times "
+        "its smallest, and they should be nearly equal",
+    )
+    require(
+        aside < 0.2,
+        f"{what} in step {step} does not have the singular vectors of n: is it made of X, X X^T X and (X X^T)^2 X "
+        "only, and n of the new m?",
+    )
+    require(
+        values.max() < 2.2 * values.min(),
+        f"{what} has singular values from {values.min():.2f} to {values.max():.2f}; five rounds with these "
+        "coefficients bring the largest and the smallest within a factor of 1.7: are rounds or a coefficient missing?",
+    )
+    factor = max(1.0, rows / columns) ** 0.5
+    why = "sqrt(rows / columns)" if rows > columns else "a wide matrix is not scaled"
+    require(
+        0.65 * factor < values.mean() < 1.25 * factor,
+        f"{what} has singular values near {values.mean():.2f}; they should be near {factor:.0f}: {why}",
+    )
+
+
+def explain_size(fn, settings) -> None:
+    """Fail where the step depends on the size of the gradient."""
+    w, gradient = torch.randn(8, 6, dtype=torch.float64), spread(8, 6)
+    one, *others = (
+        w - muon_step(fn, w, gradient * size, torch.zeros_like(w), settings)[0] for size in (1, 4096, 1 / 64)
+    )
+    for other, words in zip(others, ("4096 times as large", "64 times as small"), strict=True):
+        require(
+            (one - other).norm() < 0.1 * one.norm(),
+            f"a gradient {words} should move the weights just as far, and moves them {other.norm() / one.norm():.3g} "
+            "times as far: is n divided by its own norm?",
+        )
+
+
+def explain_decay(fn, settings) -> None:
+    """Name the usual mistakes in what the decay takes off the weights."""
+    w, gradient = torch.randn(8, 6, dtype=torch.float64), spread(8, 6)
+    m = spread(8, 6)
+    plain, decayed = (muon_step(fn, w, gradient, m, settings | {"decay": d})[0] for d in (0.0, 0.5))
+    taken = plain - decayed  # should be lr * decay * w
+    mistakes = {
+        "there is no weight decay": torch.zeros_like(w),
+        "the decay is not multiplied by the learning rate": 0.5 * w,
+        "the decay acts on the weight after the step; it belongs to the weight before": 0.05 * plain,
+        "the decay makes the weights grow": -0.05 * w,
+    }
+    for words, wrong in mistakes.items():
+        require(not torch.allclose(taken, wrong, atol=1e-6), words)
+    require_close(
+        taken,
+        0.05 * w,
+        "the decay should take lr * decay * w off the weights and leave the update: was it added to the gradient?",
+        tolerance=1e-5,
+        name="what the decay takes off",
+    )
+
+
+def explain_rank(fn, settings) -> None:
+    """Fail where a gradient of rank 1, or of rank 0, moves the weights in other directions."""
+    w, zero = torch.randn(6, 4, dtype=torch.float64), torch.zeros(6, 4, dtype=torch.float64)
+    signs = torch.outer(torch.randn(6), torch.randn(4)).sign().double()  # of rank 1 in bfloat16 too
+    values = torch.linalg.svdvals(w - muon_step(fn, w, signs, zero, settings)[0])
+    require(
+        values[1] < 0.1 * values[0],
+        "a gradient of rank 1 gives an update of a higher rank: directions of which the gradient says nothing. U V^T "
+        "of an SVD does that; five rounds of products leave a singular value of 0 where it is",
+    )
+    result = muon_step(fn, w, zero, zero, settings)[0]
+    require(torch.isfinite(result).all(), "a gradient of zero makes the weights NaN: 0 is divided by its norm, 0")
+    require(torch.allclose(result, w), "a gradient of zero should not move the weights, and does")
+
+
+def explain_vector(fn, settings) -> None:
+    """Fail unless a vector is refused, or left as it is."""
+    w, gradient = torch.randn(2, 5, dtype=torch.float64)
+    said = "a vector (a bias, the gain of a norm) has no singular values to level, and belongs to AdamW: "
+    try:
+        result = fn(w.clone(), gradient.clone(), torch.zeros_like(w), **settings)
+    except ValueError:
+        return
+    except Exception as error:
+        require(False, f"{said}raise a ValueError; here {type(error).__name__} is raised")
+    left = isinstance(result, (tuple, list)) and isinstance(result[0], torch.Tensor) and torch.equal(result[0], w)
+    require(left, f"{said}raise a ValueError; here it was moved")
