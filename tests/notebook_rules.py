@@ -91,6 +91,13 @@ def no_markdown_table_in_outputs(notebook: dict) -> Iterator[str]:
                 yield f"a Markdown table in the output of\n{source(cell)}"
 
 
+def streams_are_whole(notebook: dict) -> Iterator[str]:
+    """What a cell prints is one output, wherever it was flushed: else JupyterLab shows it in pieces."""
+    for cell in cells(notebook, "code"):
+        if any(a["output_type"] == b["output_type"] == "stream" for a, b in pairwise(cell["outputs"])):
+            yield f"its printed output is in pieces (make notebooks NB=...):\n{source(cell)}"
+
+
 def figures_keep_their_state(notebook: dict) -> Iterator[str]:
     """Every interactive figure can be drawn without a kernel: JupyterLab's own save leaves out what that takes."""
     kept = notebook["metadata"].get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
@@ -133,6 +140,7 @@ RULES = (
     no_absolute_path,
     pictures_have_words,
     no_markdown_table_in_outputs,
+    streams_are_whole,
     figures_keep_their_state,
     kernel_is_python3,
     headings_step_down,

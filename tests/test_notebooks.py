@@ -99,6 +99,7 @@ SOUND = {
 FIGURE = {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": {"model_id": "7f"}}}
 PICTURE = {"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo="}}
 
+PRINTED = {"output_type": "stream", "name": "stdout", "text": ["1\n"]}
 TABLE = {"output_type": "display_data", "data": {"text/markdown": ["| a | b |\n", "|---|---|\n", "| 1 | 2 |"]}}
 
 FAULTY = {
@@ -113,6 +114,7 @@ FAULTY = {
     ],
     "pictures_have_words": [code("draw()", PICTURE, count=2)],
     "no_markdown_table_in_outputs": [code("rows()", TABLE, count=2)],
+    "streams_are_whole": [code("print(1), print(2)", PRINTED, PRINTED, count=2)],
     "figures_keep_their_state": [code("explore()", FIGURE, count=2)],
     "headings_step_down": [markdown("# A second title"), markdown("#### Too deep")],
 }
