@@ -45,7 +45,13 @@ PICTURES = {"matplotlib", "ipywidgets", "anywidget", "IPython"}
 """Packages that only the teaching rooms import."""
 
 NOTEBOOKS = sorted(p.stem for p in (ROOT / "notebooks").glob("*.ipynb"))
-MODULES = sorted(p.stem for p in LIBRARY.glob("*.py"))
+PACKAGES = sorted(p.parent.name for p in LIBRARY.glob("*/__init__.py") if p.parent.name != "teaching")
+MODULES = sorted([p.stem for p in LIBRARY.glob("*.py")] + PACKAGES)
+
+
+def sources(module: str) -> list[Path]:
+    """The files of a module: one, or all of a package."""
+    return sorted((LIBRARY / module).rglob("*.py")) or [LIBRARY / f"{module}.py"]
 
 
 def test_there_are_notebooks():
@@ -56,7 +62,7 @@ def test_there_are_notebooks():
 def test_notebook_has_its_row(notebook):
     assert notebook in ROWS, f"{notebook} is in no row of the design"
     for module in ROWS[notebook]:
-        assert (LIBRARY / f"{module}.py").exists(), f"{notebook} explains tformer_lib/{module}.py, which is missing"
+        assert module in MODULES, f"{notebook} explains tformer_lib/{module}, which is missing"
     assert (ROOT / "tests" / f"test_{ROWS[notebook][0]}.py").exists(), f"tests/test_{ROWS[notebook][0]}.py is missing"
 
 
@@ -68,11 +74,11 @@ def test_module_is_in_a_row_or_a_room(module):
 @pytest.mark.parametrize("notebook", sorted(ROWS))
 def test_module_has_its_test_and_chapter(notebook):
     module = ROWS[notebook][0]
-    if not (LIBRARY / f"{module}.py").exists():
-        pytest.skip(f"tformer_lib/{module}.py is not built yet")
-    assert (ROOT / "tests" / f"test_{module}.py").exists(), f"tformer_lib/{module}.py has no test"
+    if module not in MODULES:
+        pytest.skip(f"tformer_lib/{module} is not built yet")
+    assert (ROOT / "tests" / f"test_{module}.py").exists(), f"tformer_lib/{module} has no test"
     chapters = [n for n, modules in ROWS.items() if modules[0] == module]
-    assert any(chapter in NOTEBOOKS for chapter in chapters), f"tformer_lib/{module}.py has no chapter"
+    assert any(chapter in NOTEBOOKS for chapter in chapters), f"tformer_lib/{module} has no chapter"
 
 
 def test_table_of_contents_lists_every_notebook_once():
@@ -113,9 +119,9 @@ def imports(path: Path) -> set[str]:
 
 
 def library_imports(module: str) -> set[str]:
-    """The modules of the library that a module of the library imports."""
-    names = imports(LIBRARY / f"{module}.py")
-    return {match[1] for name in names if (match := re.match(r"tformer_lib\.(\w+)", name))}
+    """The other modules of the library that a module of the library imports."""
+    names = set().union(*map(imports, sources(module)))
+    return {match[1] for name in names if (match := re.match(r"tformer_lib\.(\w+)", name))} - {module}
 
 
 def floor(module: str) -> int:
@@ -132,4 +138,4 @@ def test_imports_point_down(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_only_teaching_draws(module):
-    assert not {name.partition(".")[0] for name in imports(LIBRARY / f"{module}.py")} & PICTURES
+    assert not {name.partition(".")[0] for path in sources(module) for name in imports(path)} & PICTURES

@@ -21,9 +21,9 @@ from tformer_lib.serving import (
     TextStream,
     blocks_that_fit,
     graph_sizes,
-    main,
     overlap,
 )
+from tformer_lib.serving.__main__ import main
 from tformer_lib.tokens import characters
 from tformer_lib.transformer import Decoder, ModelConfig
 

@@ -1,0 +1,389 @@
+"""The engine: requests, scheduler and runner joined, step by step; and the short way for those who have all prompts."""
+
+import numbers
+import operator
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import wraps
+
+from torch import nn
+
+from tformer_lib import profiling
+from tformer_lib.generation import check_number
+from tformer_lib.kv_cache import CacheShape
+from tformer_lib.paged_attention import BLOCK_SIZE, BlockAllocator, blocks_for
+from tformer_lib.serving.request import Params, Piece, Request, TextStream
+from tformer_lib.serving.runner import Launched, Runner
+from tformer_lib.serving.scheduler import Row, Scheduler
+from tformer_lib.tokens import Encoding
+
+DEFAULT_MEMORY = 2**27
+"""Bytes of keys and values that an engine holds unless told otherwise."""
+
+STEPS_REMEMBERED = 10_000
+"""How many of the latest steps ``Engine.log`` keeps."""
+
+
+@dataclass
+class Step:
+    """What one step did; ``Engine.log`` holds the latest."""
+
+    rows: list[tuple[int, int, int]]
+    """(the request's place in the order of arrival, first position, number of tokens) of each row."""
+    samples: int
+    """Rows that got a token."""
+    waiting: int
+    """Requests that were not running."""
+    preemptions: int
+    """Requests that had to give their blocks back before this step."""
+    live_tokens: int
+    """Keys that the running rows hold, in one layer and head; those in shared blocks count for each row."""
+    unused_slots: int
+    """Slots in the running rows' blocks that hold no token."""
+    held_blocks: int
+    """Blocks that running rows hold; a shared one counts once."""
+    block_size: int
+    started: float
+    """Seconds, by a clock that counts from some moment or other."""
+    launched: float = float("nan")
+    """When the host had asked for all of it."""
+    finished: float = float("nan")
+    """When its tokens had come back."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed."""
+        return sum(count for _, _, count in self.rows)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row wrote, and none read a prompt."""
+        return self.samples == len(self.rows) == self.tokens
+
+    @property
+    def waste(self) -> float:
+        """The share of the held blocks' slots in which there is nothing."""
+        slots = self.held_blocks * self.block_size
+        return self.unused_slots / slots if slots else 0.0
+
+
+def ends_all_on_error(step: Callable) -> Callable:
+    """An engine's ``step`` that leaves no request half done: where it fails, those that run end with "error"."""
+
+    @wraps(step)
+    def safe_step(engine: "Engine") -> list[Piece]:
+        try:
+            return step(engine)
+        except BaseException as error:  # KeyboardInterrupt too: a notebook's stop button
+            engine.abandon(repr(error))
+            raise
+
+    return safe_step
+
+
+class Engine:
+    """Continuous batching: requests come and go at any step, and none notices the others.
+
+    Args:
+        model: a ``Decoder``; it is put into evaluation mode.
+        encoding: what prompts given as text, ``Request.text`` and stop strings are made with.
+        blocks: how many blocks of keys and values there are; if not given, as many as DEFAULT_MEMORY holds.
+        block_size: tokens in a block.
+        seats: the most requests that run at once.
+        budget: the most tokens that a step computes; a smaller one bounds how long those that write must wait for a
+            prompt to be read, a larger one reads prompts faster. At least one a seat.
+        max_context: the longest text, prompt and new tokens; the model's ``max_length`` if not given.
+        prefix_cache: whether blocks of earlier prompts are used again where a prompt begins as they did.
+        spare_blocks: see :class:`Scheduler`.
+        ahead: how many steps are launched before the tokens of a step are looked at; 1 on a GPU, 0 elsewhere.
+        cuda_graphs: record steps in which all rows write; by default where the model is on a GPU.
+        compile: see :class:`Runner`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        encoding: Encoding | None = None,
+        *,
+        blocks: int | None = None,
+        block_size: int = BLOCK_SIZE,
+        seats: int = 64,
+        budget: int = 512,
+        max_context: int | None = None,
+        prefix_cache: bool = True,
+        spare_blocks: float = 0.0,
+        ahead: int | None = None,
+        cuda_graphs: bool | None = None,
+        compile: bool = False,
+    ):
+        check_servable(model, max_context)
+        for name, value in (("block_size", block_size), ("seats", seats), ("budget", budget)):
+            check_number(name, value, numbers.Integral)
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        blocks = blocks_that_fit(model, DEFAULT_MEMORY, block_size) if blocks is None else blocks
+        self.model, self.encoding = model.eval(), encoding
+        self.max_context = model.config.max_length if max_context is None else max_context
+        max_blocks = blocks_for(self.max_context, block_size)
+        self.allocator = BlockAllocator(blocks, block_size)
+        sizes = {"seats": seats, "budget": budget, "max_blocks": max_blocks}
+        self.scheduler = Scheduler(self.allocator, prefix_cache=prefix_cache, spare_blocks=spare_blocks, **sizes)
+        self.runner = Runner(model, self.allocator, compile=compile, **sizes)
+        on_gpu = self.runner.device.type == "cuda"
+        self.ahead = int(on_gpu) if ahead is None else ahead
+        self.launched: deque[tuple[Launched, Step]] = deque()
+        self.log: deque[Step] = deque(maxlen=STEPS_REMEMBERED)
+        self.arrivals = 0
+        if on_gpu if cuda_graphs is None else cuda_graphs:
+            self.runner.capture(graph_sizes(seats))
+
+    def add(self, prompt: str | Sequence[int], params: Params | dict | None = None, *, id=None) -> Request:
+        """Let a request join.
+
+        Args:
+            prompt: text, or tokens.
+            params: what is asked for: :class:`Params` or a dict of some of its fields.
+            id: a name for it; a number if not given.
+
+        Raises:
+            ValueError: the prompt is empty or too long, or a parameter makes no sense. The other requests go on.
+        """
+        params = Params.of(params)
+        tokens = self._tokens_of(prompt)
+        self._check(tokens, params)
+        request = Request(self.arrivals if id is None else id, tokens, params)
+        request.arrival = self.arrivals
+        self.arrivals += 1
+        if self.encoding is not None:
+            request.stream = TextStream(self.encoding, params.stop)
+        self.scheduler.add(request)
+        return request
+
+    def _tokens_of(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.encoding is None:
+                raise ValueError("a prompt given as text needs an engine with an encoding")
+            return self.encoding.encode_ordinary(prompt)
+        try:
+            return [operator.index(token) for token in prompt]
+        except TypeError:
+            raise ValueError(f"a prompt must be a text or a list of tokens, got {prompt!r}") from None
+
+    def _check(self, tokens: list[int], params: Params) -> None:
+        """Refuse what could never be answered."""
+        vocab_size, block_size = self.model.config.vocab_size, self.allocator.block_size
+        if not tokens:
+            raise ValueError("the prompt is empty: there is no token to continue")
+        if not 0 <= min(tokens) <= max(tokens) < vocab_size:
+            strange = next(token for token in tokens if not 0 <= token < vocab_size)
+            raise ValueError(f"the prompt holds token {strange}, the model knows 0 to {vocab_size - 1}")
+        total, asked = len(tokens) + params.max_new_tokens, f"{len(tokens)} tokens and {params.max_new_tokens} new ones"
+        if total > self.max_context:
+            raise ValueError(f"a prompt of {asked} are {total}, the engine takes {self.max_context} a request")
+        if blocks_for(total - 1, block_size) > self.allocator.blocks:  # the last one is not fed back
+            there = f"{self.allocator.blocks} blocks of {block_size}"
+            raise ValueError(f"a prompt of {asked} need {blocks_for(total - 1, block_size)} blocks, there are {there}")
+        if params.stop and self.encoding is None:
+            raise ValueError("stop strings need an engine with an encoding; stop_tokens need none")
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything left to do."""
+        return bool(self.scheduler.running or self.scheduler.waiting or self.launched)
+
+    @ends_all_on_error
+    def step(self) -> list[Piece]:
+        """Launch the next step, and return what the latest finished ones wrote."""
+        pieces: list[Piece] = []
+        if self.scheduler.is_short():  # a token on its way may end a request: look before taking blocks away
+            while self.launched:
+                self._finish(pieces)
+        before, started = self.scheduler.preemptions, time.perf_counter()
+        with profiling.range("plan"):
+            rows = self.scheduler.plan()
+        if rows:
+            step = self._describe(rows, self.scheduler.preemptions - before, started)
+            with profiling.range("launch"):
+                self.launched.append((self.runner.launch(rows, self.scheduler.tables), step))
+            step.launched = time.perf_counter()
+        while len(self.launched) > (self.ahead if rows else 0):
+            self._finish(pieces)
+        return pieces
+
+    def _describe(self, rows: list[Row], preemptions: int, started: float) -> Step:
+        running = self.scheduler.running
+        return Step(
+            rows=[(row.request.arrival, row.start, row.count) for row in rows],
+            samples=sum(row.samples for row in rows),
+            waiting=len(self.scheduler.waiting),
+            preemptions=preemptions,
+            live_tokens=sum(request.table.length for request in running),
+            unused_slots=sum(request.table.slack for request in running),
+            held_blocks=self.allocator.held,
+            block_size=self.allocator.block_size,
+            started=started,
+        )
+
+    def _finish(self, pieces: list[Piece]) -> None:
+        """Wait for the oldest launched step, and hand out its tokens."""
+        launched, step = self.launched.popleft()
+        if launched.arrived is not None:
+            with profiling.range("wait"):
+                launched.arrived.synchronize()
+        for request, token in zip(launched.requests, launched.tokens.tolist(), strict=True):
+            request.pending -= 1
+            if request.finish_reason is None:  # else it ended while this token was on its way
+                pieces.append(self._accept(request, token))
+        step.finished = time.perf_counter()
+        self.log.append(step)
+
+    def _accept(self, request: Request, token: int) -> Piece:
+        """A token has come back: it becomes text, and may be the last."""
+        request.tokens.append(token)
+        stopped, text = token in request.stop_tokens, ""
+        if request.stream is not None:
+            text = "" if stopped else request.stream.push(token)
+            stopped = stopped or request.stream.stopped
+        if stopped or len(request.tokens) == request.end:
+            self._end(request, "stop" if stopped else "length")
+            if request.stream is not None and not request.stream.stopped:
+                text += request.stream.finish()
+        request.text += text
+        return Piece(request, token, text)
+
+    def _end(self, request: Request, reason: str) -> None:
+        if self.scheduler.prefix_cache and request.seat >= 0:
+            request.table.publish(request.tokens)
+        request.finish_reason = reason
+        self.scheduler.remove(request)
+
+    def abandon(self, error: str) -> None:
+        """End the requests that run, with the reason "error": a step failed, and what it had counted is not computed.
+
+        All blocks are empty afterwards, prefixes included; those that wait are served by the next steps.
+
+        Args:
+            error: what went wrong, for ``Request.error``.
+        """
+        self.launched.clear()
+        for request in list(self.scheduler.running):
+            request.finish_reason, request.error = "error", error
+            self.scheduler.remove(request)
+        self.allocator.reset()
+
+    def cancel(self, request: Request) -> None:
+        """End a request now. Its blocks are free at once: the device does things in order, so what is written into them
+        next is written after what is under way. Cancelling twice, or what has ended, does nothing.
+
+        Raises:
+            ValueError: the request is another engine's.
+        """
+        if request.table is not None and request.table.allocator is not self.allocator:
+            raise ValueError(f"{request} is another engine's")
+        if request.finish_reason is None:
+            self._end(request, "cancelled")
+            if request.stream is not None:
+                request.text += request.stream.finish()
+
+    def run(self) -> None:
+        """Step until nothing is left to do."""
+        while self.busy:
+            self.step()
+
+
+def graph_sizes(seats: int) -> list[int]:
+    """The numbers of rows that steps are padded to: 1, 2, 4, 8, then every 8 up to 64, every 16 up to the seats."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, seats + 16, 16)]
+    return [*(size for size in sizes if size < seats), seats]
+
+
+def blocks_that_fit(model: nn.Module, memory: int, block_size: int = BLOCK_SIZE) -> int:
+    """How many blocks of this model's keys and values fit into ``memory`` bytes."""
+    return memory // (CacheShape.of(model, 1).bytes_per_token * block_size)
+
+
+def check_servable(model: nn.Module, max_context: int | None) -> None:
+    """Refuse a model whose rows would not be independent of each other, or too long a context for its positions."""
+    config = model.config
+    if config.positions == "alibi":
+        raise ValueError("a model with ALiBi runs without a cache, so it cannot be served")
+    if model.rope is not None and model.rope.scaling.needs_length:
+        kind = type(model.rope.scaling).__name__
+        raise ValueError(f"{kind} turns keys by the length of the text, which differs from row to row")
+    if max_context is not None and max_context < 2:
+        raise ValueError(f"max_context must be at least 2, a token of a prompt and a new one, got {max_context}")
+    if config.positions == "learned" and (max_context or 0) > config.max_length:
+        raise ValueError(f"max_context is {max_context}, the model has learned {config.max_length} positions")
+
+
+class LLM:
+    """A model behind an engine, for those who have their prompts together.
+
+    Args:
+        model: a ``Decoder``.
+        encoding: of its tokens; needed for prompts and stop strings given as text.
+        options: the other arguments of :class:`Engine`.
+    """
+
+    def __init__(self, model: nn.Module, encoding: Encoding | None = None, **options):
+        self.engine = Engine(model, encoding, **options)
+
+    def generate(self, prompts: Sequence, params=None) -> list[Request]:
+        """Answer all prompts.
+
+        Args:
+            prompts: texts or lists of tokens.
+            params: :class:`Params` or a dict of some of its fields, for all prompts or one for each.
+
+        Returns:
+            The requests in the order of the prompts, each with ``text``, ``new_tokens`` and ``finish_reason``. One that
+            could not be served has the reason "error" and says why in ``error``; the others are answered all the same.
+        """
+        requests = self._add_all(prompts, params)
+        self._drive(requests)
+        return requests
+
+    def stream(self, prompts: Sequence, params=None) -> Iterator[Piece]:
+        """Like :meth:`generate`, but yields each piece as it comes. Whoever stops listening cancels what is left."""
+        requests = self._add_all(prompts, params)
+        try:
+            while any(request.finish_reason is None for request in requests):
+                yield from self.engine.step()
+        finally:
+            for request in requests:
+                self.engine.cancel(request)
+
+    def _add_all(self, prompts: Sequence, params) -> list[Request]:
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise ValueError(f"prompts must be a list of prompts, got {prompts!r}")
+        prompts = list(prompts)
+        each = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise ValueError(f"params must be one for all or one for each of {len(prompts)} prompts, got {len(each)}")
+        return [
+            self._add(place, prompt, asked) for place, (prompt, asked) in enumerate(zip(prompts, each, strict=True))
+        ]
+
+    def _add(self, place: int, prompt, asked) -> Request:
+        try:
+            return self.engine.add(prompt, asked, id=place)
+        except ValueError as error:
+            return refused(place, str(error))
+
+    def _drive(self, requests: list[Request]) -> None:
+        """Step until all have ended; where a step fails, none of them is left waiting."""
+        try:
+            while any(request.finish_reason is None for request in requests):
+                self.engine.step()
+        finally:
+            for request in requests:
+                self.engine.cancel(request)
+
+
+def refused(id, error: str) -> Request:
+    """A request that was never let in."""
+    request = Request(id, [], Params())
+    request.finish_reason, request.error = "error", error
+    return request

@@ -1,0 +1,171 @@
+"""What is asked and what is answered: parameters, requests, and text made of tokens as they come."""
+
+import codecs
+import numbers
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from random import Random
+from typing import NamedTuple
+
+from tformer_lib.generation import Sampling, check_number, stops_of
+from tformer_lib.paged_attention import BlockTable
+from tformer_lib.tokens import Encoding
+
+
+@dataclass(frozen=True)
+class Params(Sampling):
+    """What a request asks for: the rules of :class:`generation.Sampling`, and when to end.
+
+    Raises:
+        ValueError: a value is out of its range; the message names it.
+    """
+
+    max_new_tokens: int = 64
+    """The most tokens to write."""
+    stop_tokens: Sequence[int] = ()
+    """The text ends with the first of these, which is its last token."""
+    stop: Sequence[str] = ()
+    """The text ends before the first of these strings."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.seed, int):
+            raise ValueError(f"a request's seed must be one number, got {self.seed!r}")
+        check_number("max_new_tokens", self.max_new_tokens, numbers.Integral)
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        stops_of(self.stop_tokens)
+        if not isinstance(self.stop, Iterable) or isinstance(self.stop, str) or not all(map(is_text, self.stop)):
+            raise ValueError(f"stop must be a list of strings, none of them empty, got {self.stop!r}")
+
+    @classmethod
+    def of(cls, given: "Params | dict | None") -> "Params":
+        """Params as they are, from a dict of some of them, or the defaults.
+
+        Raises:
+            ValueError: there is no such parameter, or it is out of its range.
+        """
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, (dict, type(None))):
+            raise ValueError(f"params must be Params or a dict, got {given!r}")
+        given, known = dict(given or {}), [field.name for field in fields(cls)]
+        if unknown := sorted(set(given) - set(known)):
+            raise ValueError(f"unknown parameters: {', '.join(unknown)}; there are {', '.join(known)}")
+        return cls(**given)
+
+    @property
+    def rules(self) -> Sampling:
+        """How tokens are chosen, without the seed: requests with equal rules are sampled together."""
+        names = [field.name for field in fields(Sampling) if field.name != "seed"]
+        return Sampling(**{name: getattr(self, name) for name in names})
+
+
+def is_text(x) -> bool:
+    """Whether x is a string, and not an empty one."""
+    return isinstance(x, str) and bool(x)
+
+
+class Request:
+    """A prompt, what was asked for, and what has been written so far.
+
+    Attributes:
+        id: given by the caller, or a number; ``arrival`` is the place in the order of arrival.
+        tokens: the prompt and all new tokens that have come back.
+        text: what is certain of the new tokens' text, if the engine has an encoding.
+        finish_reason: "length", "stop", "cancelled" or "error"; None while it lasts.
+        error: why it was refused, or what made a step fail.
+        table: its blocks; ``table.length`` tokens have been computed or are being so.
+        pending: tokens that were sampled for it and have not come back.
+        reused: tokens that a prefix cache spared it; ``preemptions``: how often it had to start over.
+    """
+
+    def __init__(self, id, prompt: Sequence[int], params: Params):
+        self.id, self.params, self.arrival = id, params, -1
+        self.tokens, self.prompt_length = list(prompt), len(prompt)
+        self.text, self.finish_reason, self.error = "", None, None
+        self.table: BlockTable | None = None
+        self.stream: TextStream | None = None
+        self.seat, self.pending, self.reused, self.preemptions = -1, 0, 0, 0
+        self.end = self.prompt_length + params.max_new_tokens
+        self.stop_tokens = frozenset(stops_of(params.stop_tokens))
+        self.rules, self.random = params.rules, Random(params.seed) if params.temperature > 0 else None
+        self.is_plain = params.temperature == 0 and params.repetition_penalty == 1
+
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens it began with."""
+        return self.tokens[: self.prompt_length]
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """The tokens written for it."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def known(self) -> int:
+        """Tokens of its text, those included that only the device knows yet."""
+        return len(self.tokens) + self.pending
+
+    @property
+    def wanted(self) -> int:
+        """Tokens to compute before its next one can be sampled: 1 for a row that writes, 0 if its last one was."""
+        known = len(self.tokens) + self.pending
+        return known - self.table.length if known < self.end else 0
+
+    def __repr__(self) -> str:
+        written = len(self.tokens) - self.prompt_length
+        return f"Request({self.id!r}, prompt={self.prompt_length}, new={written}, finish_reason={self.finish_reason!r})"
+
+
+class Piece(NamedTuple):
+    """What one step wrote for one request."""
+
+    request: Request
+    token: int
+    text: str
+    """Whole characters; later pieces may be needed for this token's."""
+
+
+class TextStream:
+    """Text from tokens as they come: whole characters only, and nothing that might turn out to begin a stop string.
+
+    A token is a piece of bytes. It may end within a character, and a stop string may begin within one token and end
+    within another. So what comes out may lag behind, and is never taken back.
+
+    Args:
+        encoding: whose tokens they are.
+        stop: the text ends before the first of these.
+    """
+
+    def __init__(self, encoding: Encoding, stop: Sequence[str] = ()):
+        self.encoding, self.stop = encoding, stop
+        self.characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self.held, self.stopped = "", False
+
+    def push(self, token: int) -> str:
+        """The text that is certain after this token, and was not before; tokens past the vocabulary write nothing."""
+        data = self.encoding.decode_single_token_bytes(token) if token < self.encoding.n_vocab else b""
+        return self._release(self.characters.decode(data))
+
+    def finish(self) -> str:
+        """What was held back, where nothing more will come."""
+        last = self._release(self.characters.decode(b"", final=True))
+        rest, self.held = self.held, ""
+        return last + rest
+
+    def _release(self, new: str) -> str:
+        text = self.held + new
+        found = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
+        if found:
+            self.held, self.stopped = "", True
+            return text[: min(found)]
+        certain = len(text) - max((overlap(text, stop) for stop in self.stop), default=0)
+        self.held = text[certain:]
+        return text[:certain]
+
+
+def overlap(text: str, stop: str) -> int:
+    """How many characters at the end of the text are the beginning of the stop string, fewer than all of it."""
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)

@@ -1,0 +1,344 @@
+"""A step on the device: one copy of its numbers, one pass through the model, the next tokens."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tformer_lib import profiling
+from tformer_lib.attention import MultiHeadAttention, merge
+from tformer_lib.generation import Sampling, distribution, draw, penalise_repetition
+from tformer_lib.kv_cache import CacheShape
+from tformer_lib.paged_attention import BlockAllocator, paged_attention, write_cache
+from tformer_lib.serving.request import Request
+from tformer_lib.serving.scheduler import Row
+
+SAMPLED = -1
+"""Stands in a step's input for a token that only the device knows yet: the one that this seat sampled last."""
+
+
+class PackedPass:
+    """A cache, as ``Decoder.forward`` sees it, for rows that stand end to end: tokens (1, total).
+
+    Args:
+        pools: for each layer those of its keys and of its values, (blocks, kv_heads, block_size, head_dim) each. They
+            are no views of one tensor, because a compiler must take care not to mix up parts of what is written to.
+        positions: (total,) int64, the place of each token in its row.
+        slots: (total,) int64, where its key and value go; -1 for none.
+        tables: (rows, max_blocks) int32.
+        lengths: (rows,) int32, tokens of each row, the new ones included.
+        starts: (rows + 1,) int32, where each row's tokens begin; None where each row has one.
+        max_queries: the most tokens that a row brings.
+    """
+
+    def __init__(self, pools, positions, slots, tables, lengths, starts=None, max_queries=None):
+        self.pools, self.places, self.slots = pools, positions, slots
+        self.rows = (tables, lengths)
+        self.starts, self.max_queries = starts, max_queries
+
+    def positions(self, T: int) -> Tensor:
+        """(1, T) int64."""
+        return self.places[None]
+
+    def layer(self, index: int) -> "PackedLayer":
+        """The part of layer ``index``."""
+        return PackedLayer(self, *self.pools[index])
+
+    def advance(self, T: int) -> None:
+        """Nothing to count: the scheduler has."""
+
+
+class PackedLayer:
+    """One layer's pools, and the rows that all layers share."""
+
+    def __init__(self, packed: PackedPass, k_pool: Tensor, v_pool: Tensor):
+        self.packed, self.k_pool, self.v_pool = packed, k_pool, v_pool
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, attend=None, mask: Tensor | None = None) -> Tensor:
+        """Store the new keys and values, then let each token look at its own row up to itself.
+
+        Args:
+            q: (1, heads, total, head_dim).
+            k, v: (1, kv_heads, total, head_dim).
+        """
+        now, pools = self.packed, (self.k_pool, self.v_pool)
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (total, heads or kv_heads, head_dim)
+        write_cache(k, v, *pools, now.slots)
+        out = paged_attention(q, *pools, *now.rows, query_starts=now.starts, max_queries=now.max_queries)
+        return out.transpose(0, 1)[None]  # (1, heads, total, head_dim)
+
+
+class Inputs:
+    """The numbers that a step needs on the device, in one buffer, so that they get there in one copy.
+
+    Fields, (tokens,) int64: ``given`` (SAMPLED where the device knows the token), ``token_seats``, ``positions``,
+    ``slots``; (samples,) int64: ``places`` of the tokens whose logits are wanted, ``seats`` of their rows; int32:
+    ``lengths`` (rows,), ``starts`` (rows + 1,), ``tables`` (rows, max_blocks).
+    """
+
+    def __init__(self, buffer: Tensor, tokens: int, rows: int, samples: int, max_blocks: int):
+        wide = [("given", tokens), ("token_seats", tokens), ("positions", tokens), ("slots", tokens)]
+        wide += [("places", samples), ("seats", samples)]
+        narrow = [("lengths", rows), ("starts", rows + 1), ("tables", rows * max_blocks)]
+        self.size = 0
+        for dtype, sizes in ((torch.int64, wide), (torch.int32, narrow)):
+            for name, size in sizes:
+                stop = self.size + size * dtype.itemsize
+                setattr(self, name, buffer[self.size : stop].view(dtype))
+                self.size = stop
+        self.tables = self.tables.view(rows, max_blocks)
+
+    @staticmethod
+    def bytes_for(tokens: int, rows: int, max_blocks: int) -> int:
+        """The size of a buffer that holds any step of so many tokens and rows."""
+        return 8 * (4 * tokens + 2 * rows) + 4 * (2 * rows + 1 + rows * max_blocks)
+
+    def fill(self, rows: list[Row], tables: np.ndarray, block_size: int) -> None:
+        """Write the rows in; a field that is longer than they are is padded with rows of length 0.
+
+        Args:
+            rows: the scheduler's.
+            tables: (seats + 1, max_blocks) int32, by seat; the last seat is nobody's.
+            block_size: tokens in a block.
+        """
+        counts = np.array([row.count for row in rows], dtype=np.int64)
+        first = np.array([row.start for row in rows], dtype=np.int64)
+        seats = np.array([row.request.seat for row in rows], dtype=np.int64)
+        starts = np.concatenate(([0], counts.cumsum()))  # (rows + 1,)
+        row_of = np.repeat(np.arange(len(rows)), counts)  # (tokens,)
+        positions = np.arange(starts[-1]) - starts[row_of] + first[row_of]
+        blocks = tables[seats[row_of], positions // block_size].astype(np.int64)
+        samples = np.array([row.samples for row in rows], dtype=bool)
+        nobody = len(tables) - 1
+        put(self.given, np.array(known_tokens(rows), dtype=np.int64), 0)
+        put(self.token_seats, seats[row_of], nobody)
+        put(self.positions, positions, 0)
+        put(self.slots, blocks * block_size + positions % block_size, -1)
+        put(self.places, starts[1:][samples] - 1, 0)
+        put(self.seats, seats[samples], nobody)
+        put(self.lengths, first + counts, 0)
+        put(self.starts, starts, starts[-1])
+        put(self.tables, tables[seats], 0)
+
+
+def put(field: Tensor, values: np.ndarray, padding: int) -> None:
+    """Values into the first places of a field, padding into the rest."""
+    memory = field.numpy()
+    memory[: len(values)] = values
+    memory[len(values) :] = padding
+
+
+def known_tokens(rows: list[Row]) -> list[int]:
+    """The rows' tokens end to end, SAMPLED for those that have not come back."""
+    tokens: list[int] = []
+    for row in rows:
+        part = row.request.tokens[row.start : row.start + row.count]
+        tokens += part
+        if len(part) < row.count:
+            tokens.append(SAMPLED)
+    return tokens
+
+
+class Launched(NamedTuple):
+    """A step whose tokens are on their way."""
+
+    requests: list[Request]
+    """Those for whom a token was sampled, in the order of the tokens."""
+    tokens: Tensor
+    """(requests,) int64 on the host, once ``arrived`` says so."""
+    arrived: "torch.cuda.Event | None"
+
+
+class Runner:
+    """Runs the scheduler's rows through the model and chooses their next tokens.
+
+    Args:
+        model: a ``Decoder``.
+        allocator: how many blocks there are, of what size.
+        seats: the most rows of a step.
+        budget: the most tokens of a step.
+        max_blocks: the most blocks of a row.
+        compile: join and fuse each block's kernels with ``torch.compile``, which takes a while at the first steps. It
+            changes the model for good: from then on it needs a cache.
+    """
+
+    def __init__(self, model: nn.Module, allocator: BlockAllocator, *, seats, budget, max_blocks, compile=False):
+        shape = CacheShape.of(model, seats)
+        self.model, self.block_size, self.max_blocks = model, allocator.block_size, max_blocks
+        self.device = torch.device(shape.device)
+        size = (allocator.blocks, shape.kv_heads, allocator.block_size, shape.head_dim)
+        new_pool = partial(torch.zeros, size, dtype=shape.dtype, device=self.device)
+        self.pools = [(new_pool(), new_pool()) for _ in range(shape.layers)]  # memory of their own: see PackedPass
+        self.last_tokens = torch.zeros(seats + 1, dtype=torch.int64, device=self.device)
+        self.seen: Tensor | None = None
+        on_gpu = self.device.type == "cuda"
+        room = Inputs.bytes_for(budget, seats, max_blocks)
+        self.staging = [torch.zeros(room, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
+        self.returned = [torch.zeros(seats, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
+        self.buffer = torch.zeros(room, dtype=torch.uint8, device=self.device)
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        if compile:
+            compile_blocks(model)
+
+    @torch.no_grad()
+    def launch(self, rows: list[Row], tables: np.ndarray) -> Launched:
+        """Start a step. On a GPU nothing here waits for it."""
+        self.staging.reverse()  # the device may still be reading the other one
+        self.returned.reverse()
+        requests = [row.request for row in rows if row.samples]
+        only_writing = len(requests) == len(rows) and all(row.count == 1 for row in rows)
+        size = next((size for size in self.graphs if size >= len(rows)), None) if only_writing else None
+        if size is not None:
+            logits, seats = self._replay(size, rows, tables)
+        else:
+            logits, seats = self._run(rows, tables, len(requests))
+        if not requests:
+            return Launched([], self.returned[0][:0], None)
+        with profiling.range("sampling"):
+            tokens = self.choose(logits, requests, seats)
+        self.last_tokens[seats] = tokens
+        return Launched(requests, *self._send_back(tokens))
+
+    def _run(self, rows: list[Row], tables: np.ndarray, samples: int) -> tuple[Tensor, Tensor]:
+        """Any rows: the logits (samples, vocab_size) and the seats (samples,) of those that sample."""
+        inputs = self._upload(rows, tables, sum(row.count for row in rows), len(rows), samples)
+        most = max(row.count for row in rows)
+        logits = self._forward(inputs, starts=inputs.starts, max_queries=most, only=inputs.places)
+        return logits, inputs.seats
+
+    def _replay(self, size: int, rows: list[Row], tables: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Rows of one token each, padded to a recorded size."""
+        inputs = self._upload(rows, tables, size, size, size)
+        graph, logits = self.graphs[size]
+        graph.replay()
+        return logits[: len(rows)], inputs.seats[: len(rows)]
+
+    def _upload(self, rows: list[Row], tables: np.ndarray, *sizes: int) -> Inputs:
+        host = Inputs(self.staging[0], *sizes, self.max_blocks)
+        host.fill(rows, tables, self.block_size)
+        self.buffer[: host.size].copy_(self.staging[0][: host.size], non_blocking=True)
+        return Inputs(self.buffer, *sizes, self.max_blocks)
+
+    def _forward(self, inputs: Inputs, *, starts=None, max_queries=None, only=None) -> Tensor:
+        """(tokens that are looked at, vocab_size)."""
+        tokens = torch.where(inputs.given == SAMPLED, self.last_tokens[inputs.token_seats], inputs.given)  # (total,)
+        rows = (inputs.tables, inputs.lengths, starts, max_queries)
+        cache = PackedPass(self.pools, inputs.positions, inputs.slots, *rows)
+        return self.model(tokens[None], cache=cache, only=only)[0]
+
+    def _send_back(self, tokens: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
+        """Tokens (n,) to the host, and what tells that they have arrived."""
+        if self.device.type != "cuda":
+            return tokens, None
+        host, arrived = self.returned[0][: len(tokens)], torch.cuda.Event()
+        host.copy_(tokens, non_blocking=True)
+        arrived.record()
+        return host, arrived
+
+    @torch.no_grad()
+    def capture(self, sizes: Sequence[int]) -> None:
+        """Record a step of one token a row in a CUDA graph, for each of these numbers of rows.
+
+        Each is run once before, on the stream that records: kernels keep scratch memory by stream, and what is made
+        while recording would be filled only by a replay.
+        """
+        stream, pool = torch.cuda.Stream(), None
+        for size in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
+            inputs = self._upload([], np.zeros((1, self.max_blocks), np.int32), size, size, size)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._forward(inputs)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                logits = self._forward(inputs)
+            graph.replay()  # the first replay of a graph takes longer
+            self.graphs[size], pool = (graph, logits), graph.pool()
+        self.graphs = dict(sorted(self.graphs.items()))
+
+    # choosing tokens
+
+    def choose(self, logits: Tensor, requests: list[Request], seats: Tensor) -> Tensor:
+        """The next token of each row, (rows,) int64, by the rules of its own request.
+
+        Args:
+            logits: (rows, vocab_size).
+            requests: one a row.
+            seats: (rows,) int64, on the device.
+        """
+        tokens = logits.argmax(-1)
+        groups: dict[Sampling, list[int]] = defaultdict(list)
+        for place, request in enumerate(requests):
+            if not request.is_plain:
+                groups[request.rules].append(place)
+        for rules, places in groups.items():
+            index = torch.tensor(places).to(self.device, non_blocking=True)
+            tokens[index] = self._sample(logits[index], rules, [requests[i] for i in places], seats[index])
+        return tokens
+
+    def _sample(self, logits: Tensor, rules: Sampling, requests: list[Request], seats: Tensor) -> Tensor:
+        if rules.repetition_penalty != 1:
+            seen = self._seen_by(requests, seats, logits.shape[1])
+            logits = penalise_repetition(logits, seen, rules.repetition_penalty)
+        if rules.temperature == 0:
+            tokens = logits.argmax(-1)
+        else:
+            uniforms = torch.tensor([request.random.random() for request in requests], dtype=torch.float64)
+            tokens = draw(distribution(logits, rules), uniforms.to(self.device, non_blocking=True))
+        if rules.repetition_penalty != 1:
+            self.seen[seats, tokens] = True
+        return tokens
+
+    def _seen_by(self, requests: list[Request], seats: Tensor, vocab_size: int) -> Tensor:
+        """(rows, vocab_size) boolean: the tokens of each row so far. Those that just sat down bring theirs along."""
+        if self.seen is None:
+            self.seen = torch.zeros(len(self.last_tokens), vocab_size, dtype=torch.bool, device=self.device)
+        for request in requests:
+            if request.pending == 1 and request.table.length == len(request.tokens):  # all its tokens are known here
+                self.seen[request.seat] = False
+                self.seen[request.seat, torch.tensor(request.tokens, device=self.device)] = True
+        return self.seen[seats]
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Fuse the kernels of each block with ``torch.compile``, for any number of tokens; all blocks share the result."""
+    for block in model.stack.blocks:
+        if isinstance(block.attention, MultiHeadAttention):  # else an engine has done so before
+            block.attention = JoinedAttention(block.attention)
+        block.compile(dynamic=True)
+
+
+class JoinedAttention(nn.Module):
+    """A self-attention layer whose queries, keys and values come out of one matrix product instead of three.
+
+    A few rows fill a GPU badly: the product with a small matrix takes as long as its launch. The three matrices become
+    parts of one, and stay parameters of the layer under their names.
+
+    Args:
+        attention: the layer, whose matrices move into one piece of memory.
+    """
+
+    def __init__(self, attention: MultiHeadAttention):
+        super().__init__()
+        self.attention = attention
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self.sizes = [projection.out_features for projection in projections]
+        self.weight = torch.cat([projection.weight.detach() for projection in projections])  # (sum of sizes, width)
+        has_bias = attention.q_proj.bias is not None
+        self.bias = torch.cat([projection.bias.detach() for projection in projections]) if has_bias else None
+        for projection, part in zip(projections, self.weight.split(self.sizes), strict=True):
+            projection.weight.data = part
+
+    def forward(self, x: Tensor, *, mask=None, causal=False, bias=None, rotate=None, cache=None) -> Tensor:
+        """x (1, total, width) and a cache's layer, as :class:`MultiHeadAttention` takes them; causal in any case."""
+        layer, joined = self.attention, F.linear(x, self.weight, self.bias)  # (1, total, sum of sizes)
+        heads = (layer.heads, layer.kv_heads, layer.kv_heads)
+        q, k, v = (layer.split(part, n) for part, n in zip(joined.split(self.sizes, -1), heads, strict=True))
+        if rotate is not None:
+            q, k = rotate(q), rotate(k)
+        return layer.out_proj(merge(cache.attend(q, k, v, attend=layer.attend, mask=mask)))

@@ -1,0 +1,141 @@
+"""Who computes what in the next step: blocks and counts, no tensors."""
+
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+
+from tformer_lib.paged_attention import BlockAllocator, BlockTable, blocks_for
+from tformer_lib.serving.request import Request
+
+
+class Row(NamedTuple):
+    """A request's part of a step: it computes ``count`` tokens from ``start`` on."""
+
+    request: Request
+    start: int
+    count: int
+    samples: bool
+    """Whether they reach the end of what is known, so that a new token follows."""
+
+
+class Scheduler:
+    """Who computes what in the next step. First come, first served.
+
+    Running requests are in the order of arrival, and all of them came before all that wait. Rows that write take one
+    token of the budget each; what is left goes to prompts, in pieces if need be. A request is let in when there are
+    blocks for all of its text so far and some to grow; where those that write need more blocks than there are, the
+    latest to arrive gives its own back and waits again.
+
+    Args:
+        allocator: the blocks.
+        seats: the most requests that run at once.
+        budget: the most tokens that a step computes.
+        max_blocks: the most blocks that a request may hold.
+        prefix_cache: whether a prompt's beginning is looked for among the blocks that were computed before.
+        spare_blocks: blocks per running request that must stay free when another is let in, so that it is not thrown
+            out again soon.
+    """
+
+    def __init__(
+        self,
+        allocator: BlockAllocator,
+        *,
+        seats: int,
+        budget: int,
+        max_blocks: int,
+        prefix_cache: bool = True,
+        spare_blocks: float = 0.0,
+    ):
+        if seats < 1 or budget < seats:
+            raise ValueError(f"budget must be at least 1 token for each of {seats} seats, got {budget}")
+        self.allocator, self.budget, self.spare_blocks = allocator, budget, spare_blocks
+        self.prefix_cache = prefix_cache
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.free_seats = list(range(seats - 1, -1, -1))
+        self.tables = np.zeros((seats + 1, max_blocks), dtype=np.int32)  # by seat; the last one is nobody's
+        self.preemptions = 0
+
+    def add(self, request: Request) -> None:
+        """Let a request wait for its turn."""
+        request.table = BlockTable(self.allocator)
+        self.waiting.append(request)
+
+    def is_short(self) -> bool:
+        """Whether those that write need more blocks for their next token than there are."""
+        if len(self.running) <= self.allocator.available:
+            return False
+        return sum(r.table.slack == 0 and r.wanted == 1 for r in self.running) > self.allocator.available
+
+    def plan(self) -> list[Row]:
+        """The rows of the next step, none if there is nothing to do. Their blocks are taken and counted as computed."""
+        while self.is_short():
+            self.preempt()
+        rows: list[Row] = []
+        left = self.budget
+        for request in self.running:
+            left -= self._take(request, left, rows)
+        while left and self.waiting and self.free_seats and self._admit(self.waiting[0]):
+            left -= self._take(self.running[-1], left, rows)
+        return rows
+
+    def _take(self, request: Request, left: int, rows: list[Row]) -> int:
+        """Give a request its part of the step, as far as budget and blocks allow; returns how many tokens it has."""
+        table = request.table
+        wanted = request.wanted
+        count = min(wanted, left)
+        if count > table.slack:
+            room = table.slack + self.allocator.available * self.allocator.block_size
+            count = min(count, room)
+            self._reserve(request, count)
+        if count == 0:
+            return 0
+        rows.append(Row(request, table.length, count, count == wanted))
+        table.length += count
+        request.pending += count == wanted
+        if self.prefix_cache and table.length // self.allocator.block_size > len(table.prefixes):
+            table.publish(request.tokens)
+        return count
+
+    def _reserve(self, request: Request, count: int) -> None:
+        held = len(request.table.blocks)
+        request.table.reserve(count)
+        self.tables[request.seat, held : len(request.table.blocks)] = request.table.blocks[held:]
+
+    def _admit(self, request: Request) -> bool:
+        """Let the first that waits run, if its text so far would fit; with what a prefix cache has of it."""
+        allocator, table = self.allocator, request.table
+        found = allocator.match(request.tokens) if self.prefix_cache else []
+        alive = sum(allocator.holders[block] > 0 for block in found)  # these cost nothing
+        needed = blocks_for(request.known, allocator.block_size) - alive
+        if needed > allocator.available - int(self.spare_blocks * len(self.running)):
+            return False
+        self.waiting.popleft()
+        self.running.append(request)
+        request.seat = self.free_seats.pop()
+        if found:
+            request.reused += table.reuse(request.tokens)
+            self.tables[request.seat, : len(table.blocks)] = table.blocks
+        return True
+
+    def preempt(self) -> None:
+        """The latest to arrive gives its blocks back and waits; its tokens stay, their keys are computed again."""
+        request = self.running[-1]
+        self._leave(request)
+        request.preemptions += 1
+        self.preemptions += 1
+        self.waiting.appendleft(request)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request that has ended, wherever it stands."""
+        if request.seat < 0:
+            self.waiting.remove(request)
+        else:
+            self._leave(request)
+
+    def _leave(self, request: Request) -> None:
+        self.running.remove(request)
+        request.table.free()
+        self.free_seats.append(request.seat)
+        request.seat = -1
