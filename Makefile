@@ -4,7 +4,7 @@
 #   make setup      only the environment in .venv; TORCH=cpu, here or with any other target, takes PyTorch without CUDA
 #   make lab        JupyterLab on the notebooks
 #   make bench      measure on the CPU, and on the GPU where there is one (`python -m benchmarks --help` picks topics)
-#   make notebooks  run the notebooks again and keep their outputs (NB=notebooks/04-attention.ipynb for one)
+#   make notebooks  run the notebooks again and keep their outputs (NB=notebooks/02-attention.ipynb for one)
 #   make chapter    begin a chapter: make chapter NAME=18-mixture-of-experts TITLE="Mixture of experts"
 #   make address    say where the repository is, which turns on Binder and Colab: make address URL=https://github.com/o/n
 #   make lint       ruff

@@ -1,6 +1,6 @@
 """What every notebook keeps, as plain functions: the tests call them, and so does the pre-commit hook.
 
-    python tests/notebook_rules.py notebooks/04-attention.ipynb
+    python tests/notebook_rules.py notebooks/02-attention.ipynb
 
 Each rule takes a notebook as JSON and yields what breaks it, one sentence a complaint.
 """

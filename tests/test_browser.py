@@ -46,7 +46,7 @@ EXAMINED = PAGES if os.environ.get("CI") else KINDS_OF_PAGE
 LIGHT = 2_000_000
 """Bytes: the most that the HTML and the pictures of a chapter may weigh together."""
 
-WITH_FIGURE = "notebooks/15-sparse-attention"
+WITH_FIGURE = "notebooks/11-sparse-attention"
 """A page with an interactive figure, in which faults are planted."""
 
 pytestmark = pytest.mark.skipif(executable() is None, reason="Chromium is not installed (apt install chromium)")
@@ -183,7 +183,7 @@ def test_search_finds_a_word(browser, address):
     browser.resize(DESKTOP, 900)
     browser.open(f"{address}search.html?q=softmax")
     found = browser.evaluate("[...document.querySelectorAll('#search-results li a')].map((a) => a.href).join()")
-    assert "notebooks/04-attention.html" in found
+    assert "notebooks/02-attention.html" in found
     assert browser.messages == []
 
 
@@ -199,7 +199,7 @@ def test_first_paint_does_not_wait_for_interactive_figures(browser, address, mon
 
 @pytest.mark.parametrize(
     ("typed", "chapter"),
-    [("kv cache", "08-kv-cache"), ("byte pair encoding", "01-tokens"), ("rotary", "07-rope"), ("GQA", "09-grouped")],
+    [("kv cache", "09-kv-cache"), ("byte pair encoding", "01-tokens"), ("rotary", "08-rope"), ("GQA", "10-grouped")],
 )
 def test_search_finds_the_chapter_first(browser, address, typed, chapter):
     browser.open(f"{address}search.html?q={typed.replace(' ', '+')}")
@@ -207,7 +207,7 @@ def test_search_finds_the_chapter_first(browser, address, typed, chapter):
 
 
 def test_a_stepper_keeps_the_keyboard_at_its_ends(browser, address):
-    browser.open(f"{address}notebooks/10-flash-math.html")
+    browser.open(f"{address}notebooks/15-flash-math.html")
     browser.evaluate(f"({DRAWN})(10000)")
     browser.evaluate("document.querySelectorAll('.tf-stepper button')[1].focus(); 0")
     for key, number in [("End", 6), ("ArrowRight", 6), ("ArrowLeft", 5), ("Home", 1), ("ArrowRight", 2)]:

@@ -13,7 +13,7 @@ from tformer_lib.teaching.new_chapter import Chapter, make
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME, TOPIC = "18-mixture-of-experts", "mixture_of_experts"
-NEW = Chapter(NAME, "Mixture of experts", "Who answers?", "Modern attention", "FORMS")
+NEW = Chapter(NAME, "Mixture of experts", "Who answers?", "II. What modern models changed", "FORMS")
 LEFT_OUT = shutil.ignore_patterns(
     ".*", "__pycache__", "_build", "vendor", "data", "runs", "build", "*.ipynb", "results"
 )

@@ -13,21 +13,21 @@ from sphinx.application import Sphinx
 
 SUBJECTS = {
     "01-tokens": "tokens, tokenizer, byte-pair encoding, BPE, vocabulary, corpus, merges",
-    "02-positional-encoding": "positional encoding, sinusoidal, ALiBi, T5 bias, learned positions",
+    "02-attention": "attention, scaled dot product, softmax, multi-head attention, self-attention, query key value",
     "03-masks": "mask, causal mask, padding mask, prefix mask, document mask, window mask",
-    "04-attention": "attention, scaled dot product, softmax, multi-head attention, self-attention, query key value",
+    "04-positional-encoding": "positional encoding, sinusoidal, ALiBi, T5 bias, learned positions",
     "05-transformer": "encoder-decoder, layer norm, RMSNorm, residual stream, pre-norm, SwiGLU, feed-forward",
     "06-training": "training, learning rate, warm-up, AdamW, gradient clipping, cross-entropy, validation loss",
-    "07-rope": "RoPE, rotary, rotary position embedding, YaRN, NTK, context extension",
-    "08-kv-cache": "KV cache, prefill, decode, generation, sampling, temperature, top-p, top-k, attention sinks",
-    "09-grouped-query-attention": "GQA, MQA, MLA, multi-query attention, latent attention, kv heads",
-    "10-flash-math": "flash attention, online softmax, tiles, logsumexp, recomputation",
-    "11-flash-kernels": "flash attention kernel, CUDA, tensor cores, shared memory, bank conflict, swizzle, TMA, warp",
-    "12-paged-attention": "paged attention, block table, copy on write, prefix cache, fragmentation, vLLM, eviction",
-    "13-serving": "serving, continuous batching, scheduler, preemption, chunked prefill, throughput, latency",
-    "14-linear-attention": "linear attention, kernel trick, Performer, random features, recurrent, delta rule",
-    "15-sparse-attention": "sparse attention, sliding window, Longformer, BigBird, block-sparse, receptive field",
-    "16-profiling": "profiling, profiler, roofline, arithmetic intensity, Amdahl, CUDA graph, launch overhead",
+    "08-rope": "RoPE, rotary, rotary position embedding, YaRN, NTK, context extension",
+    "09-kv-cache": "KV cache, prefill, decode, generation, sampling, temperature, top-p, top-k, attention sinks",
+    "10-grouped-query-attention": "GQA, MQA, MLA, multi-query attention, latent attention, kv heads",
+    "11-sparse-attention": "sparse attention, sliding window, Longformer, BigBird, block-sparse, receptive field",
+    "12-linear-attention": "linear attention, kernel trick, Performer, random features, recurrent, delta rule",
+    "15-flash-math": "flash attention, online softmax, tiles, logsumexp, recomputation",
+    "16-flash-kernels": "flash attention kernel, CUDA, tensor cores, shared memory, bank conflict, swizzle, TMA, warp",
+    "18-paged-attention": "paged attention, block table, copy on write, prefix cache, fragmentation, vLLM, eviction",
+    "19-serving": "serving, continuous batching, scheduler, preemption, chunked prefill, throughput, latency",
+    "20-profiling": "profiling, profiler, roofline, arithmetic intensity, Amdahl, CUDA graph, launch overhead",
 }
 """Chapter -> what it is about."""
 

@@ -1,4 +1,4 @@
-// Flash attention of one head, as small as it can be: the file that the exercises of chapter 11 change. Plain C++ without
+// Flash attention of one head, as small as it can be: the file that the exercises of chapter 16 change. Plain C++ without
 // a header of torch, so that it compiles in less than a second. cpu.cpp is the same loops, made fast.
 //
 //   for each tile of queries          m, l and O of ROWS queries stay

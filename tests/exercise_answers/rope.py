@@ -1,4 +1,4 @@
-"""Answers to the exercises of chapter 07."""
+"""Answers to the exercises of chapter 08."""
 
 import math
 

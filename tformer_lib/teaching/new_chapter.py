@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("name", help="number and topic: 18-mixture-of-experts")
     parser.add_argument("--title", help="the chapter's title; by default the topic")
     parser.add_argument("--question", default="What question does this chapter answer?")
-    parser.add_argument("--part", default="Modern attention", help="the part's caption in _toc.yml")
+    parser.add_argument("--part", default="II. What modern models changed", help="the part's caption in _toc.yml")
     parser.add_argument("--floor", choices=FLOORS, default="FORMS", help="the module's floor in tests/test_layout.py")
     given = parser.parse_args()
     if not (ROOT / "_toc.yml").exists():

@@ -1,4 +1,4 @@
-"""The checks of chapter 02: sinusoids, the map that shifts them, ALiBi's bias, T5's buckets, relative scores."""
+"""The checks of chapter 04: sinusoids, the map that shifts them, ALiBi's bias, T5's buckets, relative scores."""
 
 import torch
 from torch.overrides import TorchFunctionMode

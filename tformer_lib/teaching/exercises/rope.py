@@ -1,4 +1,4 @@
-"""The checks of chapter 07: turning pairs, positions of packed documents, the two layouts, NTK's base, YaRN."""
+"""The checks of chapter 08: turning pairs, positions of packed documents, the two layouts, NTK's base, YaRN."""
 
 import math
 

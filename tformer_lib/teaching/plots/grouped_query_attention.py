@@ -1,4 +1,4 @@
-"""The figures of chapter 09."""
+"""The figures of chapter 10."""
 
 from collections.abc import Sequence
 

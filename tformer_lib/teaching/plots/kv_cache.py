@@ -1,4 +1,4 @@
-"""The figures of chapter 08."""
+"""The figures of chapter 09."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The figures of chapter 12."""
+"""The figures of chapter 18."""
 
 from collections.abc import Sequence
 

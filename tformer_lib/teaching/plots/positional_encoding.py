@@ -1,4 +1,4 @@
-"""The figures of chapter 02."""
+"""The figures of chapter 04."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The figures of chapter 07."""
+"""The figures of chapter 08."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The interactive figures of chapter 11: the banks of shared memory under a swizzle, and the pipeline of step 4."""
+"""The interactive figures of chapter 16: the banks of shared memory under a swizzle, and the pipeline of step 4."""
 
 from tformer_lib.teaching.widgets import Interactive, module
 

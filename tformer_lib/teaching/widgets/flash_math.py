@@ -1,4 +1,4 @@
-"""The tile stepper of chapter 10: tiles of keys and values go by, and m, l and O are updated."""
+"""The tile stepper of chapter 15: tiles of keys and values go by, and m, l and O are updated."""
 
 import torch
 from torch import Tensor

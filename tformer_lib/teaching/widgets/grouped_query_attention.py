@@ -1,4 +1,4 @@
-"""The memory calculator of chapter 09: what a model's KV cache takes, and what fits on which GPU."""
+"""The memory calculator of chapter 10: what a model's KV cache takes, and what fits on which GPU."""
 
 from dataclasses import dataclass
 

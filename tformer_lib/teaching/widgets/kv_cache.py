@@ -1,4 +1,4 @@
-"""The cache stepper of chapter 08: what lies where in each cache, pass by pass."""
+"""The cache stepper of chapter 09: what lies where in each cache, pass by pass."""
 
 from collections.abc import Sequence
 

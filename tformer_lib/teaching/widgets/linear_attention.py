@@ -1,4 +1,4 @@
-"""The cost explorer of chapter 14: operations and memory of quadratic and linear attention."""
+"""The cost explorer of chapter 12: operations and memory of quadratic and linear attention."""
 
 from tformer_lib.linear_attention import CHUNK
 from tformer_lib.teaching.widgets import Interactive, module

@@ -1,4 +1,4 @@
-"""The block-table animator of chapter 12: what the library's allocator does, one operation at a time."""
+"""The block-table animator of chapter 18: what the library's allocator does, one operation at a time."""
 
 from collections.abc import Callable
 

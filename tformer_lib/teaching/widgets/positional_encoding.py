@@ -1,4 +1,4 @@
-"""The positional-encoding explorer of chapter 02: what each scheme tells a query about each key."""
+"""The positional-encoding explorer of chapter 04: what each scheme tells a query about each key."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The limit explorer of chapter 16: what decides the time of a piece of work, and what a faster part would buy."""
+"""The limit explorer of chapter 20: what decides the time of a piece of work, and what a faster part would buy."""
 
 from tformer_lib.profiling import Roofline
 from tformer_lib.teaching.widgets import Interactive, module

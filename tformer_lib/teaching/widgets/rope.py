@@ -1,4 +1,4 @@
-"""The rotating pairs of chapter 07: move a query and a key, and watch each pair turn and the score answer."""
+"""The rotating pairs of chapter 08: move a query and a key, and watch each pair turn and the score answer."""
 
 import torch
 

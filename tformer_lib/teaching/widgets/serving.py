@@ -1,4 +1,4 @@
-"""The scheduler stepper of chapter 13: who runs in which step, and whose the blocks are."""
+"""The scheduler stepper of chapter 19: who runs in which step, and whose the blocks are."""
 
 from collections.abc import Sequence
 

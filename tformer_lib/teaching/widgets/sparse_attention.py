@@ -1,4 +1,4 @@
-"""The pattern composer of chapter 15: put patterns together, and see pairs, blocks and reach."""
+"""The pattern composer of chapter 11: put patterns together, and see pairs, blocks and reach."""
 
 from tformer_lib.teaching.widgets import Interactive, module
 
