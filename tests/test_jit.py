@@ -26,10 +26,9 @@ def kernels(tmp_path, monkeypatch):
     (folder / "1_first.cpp").write_text(SMALL % 1)
     (folder / "2_second.cu").write_text("// never built here\n")
     (tmp_path / "kernels" / "common" / "number.h").write_text("#define NUMBER 42\n")
-    monkeypatch.setattr(jit, "kernels_folder", lambda: tmp_path / "kernels")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    yield folder
-    jit.load_source.cache_clear()
+    with jit.kernels_from(tmp_path / "kernels"):
+        yield folder
 
 
 def test_a_step_is_found_by_number_or_name(kernels):
@@ -38,6 +37,25 @@ def test_a_step_is_found_by_number_or_name(kernels):
     assert jit.find_source("small", "cpu").name == "cpu.cpp"
     with pytest.raises(FileNotFoundError, match=r"kernels/small has no step 7; it has: 1_first, 2_second, cpu"):
         jit.find_source("small", 7)
+
+
+@pytest.mark.parametrize("step", ["first", "1_", "1_fir", "c", "prefill", "", "01", 0])
+def test_nothing_is_guessed_from_a_part_of_a_name(kernels, step):
+    (kernels / "prefill_hopper.cu").write_text("// never built here\n")
+    (kernels / "10_tenth.cu").write_text("// never built here\n")
+    with pytest.raises(FileNotFoundError, match=f"has no step {step!r}"):
+        jit.find_source("small", step)
+
+
+def test_another_folder_of_kernels_is_used_within_its_context_alone(tmp_path):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "7_only.cpp").write_text(SMALL % 7)
+    ours = jit.kernels_folder()
+    with jit.kernels_from(tmp_path):
+        assert jit.find_source("small", 7) == tmp_path.resolve() / "small" / "7_only.cpp"
+    with pytest.raises(FileNotFoundError), jit.kernels_from(tmp_path):
+        jit.find_source("small", 8)
+    assert jit.kernels_folder() == ours
 
 
 def test_the_repository_holds_every_step_of_the_ladder():
@@ -54,7 +72,6 @@ def test_builds_only_what_is_asked_for_and_says_so(kernels, tmp_path, capfd):
     assert "built kernels/small/cpu.cpp in" in said
     assert jit.is_built("small", "cpu")
     assert [p.name.split("_")[2] for p in (tmp_path / "cache").iterdir()] == ["cpu"]
-    jit.load_source.cache_clear()
     assert jit.load("small", "cpu").answer() == 42
     assert capfd.readouterr().err == ""
 
@@ -63,7 +80,6 @@ def test_builds_only_what_is_asked_for_and_says_so(kernels, tmp_path, capfd):
 def test_a_changed_header_or_source_is_built_again(kernels):
     assert jit.load("small", "cpu").answer() == 42
     (kernels.parent / "common" / "number.h").write_text("#define NUMBER 43\n")
-    jit.load_source.cache_clear()
     assert jit.load("small", "cpu").answer() == 43
 
 
@@ -73,10 +89,10 @@ def test_builds_where_paths_have_spaces(kernels, tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "lib").symlink_to(cpp_extension.TORCH_LIB_PATH)
     kernels.parent.rename(folder / "kernels")
-    monkeypatch.setattr(jit, "kernels_folder", lambda: folder / "kernels")
     monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", str(folder / "lib"))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "cache"))
-    assert jit.load("small", "cpu").answer() == 42
+    with jit.kernels_from(folder / "kernels"):
+        assert jit.load("small", "cpu").answer() == 42
 
 
 @needs_compiler
@@ -91,10 +107,9 @@ def test_a_compiler_error_is_shown(kernels):
 @needs_compiler
 def test_an_interrupted_build_heals(kernels, tmp_path):
     code = f"""
-from pathlib import Path
 from tformer_lib import jit
-jit.kernels_folder = lambda: Path({str(tmp_path / "kernels")!r})
-jit.load("small", 1)
+with jit.kernels_from({str(tmp_path / "kernels")!r}):
+    jit.load("small", 1)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
     process.stderr.readline()  # it has said that it builds
@@ -106,12 +121,32 @@ jit.load("small", 1)
 
 
 @needs_compiler
+@pytest.mark.parametrize("harm", ["missing", "empty", "cut", "no library"])
+def test_a_damaged_library_is_built_again(kernels, tmp_path, harm, capfd):
+    load = f"""
+from tformer_lib import jit
+with jit.kernels_from({str(tmp_path / "kernels")!r}):
+    print(jit.load("small", 1).answer())
+"""
+    run = lambda: subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, check=True)  # noqa: E731
+    run()
+    (library,) = (tmp_path / "cache").glob("*/*.so")
+    whole = library.read_bytes()
+    library.unlink()  # a new file: the old one may be mapped
+    if harm != "missing":
+        library.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "no library": b"x" * len(whole)}[harm])
+    found = run()
+    assert found.stdout == "1\n"
+    assert "built kernels/small/1_first.cpp" in found.stderr
+    assert "building" not in run().stderr
+
+
+@needs_compiler
 def test_two_processes_build_once(kernels, tmp_path):
     code = f"""
-from pathlib import Path
 from tformer_lib import jit
-jit.kernels_folder = lambda: Path({str(tmp_path / "kernels")!r})
-print(jit.load("small", 1).answer())
+with jit.kernels_from({str(tmp_path / "kernels")!r}):
+    print(jit.load("small", 1).answer())
 """
     run = lambda: subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True)  # noqa: E731
     results = [process.communicate() for process in (run(), run())]
@@ -142,6 +177,16 @@ def test_a_missing_compiler_is_named(kernels, monkeypatch):
     monkeypatch.setattr(jit, "compiler", lambda: None)
     with pytest.raises(jit.BuildError, match=r"needs a C\+\+ compiler: install g\+\+"):
         jit.check_tools(kernels / "cpu.cpp")
+
+
+@pytest.mark.parametrize("text", ["#!/bin/sh\nexit 3\n", "no program at all"])
+def test_a_broken_compiler_is_a_build_error(kernels, tmp_path, monkeypatch, text):
+    broken = tmp_path / "broken-c++"
+    broken.write_text(text)
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(jit.BuildError, match=r"kernels/small/1_first\.cpp does not build"):
+        jit.load("small", 1)
 
 
 def test_a_missing_ninja_is_named(kernels, monkeypatch):

@@ -31,10 +31,10 @@ ROWS = {
 }
 """Notebook -> the modules that it explains; the first one names the test."""
 
-ROOMS = {"__init__", "contract", "jit", "pretrained", "stories"}
+ROOMS = {"__init__", "contract", "jit", "ladder", "pretrained", "stories"}
 """Modules that serve all topics."""
 
-GROUND = {"contract", "masks", "positional_encoding", "rope", "jit", "profiling", "stories", "tokens"}
+GROUND = {"contract", "masks", "positional_encoding", "rope", "jit", "ladder", "profiling", "stories", "tokens"}
 FORMS = {"attention", "flash_attention", "paged_attention", "linear_attention", "sparse_attention"}
 FORMS |= {"grouped_query_attention", "kv_cache"}
 MODELS = {"transformer"}

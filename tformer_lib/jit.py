@@ -29,7 +29,8 @@ import torch
 SOURCE_SUFFIXES = (".cu", ".cpp")
 HEADER_SUFFIXES = (".h", ".cuh")
 PROGRESS_SECONDS = 5.0
-BUILT = "built"  # the file that marks a folder of the cache as complete; it holds the seconds that the build took
+BUILT = "built"  # the file that marks a folder of the cache as complete; it holds the library's size in bytes
+LOCK = "tformer.lock"
 
 CPP_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math"]
 CUDA_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "--split-compile=0"]
@@ -44,41 +45,56 @@ def load(topic: str, step: int | str, *, device: torch.device | None = None) -> 
 
     Args:
         topic: the folder under ``kernels/``.
-        step: the file's number (``3`` for ``3_tensor_core.cu``) or its name without the suffix (``"backward"``).
+        step: the file's number (``3`` or ``"3"`` for ``3_tensor_core.cu``) or its whole name without the suffix
+            (``"backward"``, ``"3_tensor_core"``); nothing is guessed from a part of a name.
         device: the GPU to build a ``.cu`` file for; the current one if not given.
 
     Returns:
         the shared library, whose functions are the file's ``extern "C"`` ones.
 
     Raises:
-        BuildError: nvcc, ninja or a C++ compiler is missing, there is no GPU to build for, or the compiler failed.
+        BuildError: nvcc, ninja or a C++ compiler is missing, there is no GPU to build for, the compiler failed, or what
+            it made cannot be loaded.
         FileNotFoundError: there is no such kernel.
     """
     source = find_source(topic, step)
     return load_source(topic, source, architecture(device) if source.suffix == ".cu" else "")
 
 
-@cache
 def load_source(topic: str, source: Path, arch: str) -> ctypes.CDLL:
-    """Load ``source`` built for ``arch`` ("" for the CPU), building it under a lock if it is not in the cache."""
+    """Load ``source`` built for ``arch`` ("" for the CPU), building it under a lock if it is not in the cache.
+
+    A folder of the cache whose library is missing or damaged is built again.
+    """
     flags = compile_flags(source, arch)
-    name = f"tformer_{topic}_{source.stem}_{build_key(source, flags)}"
-    folder = cache_folder() / name
-    library = folder / f"{name}.so"
-    if not (folder / BUILT).exists():
-        check_tools(source)
-        with locked(folder):
-            if not (folder / BUILT).exists():  # another process may have built it while this one waited
-                build(name, source, flags, folder, arch)
-    return ctypes.CDLL(str(library))
+    name = build_name(topic, source, flags)
+    library = library_of(name)
+    for damaged in (False, True):
+        if damaged or not is_complete(library):
+            check_tools(source)
+            with locked(library.parent):
+                if damaged or not is_complete(library):  # another process may have built it while this one waited
+                    build(name, source, flags, library, arch)
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError as failure:
+            error = failure
+    raise BuildError(f"kernels/{source.parent.name}/{source.name} was built, but cannot be loaded: {error}") from error
 
 
 def is_built(topic: str, step: int | str, *, device: torch.device | None = None) -> bool:
     """Whether ``load`` would find the kernel in the cache."""
     source = find_source(topic, step)
-    arch = architecture(device) if source.suffix == ".cu" else ""
-    key = build_key(source, compile_flags(source, arch))
-    return (cache_folder() / f"tformer_{topic}_{source.stem}_{key}" / BUILT).exists()
+    flags = compile_flags(source, architecture(device) if source.suffix == ".cu" else "")
+    return is_complete(library_of(build_name(topic, source, flags)))
+
+
+def is_complete(library: Path) -> bool:
+    """Whether a build has ended, and its library is as the build left it."""
+    try:
+        return (library.parent / BUILT).read_text().split() == [str(library.stat().st_size), "bytes"]
+    except OSError:
+        return False
 
 
 def can_build_cpp() -> bool:
@@ -89,7 +105,16 @@ def can_build_cpp() -> bool:
 # --- where the sources are ---------------------------------------------------------------------------------------
 
 
+_folder: Path | None = None
+
+
 def kernels_folder() -> Path:
+    """Where sources are taken from: the repository's ``kernels/``, or the folder that :func:`kernels_from` names."""
+    return repository_folder() if _folder is None else _folder
+
+
+@cache
+def repository_folder() -> Path:
     """The repository's ``kernels/``, or its copy inside an installed wheel."""
     package = Path(__file__).resolve().parent
     for folder in (package / "_kernels", package.parent / "kernels"):
@@ -98,16 +123,38 @@ def kernels_folder() -> Path:
     raise FileNotFoundError(f"no kernels: neither {package / '_kernels'} nor {package.parent / 'kernels'} is there")
 
 
+@contextmanager
+def kernels_from(folder: str | Path) -> Iterator[None]:
+    """Within it, every kernel is built from ``folder``, an edited copy of ``kernels/``: operators use it too.
+
+    It holds for the whole process, all threads included. To edit a source and measure the change::
+
+        shutil.copytree(jit.kernels_folder(), folder)
+        ...  # edit folder/flash_attention/3_tensor_core.cu
+        with jit.kernels_from(folder):
+            flash_attention(q, k, v, step=3)
+
+    An operator keeps the functions that it has loaded from a folder: use a new folder for each edit.
+    """
+    global _folder
+    before, _folder = _folder, Path(folder).resolve()
+    try:
+        yield
+    finally:
+        _folder = before
+
+
 def find_source(topic: str, step: int | str) -> Path:
     """The file of a step: its number is the part of the file's name before the first underscore.
 
     Raises:
         FileNotFoundError: there is none; the message lists those that there are.
     """
-    folder = kernels_folder() / topic
-    sources = sorted(p for p in folder.glob("*") if p.suffix in SOURCE_SUFFIXES)
+    sources = sorted(p for p in (kernels_folder() / topic).glob("*") if p.suffix in SOURCE_SUFFIXES)
+    wanted = str(step)
     for source in sources:
-        if source.stem == str(step) or source.stem.split("_")[0] == str(step):
+        number, _, name = source.stem.partition("_")
+        if wanted == source.stem or (number.isdigit() and name and wanted == number):
             return source
     known = ", ".join(p.stem for p in sources) or "none"
     raise FileNotFoundError(f"kernels/{topic} has no step {step!r}; it has: {known}")
@@ -144,20 +191,36 @@ def compile_flags(source: Path, arch: str) -> list[str]:
     return [*CPP_FLAGS, *(flag for flag in ("-march=native", "-fopenmp") if accepts(flag))]
 
 
-@cache
 def accepts(flag: str) -> bool:
     """Whether the C++ compiler knows ``flag`` (``-march=native`` is not known everywhere)."""
-    if compiler() is None:
-        return False
-    words = [compiler(), flag, "-x", "c++", "-E", os.devnull, "-o", os.devnull]
-    return subprocess.run(words, capture_output=True).returncode == 0
+    return preprocess(compiler(), flag) is not None
+
+
+def native_target() -> str:
+    """What ``-march=native`` means here, so that a cache shared by two machines keeps their builds apart."""
+    return preprocess(compiler(), "-march=native", "-dM") or ""
 
 
 @cache
-def native_target() -> str:
-    """What ``-march=native`` means here, so that a cache shared by two machines keeps their builds apart."""
-    words = [compiler() or "", "-march=native", "-dM", "-x", "c++", "-E", os.devnull]
-    return subprocess.run(words, capture_output=True, text=True).stdout if accepts("-march=native") else ""
+def preprocess(compiler: str | None, *flags: str) -> str | None:
+    """What a compiler's preprocessor makes of an empty file; None if there is no compiler, or it fails."""
+    if compiler is None:
+        return None
+    try:
+        run = subprocess.run([compiler, *flags, "-x", "c++", "-E", os.devnull], capture_output=True, text=True)
+    except OSError:  # it is no program
+        return None
+    return run.stdout if run.returncode == 0 else None
+
+
+def build_name(topic: str, source: Path, flags: list[str]) -> str:
+    """The name of a build, in which a hash stands for everything that it depends on."""
+    return f"tformer_{topic}_{source.stem}_{build_key(source, flags)}"
+
+
+def library_of(name: str) -> Path:
+    """The library that the build of that name leaves in the cache."""
+    return cache_folder() / name / f"{name}.so"
 
 
 def build_key(source: Path, flags: list[str]) -> str:
@@ -227,7 +290,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "tformer.lock", "w")  # noqa: SIM115 (closed below)
+        file = open(folder / LOCK, "w")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise BuildError(
             f"kernels are kept in {folder.parent}, where nothing can be written ({error.strerror}): "
@@ -238,15 +301,15 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def build(name: str, source: Path, flags: list[str], folder: Path, arch: str) -> None:
-    """Compile ``source`` into ``folder`` and mark the folder as complete."""
+def build(name: str, source: Path, flags: list[str], library: Path, arch: str) -> None:
+    """Compile ``source`` into ``library`` and mark its folder as complete."""
     from torch.utils import cpp_extension
 
-    (folder / "lock").unlink(missing_ok=True)  # torch's own lock file, which a killed build leaves behind
+    folder = library.parent
+    empty(folder)
     cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(name, None)  # else torch skips what it has tried before
     target = f"kernels/{source.parent.name}/{source.name}" + (f" for sm_{arch}" if arch else "")
     is_cuda = source.suffix == ".cu"
-    start = time.perf_counter()
     with progress(target), tools_in_environment(), quoted_libraries():
         try:
             cpp_extension.load(
@@ -262,7 +325,15 @@ def build(name: str, source: Path, flags: list[str], folder: Path, arch: str) ->
             )
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             raise BuildError(f"{target} does not build:\n{tail(str(error))}") from error
-    (folder / BUILT).write_text(f"{time.perf_counter() - start:.1f}\n")
+    (folder / BUILT).write_text(f"{library.stat().st_size} bytes\n")
+
+
+def empty(folder: Path) -> None:
+    """Remove what an earlier build left, the mark first: half a build, or a library that was damaged since."""
+    (folder / BUILT).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.name != LOCK and path.is_file():
+            path.unlink()
 
 
 def tail(text: str, lines: int = 60) -> str:
