@@ -5,7 +5,7 @@
 #   make lab        JupyterLab on the notebooks
 #   make bench      measure on the CPU, and on the GPU where there is one (`python -m benchmarks --help` picks topics)
 #   make notebooks  run the notebooks again and keep their outputs (NB=notebooks/02-attention.ipynb for one)
-#   make chapter    begin a chapter: make chapter NAME=18-mixture-of-experts TITLE="Mixture of experts"
+#   make chapter    begin a chapter: make chapter NAME=13-mixture-of-experts TITLE="Mixture of experts"
 #   make address    say where the repository is, which turns on Binder and Colab: make address URL=https://github.com/o/n
 #   make lint       ruff
 #   make clean      remove what was built; `make distclean` removes the environment too
@@ -44,7 +44,7 @@ endif
 	@touch $@
 
 book: $(READY)
-	$(BIN)/python book/vendor.py
+	$(BIN)/python -m tools.vendor
 	$(BIN)/jupyter-book build book -n -W --keep-going
 
 test: $(READY)
@@ -61,13 +61,13 @@ notebooks: $(READY)
 	cd notebooks && TFORMER_PROGRESS= ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=300 \
 	  --Exporter.preprocessors='["nbconvert.preprocessors.CoalesceStreamsPreprocessor"]' $(notdir $(NB))
-	$(BIN)/python book/status.py
+	$(BIN)/python -m tools.status
 
 chapter: $(READY)
-	$(BIN)/python -m tformer_lib.teaching.new_chapter $(NAME) $(if $(TITLE),--title '$(TITLE)')
+	$(BIN)/python -m tools.new_chapter $(NAME) $(if $(TITLE),--title '$(TITLE)')
 
 address: $(READY)
-	$(BIN)/python book/address.py '$(URL)'
+	$(BIN)/python -m tools.address '$(URL)'
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -5,7 +5,7 @@ anything, reports an error, shows an image that is missing or mathematics that i
 Every interactive figure must draw, and draw something else when its control is moved. Links are followed in the files.
 What is looked at stands in ``pages.py``; each fault is also planted in a page here, and must be found.
 
-Without Chromium, or where MathJax could not be fetched by ``book/vendor.py``, these tests are skipped and say why.
+Without Chromium, or where MathJax could not be fetched by ``tools/vendor.py``, these tests are skipped and say why.
 """
 
 import functools
@@ -79,7 +79,7 @@ class Server(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     """The folder of the book, built anew as ``make book`` does."""
-    subprocess.run([sys.executable, "book/vendor.py"], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "tools.vendor"], cwd=ROOT, check=True, capture_output=True)
     if not (ROOT / "book" / "vendor" / "offline" / "complete").exists():
         pytest.skip("MathJax and the widget manager could not be fetched (npm pack)")
     out = tmp_path_factory.mktemp("book")
@@ -235,7 +235,7 @@ def test_print_shows_what_was_folded_and_in_the_light_theme(browser, address):
 @pytest.fixture(scope="module")
 def axe(tmp_path_factory) -> str:
     """The source of axe-core, which finds what hinders readers with a disability."""
-    vendor = script(ROOT / "book" / "vendor.py")
+    vendor = script(ROOT / "tools" / "vendor.py")
     try:
         package = vendor.fetch(*AXE, tmp_path_factory.mktemp("axe"))
     except vendor.Unavailable as reason:

@@ -7,39 +7,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tools import chapters
+
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "tformer_lib"
 
-ROWS = {
-    "01-tokens": ("tokens",),
-    "02-attention": ("attention",),
-    "03-masks": ("masks",),
-    "04-positional-encoding": ("positional_encoding",),
-    "05-transformer": ("transformer",),
-    "06-training": ("training",),
-    "08-rope": ("rope",),
-    "09-kv-cache": ("kv_cache", "generation"),
-    "10-grouped-query-attention": ("grouped_query_attention",),
-    "11-sparse-attention": ("sparse_attention",),
-    "12-linear-attention": ("linear_attention",),
-    "15-flash-math": ("flash_attention",),
-    "16-flash-kernels": ("flash_attention",),
-    "18-paged-attention": ("paged_attention",),
-    "19-serving": ("serving",),
-    "20-profiling": ("profiling",),
-    "21-scaling-out": ("distributed",),
-}
-"""Notebook -> the modules that it explains; the first one names the test."""
-
-ROOMS = {"__init__", "contract", "jit", "ladder", "pretrained", "stories"}
+COURSE = chapters.load()
+ROWS = {chapter.name: chapter for chapter in COURSE.chapters}
+FLOORS = tuple(COURSE.floors.values())
+ROOMS = {"__init__", "checkpoint", "contract", "jit", "ladder", "pretrained", "stories"}
 """Modules that serve all topics."""
-
-GROUND = {"contract", "masks", "positional_encoding", "rope", "jit", "ladder", "profiling", "stories", "tokens"}
-FORMS = {"attention", "flash_attention", "paged_attention", "linear_attention", "sparse_attention"}
-FORMS |= {"grouped_query_attention", "kv_cache"}
-MODELS = {"transformer"}
-USERS = {"generation", "training", "serving", "distributed", "pretrained"}
-FLOORS = (GROUND, FORMS, MODELS, USERS)
 
 PICTURES = {"matplotlib", "ipywidgets", "anywidget", "IPython"}
 """Packages that only the teaching rooms import."""
@@ -58,41 +35,44 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_notebook_has_its_row(notebook):
-    assert notebook in ROWS, f"{notebook} is in no row of the design"
-    for module in ROWS[notebook]:
-        assert module in MODULES, f"{notebook} explains tformer_lib/{module}, which is missing"
-    assert (ROOT / "tests" / f"test_{ROWS[notebook][0]}.py").exists(), f"tests/test_{ROWS[notebook][0]}.py is missing"
+def test_notebooks_are_those_that_the_list_has():
+    assert sorted(chapter.name for chapter in COURSE.chapters if chapter.ready) == NOTEBOOKS
+
+
+@pytest.mark.parametrize("name", [chapter.name for chapter in COURSE.chapters if chapter.ready])
+def test_chapter_has_its_modules_and_its_test(name):
+    chapter = ROWS[name]
+    for module in chapter.modules:
+        assert module in MODULES, f"{name} explains tformer_lib/{module}, which is missing"
+    assert (ROOT / chapter.test_file).exists(), f"{chapter.test_file} is missing"
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_module_is_in_a_row_or_a_room(module):
-    assert module in ROOMS | {m for modules in ROWS.values() for m in modules}
+    assert module in ROOMS | {m for chapter in COURSE.chapters for m in chapter.modules}
 
 
-@pytest.mark.parametrize("notebook", sorted(ROWS))
-def test_module_has_its_test_and_chapter(notebook):
-    module = ROWS[notebook][0]
-    if module not in MODULES:
-        pytest.skip(f"tformer_lib/{module} is not built yet")
-    assert (ROOT / "tests" / f"test_{module}.py").exists(), f"tformer_lib/{module} has no test"
-    chapters = [n for n, modules in ROWS.items() if modules[0] == module]
-    assert any(chapter in NOTEBOOKS for chapter in chapters), f"tformer_lib/{module} has no chapter"
+@pytest.mark.parametrize("module", sorted(set(MODULES) - ROOMS))
+def test_module_has_a_chapter(module):
+    rows = [chapter for chapter in COURSE.chapters if module in chapter.modules]
+    assert any(chapter.ready for chapter in rows), f"tformer_lib/{module} has no chapter"
 
 
-def test_table_of_contents_lists_every_notebook_once():
+def test_what_is_made_from_the_list_is_up_to_date():
+    assert not chapters.stale(), "run python -m tools.chapters"
+
+
+def test_every_earlier_address_leads_to_a_page_that_is_there():
+    for old, new in COURSE.redirects().items():
+        target = ROOT / "book" / Path(old).parent / new.removesuffix(".html")
+        assert list(target.parent.glob(f"{target.name}.*")), f"{old} leads to {new}, which is not there"
+        assert not list((ROOT / "book").glob(f"{old}.*")), f"{old} is a page"
+
+
+def test_table_of_contents_lists_only_what_is_there():
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    listed = [chapter["file"] for part in contents["parts"] for chapter in part["chapters"]]
-    assert [f for f in listed if f.startswith("notebooks/")] == [f"notebooks/{name}" for name in ordered(listed)]
-    assert sorted(f for f in listed if f.startswith("notebooks/")) == [f"notebooks/{name}" for name in NOTEBOOKS]
-    for file in listed:
+    for file in [chapter["file"] for part in contents["parts"] for chapter in part["chapters"]]:
         assert list((ROOT / "book").glob(f"{file}.*")), f"_toc.yml lists {file}, which does not exist"
-
-
-def ordered(listed: list[str]) -> list[str]:
-    """The notebooks in the order that they are listed, without repetition."""
-    return list(dict.fromkeys(f.removeprefix("notebooks/") for f in listed if f.startswith("notebooks/")))
 
 
 @pytest.mark.parametrize(

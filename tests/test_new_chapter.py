@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tformer_lib.teaching.new_chapter import Chapter, make
+from tools.chapters import load, stale
+from tools.new_chapter import NewChapter, make
 
 ROOT = Path(__file__).resolve().parents[1]
-NAME, TOPIC = "18-mixture-of-experts", "mixture_of_experts"
-NEW = Chapter(NAME, "Mixture of experts", "Who answers?", "II. What modern models changed", "FORMS")
+NAME, TOPIC = "13-mixture-of-experts", "mixture_of_experts"
+NEW = NewChapter(NAME, "Mixture of experts", "Who answers?", "modern-models", "forms")
 LEFT_OUT = shutil.ignore_patterns(
     ".*", "__pycache__", "_build", "vendor", "data", "runs", "build", "*.ipynb", "results"
 )
@@ -26,7 +27,7 @@ def copied(tmp_path_factory) -> Path:
     shutil.copytree(ROOT, root, ignore=LEFT_OUT, symlinks=True)
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
         (root / "notebooks" / notebook.name).write_text("{}", encoding="utf-8")
-    command = [sys.executable, "-m", "tformer_lib.teaching.new_chapter", NAME, "--question", "Who answers?"]
+    command = [sys.executable, "-m", "tools.new_chapter", NAME, "--question", "Who answers?"]
     subprocess.run(command, cwd=root, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(root)})
     run = "jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False"
     command = [str(Path(sys.executable).parent / "jupyter"), *run.split()[1:], f"notebooks/{NAME}.ipynb"]
@@ -53,7 +54,7 @@ def test_new_chapter_is_clean(copied):
         f"tests/exercise_answers/{TOPIC}.py",
         "tests/test_layout.py",
     ]
-    files += [f"tformer_lib/teaching/exercises/{TOPIC}.py", "book/_ext/tables.py", f"notebooks/{NAME}.ipynb"]
+    files += [f"tformer_lib/teaching/exercises/{TOPIC}.py", f"notebooks/{NAME}.ipynb"]
     ruff = str(Path(sys.executable).parent / "ruff")
     for verb in (["check"], ["format", "--check"]):
         ran = subprocess.run([ruff, *verb, "--no-cache", *files], cwd=copied, capture_output=True, text=True)
@@ -62,8 +63,33 @@ def test_new_chapter_is_clean(copied):
 
 def test_new_chapter_is_listed(copied):
     assert f"      - file: notebooks/{NAME}\n" in (copied / "_toc.yml").read_text()
-    assert f"(notebooks/{NAME}.ipynb) | `{TOPIC}.py` | begun |" in (copied / "README.md").read_text()
-    assert '"18-mixture-of-experts": "Who answers?"' in (copied / "book" / "_ext" / "tables.py").read_text()
+    assert f"(notebooks/{NAME}.ipynb) | `{TOPIC}.py` | ready |" in (copied / "README.md").read_text()
+    assert load(copied).named(NAME).question == "Who answers?"
+    assert not stale(copied)
+    comments = [line for line in (ROOT / "book" / "chapters.toml").read_text().splitlines() if line.startswith("#")]
+    assert [c for c in (copied / "book" / "chapters.toml").read_text().splitlines() if c.startswith("#")] == comments
+
+
+def test_a_chapter_beyond_the_plan_gets_a_row_and_a_floor(copied):
+    make(copied, NewChapter("22-state-spaces", "State spaces", "What is kept?", "modern-models", "forms"))
+    course = load(copied)
+    assert course.chapters[-1].title == "State spaces"
+    assert "state_spaces" in course.floors["forms"]
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "words"),
+    [
+        ("02-lookup", "modern-models", "02-attention"),
+        ("23-masks", "modern-models", "exists already"),
+        ("23-x", "none", "no part"),
+    ],
+)
+def test_a_chapter_that_cannot_be_is_refused_and_nothing_written(copied, name, part, words):
+    before = sorted(copied.rglob("*"))
+    with pytest.raises(ValueError, match=words):
+        make(copied, NewChapter(name, "A", "B?", part, "forms"))
+    assert sorted(copied.rglob("*")) == before
 
 
 def test_nothing_is_overwritten(copied):
@@ -75,9 +101,9 @@ def test_nothing_is_overwritten(copied):
 
 @pytest.mark.parametrize("wrong", [{"name": "Experts"}, {"name": "18_experts"}, {"part": "No such part"}])
 def test_wrong_wishes_are_refused_before_anything_is_written(copied, wrong):
-    fields = {**vars(NEW), "name": "19-other", **wrong}
+    fields = {**vars(NEW), "name": "23-other", **wrong}
     listed = (copied / "_toc.yml").read_text()
     with pytest.raises(ValueError, match=r"name|part"):
-        make(copied, Chapter(**fields))
+        make(copied, NewChapter(**fields))
     assert not (copied / "tformer_lib" / "other.py").exists()
     assert (copied / "_toc.yml").read_text() == listed

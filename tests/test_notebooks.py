@@ -10,6 +10,8 @@ import pytest
 from notebook_rules import cells, load, source, texts
 from pictures import same_picture
 
+from tools import chapters
+
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -23,6 +25,12 @@ def notebook(request) -> Path:
 @pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.__name__)
 def test_notebook_keeps_the_rule(notebook, rule):
     assert list(rule(load(notebook))) == []
+
+
+def test_title_is_the_number_and_the_title_of_the_list(notebook):
+    chapter = chapters.load().named(notebook.stem)
+    title = source(cells(load(notebook), "markdown")[0]).partition("\n")[0]
+    assert title == f"# {chapter.number}. {chapter.title}"
 
 
 def test_cells_that_are_not_compared_are_counted(notebook):

@@ -1,4 +1,4 @@
-"""Serve MathJax, RequireJS and the widget manager from the book itself, where ``book/vendor.py`` has fetched them.
+"""Serve MathJax, RequireJS and the widget manager from the book itself, where ``tools/vendor.py`` has fetched them.
 
 Without them the pages ask their content delivery networks, as Sphinx and MyST-NB do by default, and the build says so.
 """
@@ -20,7 +20,7 @@ def use_vendored(app: Sphinx, config: Config) -> None:
     if not (folder / "offline" / "complete").exists():
         logging.getLogger(__name__).info(
             "book/vendor is not there: pages with mathematics or interactive figures will load MathJax and the widget "
-            "manager from the network. `python book/vendor.py` fetches them, and the book then needs no network."
+            "manager from the network. `python -m tools.vendor` fetches them, and the book then needs no network."
         )
         config.nb_ipywidgets_js = {url: {**how, **LATER} for url, how in config.nb_ipywidgets_js.items()}
         return

@@ -7,26 +7,17 @@ Nothing on the page is written by hand, so it cannot fall behind the files.
 
 import json
 import re
+import sys
 from pathlib import Path
 
 from sphinx.application import Sphinx
 
-TITLES = {
-    "tokens": "Tokens",
-    "attention": "Attention",
-    "training": "Training",
-    "rope": "RoPE",
-    "kv_cache": "The KV cache",
-    "grouped_query_attention": "Grouped-query attention",
-    "flash_attention": "Flash attention",
-    "paged_attention": "Paged attention",
-    "serving": "Serving",
-    "linear_attention": "Linear attention",
-    "sparse_attention": "Sparse attention",
-    "profiling": "Profiling",
-    "ratios": "The guard: each kernel beside its peer",
-}
-"""Topic -> heading, in the order of the chapters; topics beyond these come after."""
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.chapters import load
+
+TITLES = {"rope": "RoPE", "kv_cache": "The KV cache", "ratios": "The guard: each kernel beside its peer"}
+"""Topic -> heading, where it is not the topic's words."""
 
 PEERS = (
     ("attention", r"^attend,", "attend_sdpa,"),
@@ -64,7 +55,7 @@ def sections(folder: Path) -> str:
     files = sorted(folder.glob("*/*.json"))
     records = [(file, json.loads(file.read_text(encoding="utf-8"))) for file in files]
     records = [(file, record) for file, record in records if isinstance(record, dict) and "command" in record]
-    order = list(TITLES)
+    order = list(dict.fromkeys(module for chapter in load().chapters for module in chapter.modules))
     topics = sorted({topic_of(file) for file, _ in records}, key=lambda t: (order.index(t) if t in order else 99, t))
     parts = []
     for topic in topics:

@@ -1,37 +1,22 @@
 """Fill tables of the book when it is built, from what is in the project.
 
-``{{ chapters }}`` on the front page becomes the list of the chapters in ``_toc.yml``, and ``{{ part }}`` on the page
-of a part the list of that part's, with the time to read each. On the status page ``{{ outputs }}`` becomes the table
-of ``book/status.json``, which ``book/status.py`` writes when the notebooks are run, and ``{{ measurements }}`` the
-list of the files under ``benchmarks/results/``.
+``{{ chapters }}`` on the front page becomes the list of the chapters in ``book/chapters.toml``, and ``{{ part }}`` on
+the page of a part the list of that part's, with the time to read each. On the status page ``{{ outputs }}`` becomes the
+table of ``book/status.json``, which ``tools/status.py`` writes when the notebooks are run, and ``{{ measurements }}``
+the list of the files under ``benchmarks/results/``. The addresses that a page had before lead to it.
 """
 
 import json
 import re
+import sys
 from pathlib import Path
 
-import yaml
 from sphinx.application import Sphinx
+from sphinx.config import Config
 
-QUESTIONS = {
-    "01-tokens": "How does text become numbers, and who decides where a word is cut?",
-    "02-attention": "How does one token find the others that it needs?",
-    "03-masks": "Who may look at whom, and how do you know that nobody peeks?",
-    "04-positional-encoding": "Attention sees a set. How does it learn the order?",
-    "05-transformer": "What does a layer add to attention, and why does the stack hold?",
-    "06-training": "When has a model learnt all that there is to learn?",
-    "08-rope": "Why do modern models turn their queries instead of adding positions?",
-    "09-kv-cache": "Why does the second token cost less than the first?",
-    "10-grouped-query-attention": "How many keys and values do you need to keep?",
-    "11-sparse-attention": "Which pairs can you leave out?",
-    "12-linear-attention": "Can attention cost the same for every token, and what is forgotten?",
-    "15-flash-math": "How can a softmax be exact when you never see the whole row?",
-    "16-flash-kernels": "What does it take to reach the limit of the machine?",
-    "18-paged-attention": "Where do a thousand growing caches go?",
-    "19-serving": "Who computes next, when everybody waits?",
-    "20-profiling": "It is slow: where do you look first?",
-    "21-scaling-out": "What changes when one device is too small?",
-}
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.chapters import load
 
 
 def fill(app: Sphinx, page: str, source: list[str]) -> None:
@@ -48,23 +33,29 @@ def fill(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def chapters(root: Path) -> str:
-    """The chapters of the table of contents, each with the question that it answers."""
-    contents = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
-    files = [chapter["file"] for part in contents["parts"] for chapter in part["chapters"]]
-    names = [Path(file).name for file in files if file.startswith("notebooks/")]
-    rows = [(name[:2], f"[](notebooks/{name}.ipynb)", QUESTIONS.get(name, "")) for name in names]
+    """The chapters, each with the question that it answers; those to come have no page yet."""
+    rows = [
+        (c.number, f"[](notebooks/{c.name}.ipynb)" if c.ready else f"{c.number}. {c.title} (to come)", c.question)
+        for c in load(root).chapters
+    ]
     return table(("", "chapter", "the question it answers"), rows)
 
 
 def part(root: Path, page: str) -> str:
     """The chapters of the part that begins with ``page``: the question of each, and the time that it takes."""
-    contents = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
-    files = next(files for p in contents["parts"] if page in (files := [c["file"] for c in p["chapters"]]))
-    names = [Path(file).name for file in files if file.startswith("notebooks/")]
+    course = load(root)
+    word = next(part.word for part in course.parts if page in part.pages)
     rows = [
-        (f"[](../notebooks/{n}.ipynb)", QUESTIONS.get(n, ""), minutes(root / "notebooks" / f"{n}.ipynb")) for n in names
+        (f"[](../notebooks/{c.name}.ipynb)", c.question, minutes(root / "notebooks" / f"{c.name}.ipynb"))
+        for c in course.of(word)
+        if c.ready
     ]
     return table(("chapter", "the question it answers", "minutes to read"), rows)
+
+
+def redirect(app: Sphinx, config: Config) -> None:
+    """Hand the earlier addresses of the pages to sphinx-reredirects."""
+    config.redirects = load(Path(app.srcdir).resolve().parent).redirects()
 
 
 def minutes(notebook: Path) -> str:
@@ -106,5 +97,6 @@ def table(head: tuple[str, ...], rows) -> str:
 
 def setup(app: Sphinx) -> dict:
     """Register with Sphinx."""
+    app.connect("config-inited", redirect, priority=100)
     app.connect("source-read", fill)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

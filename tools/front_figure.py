@@ -1,4 +1,4 @@
-"""Draw the picture of the front page: ``python book/front_figure.py`` writes ``book/images/front.html``.
+"""Draw the picture of the front page: ``python -m tools.front_figure`` writes ``book/images/front.html``.
 
 Ten small panels, one idea each, on a wide screen in two rows and on a phone in two columns. The colours are CSS
 variables, so that the picture follows the theme. The stripes and the weights are computed by the library.
@@ -197,7 +197,7 @@ ARROW = (
 )
 
 if __name__ == "__main__":
-    target = Path(__file__).resolve().parent / "images" / "front.html"
+    target = Path(__file__).resolve().parents[1] / "book" / "images" / "front.html"
     body = "\n".join([ARROW, picture(5, "tf-wide"), picture(2, "tf-tall")])
     target.write_text(f'<div class="tf-hero">\n{body}\n</div>\n', encoding="utf-8")
     print(f"wrote {target.name}, {target.stat().st_size // 1000} kB")

@@ -1,7 +1,7 @@
 """Say where the course's repository is, so that its pages offer Binder and Colab.
 
-    python book/address.py https://github.com/someone/tformer-lab
-    python book/address.py ""                                       # take it back
+    python -m tools.address https://github.com/someone/tformer-lab
+    python -m tools.address ""                                       # take it back
 
 Two things change: ``course_address`` in ``_config.yml``, which ``_ext/launch.py`` reads, and the first cell of each
 chapter. Colab opens a notebook alone, so that cell fetches the rest of the course there. Elsewhere it does nothing,

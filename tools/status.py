@@ -1,4 +1,4 @@
-"""Record the machine and the versions that made the notebooks' outputs: run ``python book/status.py`` after them."""
+"""Record the machine and the versions that made the notebooks' outputs: run ``python -m tools.status`` after them."""
 
 import json
 import os
@@ -31,6 +31,6 @@ def record() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    path = Path(__file__).resolve().parent / "status.json"
+    path = Path(__file__).resolve().parents[1] / "book" / "status.json"
     path.write_text(json.dumps(record(), indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path.name}")

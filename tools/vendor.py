@@ -1,6 +1,6 @@
 """Fetch what the book's pages load at run time, so that the built book asks the network for nothing.
 
-    python book/vendor.py
+    python -m tools.vendor
 
 Three packages come from the npm registry by ``npm pack``, and each archive's SHA-512 is compared with the one written
 here; anywidget's module comes from the installed Python package. The files go to ``book/vendor/offline``, which git
@@ -17,7 +17,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-VENDOR = Path(__file__).resolve().parent / "vendor"
+VENDOR = Path(__file__).resolve().parents[1] / "book" / "vendor"
 
 PACKAGES = {
     "mathjax@3.2.2": "Bt+SSVU8eBG27zChVewOicYs7Xsdt40qm4+UpHyX7k0/O9NliPc+x77k1/FEsPsjKPZGJvtRZM1vO+geW0OhGw==",

@@ -1,0 +1,184 @@
+"""Begin a chapter: make every file that the layout asks for, small but whole, so that all tests pass from the first
+minute.
+
+    python -m tools.new_chapter 13-mixture-of-experts --title "Mixture of experts"
+
+It writes the module with its test, the notebook, the checks of its exercises with right and wrong answers, and enters
+the chapter into ``book/chapters.toml``, from which the table of contents and the README's table are made. Nothing that
+exists is overwritten.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomlkit
+
+from tools.chapters import LIST, ROOT, load, write
+
+TEMPLATES = Path(__file__).with_name("new_chapter.md")
+
+FLOORS = ("ground", "forms", "models", "users")
+"""Who may import whom, from the ground up, as the list of the course has it."""
+
+
+@dataclass(frozen=True)
+class NewChapter:
+    """A chapter that is to be: its name, title and question, and the part and the floor that it is on."""
+
+    name: str
+    title: str
+    question: str
+    part: str
+    floor: str
+
+    @property
+    def number(self) -> int:
+        """The number in its name."""
+        return int(self.name[:2])
+
+    @property
+    def word(self) -> str:
+        """The name without its number: ``mixture-of-experts``."""
+        return self.name.partition("-")[2]
+
+    @property
+    def topic(self) -> str:
+        """The word as Python writes it: ``mixture_of_experts``."""
+        return self.word.replace("-", "_")
+
+
+def main() -> int:
+    """Make the chapter that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("name", help="number and topic: 13-mixture-of-experts")
+    parser.add_argument("--title", help="the chapter's title; by default the one that is planned, or the topic")
+    parser.add_argument("--question", help="the question that it answers; by default the one that is planned")
+    parser.add_argument("--part", help=f"the part's word in {LIST}; by default the one that is planned")
+    parser.add_argument("--floor", choices=FLOORS, default="forms", help=f"the module's floor in {LIST}")
+    given = parser.parse_args()
+    if not (ROOT / "_toc.yml").exists():
+        parser.error("a chapter is begun in a checkout of the course, installed by `make setup`")
+    planned = load(ROOT).named(given.name)
+    title = given.title or (planned and planned.title) or given.name[3:].replace("-", " ").capitalize()
+    question = given.question or (planned and planned.question) or "What question does this chapter answer?"
+    part = given.part or (planned and planned.part) or "modern-models"
+    try:
+        written = make(ROOT, NewChapter(given.name, title, question, part, given.floor))
+    except ValueError as wrong:
+        parser.error(str(wrong))
+    tidy([path for path in written if path.endswith((".py", ".ipynb"))])
+    print("\n".join(written))
+    print(f"Next: make notebooks NB=notebooks/{given.name}.ipynb, then make test; book/contributing.md has the rest.")
+    return 0
+
+
+def make(root: Path, chapter: NewChapter) -> list[str]:
+    """Write the chapter's files under ``root``; returns what was written or changed.
+
+    Raises:
+        ValueError: the name is none, the part does not exist, or one of the files does.
+    """
+    if not re.fullmatch(r"\d\d-[a-z0-9]+(-[a-z0-9]+)*", chapter.name):
+        raise ValueError(
+            f"a chapter's name is two digits and a topic in hyphens, such as 22-my-topic; got {chapter.name!r}"
+        )
+    files = {path: fill(text, chapter) for path, text in templates(chapter).items()}
+    there = [path for path in files if (root / path).exists()]
+    if there:
+        raise ValueError(f"{', '.join(there)} exists already")
+    listed = enter(root, chapter)  # before a file is written: it may be refused
+    for path, text in (files | {LIST: listed}).items():
+        (root / path).write_text(text, encoding="utf-8")
+    return [*files, LIST, *write(root)]
+
+
+def tidy(files: list[str]) -> None:
+    """Sort the imports and break the lines as the linter wants them: that depends on the length of the topic's word."""
+    ruff = shutil.which("ruff", path=Path(sys.executable).parent) or shutil.which("ruff")
+    for verb in (["check", "--select", "I", "--quiet", "--fix"], ["format", "--quiet"]) if ruff else ():
+        subprocess.run([ruff, *verb, *files], cwd=ROOT, check=True)
+
+
+def templates(chapter: NewChapter) -> dict[str, str]:
+    """Path -> text of each new file, from ``new_chapter.md``."""
+    topic = chapter.topic
+    blocks = dict(
+        re.findall(r"^## (\w+)\n\n`{4}\w*\n(.*?)^`{4}$", TEMPLATES.read_text(encoding="utf-8"), re.DOTALL | re.M)
+    )
+    return {
+        f"tformer_lib/{topic}.py": blocks["module"],
+        f"tests/test_{topic}.py": blocks["test"],
+        f"tformer_lib/teaching/exercises/{topic}.py": blocks["exercises"],
+        f"tests/exercise_answers/{topic}.py": blocks["answers"],
+        f"notebooks/{chapter.name}.ipynb": notebook(blocks["notebook"]),
+    }
+
+
+def fill(text: str, chapter: NewChapter) -> str:
+    """Put the chapter's words into a template."""
+    words = {
+        "TOPIC": chapter.topic,
+        "TITLE": chapter.title,
+        "QUESTION": chapter.question,
+        "NUMBER": str(chapter.number),
+    }
+    return re.sub(r"<<(\w+)>>", lambda mark: words[mark[1]], text)
+
+
+def notebook(text: str) -> str:
+    """A notebook from cells that are divided by lines of ``--- markdown`` or ``--- code [tags]``."""
+    cells = []
+    for number, part in enumerate(re.split(r"^--- ", text, flags=re.MULTILINE)[1:]):
+        head, _, body = part.partition("\n")
+        kind, *tags = head.split()
+        metadata = {"tags": tags} if tags else {}
+        cell = {"cell_type": kind, "id": f"cell-{number:02}", "metadata": metadata}
+        code = {"execution_count": None, "outputs": []} if kind == "code" else {}
+        cells.append(cell | code | {"source": body.strip("\n").splitlines(keepends=True)})
+    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    whole = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(whole, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+# The row in the list of the course
+
+
+def enter(root: Path, chapter: NewChapter) -> str:
+    """``book/chapters.toml`` with the chapter's row, and its module on its floor.
+
+    A row that says "to come" is filled in; otherwise one is added.
+
+    Raises:
+        ValueError: the part does not exist, or the number or the word is another chapter's.
+    """
+    course = load(root)
+    if chapter.part not in {part.word for part in course.parts}:
+        known = ", ".join(part.word for part in course.parts)
+        raise ValueError(f"{LIST} has no part {chapter.part!r}; it has {known}")
+    document = tomlkit.parse((root / LIST).read_text(encoding="utf-8"))
+    planned = course.named(chapter.name)
+    taken = [c for c in course.chapters if planned is None and (c.number == chapter.number or c.word == chapter.word)]
+    if taken:
+        raise ValueError(f"{chapter.name} shares its number or its word with {taken[0].name}")
+    if planned:
+        row = next(row for row in document["chapters"] if row["number"] == chapter.number)
+        row.pop("state", None)
+        row["modules"] = [chapter.topic]
+    else:
+        row = tomlkit.table()
+        row.update({"number": chapter.number, "word": chapter.word, "part": chapter.part, "modules": [chapter.topic]})
+        document["chapters"].append(row)
+    row.update({"title": chapter.title, "question": chapter.question})
+    if not any(chapter.topic in modules for modules in document["floors"].values()):
+        document["floors"][chapter.floor].append(chapter.topic)
+    return tomlkit.dumps(document)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
