@@ -1,7 +1,11 @@
 """Generation: text independent of batching, chunking and cache; filters equal to transformers'; draws by the law."""
 
+import math
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,10 +24,11 @@ from tformer_lib.generation import (
     keep_top_p,
     penalise_repetition,
     prefill,
+    random_stream,
     stream,
 )
 from tformer_lib.kv_cache import CacheShape, GrowingCache, PreallocatedCache, RingCache
-from tformer_lib.transformer import Decoder, ModelConfig
+from tformer_lib.transformer import Decoder, ModelConfig, evaluating
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3], [5, 8, 9, 7, 9]]
 
@@ -103,13 +108,88 @@ def test_the_stream_yields_what_generate_returns():
     assert rows == generate(MODEL, PROMPTS, **options)
 
 
-def test_dropout_is_off_while_generating_and_the_mode_comes_back():
+def test_stop_tokens_may_come_from_an_iterator():
+    free = generate(MODEL, PROMPTS, max_new_tokens=12)
+    stops = [free[0][4], free[1][2]]
+    wanted = [cut(row, stops) for row in free]
+    assert generate(MODEL, PROMPTS, max_new_tokens=12, stop_tokens=iter(stops)) == wanted
+    columns = list(stream(MODEL, PROMPTS, max_new_tokens=12, stop_tokens=iter(stops)))
+    assert [[token for token in row if token is not None] for row in zip(*columns, strict=True)] == wanted
+
+
+def modes(model):
+    return [module.training for module in model.modules()]
+
+
+def test_dropout_is_off_while_generating_and_the_modes_come_back():
     model = make_model(dropout=0.5)
+    wanted = generate(model, PROMPTS, max_new_tokens=8)
     model.train()
-    texts = [generate(model, PROMPTS, max_new_tokens=8) for _ in range(2)]
-    assert texts[0] == texts[1]
-    assert model.training
+    model.stack.blocks[0].eval()  # a part of it is not trained
+    before = modes(model)
+    assert generate(model, PROMPTS, max_new_tokens=8) == wanted
+    assert modes(model) == before
     assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(ValueError, match="is outside the vocabulary"):
+        generate_uncached(model, [1, 99], max_new_tokens=1)
+    assert modes(model) == before
+    caches = [PreallocatedCache(CacheShape.of(model, 3), 20) for _ in range(2)]
+    step = StaticStep(model, caches[0])
+    for cache in caches:
+        torch.testing.assert_close(prefill(model, PROMPTS, cache).argmax(-1), torch.tensor([row[0] for row in wanted]))
+    assert step(torch.tensor([row[:1] for row in wanted])).argmax(-1).tolist() == [row[1] for row in wanted]
+    assert modes(model) == before
+
+
+@given(turns=st.lists(st.integers(0, 2), max_size=30), closed=st.sets(st.integers(0, 2)))
+@settings(max_examples=20, deadline=None)
+def test_streams_in_any_order_keep_their_texts_and_the_modes(turns, closed):
+    model = make_model(dropout=0.5)
+    wanted = [generate(model, [prompt], max_new_tokens=8)[0] for prompt in PROMPTS]
+    model.train()
+    before = modes(model)
+    streams, got = [stream(model, [prompt], max_new_tokens=8) for prompt in PROMPTS], [[], [], []]
+    for turn in turns:
+        got[turn] += next(streams[turn], [])
+        assert modes(model) == before, "between its steps a stream leaves the model alone"
+    for place in closed:
+        streams[place].close()
+    for place in {0, 1, 2} - closed:
+        got[place] += [row[0] for row in streams[place]]
+        assert got[place] == wanted[place]
+    assert all(wanted[place][: len(got[place])] == got[place] for place in closed)
+    assert modes(model) == before
+
+
+def test_evaluations_that_overlap_end_together():
+    model = make_model(dropout=0.5).train()
+    first, second = evaluating(model), evaluating(model)
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert not any(modes(model)), "the second is not done"
+    second.__exit__(None, None, None)
+    assert all(modes(model))
+
+
+def test_threads_that_generate_leave_the_switches_as_they_were():
+    model = make_model(dropout=0.5).train()
+    wanted = generate(model, PROMPTS, max_new_tokens=8)
+    preferred = torch.backends.cuda.cudnn_sdp_enabled()
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda _: generate(model, PROMPTS, max_new_tokens=8), range(24)))
+    assert texts == [wanted] * 24
+    assert all(modes(model))
+    assert torch.backends.cuda.cudnn_sdp_enabled() == preferred
+
+
+def test_a_stream_may_begin_under_inference_mode_and_go_on_outside():
+    options = {"max_new_tokens": 6, "stop_tokens": [28], "repetition_penalty": 1.5}
+    with torch.inference_mode():
+        going = stream(MODEL, PROMPTS, **options)
+        first = next(going)
+    columns = [first, *going]
+    rows = [[token for token in row if token is not None] for row in zip(*columns, strict=True)]
+    assert rows == generate(MODEL, PROMPTS, **options)
 
 
 def test_a_ring_generates_the_text_of_the_windowed_model():
@@ -234,6 +314,33 @@ def test_repetition_penalty_equals_transformers(penalty):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("penalty", [3e38, 2e-38])
+def test_the_strongest_penalty_still_leaves_probabilities(penalty, dtype):
+    logits = torch.tensor([[-2.0, -3.0, 0.0, -0.5], [2.0, 3.0, 0.0, 0.5], [-1.0, -2.0, -3.0, -4.0]], dtype=dtype)
+    seen = torch.ones(3, 4, dtype=torch.bool)
+    changed = penalise_repetition(logits, seen, penalty)
+    assert changed.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert changed.isfinite().all()
+    found = distribution(changed, Sampling(temperature=0.5, top_p=0.9))
+    torch.testing.assert_close(found.sum(-1), torch.ones(3, dtype=torch.float64))
+
+
+def test_numbers_of_other_kinds_are_taken_as_what_they_are():
+    odd = Sampling(Fraction(1, 2), np.int64(3), np.float32(1.5), top_k=np.int32(4), top_p=Fraction(9, 10), min_p=0)
+    assert odd == Sampling(0.5, 3, 1.5, top_k=4, top_p=0.9, min_p=0.0)
+    assert [type(value) for value in vars(odd).values()] == [float, int, float, int, float, float]
+    rules = {"temperature": 2**64, "top_k": 2**70, "seed": 2**100}
+    assert len(generate(MODEL, [[1]], max_new_tokens=3, **rules)[0]) == 3
+
+
+def test_every_seed_has_a_stream_of_its_own():
+    numbers = {seed: random_stream(seed).random() for seed in range(-50, 51)}
+    assert len(set(numbers.values())) == 101
+    rows = generate(MODEL, [[1]] * 3, max_new_tokens=20, temperature=3.0, seed=-1)
+    assert len({tuple(row) for row in rows}) == 3
+
+
 def test_all_rules_together_equal_transformers_pipeline():
     from transformers.generation import logits_process as hf
 
@@ -279,7 +386,7 @@ def test_penalty_makes_a_greedy_text_stop_repeating():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"temperature": -1}, "temperature must be at least 0, got -1"),
+        ({"temperature": -1}, "temperature must be at least 0 and finite in float32, got -1"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"min_p": 2}, "min_p must be in"),
@@ -289,8 +396,16 @@ def test_penalty_makes_a_greedy_text_stop_repeating():
         ({"top_k": 2.5}, "top_k must be a whole number, got 2.5"),
         ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
         ({"temperature": None}, "temperature must be a number, got None"),
-        ({"temperature": float("nan")}, "temperature must be at least 0, got nan"),
+        ({"temperature": float("nan")}, "temperature must be at least 0 and finite in float32, got nan"),
         ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": ["a", "b", "c"]}, "each seed must be a whole number, got 'a'"),
+        ({"temperature": math.inf}, "temperature must be at least 0 and finite in float32, got inf"),
+        ({"temperature": 1e39}, "temperature must be at least 0 and finite in float32"),
+        ({"temperature": 10**400}, "temperature must be finite in float32"),
+        ({"temperature": Fraction(10**5000)}, "temperature must be finite in float32"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty must be greater than 0 and finite in float32"),
+        ({"repetition_penalty": 1e-50}, "repetition_penalty must be greater than 0 and finite in float32"),
+        ({"chunk": 2.5}, "chunk must be a whole number, got 2.5"),
         ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, got 2.5"),
         ({"stop_tokens": 3}, "stop_tokens must be a list of tokens, got 3"),
         ({"cache": PreallocatedCache(CacheShape.of(MODEL, 1), 40)}, "made for 1 rows, there are 3 prompts"),
@@ -300,6 +415,20 @@ def test_penalty_makes_a_greedy_text_stop_repeating():
 def test_senseless_options_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         generate(MODEL, PROMPTS, **{"max_new_tokens": 2, **options})
+
+
+def test_a_cache_that_holds_something_is_refused():
+    cache = PreallocatedCache(CacheShape.of(MODEL, 1), 40)
+    wanted = generate(MODEL, [PROMPTS[0]], max_new_tokens=5, cache=cache)
+    with pytest.raises(ValueError, match=r"the cache holds \[12\] tokens already; reset\(\) empties it"):
+        generate(MODEL, [PROMPTS[0]], max_new_tokens=5, cache=cache)
+    cache.reset()
+    assert generate(MODEL, [PROMPTS[0]], max_new_tokens=5, cache=cache) == wanted
+
+
+def test_more_tokens_than_the_memory_holds_are_refused_before_they_are_asked_for():
+    with pytest.raises(ValueError, match=r"a cache of 3 rows of 10000000000008 tokens takes [\d,.]+ GiB, cpu has"):
+        generate(MODEL, PROMPTS, max_new_tokens=10**13)
 
 
 def test_senseless_prompts_are_refused():

@@ -253,6 +253,16 @@ def test_translate_is_the_argmax_step_by_step_and_stops():
         assert set(row[stop:]) <= {2}
 
 
+def test_translate_puts_each_module_back_where_it_fails_too():
+    model = EncoderDecoder(config(**KINDS["paper"], dropout=0.5))
+    model.encoder.eval()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        model.translate(torch.full((1, 3), 99), start=1, end=2)
+    model.translate(torch.ones(1, 3, dtype=torch.int64), start=1, end=2, max_length=2)
+    assert [module.training for module in model.modules()] == before
+
+
 def test_translate_reads_no_padding_drops_nothing_and_leaves_the_mode():
     torch.manual_seed(5)
     model = EncoderDecoder(config(**KINDS["paper"], dropout=0.5))

@@ -14,6 +14,9 @@ replays it with one launch (:class:`StaticStep`); ``compile=True`` fuses its ker
 import math
 import numbers
 import operator
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 
 from tformer_lib import profiling
 from tformer_lib.kv_cache import CacheShape, KVCache, PreallocatedCache
+from tformer_lib.transformer import evaluating
 
 STEPS_BETWEEN_CHECKS = 32
 """On a GPU, whether all rows have stopped is asked only so often: asking waits for the device."""
@@ -55,27 +59,47 @@ class Sampling:
             value = getattr(self, name)
             if value is None and name in ("top_k", "top_p", "min_p"):
                 continue
-            check_number(name, value, kind)
-            if not holds(value):
+            number = check_number(name, value, kind)
+            if not holds(float32(number) if isinstance(number, float) else number):
                 raise ValueError(f"{name} must be {wanted}, got {value}")
-        if not isinstance(self.seed, (int, Sequence)) or isinstance(self.seed, str):
+            object.__setattr__(self, name, number)
+        if isinstance(self.seed, Sequence) and not isinstance(self.seed, str):
+            seed = tuple(check_number("each seed", seed, numbers.Integral) for seed in self.seed)
+        elif isinstance(self.seed, numbers.Integral):
+            seed = int(self.seed)
+        else:
             raise ValueError(f"seed must be a whole number, or one for each prompt, got {self.seed!r}")
+        object.__setattr__(self, "seed", seed)
 
 
 RANGES = (
-    ("temperature", numbers.Real, "at least 0", lambda x: x >= 0),
-    ("repetition_penalty", numbers.Real, "greater than 0 and finite", lambda x: 0 < x < math.inf),
+    ("temperature", numbers.Real, "at least 0 and finite in float32", lambda x: 0 <= x < math.inf),
+    ("repetition_penalty", numbers.Real, "greater than 0 and finite in float32", lambda x: 0 < x < math.inf),
     ("top_k", numbers.Integral, "at least 1", lambda x: x >= 1),
     ("top_p", numbers.Real, "in (0, 1]", lambda x: 0 < x <= 1),
     ("min_p", numbers.Real, "in [0, 1]", lambda x: 0 <= x <= 1),
 )
-"""What the fields of :class:`Sampling` may be."""
+"""What the fields of :class:`Sampling` may be, as float32, in which they meet the logits."""
 
 
-def check_number(name: str, value, kind: type) -> None:
-    """Refuse what is no number (``numbers.Real``), or no whole one (``numbers.Integral``)."""
+def check_number(name: str, value, kind: type) -> int | float:
+    """The value as an int (``numbers.Integral``) or as a float (``numbers.Real``), as which it will be used.
+
+    Raises:
+        ValueError: it is no number of that kind, or larger than a float can be.
+    """
+    whole = kind is numbers.Integral
     if isinstance(value, bool) or not isinstance(value, kind):
-        raise ValueError(f"{name} must be a {'whole ' if kind is numbers.Integral else ''}number, got {value!r}")
+        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}")
+    try:
+        return int(value) if whole else float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite in float32, got a number past what floats can say") from None
+
+
+def float32(number: float) -> float:
+    """The number as it is in float32: too large a one is infinite, too small a one is 0."""
+    return torch.tensor(number, dtype=torch.float32).item()
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -84,9 +108,15 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     Args:
         logits: (batch, vocab_size).
         seen: (batch, vocab_size) boolean, True for tokens of the prompt and of the text so far.
-        penalty: above 1 discourages, below 1 encourages.
+        penalty: above 1 discourages, below 1 encourages; as strong as it may be, finite logits stay finite.
+
+    Returns:
+        (batch, vocab_size), float64 for float64 and float32 for all others.
     """
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    most = torch.finfo(logits.dtype).max
+    changed = torch.where(logits > 0, logits / penalty, logits * penalty).clamp(-most, most)
+    return torch.where(seen, changed, logits)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -166,7 +196,7 @@ class Sampler:
         self.sampling, self.step = sampling, 0
         self.seen = seen_tokens(prompts, vocab_size).to(device) if sampling.repetition_penalty != 1 else None
         if sampling.temperature > 0:
-            streams = [Random(seed) for seed in row_seeds(sampling.seed, len(prompts))]
+            streams = [random_stream(seed) for seed in row_seeds(sampling.seed, len(prompts))]
             numbers = [[stream.random() for _ in range(steps)] for stream in streams]
             self.uniforms = torch.tensor(numbers, dtype=torch.float64).to(device)  # (batch, steps)
 
@@ -201,6 +231,11 @@ def row_seeds(seed: int | Sequence[int], batch: int) -> list[int]:
     return list(seed)
 
 
+def random_stream(seed: int) -> Random:
+    """The random numbers of one row: different ones for each seed, while ``Random`` knows a seed but for its sign."""
+    return Random(seed if seed >= 0 else str(seed))
+
+
 class StaticStep:
     """One decode step whose shapes and addresses never change, so that it can be recorded once and replayed.
 
@@ -209,7 +244,7 @@ class StaticStep:
     Elsewhere, or with ``capture=False``, the same step runs uncaptured.
 
     Args:
-        model: a ``Decoder`` in evaluation mode.
+        model: a ``Decoder``; a step runs in evaluation mode.
         cache: a cache with ``static_shapes`` (preallocated or ring), still empty: recording writes to it.
         compile: fuse the step's kernels with ``torch.compile`` first; its first call takes tens of seconds.
         capture: record a CUDA graph; by default where the cache is on a GPU.
@@ -229,7 +264,7 @@ class StaticStep:
             raise ValueError(f"a static step needs a preallocated or a ring cache, got {type(cache).__name__}")
         if any(cache.host_lengths):
             raise ValueError(f"a static step is recorded on an empty cache, this one holds {cache.host_lengths} tokens")
-        self.cache = cache
+        self.model, self.cache = model, cache
         self.tokens = torch.zeros(cache.shape.batch, 1, dtype=torch.int64, device=cache.lengths.device)
         self.forward = lambda tokens: model(tokens, cache=cache)[:, -1]
         if compile:
@@ -255,7 +290,7 @@ class StaticStep:
         return logits
 
     def _run(self, tokens: Tensor) -> Tensor:
-        with self.cache.static_shapes():
+        with evaluating(self.model), self.cache.static_shapes():
             return self.forward(tokens)
 
     @torch.no_grad()
@@ -280,13 +315,30 @@ def changing_shapes() -> Iterator[None]:
     """PyTorch's attention without cuDNN, which prepares a plan for every new shape, and here each step has one.
 
     On a GPU where PyTorch prefers cuDNN, preparing takes tens of milliseconds, each step's attention microseconds.
+    The switch is the whole process's: the first that enters turns it off, the last that leaves puts it back.
     """
-    preferred = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    with SWITCH.lock:
+        if SWITCH.inside == 0:
+            SWITCH.preferred = torch.backends.cuda.cudnn_sdp_enabled()
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        SWITCH.inside += 1
     try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(preferred)
+        with SWITCH.lock:
+            SWITCH.inside -= 1
+            if SWITCH.inside == 0:
+                torch.backends.cuda.enable_cudnn_sdp(SWITCH.preferred)
+
+
+class Switch:
+    """How many are inside :func:`changing_shapes`, and how the first of them found things."""
+
+    def __init__(self):
+        self.lock, self.inside, self.preferred = threading.Lock(), 0, True
+
+
+SWITCH = Switch()
 
 
 @torch.no_grad()
@@ -305,7 +357,7 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]], cache: KVCache, 
         (batch, vocab_size) the logits after each prompt's last token.
     """
     tokens, counts = pad(prompts, cache.lengths.device)
-    size = tokens.shape[1] if chunk is None else chunk
+    size = tokens.shape[1] if chunk is None else check_number("chunk", chunk, numbers.Integral)
     if size < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
     last: list[Tensor | None] = [None] * len(counts)
@@ -314,7 +366,8 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]], cache: KVCache, 
         here = [min(max(count - start, 0), part.shape[1]) for count in counts]
         if min(here) < part.shape[1]:
             cache.expect(here)
-        logits = model(part, cache=cache)  # (batch, up to size, vocab_size)
+        with evaluating(model):
+            logits = model(part, cache=cache)  # (batch, up to size, vocab_size)
         for row, count in enumerate(counts):
             if start < count <= start + size:
                 last[row] = logits[row, count - start - 1]
@@ -370,30 +423,58 @@ def decode(
     rules, prompts, stop_tokens = Sampling(**sampling), rows_of(prompts), stops_of(stop_tokens)
     check_lengths(model, prompts, max_new_tokens)
     check_vocabulary(prompts, model.config.vocab_size)
-    if cache is None:
-        longest = max(len(prompt) for prompt in prompts)
-        cache = PreallocatedCache(CacheShape.of(model, len(prompts)), longest + max_new_tokens)
-    if cache.shape.batch != len(prompts):
-        raise ValueError(f"the cache was made for {cache.shape.batch} rows, there are {len(prompts)} prompts")
-    device = cache.lengths.device
-    stops = torch.tensor(stop_tokens, dtype=torch.int64, device=device)
-    stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    sampler = Sampler(rules, prompts, max_new_tokens, model.config.vocab_size, device)
-    with evaluating(model):
+    with torch.inference_mode(False):  # what is made here is written to at every step, whatever mode that runs in
+        cache = cache_for(model, prompts, max_new_tokens) if cache is None else cache
+        check_cache(cache, len(prompts))
+        device = cache.lengths.device
+        stops = torch.tensor(stop_tokens, dtype=torch.int64, device=device)
+        stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        sampler = Sampler(rules, prompts, max_new_tokens, model.config.vocab_size, device)
         step = decode_step(model, cache, cuda_graph=cuda_graph, compile=compile)
-        with profiling.range("prefill"):
-            logits = prefill(model, prompts, cache, chunk=chunk)  # (batch, vocab_size)
-        for done in range(1, max_new_tokens + 1):
-            with profiling.range("sampling"):
-                tokens = sampler(logits)  # (batch,)
-            yield tokens
-            if stop_tokens:
-                stopped |= torch.isin(tokens, stops)
-                if done % check_every == 0 and stopped.all():
-                    return
-            if done < max_new_tokens:
-                with profiling.range("decode"):
-                    logits = step(tokens[:, None])
+    with profiling.range("prefill"):
+        logits = prefill(model, prompts, cache, chunk=chunk)  # (batch, vocab_size)
+    for done in range(1, max_new_tokens + 1):
+        with profiling.range("sampling"):
+            tokens = sampler(logits)  # (batch,)
+        yield tokens
+        if stop_tokens:
+            stopped |= torch.isin(tokens, stops)
+            if done % check_every == 0 and stopped.all():
+                return
+        if done < max_new_tokens:
+            with profiling.range("decode"):
+                logits = step(tokens[:, None])
+
+
+def cache_for(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> KVCache:
+    """A preallocated cache of the right size; refuses one that the device has no memory for, before asking for it."""
+    shape, capacity = CacheShape.of(model, len(prompts)), max(map(len, prompts)) + max_new_tokens
+    what = f"a cache of {len(prompts)} rows of {capacity} tokens"
+    check_memory(what, shape.bytes_per_token * len(prompts) * capacity, shape.device)
+    return PreallocatedCache(shape, capacity)
+
+
+def check_memory(what: str, needed: int, device: torch.device | str) -> None:
+    """Refuse what takes more bytes than the device has at all: on a CPU it would be promised, and the process killed.
+
+    Raises:
+        ValueError: the message names both.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[1]
+    else:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize
+    if needed > there:
+        raise ValueError(f"{what} takes {needed / 2**30:,.1f} GiB, {device} has {there / 2**30:,.1f} GiB")
+
+
+def check_cache(cache: KVCache, rows: int) -> None:
+    """Refuse a cache for another number of rows, and one that holds something: it would be read on, as if asked for."""
+    if cache.shape.batch != rows:
+        raise ValueError(f"the cache was made for {cache.shape.batch} rows, there are {rows} prompts")
+    if any(cache.host_lengths):
+        raise ValueError(f"the cache holds {cache.host_lengths} tokens already; reset() empties it")
 
 
 def decode_step(
@@ -408,7 +489,12 @@ def decode_step(
         raise ValueError(f"cuda_graph needs a model on a GPU, this one is on {cache.lengths.device}")
     if cuda_graph or compile:
         return StaticStep(model, cache, compile=compile, capture=cuda_graph)
-    return changing_shapes()(lambda tokens: model(tokens, cache=cache)[:, -1])
+
+    def step(tokens: Tensor) -> Tensor:
+        with evaluating(model), changing_shapes():
+            return model(tokens, cache=cache)[:, -1]
+
+    return step
 
 
 def generate(
@@ -441,9 +527,10 @@ def generate(
 
     Raises:
         ValueError: a prompt is empty or holds a token that the model does not know, a rule is out of its range, or the
-            cache was made for other rows, is full, or (before any work) the model's learned positions do not suffice.
+            cache was made for other rows, holds something, is full, or (before any work) the model's learned positions
+            or the device's memory do not suffice.
     """
-    device = next(model.parameters()).device
+    device, stop_tokens = next(model.parameters()).device, stops_of(stop_tokens)
     steps = decode(
         model,
         prompts,
@@ -457,13 +544,15 @@ def generate(
         **sampling,
     )
     tokens = torch.stack(list(steps), dim=1)  # (batch, steps)
-    return [cut(row, stops_of(stop_tokens)) for row in tokens.tolist()]
+    return [cut(row, stop_tokens) for row in tokens.tolist()]
 
 
-def stream(model: nn.Module, prompts: Sequence[Sequence[int]], **options) -> Iterator[list[int | None]]:
+def stream(
+    model: nn.Module, prompts: Sequence[Sequence[int]], *, stop_tokens: Sequence[int] = (), **options
+) -> Iterator[list[int | None]]:
     """Like :func:`generate`, but yields after each step the new token of every row, None for rows that have stopped."""
-    live, stops = None, stops_of(options.get("stop_tokens", ()))
-    for tokens in decode(model, prompts, **options):
+    live, stops = None, stops_of(stop_tokens)
+    for tokens in decode(model, prompts, stop_tokens=stops, **options):
         row_tokens = tokens.tolist()
         live = [True] * len(row_tokens) if live is None else live
         yield [token if alive else None for token, alive in zip(row_tokens, live, strict=True)]
@@ -525,14 +614,3 @@ def stops_of(stop_tokens: Sequence[int]) -> list[int]:
         ]
     except TypeError:
         raise ValueError(f"stop_tokens must be a list of tokens, got {stop_tokens!r}") from None
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode (no dropout), and afterwards in the mode it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -10,11 +10,14 @@ Zhang and Sennrich 2019, "Root Mean Square Layer Normalization" (arXiv:1910.0746
 """
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -463,18 +466,57 @@ class EncoderDecoder(nn.Module):
         Returns:
             (batch, at most max_length) int64, without the start token.
         """
-        was_training = self.training
-        self.eval()
-        memory = self.encode(source, source_lengths)
-        target = torch.full((source.shape[0], 1), start, device=source.device)
-        for _ in range(self.config.max_length - 1 if max_length is None else max_length):
-            logits = self.decode(target, memory, source_lengths=source_lengths)[:, -1]  # (batch, vocab_size)
-            step = logits.argmax(-1, keepdim=True).masked_fill(target[:, -1:] == end, end)  # (batch, 1)
-            target = torch.cat([target, step], dim=1)
-            if (step == end).all():
-                break
-        self.train(was_training)
+        with evaluating(self):
+            memory = self.encode(source, source_lengths)
+            target = torch.full((source.shape[0], 1), start, device=source.device)
+            for _ in range(self.config.max_length - 1 if max_length is None else max_length):
+                logits = self.decode(target, memory, source_lengths=source_lengths)[:, -1]  # (batch, vocab_size)
+                step = logits.argmax(-1, keepdim=True).masked_fill(target[:, -1:] == end, end)  # (batch, 1)
+                target = torch.cat([target, step], dim=1)
+                if (step == end).all():
+                    break
         return target[:, 1:]
+
+
+class Evaluation:
+    """Which modules of a model to put back into training mode, once the last that evaluates it has left."""
+
+    def __init__(self):
+        self.inside, self.training = 0, []
+
+
+EVALUATIONS: WeakKeyDictionary[nn.Module, Evaluation] = WeakKeyDictionary()
+"""The models that are being evaluated."""
+
+EVALUATIONS_LOCK = threading.Lock()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode (no dropout), and afterwards each of its modules in the mode that it was in.
+
+    Whoever evaluates a model while somebody else does, in another thread or in a loop that has not ended, keeps it in
+    evaluation mode until both have left. Modes are the model's: nobody can train it in the meantime.
+
+    Args:
+        model: any module.
+    """
+    with EVALUATIONS_LOCK:
+        evaluation = EVALUATIONS.setdefault(model, Evaluation())
+        modules = [module for module in model.modules() if module.training]
+        evaluation.training += modules
+        evaluation.inside += 1
+        for module in modules:
+            module.training = False
+    try:
+        yield
+    finally:
+        with EVALUATIONS_LOCK:
+            evaluation.inside -= 1
+            if not evaluation.inside:
+                for module in evaluation.training:
+                    module.training = True
+                evaluation.training.clear()
 
 
 def label_smoothed_loss(logits: Tensor, targets: Tensor, *, smoothing: float = 0.1, ignore_index: int = -100) -> Tensor:
