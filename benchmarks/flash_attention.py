@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.harness import Report, Timing, copies_past_cache, matmul_rate, measure, profiled
 from tformer_lib import flash_attention as flash
 from tformer_lib import jit
+from tformer_lib.flash_attention import kernels
 
 TOKENS, WIDTH = 16384, 2048  # tokens of a batch, and heads x head_dim
 SHAPES = [(d, length, causal) for d in (64, 128) for length in (4096, 16384) for causal in (False, True)]
@@ -173,23 +174,17 @@ def time_float32(report: Report) -> None:
 @contextmanager
 def edited(file: str, edits: list[tuple[str, str]]) -> Iterator[None]:
     """Load kernels from a copy in which ``file`` has each text replaced by another."""
-    original = jit.kernels_folder()
     with tempfile.TemporaryDirectory() as folder:
-        copytree(original, folder, dirs_exist_ok=True)
-        path = Path(folder) / flash.TOPIC / file
+        copytree(jit.kernels_folder(), folder, dirs_exist_ok=True)
+        path = Path(folder) / flash.LADDER.topic / file
         text = path.read_text()
         for old, new in edits:
             if old not in text:
                 raise ValueError(f"{file} no longer holds {old!r}")
             text = text.replace(old, new)
         path.write_text(text)
-        jit.kernels_folder, keep = (lambda: Path(folder)), jit.kernels_folder
-        flash.kernel.cache_clear()
-        try:
+        with jit.kernels_from(folder):
             yield
-        finally:
-            jit.kernels_folder = keep
-            flash.kernel.cache_clear()
 
 
 def time_ablations(report: Report, limit: float) -> None:
@@ -236,7 +231,8 @@ def load_twice() -> dict[str, float]:
     Meant to run beside the measurements: device events do not feel a compiler on the host.
     """
     code = "import time, torch; from tformer_lib import jit; torch.cuda.init()\n"
-    code += f"for step in {BUILDS}: t = time.time(); jit.load('{flash.TOPIC}', step); print(round(time.time() - t, 3))"
+    code += f"for step in {BUILDS}:\n    t = time.time()\n    jit.load('flash_attention', step)\n"
+    code += "    print(round(time.time() - t, 3))"
     facts = {}
     with tempfile.TemporaryDirectory() as folder:
         environ = os.environ | {"TORCH_EXTENSIONS_DIR": folder}
@@ -292,8 +288,8 @@ def run_once() -> None:
         for step in steps:
             out, lse = flash.flash_attention(q, k, v, step=step, return_lse=True)
             gradients = flash.GRADIENTS[str(step)][0]
-            options = (None, None, (length, length), False, 0, 128**-0.5, False)
-            flash.run_backward(gradients, dout, None, q, k, v, out, lse, *options)  # autograd's thread has no range
+            given = (dout, None, q, k, v, out, lse, flash.Options(128**-0.5), None)
+            kernels.run_backward(gradients, *given)  # autograd's thread has no range
         if dtype == torch.bfloat16:
             peer(SDPBackend.CUDNN_ATTENTION, False)(q, k, v)
 
@@ -312,7 +308,7 @@ def run_cpu(report: Report) -> None:
     limit = matmul_rate("cpu", torch.float32)
     report.note(matmul_float32_tflops=limit / 1e12)
     start = time.perf_counter()
-    jit.load(flash.TOPIC, "cpu")
+    jit.load(flash.LADDER.topic, "cpu")
     report.note(load_seconds=time.perf_counter() - start)
     contestants = {"naive": naive, "sdpa": F.scaled_dot_product_attention, "C++ twin": own("cpu", False)}
     for name, times in take_turns(contestants, tuple(torch.randn(1, 8, 4096, 64) for _ in range(3))).items():

@@ -29,6 +29,7 @@ import torch
 from benchmarks.flash_attention import edited
 from benchmarks.harness import RESULTS, command, device_name, environment
 from tformer_lib import flash_attention as flash
+from tformer_lib.flash_attention import kernels, reference
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 FOUND = 9  # exit status of compute-sanitizer where the tool found something
@@ -79,22 +80,21 @@ def run_flash_backward(name: str) -> None:
     for d, (T, S), deterministic, packed in itertools.product(
         GRADIENT_WIDTHS[name], ((70, 203), (203, 70)), orders, (False, True)
     ):
-        (T, S), cu_seqlens = ((203, 203), (starts, starts)) if packed else ((T, S), None)
+        (T, S), packing = ((203, 203), flash.Packing(starts, starts, 133, 133)) if packed else ((T, S), None)
         q, k, v, out, dout = (from_cpu(1, h, n, d, dtype=dtype) for h, n in ((2, T), (1, S), (1, S), (2, T), (2, T)))
-        lse, longest = torch.zeros(1, 2, T).cuda(), (133, 133) if packed else (T, S)
-        flash.run_backward(
-            name, dout, None, q, k, v, out, lse, None, cu_seqlens, longest, True, 0, d**-0.5, deterministic
-        )
+        lse = torch.zeros(1, 2, T).cuda()
+        options = flash.Options(d**-0.5, causal=True, deterministic=deterministic)
+        kernels.run_backward(name, dout, None, q, k, v, out, lse, options, packing)
     torch.cuda.synchronize()
 
 
 def write_past_lse() -> None:
     """Step 1 with an lse of half the elements: memcheck must find the writes past its end."""
     q, k, v = (from_cpu(1, 1, 2048, 64, dtype=torch.float32) for _ in range(3))
-    out, lse = flash.empty_outputs(q)
-    arguments = flash.describe(q, k, v)
-    arguments.out, arguments.lse = flash.matrix(out), lse[..., :1024].clone().data_ptr()
-    flash.launch("1", "forward", arguments, q.device)
+    out, lse = reference.empty_outputs(q)
+    arguments = kernels.describe(q, k, v, flash.Options(1.0))
+    arguments.out, arguments.lse = kernels.matrix(out), lse[..., :1024].clone().data_ptr()
+    flash.LADDER.launch("1", "forward", arguments, q.device)
     torch.cuda.synchronize()
 
 

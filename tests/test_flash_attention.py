@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,9 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tformer_lib import flash_attention as flash_module
 from tformer_lib import jit, masks
-from tformer_lib.flash_attention import flash_attention, flash_attention_varlen
+from tformer_lib.flash_attention import GRADIENTS, flash_attention, flash_attention_varlen
 
 HAS_CPU_TWIN = jit.can_build_cpp()
 HAS_GPU = torch.cuda.is_available()
@@ -320,7 +320,7 @@ def test_any_small_shape(step, T, S, d, ratio, causal, window):
 
 
 def test_every_step_and_its_gradients_have_a_source():
-    names = {"1", "2", "3", "4", "cpu", *(name for names in flash_module.GRADIENTS.values() for name in names)} - {"0"}
+    names = {"1", "2", "3", "4", "cpu", *(name for names in GRADIENTS.values() for name in names)} - {"0"}
     assert all(jit.find_source("flash_attention", name).stem.split("_")[0] == name.split("_")[0] for name in names)
 
 
@@ -431,14 +431,20 @@ def test_a_step_refuses_what_it_cannot_do():
         flash_attention(*inputs((1, 1, 1, 2, 2, 264), torch.float32, "cpu"), step="cpu")
 
 
-def test_a_machine_without_a_compiler_is_told_that_it_runs_step_0(monkeypatch):
-    monkeypatch.setattr(flash_module, "has_cpu_twin", lambda: False)
-    q, k, v = inputs((1, 2, 2, 5, 6, 8), torch.float32, "cpu")
-    with pytest.warns(UserWarning, match=r"runs step 0, plain PyTorch, which is slow: no C\+\+ compiler"):
-        out = flash_attention(q, k, v)
-    torch.testing.assert_close(out, flash_attention(q, k, v, step=0), rtol=0, atol=0)
-    with pytest.raises(ValueError, match=r"step cpu cannot do this: no C\+\+ compiler"):
-        flash_attention(q, k, v, step="cpu")
+def test_a_machine_without_a_compiler_is_told_that_it_runs_step_0(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(jit, "compiler", lambda: None)
+    q, k, v = inputs((1, 2, 2, 5, 6, 8), torch.float32, "cpu", grad=True)
+    copy = tmp_path / "kernels"
+    shutil.copytree(jit.kernels_folder(), copy)
+    with jit.kernels_from(copy):  # other functions than those that this process has loaded
+        with pytest.warns(UserWarning, match=r"runs step 0, plain PyTorch, which is slow: .* needs a C\+\+ compiler"):
+            out = flash_attention(q, k, v)
+        assert torch.equal(out, flash_attention(q, k, v, step=0))
+        with pytest.warns(UserWarning, match="runs step 0"):
+            out.sum().backward()
+        with pytest.raises(jit.BuildError, match=r"needs a C\+\+ compiler: install g\+\+"):
+            flash_attention(q, k, v, step="cpu")
 
 
 @needs_gpu

@@ -114,7 +114,7 @@ class Ladder:
                 break
         else:
             name = names[-1]
-        if unbuilt or (name == "0" and device.type == "cuda"):
+        if unbuilt or (reasons and name == "0" and device.type == "cuda"):
             why = "; ".join(dict.fromkeys(unbuilt + reasons))
             what = "step 0, plain PyTorch, which is slow" if name == "0" else f"step {name}, which is not the fastest"
             warnings.warn(f"{self.topic.replace('_', ' ')} runs {what}: {why}", stacklevel=3)

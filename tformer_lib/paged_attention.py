@@ -52,7 +52,7 @@ from torch import Tensor
 from tformer_lib import jit
 from tformer_lib.attention import attend, attend_sdpa, gather, masked_softmax, scaled_scores
 from tformer_lib.contract import check_heads
-from tformer_lib.flash_attention import NO_TOOLS, flash_attention
+from tformer_lib.flash_attention import flash_attention
 from tformer_lib.kv_cache import CacheShape, KVCache, LayerCache, Pass
 from tformer_lib.rope import rotate
 
@@ -926,6 +926,7 @@ def running_sum(counts: Sequence[int]) -> list[int]:
 # --- which step ----------------------------------------------------------------------------------------------------
 
 TOPIC = "paged_attention"
+NO_TOOLS = "no C++ compiler and ninja to build it with: install g++ and `pip install ninja`"
 PREFILL_STEPS = ("prefill_hopper", "prefill_tensor_core")  # the better first
 STEPS = ("0", "cpu", "1", "2", "prefill", *PREFILL_STEPS)
 HALVES = (torch.bfloat16, torch.float16)

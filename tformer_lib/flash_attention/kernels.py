@@ -1,0 +1,218 @@
+"""The kernels: which step can do what is asked, whose gradients belong to it, and what a launch is given."""
+
+import ctypes
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tformer_lib.flash_attention.options import Options, Packing
+from tformer_lib.flash_attention.reference import empty_outputs
+from tformer_lib.ladder import (
+    DTYPE_CODES,
+    HALVES,
+    Ladder,
+    loadable,
+    refusal_of_dtype,
+    refusal_of_hopper,
+    refusal_of_place,
+    refusal_of_tensor_cores,
+)
+
+MOST_HEAD_DIM = 256
+LADDER = Ladder(
+    "flash_attention", ("0", "cpu", "1", "2", "3", "4"), {"cpu": ("cpu", "0"), "cuda": ("4", "3", "2", "0")}
+)
+# The gradients take the instructions of the step that was asked for, or the best that the device has.
+GRADIENTS = {
+    "0": ("0",),
+    "cpu": ("cpu", "0"),
+    "1": ("backward_tiled", "0"),
+    "2": ("backward_tiled", "0"),
+    "3": ("backward_tensor_core", "0"),
+    "4": ("backward", "backward_tensor_core", "backward_tiled", "0"),
+}
+
+
+# --- which step ----------------------------------------------------------------------------------------------------
+
+
+def refusal(step: str, q: Tensor, mask: Tensor | None) -> str | None:
+    """Why ``step`` cannot do this, or None if it can."""
+    if step == "0":
+        return None
+    if reason := refusal_of_place(step, q):
+        return reason
+    if mask is not None:
+        return "kernels know the masks causal and window alone; step 0 takes any"
+    if q.shape[-1] > MOST_HEAD_DIM:
+        return f"head_dim must be at most {MOST_HEAD_DIM}, got {q.shape[-1]}"
+    if step == "cpu":
+        return refusal_of_dtype(q)
+    if step in ("1", "2", "backward_tiled"):
+        return refusal_of_dtype(q, (torch.float32,))
+    return refusal_of_16_bits(step, q)
+
+
+def refusal_of_16_bits(step: str, q: Tensor) -> str | None:
+    """Why a tensor-core step cannot do this."""
+    if reason := refusal_of_tensor_cores(q.dtype, q.device):
+        return reason
+    if q.shape[-1] % 8:
+        return f"16-byte loads need a head_dim that is a multiple of 8, got {q.shape[-1]}"
+    if step in ("4", "backward") and (reason := refusal_of_hopper(q.device)):
+        return reason
+    if step == "backward" and q.shape[-1] > 128:
+        return f"a head_dim over 128 does not fit the registers of backward.cu, got {q.shape[-1]}"
+    return None
+
+
+# --- the structs ---------------------------------------------------------------------------------------------------
+
+
+class Matrix(ctypes.Structure):
+    """``flash::Matrix`` of kernels/flash_attention/arguments.h."""
+
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "row"))]
+
+
+class Arguments(ctypes.Structure):
+    """``flash::Arguments`` of kernels/flash_attention/arguments.h, in the same order."""
+
+    _fields_ = [
+        *((name, Matrix) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("lse", "dlse", "delta", "dq_sum", "turn", "cu_seqlens_q", "cu_seqlens_k")
+        ),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("lse_batch", "lse_head", "batch", "heads", "kv_heads", "queries", "keys")
+        ),
+        *((name, ctypes.c_int64) for name in ("total_q", "total_k", "head_dim", "window")),
+        ("scale", ctypes.c_float),
+        ("causal", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+class Resources(ctypes.Structure):
+    """``flash::Resources``: what a launch of a CUDA step uses."""
+
+    _fields_ = [
+        (name, ctypes.c_int32)
+        for name in ("threads", "registers", "spilled_bytes", "shared_bytes", "blocks_per_multiprocessor")
+    ]
+
+
+def resources(step: int | str, q: Tensor, k: Tensor, *, causal: bool = False) -> dict[str, int]:
+    """Threads, registers, spilled bytes, shared memory and resident blocks of a CUDA step's launch on such tensors."""
+    found = Resources()
+    LADDER.kernel(str(step), "resources", q.device).ask(describe(q, k, k, Options(1.0, causal)), found)
+    return {name: getattr(found, name) for name, _ in Resources._fields_}
+
+
+def matrix(x: Tensor) -> Matrix:
+    """A (batch, heads, rows, columns) tensor as a kernel sees it."""
+    return Matrix(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+
+
+def describe(q: Tensor, k: Tensor, v: Tensor, options: Options, packing: Packing | None = None) -> Arguments:
+    """The arguments that every kernel needs; the caller adds the outputs."""
+    arguments = Arguments(q=matrix(q), k=matrix(k), v=matrix(v), scale=options.scale)
+    arguments.causal, arguments.window = options.causal, options.window
+    arguments.batch, arguments.heads, arguments.total_q, arguments.head_dim = q.shape
+    arguments.kv_heads, arguments.total_k = k.shape[1], k.shape[2]
+    arguments.queries, arguments.keys = q.shape[2], k.shape[2]
+    arguments.dtype = DTYPE_CODES[q.dtype]
+    arguments.lse_batch, arguments.lse_head = q.shape[1] * q.shape[2], q.shape[2]
+    if packing is not None:
+        arguments.cu_seqlens_q, arguments.cu_seqlens_k = (
+            packing.cu_seqlens_q.data_ptr(),
+            packing.cu_seqlens_k.data_ptr(),
+        )
+        arguments.queries, arguments.keys = packing.max_seqlen_q, packing.max_seqlen_k
+        arguments.batch = packing.cu_seqlens_q.shape[0] - 1
+    return arguments
+
+
+# --- running them --------------------------------------------------------------------------------------------------
+
+
+def run_forward(
+    step: str, q: Tensor, k: Tensor, v: Tensor, options: Options, packing: Packing | None
+) -> tuple[Tensor, Tensor]:
+    """Run a kernel on (batch, heads, T, d) or packed (1, heads, total, d) tensors: out and lse."""
+    out, lse = empty_outputs(q)
+    if q.numel() == 0 or k.numel() == 0:
+        return out.zero_(), lse.fill_(-math.inf)
+    if q.is_cuda:
+        q, options, _ = positive_scale(q, options)
+    q, k, v = map(readable, (q, k, v))
+    arguments = describe(q, k, v, options, packing)
+    arguments.out, arguments.lse = matrix(out), lse.data_ptr()
+    LADDER.launch(step, "forward", arguments, q.device)
+    return out, lse
+
+
+def run_backward(
+    step: str,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    packing: Packing | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v by a kernel of GRADIENTS."""
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    sign = 1.0
+    if q.is_cuda:
+        q, options, sign = positive_scale(q, options)
+    q, k, v, out, dout = map(readable, (q, k, v, out, dout))
+    arguments = describe(q, k, v, options, packing)
+    delta = torch.empty_like(lse)
+    dlse = None if dlse is None else dlse.contiguous()
+    arguments.out, arguments.dout = matrix(out), matrix(dout)
+    arguments.dq, arguments.dk, arguments.dv = matrix(dq), matrix(dk), matrix(dv)
+    arguments.lse, arguments.delta = lse.data_ptr(), delta.data_ptr()
+    arguments.dlse = None if dlse is None else dlse.data_ptr()
+    scratch = bring_scratch(step, arguments, q, options.deterministic) if q.is_cuda else None  # alive until the launch
+    LADDER.launch(step, "backward", arguments, q.device)
+    del scratch
+    return dq if sign == 1.0 else dq * sign, dk, dv
+
+
+def readable(x: Tensor) -> Tensor:
+    """``x`` itself where the kernels of its device and dtype can read it by its strides, else a copy."""
+    return loadable(x, aligned=x.is_cuda and x.dtype in HALVES)
+
+
+def positive_scale(q: Tensor, options: Options) -> tuple[Tensor, Options, float]:
+    """The same scores by a positive scale, and the sign that moved into a copy of q (0 where the scale is 0).
+
+    The CUDA steps take the maximum of the scores before they scale them, which a negative scale would turn over.
+    """
+    scale = options.scale
+    if scale > 0:
+        return q, options, 1.0
+    sign = math.copysign(1.0, scale) if scale else 0.0
+    return q * sign, replace(options, scale=abs(scale) or 1.0), sign
+
+
+def bring_scratch(step: str, arguments: Arguments, q: Tensor, deterministic: bool) -> tuple[Tensor, ...]:
+    """Allocate what the gradients need between their kernels, in the sizes that they name."""
+    sizes = (ctypes.c_int64 * 3)()
+    LADDER.kernel(step, "scratch", q.device).ask(arguments, sizes)
+    delta = q.new_empty(sizes[0], dtype=torch.float32)
+    dq_sum = q.new_zeros(sizes[1], dtype=torch.float32)
+    turn = q.new_zeros(sizes[2], dtype=torch.int32) if deterministic else None
+    arguments.delta, arguments.dq_sum = delta.data_ptr(), dq_sum.data_ptr()
+    arguments.turn = None if turn is None else turn.data_ptr()
+    return delta, dq_sum, turn

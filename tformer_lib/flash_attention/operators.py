@@ -1,0 +1,160 @@
+"""The operators behind the public door: torch.compile, autograd and the profiler see these."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from tformer_lib import profiling
+from tformer_lib.flash_attention import kernels, reference
+from tformer_lib.flash_attention.kernels import GRADIENTS, LADDER, refusal
+from tformer_lib.flash_attention.options import Options, Packing
+from tformer_lib.ladder import AUTO
+
+
+@torch.library.custom_op("tformer_lab::flash_attention", mutates_args=())
+def flash_attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    window: int,
+    scale: float,
+    step: str,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """The operator behind both public functions; it sees one batch row where sequences are packed."""
+    options = Options(scale, causal, window, deterministic)
+    packing = pack(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if packing is not None and q.device.type == "cpu":
+        check_packing("q", cu_seqlens_q, q.shape[2], max_seqlen_q)
+        check_packing("k", cu_seqlens_k, k.shape[2], max_seqlen_k)
+    chosen = LADDER.choose(step, q.device, lambda name: refusal(name, q, mask))
+    if chosen != "0":
+        return kernels.run_forward(chosen, q, k, v, options, packing)
+    if packing is None:
+        return reference.tiled_forward(q, k, v, options, mask)
+    return reference.packed_forward(q, k, v, options, packing)
+
+
+def pack(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, *longest: int) -> Packing | None:
+    """Where packed sequences lie; None where they are not packed."""
+    if cu_seqlens_q is None:
+        return None
+    return Packing(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), *longest)
+
+
+@flash_attention_op.register_fake
+def flash_attention_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """The shapes, dtypes and strides of what the operator returns."""
+    return reference.empty_outputs(q)
+
+
+@torch.library.custom_op("tformer_lab::flash_attention_backward", mutates_args=())
+def flash_attention_backward_op(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    window: int,
+    scale: float,
+    step: str,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v."""
+    options = Options(scale, causal, window, deterministic)
+    packing = pack(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    chosen = choose_backward(step, q, mask)
+    given = (dout, dlse, q, k, v, out, lse, options)
+    if chosen != "0":
+        return kernels.run_backward(chosen, *given, packing)
+    return reference.tiled_backward(*given, mask) if packing is None else reference.packed_backward(*given, packing)
+
+
+@flash_attention_backward_op.register_fake
+def flash_attention_backward_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The shapes and dtypes of the gradients."""
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def choose_backward(step: str, q: Tensor, mask: Tensor | None) -> str:
+    """Whose gradients: those that belong to the step that was asked for, or to the fastest of the device."""
+    names = GRADIENTS[LADDER.fastest.get(q.device.type, ("0",))[0] if step == AUTO else step]
+    return LADDER.first(names, q.device, lambda name: refusal(name, q, mask))
+
+
+def check_packing(name: str, cu_seqlens: Tensor, total: int, most: int) -> None:
+    """Refuse numbers that would send a kernel past the ends of its tensors. Reads them: for a CPU alone.
+
+    Args:
+        name: "q" or "k".
+        cu_seqlens: (batch + 1,) int32.
+        total: tokens that are packed.
+        most: what the caller says is the longest sequence.
+    """
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0 or starts[-1] != total:
+        raise ValueError(f"cu_seqlens_{name} must go from 0 to {total}, got {starts[0]} to {starts[-1]}")
+    lengths = [stop - start for start, stop in pairwise(starts)]
+    if min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seqlens_{name} must not fall, got {starts}")
+    if max(lengths, default=0) > most:
+        raise ValueError(f"max_seqlen_{name} is {most}, the longest sequence has {max(lengths)} tokens")
+
+
+def save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    """Keep what the gradients need: the inputs, out and lse; nothing of size T x S."""
+    q, k, v, mask, cu_seqlens_q, cu_seqlens_k, *options = inputs
+    ctx.save_for_backward(q, k, v, *output, mask, cu_seqlens_q, cu_seqlens_k)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+
+
+def backward(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+    """The gradients of the operator's inputs; lse has one too, where it was used."""
+    q, k, v, out, lse, mask, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    dq, dk, dv = torch.ops.tformer_lab.flash_attention_backward(
+        dout, dlse, q, k, v, out, lse, mask, cu_seqlens_q, cu_seqlens_k, *ctx.options
+    )
+    return dq, dk, dv, *(None for _ in range(3 + len(ctx.options)))
+
+
+def flops(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, products: int) -> int:
+    """FLOPs of so many products of (T, head_dim) by (head_dim, S), causal or not, of each head and sequence."""
+    batch, heads, T, head_dim = q.shape
+    pairs = batch * T * k.shape[2]
+    if cu_seqlens_q is not None:
+        pairs = int((cu_seqlens_q.diff().long() * cu_seqlens_k.diff()).sum())
+    return 2 * products * heads * head_dim * pairs
+
+
+def forward_flops(q, k, v, mask, cu_seqlens_q, cu_seqlens_k, *_, out_val=None) -> int:
+    """For ``profiling.count``: S = Q K^T and O = P V."""
+    return flops(q, k, cu_seqlens_q, cu_seqlens_k, 2)
+
+
+def backward_flops(dout, dlse, q, k, v, out, lse, mask, cu_seqlens_q, cu_seqlens_k, *_, out_val=None) -> int:
+    """For ``profiling.count``: S again, dP, dV, dQ and dK."""
+    return flops(q, k, cu_seqlens_q, cu_seqlens_k, 5)
+
+
+flash_attention_op.register_autograd(backward, setup_context=save_for_backward)
+profiling.PRODUCTS[torch.ops.tformer_lab.flash_attention] = forward_flops
+profiling.PRODUCTS[torch.ops.tformer_lab.flash_attention_backward] = backward_flops
