@@ -1,4 +1,4 @@
-"""When two drawings are the same picture: what ``notebooks/conftest.py`` lets nbval ask of SVG figures.
+"""When two drawings are the same picture: what ``conftest.py`` lets nbval ask of SVG figures.
 
 Processors differ in the last bits of an exponential, and so a curve's point in the sixth digit. That is no difference
 to a reader. Everything but numbers must agree to the letter, and no number may move by more than ``TOLERANCE``.

@@ -8,7 +8,7 @@ from sphinx.application import Sphinx
 def mend(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
     """Mend one page before it is written."""
     context["script_files"] = [s for s in context.get("script_files", []) if not is_thebe(s)]
-    context["body"] = mark_tables(mend_citations(context.get("body", "")))
+    context["body"] = link_drawings(mark_tables(mend_citations(context.get("body", ""))))
 
 
 def is_thebe(script) -> bool:
@@ -34,6 +34,12 @@ def mark_tables(body: str) -> str:
         return f"{found[1]}{' tf-table' if len(columns) >= 3 else ''}{found[2]}{found[3]}</pre>"
 
     return re.sub(r'(<div class="output stream[^"]*)("[^>]*>.*?<pre>)(.*?)</pre>', mark, body, flags=re.DOTALL)
+
+
+def link_drawings(body: str) -> str:
+    """Make each SVG of a cell a link to the drawing alone, as MyST-NB does with a PNG: there a phone can zoom in."""
+    drawing = re.compile(r'(?<!">)<img (?=[^>]*src="([^"]+_images/[^"]+\.svg)")[^>]*/>')
+    return drawing.sub(lambda img: f'<a class="reference internal image-reference" href="{img[1]}">{img[0]}</a>', body)
 
 
 def setup(app: Sphinx) -> dict:

@@ -10,6 +10,7 @@ This is the only package of the library that imports matplotlib, ipywidgets or I
 
 from tformer_lib.teaching.display import results, show_source
 from tformer_lib.teaching.exercises import progress
+from tformer_lib.teaching.running import SENTENCE, STORY, model_map
 from tformer_lib.teaching.style import measured, setup, show
 
-__all__ = ["measured", "progress", "results", "setup", "show", "show_source"]
+__all__ = ["SENTENCE", "STORY", "measured", "model_map", "progress", "results", "setup", "show", "show_source"]

@@ -4,8 +4,9 @@ The colours are Okabe and Ito's (2008), which readers with the common forms of c
 figure has several lines, :func:`lines` changes the dash and the marker with the colour, so that it reads in black and
 white too. Figures have a white background of their own; the book lays them on a card in the dark theme.
 
-Figures are SVG by default, and the same bytes on every run, so that the tests compare them. A figure of times or of
-float32 numerics differs from machine to machine: draw it inside :func:`measured`, which gives PNG, and is not compared.
+Figures are SVG by default, and the same bytes on every run, so that the tests compare them. A PNG goes beside each SVG,
+because JupyterLab draws no SVG of a notebook that it does not trust. A figure of times or of float32 numerics differs
+from machine to machine: draw it inside :func:`measured`, which gives PNG alone, and is not compared.
 """
 
 import random
@@ -101,13 +102,17 @@ def apply_style() -> None:
 
 
 def use_format(name: str) -> None:
-    """Ask the notebook for figures as ``"svg"`` or ``"retina"`` (PNG at twice the size); nothing outside a notebook."""
+    """Ask the notebook for figures as ``"svg"`` (with a PNG beside it) or ``"retina"`` (PNG at twice the size).
+
+    Outside a notebook this does nothing.
+    """
     if not in_notebook():
         return
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
+    formats = ("svg", "png") if name == "svg" else (name,)
     facts = {"Date": None, "Creator": None} if name == "svg" else {"Software": None}
-    set_matplotlib_formats(name, metadata=facts, bbox_inches="tight")
+    set_matplotlib_formats(*formats, metadata=facts, bbox_inches="tight")
 
 
 def in_notebook() -> bool:
