@@ -216,6 +216,36 @@ def test_a_stepper_keeps_the_keyboard_at_its_ends(browser, address):
     assert browser.evaluate("document.activeElement.textContent") == "Next"
 
 
+LOOKUP = """
+(async (values, story, log) => {
+  const [query, temperature] = document.querySelectorAll('.tf-widget input[type=range]');
+  const [stories, kinds] = document.querySelectorAll('.tf-widget select');
+  for (const [control, value] of [[temperature, log], [stories, story], [kinds, values]]) {
+    control.value = value;
+    control.dispatchEvent(new Event(control.tagName === 'SELECT' ? 'change' : 'input'));
+  }
+  return document.querySelector('.tf-readout').textContent;
+})
+"""
+"""Set the controls of the lookup of chapter 2; what its readout then says."""
+
+
+@pytest.mark.parametrize(
+    ("values", "story", "log", "says"),
+    [
+        ("v", 0, 0, "“Lily” 0.85 and “I” 0.12. Output: (0.85, 0.00)"),
+        ("v", 1, 0, "“Ben” 0.85 and “I” 0.12. Output: (0.00, 0.85)"),
+        ("k", 1, 0, "Output: (0.91, 0.00)"),
+        ("v", 0, 2, "“Lily” 0.73"),  # a temperature of the root of 2
+    ],
+)
+def test_the_lookup_computes_the_numbers_of_the_page(browser, address, values, story, log, says):
+    browser.resize(DESKTOP, 900)
+    browser.open(f"{address}notebooks/02-attention.html")
+    browser.evaluate(f"({DRAWN})(10000)")
+    assert says in browser.evaluate(f"{LOOKUP}('{values}', {story}, {log})")
+
+
 def test_print_shows_what_was_folded_and_in_the_light_theme(browser, address):
     browser.resize(DESKTOP, 900)
     browser.open(f"{address}{WITH_FIGURE}.html")

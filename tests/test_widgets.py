@@ -1,10 +1,12 @@
 """The data that Python puts into the interactive figures."""
 
+import pytest
 import torch
 
 from tformer_lib import pretrained
+from tformer_lib.attention import attend
 from tformer_lib.kv_cache import CacheShape
-from tformer_lib.teaching.widgets import grouped_query_attention, training
+from tformer_lib.teaching.widgets import attention, grouped_query_attention, training
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
 
 
@@ -58,3 +60,22 @@ def test_the_stories_model_is_counted_right():
     listed = next(m for m in grouped_query_attention.MODELS if m.name == "the stories model")
     assert abs(count_parameters(model) / listed.parameters - 1) < 0.01
     assert (listed.layers, listed.heads, listed.head_dim) == (4, 8, 32)
+
+
+def test_lookup_hands_the_page_what_attention_is_made_of():
+    W_q, W_k, W_v = torch.randn(3, 5, 2)
+    x = torch.randn(4, 5)
+    (story,) = attention.lookup({"one": ("abcd", x)}, W_q, W_k, W_v).data["stories"]
+    q, k, v = (torch.tensor(rows)[None, None] for rows in (story["q"], story["k"], story["values"]["v"]))
+    expected = ((x @ W_q) @ (x @ W_k).T).softmax(-1) @ (x @ W_v)
+    torch.testing.assert_close(attend(q, k, v, scale=1.0)[0, 0], expected, atol=1e-4, rtol=1e-4)
+    assert story["values"]["k"] == story["k"]
+    torch.testing.assert_close(torch.tensor(story["values"]["x"]), x, atol=1e-5, rtol=0)
+
+
+def test_lookup_refuses_what_does_not_fit():
+    W = torch.zeros(5, 2)
+    with pytest.raises(ValueError, match="3 tokens and 4 vectors"):
+        attention.lookup({"one": ("abc", torch.zeros(4, 5))}, W, W, W)
+    with pytest.raises(ValueError, match="W_k takes vectors of 6 numbers"):
+        attention.lookup({"one": ("abc", torch.zeros(3, 5))}, W, torch.zeros(6, 2), W)

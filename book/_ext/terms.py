@@ -16,7 +16,7 @@ LEFT_ALONE += (nodes.table, nodes.caption, nodes.footnote, nodes.inline)
 """What stands inside these is no running text, or is a link already."""
 
 
-OTHER_SENSE = {"01-tokens": {"decode"}, "18-paged-attention": {"head"}}
+OTHER_SENSE = {"01-tokens": {"decode", "score", "value"}, "06-training": {"value"}, "18-paged-attention": {"head"}}
 """Chapter -> terms that it uses in another sense."""
 
 

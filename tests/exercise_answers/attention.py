@@ -3,6 +3,71 @@
 import torch
 
 
+def colours():
+    W_q, W_k = torch.tensor([[10.0], [0], [0], [0]]), torch.tensor([[0.0], [1], [0], [0]])
+    return W_q, W_k, torch.tensor([[0.0, 0], [0, 0], [1, 0], [0, 1]])
+
+
+def colours_by_both_names():
+    W_k = torch.tensor([[0, 0], [0, 0], [1, 1], [1, 1]])  # the key knows which colour, and tells nobody
+    return [torch.tensor([[9, 9], [0, 0], [0, 0], [0, 0]]), W_k, torch.tensor([[0, 0], [0, 0], [1, 0], [0, 1]])]
+
+
+def colours_with_keys_as_values():
+    W_q, W_k, _ = colours()
+    return W_q, W_k, torch.tensor([[0.0, 0], [1, 0], [0, 0], [0, 0]])
+
+
+def colours_asked_by_the_colour():
+    W_q, W_k, W_v = colours()
+    return W_k, W_q, W_v
+
+
+def colours_asked_softly():
+    W_q, W_k, W_v = colours()
+    return W_q / 5, W_k, W_v
+
+
+def colours_swapped():
+    W_q, W_k, W_v = colours()
+    return W_q, W_k, W_v.flip(-1)
+
+
+def colours_transposed():
+    return [matrix.T for matrix in colours()]
+
+
+def simple(q, k, v):
+    return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1) @ v
+
+
+def simple_by_einsum(q, k, v):
+    scores = torch.einsum("bhtd,bhsd->bhts", q.double(), k.double()) / q.shape[-1] ** 0.5
+    powers = (scores - scores.amax(-1, keepdim=True)).exp()
+    return (powers / powers.sum(-1, keepdim=True)) @ v.double()
+
+
+def simple_without_scale(q, k, v):
+    return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def simple_over_the_queries(q, k, v):
+    return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-2) @ v
+
+
+def simple_that_overflows(q, k, v):
+    powers = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).exp()
+    return powers / powers.sum(-1, keepdim=True) @ v
+
+
+def simple_for_head_dim_16(q, k, v):
+    return (q @ k.transpose(-2, -1) / 4).softmax(-1) @ v
+
+
+def simple_with_keys_as_values(q, k, v):
+    return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1) @ k
+
+
 def attend(q, k, v, mask):
     scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
@@ -185,6 +250,8 @@ def backward_in_place(q, k, v, mask, scale, d_out):
 
 
 RIGHT = {
+    "attention.colours": colours,
+    "attention.simple": simple,
     "attention.attend": attend,
     "attention.split_heads": split_heads,
     "attention.previous": previous,
@@ -192,11 +259,27 @@ RIGHT = {
     "attention.backward": backward,
 }
 ALSO_RIGHT = {
+    "attention.colours": [colours_by_both_names],
+    "attention.simple": [simple_by_einsum],
     "attention.attend": [attend_in_float64],
     "attention.previous": [previous_in_integers],
     "attention.backward": [backward_from_the_output, backward_with_the_whole_jacobian],
 }
 WRONG = {
+    "attention.colours": [
+        colours_with_keys_as_values,
+        colours_asked_by_the_colour,
+        colours_asked_softly,
+        colours_swapped,
+        colours_transposed,
+    ],
+    "attention.simple": [
+        simple_without_scale,
+        simple_over_the_queries,
+        simple_that_overflows,
+        simple_for_head_dim_16,
+        simple_with_keys_as_values,
+    ],
     "attention.attend": [
         attend_without_scale,
         attend_over_the_queries,

@@ -13,16 +13,33 @@ from IPython.display import Markdown, display
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def show_source(*objects) -> None:
+def show_source(*objects, first: str = "", last: str = "") -> None:
     """Show the source of functions or classes as a highlighted block, with the file that each comes from.
 
     Args:
         objects: functions, methods or classes of the library.
+        first: show each from the first line that holds this text; from its head if not given.
+        last: and up to the first line after that which holds this; to its end if not given.
+
+    Raises:
+        ValueError: there is no such line.
     """
     for thing in objects:
         thing = inspect.unwrap(thing)
-        source = textwrap.dedent(inspect.getsource(thing)).rstrip()
+        source = part(inspect.getsource(thing), first, last)
         show_markdown(f"From `{source_file(thing)}`:\n\n```python\n{source}\n```")
+
+
+def part(source: str, first: str, last: str) -> str:
+    """The lines of a source between the two that hold these texts, with no more indentation than they need."""
+    lines = source.rstrip().splitlines()
+    begin = next((i for i, line in enumerate(lines) if first in line), None)
+    if begin is None:
+        raise ValueError(f"no line of the source holds {first!r}")
+    end = next((i for i, line in enumerate(lines) if i >= begin and last in line), None) if last else len(lines) - 1
+    if end is None:
+        raise ValueError(f"no line of the source from {first!r} on holds {last!r}")
+    return textwrap.dedent("\n".join(lines[begin : end + 1]))
 
 
 def source_file(thing) -> str:

@@ -8,6 +8,77 @@ from tformer_lib.teaching.exercises.engine import exercise, require, require_clo
 
 
 @exercise(
+    "attention.colours",
+    title="Three projections by hand: a thing finds its colour",
+    hints=(
+        "Say it in words first: who asks (the thing), for what (a colour), and what is the answer (which colour)?",
+        "W_q must turn the column `thing` into a query that fits the key that W_k makes from the column `colour`.",
+        "W_v copies the last two columns. With head_dim 1, W_q = [[10], [0], [0], [0]] is a query that asks loudly; "
+        "W_k looks at the column `colour` in the same manner.",
+    ),
+)
+def check_colours(fn):
+    three = fn()
+    require(isinstance(three, tuple | list) and len(three) == 3, "return three matrices: W_q, W_k and W_v")
+    W_q, W_k, W_v = three
+    for name, matrix in (("W_q", W_q), ("W_k", W_k), ("W_v", W_v)):
+        require(isinstance(matrix, torch.Tensor), f"{name} should be a tensor, and is a {type(matrix).__name__}")
+        fits = matrix.dim() == 2 and matrix.shape[0] == 4 and matrix.shape[1] > 0
+        require(fits, f"{name} should have a row for each of the 4 columns of x, and has shape {tuple(matrix.shape)}")
+        require_finite(matrix, name)
+    require(W_q.shape == W_k.shape, f"W_q has shape {tuple(W_q.shape)} and W_k {tuple(W_k.shape)}: they must agree")
+    require(W_v.shape[1] == 2, f"a value has two numbers, red and blue, and W_v makes {W_v.shape[1]}")
+    W_q, W_k, W_v = (matrix.double() for matrix in three)
+    for story in (["red", "ball"], ["blue", "ball"], ["the", "blue", "ball"], ["ball", "red", "the", "the", "the"]):
+        x = torch.stack([COLOURS[token] for token in story])  # (T, 4)
+        q, k, v = x @ W_q, x @ W_k, x @ W_v
+        ball, colour = story.index("ball"), 1 if "blue" in story else 0
+        weights = attention.scaled_scores(q[None, None], k[None, None])[0, 0].softmax(-1)[ball]  # (T,)
+        share = weights[story.index(("red", "blue")[colour])].item()
+        case = f"in {' '.join(story)!r} the ball"
+        require(share > 0.9, f"{case} gives its colour a weight of {share:.2f}; make it more than 0.9")
+        out = weights @ v  # (2,)
+        got = f"({out[0]:.2f}, {out[1]:.2f})"
+        wrong = "the ball finds its colour, but hears the same from red and from blue: what should the value hold?"
+        require(abs(v[story.index(("red", "blue")[colour])].diff().item()) > 0.01, wrong)
+        right = abs(out[colour] - 1) < 0.1 and abs(out[1 - colour]) < 0.1
+        require(right, f"{case} should get about {('(1, 0)', '(0, 1)')[colour]}, and gets {got}")
+
+
+COLOURS = {
+    "the": torch.tensor([0.0, 0.0, 0.0, 0.0], dtype=torch.float64),
+    "ball": torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64),
+    "red": torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=torch.float64),
+    "blue": torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64),
+}
+"""Token -> its columns: thing, colour, red, blue."""
+
+
+@exercise(
+    "attention.simple",
+    title="Scaled dot-product attention",
+    hints=(
+        "Three steps: scores (T, S), a softmax over the keys, and the mean of the values by those weights.",
+        "The scores are q @ k.transpose(-2, -1) / sqrt(head_dim); the softmax runs along the last dimension.",
+        "softmax(-1) subtracts the largest score first. Exponentials by hand overflow for scores above 88 in float32.",
+    ),
+)
+def check_simple(fn):
+    q, k, v = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 6, 16), torch.randn(2, 3, 6, 8)
+    found = fn(q, k, v)
+    require_shape(found, (2, 3, 4, 8))
+    diagnose(found, q, k, v)
+    require_close(found, attention.attend(q, k, v), "the result is not softmax(q k^T / sqrt(d)) v")
+    found, expected = fn(300 * q, k, v), attention.attend(300 * q, k, v)
+    require_finite(found, "with scores in the thousands, whose exponentials overflow, the result")
+    require_close(found, expected, "with scores in the thousands, the result differs", tolerance=1e-3)
+    q, k, v = torch.randn(1, 1, 2, 64), torch.randn(1, 1, 3, 64), torch.randn(1, 1, 3, 5)
+    require_close(
+        fn(q, k, v), attention.attend(q, k, v), "with head_dim 64 the result differs: is the scale for 16 only?"
+    )
+
+
+@exercise(
     "attention.attend",
     title="Scaled dot-product attention with a mask",
     hints=(

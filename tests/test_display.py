@@ -1,0 +1,45 @@
+"""What a chapter shows of the library's source."""
+
+import textwrap
+
+import pytest
+
+from tformer_lib.attention import attend
+from tformer_lib.teaching.display import part, show_source
+
+SOURCE = '''    def area(self):
+        """The area."""
+        if self.side < 0:
+            raise ValueError
+        return self.side**2
+'''
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "shown"),
+    [
+        (
+            "",
+            "",
+            textwrap.dedent(SOURCE).rstrip(),
+        ),
+        ("if self", "raise", "if self.side < 0:\n    raise ValueError"),
+        ("return", "", "return self.side**2"),
+        ("if", "if", "if self.side < 0:"),
+    ],
+)
+def test_part_of_a_source(first, last, shown):
+    assert part(SOURCE, first, last) == shown
+
+
+@pytest.mark.parametrize(("first", "last"), [("perimeter", ""), ("return", "raise")])
+def test_a_line_that_is_not_there_is_named(first, last):
+    with pytest.raises(ValueError, match=last or first):
+        part(SOURCE, first, last)
+
+
+def test_show_source_says_the_file(capsys):
+    show_source(attend, first="check_inputs", last="scores =")
+    shown = capsys.readouterr().out
+    assert shown.startswith("From `tformer_lib/attention.py`:\n\n```python\ncheck_inputs(q, k, v, mask)\nscores =")
+    assert len(shown.strip().splitlines()) == 6
