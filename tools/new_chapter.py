@@ -138,6 +138,8 @@ def notebook(text: str) -> str:
         head, _, body = part.partition("\n")
         kind, *tags = head.split()
         metadata = {"tags": tags} if tags else {}
+        if {"hide-cell", "hide-output"} & set(tags):  # what the page folds, JupyterLab and VS Code fold too
+            metadata["jupyter"] = {"outputs_hidden": True} | ({"source_hidden": True} if "hide-cell" in tags else {})
         cell = {"cell_type": kind, "id": f"cell-{number:02}", "metadata": metadata}
         code = {"execution_count": None, "outputs": []} if kind == "code" else {}
         cells.append(cell | code | {"source": body.strip("\n").splitlines(keepends=True)})
