@@ -352,7 +352,7 @@ def ranges_off(report: Report) -> None:
     """What the ranges of a decode loop cost when nobody listens, as a share of the loop."""
     model, tokens, opened = Decoder(SMALL).to(report.device).eval(), 16, []
     prompt = list(range(32))
-    with profiling.listening(lambda name: opened.append(name) or profiling._off):
+    with profiling.listening(lambda name: opened.append(name) or profiling.OFF):
         generate(model, [prompt], max_new_tokens=tokens)
     loop = measure(lambda: generate(model, [prompt], max_new_tokens=tokens), device=report.device, seconds=0.6)
     many = 10_000

@@ -10,8 +10,10 @@ import math
 import sys
 import time
 
+import tiktoken
+
 from benchmarks.harness import Report, Timing, measure
-from tformer_lib import tokens
+from tformer_lib import stories, tokens
 
 SIZES = [512, 1024, 2048, 4096]
 PLAIN_SIZES = [280, 300]
@@ -25,7 +27,7 @@ def corpus() -> tuple[str, str]:
         return "shakespeare", tokens.shakespeare()
     except tokens.CorpusError as error:
         print(f"  {error}: taking stories instead")
-        return "stories", tokens.join_stories(tokens.stories(1700))
+        return "stories", tokens.join_stories(stories.stories(1700))
 
 
 def compression(text: str) -> list[float]:
@@ -34,7 +36,7 @@ def compression(text: str) -> list[float]:
     return [len(text.encode()) / len(first_tokens(learned, size).encode_ordinary(text)) for size in CURVE]
 
 
-def first_tokens(learned: tokens.BPE, size: int) -> tokens.tiktoken.Encoding:
+def first_tokens(learned: tokens.BPE, size: int) -> tiktoken.Encoding:
     """The encoding that stopped at ``size`` tokens."""
     learned_ids = range(size - len(learned.special_tokens))
     specials = {token: len(learned_ids) + i for i, token in enumerate(learned.special_tokens)}

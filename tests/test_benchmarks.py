@@ -67,7 +67,7 @@ def test_compare_calls_in_turns():
 def test_a_profiler_sees_one_call_after_the_warm_up(monkeypatch):
     heard, calls = [], []
     monkeypatch.setattr(harness.profiling, "enable", lambda: heard.append(f"on after {len(calls)} calls"))
-    with harness.profiling.listening(lambda name: heard.append(name) or harness.profiling._off):
+    with harness.profiling.listening(lambda name: heard.append(name) or harness.profiling.OFF):
         harness.profiled(lambda: calls.append(1), device="cpu", warmup=3)
     assert heard == ["on after 3 calls", "measured"]
     assert len(calls) == 4
@@ -92,7 +92,7 @@ def test_targets_of_the_profilers_run_on_a_cpu(topic, monkeypatch):
         monkeypatch.setattr(module.flash, "flash_attention", lambda q, k, v, step: attend(q, k, v))
     monkeypatch.setattr(sys, "argv", [topic, "--device", "cpu", "--nvtx"])
     monkeypatch.setattr(harness.profiling, "enable", lambda: None)
-    with harness.profiling.listening(lambda name: heard.append(name) or harness.profiling._off):
+    with harness.profiling.listening(lambda name: heard.append(name) or harness.profiling.OFF):
         module.main()
     assert heard.count("measured") == 1
 

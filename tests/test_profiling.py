@@ -32,7 +32,7 @@ def model():
 def names_heard(run) -> list[str]:
     """The ranges that ``run()`` opens, in order."""
     heard = []
-    with profiling.listening(lambda name: heard.append(name) or profiling._off):
+    with profiling.listening(lambda name: heard.append(name) or profiling.OFF):
         run()
     return heard
 
@@ -53,7 +53,7 @@ def test_off_is_one_object_that_does_nothing():
 def test_switch_sends_ranges_to_nvtx(monkeypatch):
     nvtx = pytest.importorskip("nvtx")
     seen = []
-    monkeypatch.setattr(nvtx, "annotate", lambda name: seen.append(name) or profiling._off)
+    monkeypatch.setattr(nvtx, "annotate", lambda name: seen.append(name) or profiling.OFF)
     profiling.enable()
     try:
         with profiling.range("attention"):
@@ -108,7 +108,7 @@ def test_ranges_close_when_the_work_fails():
 def test_a_step_with_ranges_compiles_whole(model, listening):
     step = StaticStep(model, PreallocatedCache(CacheShape.of(model, 1), 8), compile=True, backend="eager")
     if listening:
-        with profiling.listening(lambda name: profiling._off):
+        with profiling.listening(lambda name: profiling.OFF):
             assert step(torch.tensor([[1]])).shape == (1, 64)
     else:
         assert step(torch.tensor([[1]])).shape == (1, 64)

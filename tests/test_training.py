@@ -288,7 +288,7 @@ DRIVER = """
 import json, os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
-from tformer_lib import training
+from tformer_lib import checkpoint, training
 from tformer_lib.training import Run
 
 config = training.config_from_dict(json.loads(sys.argv[1]))
@@ -315,7 +315,7 @@ def die_at(what, count):
                 if now():
                     self.file.write(data[: len(data) // 2]); self.file.flush(); die()
                 return self.file.write(data)
-        training.open = lambda *a, **k: Torn(open(*a, **k))
+        checkpoint.open = lambda *a, **k: Torn(open(*a, **k))
     else:
         setattr(os, what, wrap(getattr(os, what)))
 

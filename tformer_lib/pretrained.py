@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tformer_lib.checkpoint import load_weights, read_metrics, read_tensors
 from tformer_lib.tokens import Encoding, load_encoding
-from tformer_lib.training import config_from_dict, load_weights, read_metrics, read_tensors
 from tformer_lib.transformer import Decoder, ModelConfig
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -45,7 +45,7 @@ def load(name: str = "stories", *, device: torch.device | str = "cpu") -> tuple[
         device: where the weights go.
     """
     weights, facts = read_tensors(folder(name) / "model.safetensors")
-    model = Decoder(config_from_dict(facts["config"]).model)
+    model = Decoder(ModelConfig(**facts["config"]["model"]))
     load_weights(model, weights, f"{name}/model.safetensors")
     return model.to(device).eval(), load_encoding(folder(name))
 

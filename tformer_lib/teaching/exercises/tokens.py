@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import SupportsFloat
 
-from tformer_lib import tokens
+from tformer_lib import stories, tokens
 from tformer_lib.teaching.exercises.engine import exercise, require
 
 
@@ -49,7 +49,7 @@ def check_one_merge(fn, word: tuple[bytes, ...], pair: tuple[bytes, bytes]) -> N
     ),
 )
 def check_encode(fn):
-    bpe = tokens.train_bpe(" ".join(tokens.stories(60, seed=3)), 500)
+    bpe = tokens.train_bpe(" ".join(stories.stories(60, seed=3)), 500)
     draw = random.Random(0)
     words = [" house", "the", " lemonade", "s", "", " unbelievable", "zzzz", " the" * 3, "é"]
     words += ["".join(draw.choices("aehlnost ", k=9)) for _ in range(40)]
@@ -167,7 +167,7 @@ def check_train(fn):
         corpora.append({word: draw.randint(1, 4) for word in words})
     for words in corpora:
         check_one_training(fn, words, 40)  # more than some of them have
-    check_one_training(fn, tokens.count_words(" ".join(tokens.stories(5, seed=1)), [], tokens.GPT4_PATTERN), 30)
+    check_one_training(fn, tokens.count_words(" ".join(stories.stories(5, seed=1)), [], tokens.GPT4_PATTERN), 30)
     check_work_of_training(fn)
 
 

@@ -1,0 +1,94 @@
+"""The loss of a batch, its gradient in pieces, its mean over the validation text, and what a token costs."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tformer_lib.training.data import IGNORED
+from tformer_lib.transformer import ModelConfig
+
+# One step
+
+
+def next_token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of the targets, in nats.
+
+    Args:
+        model: tokens (batch, T) to logits (batch, T, vocab_size).
+        inputs: (batch, T) int64.
+        targets: (batch, T) int64; ``IGNORED`` ones do not count.
+    """
+    logits = model(inputs)  # (batch, T, vocab_size)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+
+
+def accumulate_gradient(loss_of, inputs: Tensor, targets: Tensor, pieces: int) -> Tensor:
+    """Add up the gradient of a batch piece by piece, and return the batch's loss.
+
+    The mean over the batch is that of the pieces' means, each weighted by its share of the targets that count: by
+    1 / ``pieces`` where all count and the pieces are equally large. Without the weights the gradient would be
+    ``pieces`` times too long; with equal ones, a piece that is half padding would count for as much as a full one.
+
+    Args:
+        loss_of: a function of (inputs, targets) that returns the mean loss over the targets that are not ``IGNORED``.
+        inputs: (batch, T) int64.
+        targets: (batch, T) int64.
+        pieces: how many micro-batches, at most ``batch``.
+
+    Returns:
+        The mean loss of the batch, in nats.
+
+    Raises:
+        ValueError: if the batch has fewer windows than pieces.
+    """
+    if not 1 <= pieces <= len(inputs):
+        raise ValueError(f"a batch of {len(inputs)} windows cannot be cut into {pieces} micro-batches")
+    total, all_counted = torch.zeros((), device=inputs.device), (targets != IGNORED).sum()
+    for x, y in zip(inputs.tensor_split(pieces), targets.tensor_split(pieces), strict=True):
+        counted = (y != IGNORED).sum()  # stays on the device: nothing waits for it
+        loss = torch.where(counted > 0, loss_of(x, y), 0.0) * (counted / all_counted)  # a mean over nothing is NaN
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, inputs: Tensor, targets: Tensor, *, batch: int = 64) -> float:
+    """Mean loss in nats over all targets that count, without dropout.
+
+    Args:
+        model: tokens (batch, T) to logits (batch, T, vocab_size).
+        inputs: (windows, T) int64, on the model's device.
+        targets: (windows, T) int64.
+        batch: windows read at once.
+    """
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=inputs.device)
+    for x, y in zip(inputs.split(batch), targets.split(batch), strict=True):
+        total += next_token_loss(model, x, y).double() * (y != IGNORED).sum()
+    model.train(was_training)
+    return (total / (targets != IGNORED).sum()).item()
+
+
+# What it costs
+
+
+def estimate_flops_per_token(config: ModelConfig, context: int | None = None) -> float:
+    """Floating-point operations that training spends on a token, forward and backward (PaLM, appendix B).
+
+    Every weight of a matrix multiplies once and adds once: 2 forward, and twice that backward (for the input's gradient
+    and the weight's), 6 in all. The embedding table is looked up, not multiplied, but the output projection counts.
+    Attention adds 2 products of length ``context`` per element of the heads, q k^T and weights v: 12 in all per layer.
+    As is the custom, the half that causality could save is counted.
+
+    Args:
+        config: the model's.
+        context: the window's length; ``config.max_length`` if not given.
+    """
+    heads = config.heads * config.size_of_head
+    kv = config.number_of_kv_heads * config.size_of_head
+    matrices = 3 if config.feed_forward == "swiglu" else 2
+    layer = config.width * (2 * heads + 2 * kv) + matrices * config.width * config.size_of_feed_forward
+    weights = config.layers * layer + config.width * config.vocab_size
+    return 6 * weights + 12 * config.layers * heads * (context or config.max_length)

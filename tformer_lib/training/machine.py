@@ -1,0 +1,82 @@
+"""What a run takes from the machine: a device, random numbers, and the signals that ask it to stop."""
+
+import contextlib
+import random
+import signal
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def random_states() -> tuple[dict[str, Tensor], dict]:
+    """The states of torch's generators as tensors, of numpy's and Python's as JSON."""
+    tensors = {"random.torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"random.cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy_state = [name, keys.tolist(), position, has_gauss, gauss]
+    return tensors, {"python": random.getstate(), "numpy": numpy_state}
+
+
+def restore_random_states(tensors: dict[str, Tensor], facts: dict) -> None:
+    """The inverse of :func:`random_states`; states of GPUs that are not here are left out."""
+    torch.set_rng_state(tensors["random.torch"])
+    for i in range(torch.cuda.device_count()):
+        if f"random.cuda.{i}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"random.cuda.{i}"], i)
+    version, keys, gauss = facts["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, keys, *rest = facts["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Collect the first Ctrl-C (or SIGTERM) in a list, instead of raising in the middle of a step; a second one raises.
+
+    Outside the main thread, where Python hears no signals, the list stays empty.
+    """
+    heard: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield heard
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def hear(number: int, _frame) -> None:
+        heard.append(number)
+        for known, handler in before.items():
+            signal.signal(known, handler)
+
+    for number in before:
+        signal.signal(number, hear)
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; 'auto' is the first GPU if there is one.
+
+    Raises:
+        ValueError: if there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch, numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)

@@ -1,0 +1,361 @@
+"""A run in progress: the model, its optimizer, how far it has come, and its files."""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tformer_lib.checkpoint import load_weights, read_metrics, read_tensors, save_weights, weights_of, write_atomically
+from tformer_lib.generation import generate
+from tformer_lib.tokens import END_OF_TEXT, Corpus, Encoding, save_encoding
+from tformer_lib.training.config import TrainingConfig, config_from_dict, difference
+from tformer_lib.training.data import (
+    IGNORED,
+    beginning,
+    end_of_document,
+    entropy_floor,
+    evaluation_windows,
+    fingerprint,
+    fit_to_corpus,
+    read_windows,
+    replace_some,
+    window_starts,
+)
+from tformer_lib.training.loss import accumulate_gradient, evaluate, next_token_loss
+from tformer_lib.training.machine import interrupts, pick_device, random_states, restore_random_states, seed_all
+from tformer_lib.training.optimizer import learning_rate, make_optimizer
+from tformer_lib.transformer import Decoder
+
+
+def sample_text(model: Decoder, encoding: Encoding, prompt: list[int], count: int, **sampling) -> str:
+    """Let the model go on from a prompt, for at most ``count`` tokens (and its context), and return the text it wrote.
+
+    Args:
+        model: the decoder.
+        encoding: of its tokens.
+        prompt: at least one token.
+        count: the most tokens to write; it ends earlier where the model ends the text.
+        sampling: the fields of :class:`tformer_lib.generation.Sampling`; by default temperature 0.8 and seed 0.
+    """
+    stop = [encoding.eot_token] if END_OF_TEXT in encoding.special_tokens_set else []
+    count = min(count, model.config.max_length - len(prompt) + 1)
+    options = {"temperature": 0.8, "seed": 0, "max_new_tokens": count, "stop_tokens": stop, **sampling}
+    tokens = generate(model, [prompt], **options)[0]
+    return encoding.decode([token for token in tokens if token not in stop])
+
+
+# A run
+
+
+class Run:
+    """A training run in progress: the model, its optimizer, and how far it has come.
+
+    Args:
+        config: the settings.
+        corpus: the text; read from ``config.data`` if not given.
+
+    Raises:
+        ValueError: if the settings do not fit the corpus.
+
+    Attributes:
+        step: steps of the optimizer done.
+        best: the lowest validation loss so far, in nats per token.
+        history: every measurement, as in metrics.jsonl.
+        val_tokens: how many predictions an evaluation averages over.
+        floor: the mean loss that the source of the text itself would have on them, if it is known.
+    """
+
+    def __init__(self, config: TrainingConfig, corpus: Corpus | None = None):
+        self.corpus = corpus or Corpus.load(config.data)
+        self.config = config = fit_to_corpus(config, self.corpus)
+        self.device = pick_device(config.device)
+        seed_all(config.seed)
+        self.model = Decoder(config.model).to(self.device)
+        self.optimizer = make_optimizer(self.model, config)
+        self.average = weights_of(self.model, copy=True) if config.average else {}
+        self.step, self.best, self.history, self.started = 0, math.inf, [], False
+        end = end_of_document(self.corpus)
+        windows = evaluation_windows(self.corpus.val, config.context, count=config.eval_windows, end_of_document=end)
+        self.val_inputs, self.val_targets = (x.to(self.device) for x in windows)
+        self.val_tokens = int((self.val_targets != IGNORED).sum())
+        self.floor = entropy_floor(self.corpus, windows[1])
+        compiled = self.device.type == "cuda" if config.compile is None else config.compile
+        self.loss = torch.compile(next_token_loss) if compiled else next_token_loss
+
+    @property
+    def out(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.out)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file that holds all that is needed to go on."""
+        return self.out / "checkpoint.safetensors"
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Matrix products in bfloat16 where config and device say so; weights, norms and the loss stay in float32."""
+        wanted = self.config.dtype
+        if wanted == "auto":
+            wanted = "bfloat16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        if wanted == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def take_step(self) -> tuple[Tensor, Tensor]:
+        """One step of the optimizer; returns the batch's loss and the gradient's norm before clipping."""
+        config = self.config
+        inputs, targets = self.next_batch()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, config)
+        loss = accumulate_gradient(self.batch_loss, inputs, targets, config.accumulation)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.update_average()
+        return loss, norm
+
+    def update_average(self) -> None:
+        """Move the average towards the weights of now; at first in larger steps, to forget the random start."""
+        if self.average:
+            memory = min(self.config.average, self.step / (self.step + 9))
+            torch._foreach_lerp_(list(self.average.values()), list(weights_of(self.model).values()), 1 - memory)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with the averaged weights, if the run keeps them, and afterwards with its own again."""
+        if not self.average:
+            yield
+            return
+        own = weights_of(self.model, copy=True)
+        load_weights(self.model, self.average)
+        yield
+        load_weights(self.model, own)
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """The windows of the step to come, (batch, context) int64 each, on the device."""
+        starts = window_starts(len(self.corpus.train), self.config, self.step)
+        inputs, targets = read_windows(self.corpus.train, starts, self.config.context)
+        windows = replace_some(inputs, self.config, self.step), targets
+        if self.device.type == "cuda":  # from pinned memory the copy does not wait for the step before
+            windows = tuple(x.pin_memory() for x in windows)
+        return tuple(x.to(self.device, non_blocking=True) for x in windows)
+
+    def batch_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of one micro-batch, in the run's precision."""
+        with self.autocast():
+            return self.loss(self.model, inputs, targets)
+
+    def evaluate(self) -> float:
+        """Measure the validation loss, record it, and keep the weights if they are the best so far."""
+        with self.averaged():
+            with self.autocast():
+                loss = evaluate(self.model, self.val_inputs, self.val_targets)
+            self.keep_best(loss)
+        self.record(val_loss=loss, val_tokens=self.val_tokens, **({} if self.floor is None else {"floor": self.floor}))
+        return loss
+
+    def keep_best(self, loss: float) -> None:
+        """Write the model's weights to best.safetensors if their validation loss is the lowest so far."""
+        if loss < self.best:
+            self.best = loss
+            save_weights(self.out / "best.safetensors", self.model, {**self.facts(), "val_loss": loss})
+
+    def sample(self) -> str:
+        """What the model writes now, from the beginning of a text."""
+        with self.averaged():
+            text = sample_text(self.model, self.corpus.encoding, beginning(self.corpus), self.config.sample_tokens)
+        self.record(sample=text)
+        return text
+
+    def record(self, **values) -> None:
+        """Append one measurement to the history and to metrics.jsonl."""
+        line = {"step": self.step, **values}
+        self.history.append(line)
+        path = self.out / "metrics.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(f"could not write {path}: {error.strerror}; the last checkpoint is kept") from error
+
+    def facts(self) -> dict:
+        """What a file of weights says about itself."""
+        corpus = fingerprint(self.corpus)
+        return {"config": asdict(self.config), "step": self.step, "corpus": corpus, "beginning": beginning(self.corpus)}
+
+    def save(self) -> None:
+        """Replace the checkpoint by one of now, atomically.
+
+        Raises:
+            OSError: if it cannot be written; the checkpoint before it stays.
+        """
+        tensors, states = random_states()
+        tensors |= {f"weights.{name}": p for name, p in weights_of(self.model).items()}
+        tensors |= {f"average.{name}": x for name, x in self.average.items()}
+        names = {p: name for name, p in self.model.named_parameters()}
+        for parameter, state in self.optimizer.state.items():
+            tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
+        facts = {**self.facts(), "best": self.best, "random": states}
+        data = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, {"facts": json.dumps(facts)})
+        write_atomically(self.checkpoint, data)
+
+    @classmethod
+    def resume(cls, out: str | Path, corpus: Corpus | None = None, **changes) -> "Run":
+        """The run of that folder, as its last checkpoint left it.
+
+        Args:
+            out: the run's folder.
+            corpus: the text; read from the folder that the run's config names if not given.
+            changes: fields of the config to change, such as ``device`` or a larger ``steps``.
+
+        Raises:
+            FileNotFoundError: if the folder has no checkpoint.
+            ValueError: if the checkpoint is damaged, or of another configuration or corpus.
+        """
+        tensors, facts = read_tensors(Path(out) / "checkpoint.safetensors")
+        if not {"config", "random", "corpus"} <= facts.keys():
+            raise ValueError(f"{Path(out) / 'checkpoint.safetensors'} holds weights, but no training run")
+        run = cls(replace(config_from_dict(facts["config"]), out=str(out), **changes), corpus)
+        if facts["corpus"] != fingerprint(run.corpus):
+            raise ValueError(f"the run in {out} was trained on another corpus than {run.config.data} holds now")
+        run.restore(tensors, facts)
+        return run
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict) -> None:
+        """Take over the state of a checkpoint: the inverse of :meth:`save`."""
+        part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
+        load_weights(self.model, part("weights."), str(self.checkpoint))
+        self.average = {name: tensors[f"average.{name}"].to(self.device) for name in self.average}
+        for name, parameter in self.model.named_parameters():
+            state = part(f"optimizer.{name}.")
+            if state:  # the step counts on the host, unless the optimizer is fused
+                counter = parameter.device if self.optimizer.defaults["fused"] else "cpu"
+                self.optimizer.state[parameter] = {
+                    k: v.to(counter if k == "step" else parameter.device) for k, v in state.items()
+                }
+        self.step, self.best, self.started = facts["step"], facts["best"], True
+        self.history = [line for line in read_metrics(self.out) if line["step"] <= self.step]
+        write_atomically(self.out / "metrics.jsonl", "".join(json.dumps(x) + "\n" for x in self.history).encode())
+        restore_random_states(tensors, facts["random"])
+
+    def start(self) -> None:
+        """Make the run's folder and its first files.
+
+        Raises:
+            ValueError: if the folder holds another run.
+        """
+        if self.checkpoint.exists():
+            _, facts = read_tensors(self.checkpoint)
+            raise ValueError(
+                f"{self.out} already holds a run: {difference(facts.get('config', {}), asdict(self.config))}"
+            )
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.out / "config.json", (json.dumps(asdict(self.config), indent=1) + "\n").encode())
+        save_encoding(self.corpus.encoding, self.out)
+        (self.out / "metrics.jsonl").unlink(missing_ok=True)
+        self.started = True
+
+    def train(self, *, quiet: bool = False) -> bool:
+        """Train to the end, or until Ctrl-C, then save.
+
+        Args:
+            quiet: show no progress bar and no samples.
+
+        Returns:
+            Whether the run came to its end.
+
+        Raises:
+            FloatingPointError: if the loss is not finite any more; the last checkpoint is left as it was.
+        """
+        if not self.started:
+            self.start()
+        with Progress(self, quiet) as progress, interrupts() as interrupted:
+            if not self.history:
+                progress.evaluated(self.evaluate())
+            while self.step < self.config.steps and not interrupted:
+                loss, norm = self.take_step()
+                self.after_step(loss, norm, progress)
+            if interrupted:
+                self.save()
+        return not interrupted
+
+    def after_step(self, loss: Tensor, norm: Tensor, progress: "Progress") -> None:
+        """Log, evaluate, sample and save when it is time to."""
+        config, last = self.config, self.step == self.config.steps
+        if self.step % config.log_interval == 0 or last:
+            progress.logged(self.log(loss.item(), norm.item(), progress.tokens_per_second()))
+        if self.step % config.eval_interval == 0 or last:
+            progress.evaluated(self.evaluate(), self.sample() if config.sample_tokens else None)
+        if self.step % config.save_interval == 0 or last:
+            self.save()
+            progress.skip_time()
+
+    def log(self, loss: float, norm: float, tokens_per_second: float) -> float:
+        """Record the training loss, and stop if it is not finite."""
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {self.step}: try a lower learning_rate or a longer warmup"
+            )
+        rate = learning_rate(self.step - 1, self.config)
+        self.record(loss=loss, learning_rate=rate, gradient_norm=norm, tokens_per_second=round(tokens_per_second))
+        return loss
+
+
+class Progress:
+    """The live bar of a run: loss, validation loss, tokens per second, time left; and the samples as they come."""
+
+    def __init__(self, run: Run, quiet: bool):
+        self.run, self.shown = run, {}
+        self.bar = tqdm(total=run.config.steps, initial=run.step, unit="step", disable=quiet, dynamic_ncols=True)
+        self.skip_time()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def skip_time(self) -> None:
+        """Start the clock again, so that evaluating and saving do not count as training."""
+        self.since, self.from_step = time.perf_counter(), self.run.step
+
+    def tokens_per_second(self) -> float:
+        """Since the clock was last started."""
+        config, seconds = self.run.config, time.perf_counter() - self.since
+        return (self.run.step - self.from_step) * config.batch * config.context / max(seconds, 1e-9)
+
+    def logged(self, loss: float) -> None:
+        """Show a new training loss and the speed."""
+        speed = self.tokens_per_second()
+        self.show(loss=f"{loss:.3f}", tok_s=f"{speed / 1e3:.1f}k" if speed < 1e6 else f"{speed / 1e6:.2f}M")
+        self.skip_time()
+
+    def evaluated(self, loss: float, sample: str | None = None) -> None:
+        """Show a new validation loss, and the sample above the bar."""
+        floor = self.run.floor
+        self.show(val=f"{loss:.3f}" + ("" if floor is None else f" (floor {floor:.3f})"))
+        if sample is not None and not self.bar.disable:
+            self.bar.write(f"--- step {self.run.step}, validation loss {loss:.4f}\n{sample}\n")
+        self.skip_time()
+
+    def show(self, **values: str) -> None:
+        """Bring the bar up to date."""
+        self.shown |= values
+        self.bar.set_postfix(self.shown, refresh=False)
+        self.bar.update(self.run.step - self.bar.n)
+
+
+def train(config: TrainingConfig, *, quiet: bool = False) -> Run:
+    """Train from the beginning; returns the run with its model and history."""
+    run = Run(config)
+    run.train(quiet=quiet)
+    return run
