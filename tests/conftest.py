@@ -1,8 +1,15 @@
 """What all test files share."""
 
+import os
 import sys
 
 import pytest
+from draws import register_profiles
+from hypothesis import settings
+
+register_profiles()
+if "HYPOTHESIS_PROFILE" in os.environ:
+    settings.load_profile(os.environ["HYPOTHESIS_PROFILE"])
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tformer_lib import masks
@@ -29,7 +30,7 @@ def attention_by_loops(q, k, v, mask, scale, bias):
 
 
 @FORMS
-@settings(max_examples=25, deadline=None)
+@draws(25)
 @given(data=st.data())
 def test_equals_loops_over_every_pair(form, data):
     T, S, group, kv_heads = (data.draw(st.integers(low, 4)) for low in (0, 0, 1, 1))

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tformer_lib import jit, masks
@@ -305,7 +306,7 @@ def test_opcheck_and_compile(step, device, dtype):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 
-@settings(max_examples=25, deadline=None)
+@draws(25)
 @given(
     T=st.integers(1, 70),
     S=st.integers(1, 70),

@@ -3,6 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import draws
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tformer_lib import masks
@@ -236,6 +239,32 @@ def test_absorbed_decoding_from_the_latent_cache_equals_the_naive_full_pass(rope
         got.append(layer(x[:, i : i + 1], causal=True, rotate=rotation(layer, i, i + 1), cache=cache, absorb=True))
         assert cache.nbytes == 2 * (i + 1) * (10 + rope_dim) * 8
     torch.testing.assert_close(torch.cat(got, dim=1), wanted, rtol=0, atol=1e-6)
+
+
+@draws(40)
+@given(parts=st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.booleans()), min_size=1, max_size=6))
+@torch.no_grad()
+def test_latents_fed_in_any_pieces_equal_recomputation(parts):
+    """Passes of any length, expanded or absorbed, some of which die at their mask and come again."""
+    layer, cache, held, outs = make_mla(), LatentCache(), 0, []
+    x = torch.randn(2, sum(T for T, _, _ in parts), 24, dtype=torch.float64)
+    for T, absorb, dies in parts:
+        now, rotate = x[:, held : held + T], rotation(layer, held, held + T)
+        if dies:
+            with pytest.raises(ValueError, match="mask must broadcast"):
+                layer(now, mask=torch.ones(T + 2, 1, dtype=torch.bool), rotate=rotate, cache=cache, absorb=absorb)
+        outs.append(layer(now, causal=True, rotate=rotate, cache=cache, absorb=absorb))
+        held += T
+    wanted = layer(x, causal=True, rotate=rotation(layer, 0, held))
+    torch.testing.assert_close(torch.cat(outs, dim=1), wanted, rtol=0, atol=1e-12)
+
+
+def test_latents_that_do_not_fit_are_refused_and_what_is_held_carries_no_gradient():
+    layer, cache = make_mla(), LatentCache()
+    layer(torch.randn(2, 3, 24, dtype=torch.float64), rotate=rotation(layer, 0, 3), cache=cache)
+    assert not cache.entries.requires_grad
+    with pytest.raises(ValueError, match=r"the cache holds .*\(2, 16, torch.float64.*got \(3, 16"):
+        layer(torch.randn(3, 1, 24, dtype=torch.float64), rotate=rotation(layer, 3, 4), cache=cache)
 
 
 @torch.no_grad()

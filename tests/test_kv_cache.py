@@ -2,8 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from cache_sessions import CACHES as SESSION_CACHES
+from cache_sessions import CAPACITY, Session
+from cache_sessions import MODELS as SESSION_MODELS
+from draws import draws
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from tformer_lib import masks
 from tformer_lib.kv_cache import CacheShape, GrowingCache, PreallocatedCache, RingCache, pass_cost
@@ -61,7 +66,7 @@ def feed(model, cache, tokens, counts):
 
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("name", CACHES)
-@settings(max_examples=25, deadline=None)
+@draws(25)
 @given(data=st.data())
 def test_cached_logits_equal_uncached_for_any_split_and_raggedness(name, model_name, data):
     model, rows = MODEL[model_name], data.draw(st.integers(1, 3), "rows")
@@ -79,6 +84,135 @@ def test_cached_logits_equal_uncached_for_any_split_and_raggedness(name, model_n
     for row in range(rows):
         torch.testing.assert_close(torch.cat([p[row] for p in got]), wanted[row, : lengths[row]], rtol=0, atol=1e-12)
     assert cache.lengths.tolist() == cache.host_lengths == lengths
+
+
+# Sequences of operations
+
+PROGRAMS = {
+    "rows of one length with holes": "append 6,8,8; append 9,7,7; append 1,1,1",
+    "truncate, and catch up": "append 5,5; truncate 3,5; append 2,0; append 1,1",
+    "reorder after a ragged prefill": "append 3,5; reorder 0,0; append 1,1",
+    "drop the longest row": "append 2,4; reorder 0; append 3; append 1",
+    "more padding than the longest row needs": "append_padded 2,2; append 1,1",
+    "a prefill over holes": "append 4,1; append 0,3; append 4,4",
+    "a mask over holes": "append 3,5; append_masked 2,2; append 2,0; append 1,1",
+    "a mask past a window": "append 9,4; append_masked 1,1; append_masked 3,2; append 1,1",
+    "expect, and reorder before the pass": "append 3,3; announce 2,0; reorder 1,0; append 2,2",
+    "expect, and fewer rows": "append 3,3; announce 2,0; reorder 1; append 1",
+    "expect, and truncate": "append 3,3; announce 2,0; truncate 3,2; append 2,2",
+    "expect, truncate, and a static pass": "append 3,2; announce 1,0; truncate 3,2; static 1",
+    "a pass that died on NaN": "append 2,3; die 3,1; append 1,2; append 0,1",
+    "died, then reordered": "append 2,3; die 3,1; reorder 1,0; append 1,1",
+    "died, then truncated": "append 2,3; die 2,2; truncate 1,3; append 3,1",
+    "died, then static": "append 2,3; die 3,1; truncate 2,3; static 1; static 1",
+    "full, and smaller": "append 20,3; append 5,1; append 2,1; truncate 1,4; append 2,2",
+    "reused, forked and written": "append 6,6; publish 0; reuse 1,0,6; append 0,3; reorder 1,1; append 1,2",
+    "published, truncated and written": "append 8,2; publish 0; truncate 6,2; append 2,0; reuse 1,2,8; append 1,1",
+}
+"""The shortest sequences of each kind that was ever wrong, or could be."""
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("name", SESSION_CACHES)
+@torch.no_grad()
+def test_known_sequences_equal_recomputation(name, program):
+    session = None
+    for operation, numbers in (step.split() for step in PROGRAMS[program].split("; ")):
+        numbers = [int(number) for number in numbers.split(",")]
+        session = session or Session(name, rows=len(numbers))
+        session.do(operation, numbers)
+        session.check()
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Operations in any order on one kind of cache; what a row holds is compared with recomputation after each pass."""
+
+    cache = ""
+
+    @initialize(rows=st.integers(1, 3), form=st.sampled_from(sorted(SESSION_MODELS)))
+    def begin(self, rows, form):
+        self.session = Session(self.cache, rows, form)
+
+    def numbers(self, data, least, most):
+        rows = len(self.session.texts)
+        return data.draw(st.lists(st.integers(least, most), min_size=rows, max_size=rows))
+
+    masked = st.sampled_from([0.0, 0.0, 0.4])
+
+    @rule(data=st.data(), padding=st.integers(0, 2), mask=masked)
+    def append_ragged(self, data, padding, mask):
+        self.session.append(self.numbers(data, 0, 6), padding=padding, mask=mask)
+
+    @rule(count=st.integers(0, 6), mask=masked)
+    def append_even(self, count, mask):
+        self.session.append([count] * len(self.session.texts), mask=mask)
+
+    @rule(steps=st.integers(1, 3), mask=masked)
+    def decode(self, steps, mask):
+        for _ in range(steps):
+            self.session.append([1] * len(self.session.texts), mask=mask)
+
+    @rule(steps=st.integers(1, 3))
+    def decode_static(self, steps):
+        if not self.session.announced:
+            self.session.static(steps)
+
+    @rule(steps=st.integers(0, 2), mask=masked)
+    def catch_up(self, steps, mask):
+        """Every row becomes as long as the longest: by the lengths alone, nothing seems to have been ragged."""
+        lengths = self.session.lengths
+        self.session.append([max(lengths) - n for n in lengths])
+        self.decode(steps, mask)
+
+    @rule(data=st.data(), edit=st.sampled_from(["truncate", "reorder", "reset"]))
+    def edit(self, data, edit):
+        if edit == "truncate":
+            self.session.truncate([data.draw(st.integers(0, n)) for n in self.session.lengths])
+        elif edit == "reorder":
+            row = st.integers(0, len(self.session.texts) - 1)
+            self.session.reorder(data.draw(st.lists(row, min_size=1, max_size=3)))
+        else:
+            self.session.reset()
+
+    @rule(data=st.data(), edit=st.sampled_from(["truncate", "reorder", "reset"]))
+    def edit_after_an_expectation(self, data, edit):
+        self.session.announce(self.numbers(data, 0, 4))
+        self.edit(data, edit)
+
+    @rule(data=st.data(), goes_on=st.booleans())
+    def die(self, data, goes_on):
+        self.session.die(self.numbers(data, 0, 4))
+        if goes_on:
+            self.session.append(self.numbers(data, 0, 4))
+
+    @rule(data=st.data(), rewrites=st.booleans())
+    def publish(self, data, rewrites):
+        row = data.draw(st.integers(0, len(self.session.texts) - 1))
+        self.session.publish(row)
+        if rewrites:  # the end of what was published
+            lengths = self.session.lengths
+            lengths[row] = max(0, lengths[row] - data.draw(st.integers(1, 3)))
+            self.session.truncate(lengths)
+            self.append_ragged(data, 0, 0.0)
+
+    @rule(data=st.data(), keep=st.integers(0, CAPACITY))
+    def reuse(self, data, keep):
+        row = data.draw(st.integers(0, len(self.session.texts) - 1))
+        self.session.reuse(row, data.draw(st.integers(0, len(self.session.prompts) - 1)), keep)
+
+    @invariant()
+    def books_agree(self):
+        if hasattr(self, "session"):
+            self.session.check()
+
+
+@pytest.mark.parametrize("name", SESSION_CACHES)
+@torch.no_grad()
+def test_operations_in_any_order_equal_recomputation(name):
+    machine = type(name, (AnyOrder,), {"cache": name})
+    run_state_machine_as_test(
+        machine, settings=draws(150, stateful_step_count=15, suppress_health_check=[*HealthCheck])
+    )
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -310,6 +444,62 @@ def test_static_passes_equal_ordinary_ones_on_ragged_rows(name):
     assert caches[0].lengths.tolist() == caches[1].lengths.tolist() == caches[1].host_lengths
 
 
+@torch.no_grad()
+def test_a_static_pass_is_one_token_a_row_and_leaves_no_plan_behind():
+    model, tokens = MODEL["llama-like"], tokens_of(2, 9)
+    for name in ("preallocated", "ring", "paged"):
+        cache = CACHES[name](CacheShape.of(model, 2))
+        feed(model, cache, tokens, [3, 3])
+        cache.expect([1, 0])
+        with cache.static_shapes(), pytest.raises(ValueError, match=r"1 token a row, got \[1, 0\]"):
+            cache.positions(1)
+        cache.truncate([3, 3])
+        with cache.static_shapes():
+            with cache.static_shapes():
+                cache.positions(1)
+            assert cache.is_static
+        assert not cache.is_static
+        got = feed(model, cache, tokens, [1, 1])
+        torch.testing.assert_close(got[0], model(tokens)[0, 3:4], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_ring_whose_pass_died_past_its_window_says_so_until_it_is_reset():
+    model, tokens = MODEL["llama-like"], tokens_of(1, 12)
+    cache = RingCache(CacheShape.of(model, 1), WINDOW, SINKS)
+    feed(model, cache, tokens, [6])
+    half = torch.randn(1, 2, 3, 8, dtype=torch.float64)
+    cache.layer(0).attend(half.repeat(1, 2, 1, 1), half, half, attend=reference)  # no advance: the pass died
+    for edit in (lambda: cache.positions(1), lambda: cache.truncate([2]), lambda: cache.reorder([0])):
+        with pytest.raises(ValueError, match=r"hold \[9\] tokens, with those of a pass that failed.* has lost some"):
+            edit()
+    cache.reset()
+    got = feed(model, cache, tokens, [12])
+    torch.testing.assert_close(got[0], uncached(model, tokens, "ring")[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["growing", "ring"])
+def test_a_mask_that_covers_another_number_of_tokens_is_refused(name):
+    cache = CACHES[name](CacheShape(layers=1, batch=2, kv_heads=1, head_dim=4))
+    cache.expect([9, 3])
+    for T in (9, 1):
+        new = torch.randn(2, 1, T, 4)
+        wrong = torch.ones(T, 17, dtype=torch.bool)
+        with pytest.raises(
+            ValueError, match=r"the longest row holds \d+ tokens, which a mask must cover, got \(\d, 17"
+        ):
+            cache.layer(0).attend(new, new, new, attend=reference, mask=wrong)
+        cache.layer(0).attend(new, new, new, attend=reference)
+        cache.advance(T)
+
+
+@pytest.mark.parametrize("row", [-1, 2])
+def test_reuse_refuses_a_row_that_is_not_there(row):
+    cache = CACHES["paged"](CacheShape(layers=1, batch=2, kv_heads=1, head_dim=4))
+    with pytest.raises(ValueError, match=f"2 rows of at most 80 tokens, got row {row} and 3 tokens"):
+        cache.reuse(row, [1, 2, 3])
+
+
 # Refusals
 
 
@@ -346,7 +536,10 @@ def test_wrong_counts_rows_layers_and_sizes_are_refused():
         (lambda: cache.expect([1, -1]), "counts must be 2 numbers"),
         (lambda: (cache.expect([1, 5]), cache.positions(4)), "expects up to 5 tokens in a row, the pass brings 4"),
         (lambda: cache.layer(2), "layers 0 to 1, got 2"),
+        (lambda: cache.expect([1, 0.5]), "must be integers"),
         (lambda: cache.truncate([1, 0]), "cannot be truncated"),
+        (lambda: cache.truncate([0.0, 0.0]), "must be integers"),
+        (lambda: cache.reorder([0.5]), "must be integers"),
         (lambda: cache.reorder([2]), "rows 0 to 1"),
         (lambda: PreallocatedCache(shape, 0), "at least 1 token"),
         (lambda: RingCache(shape, 0), "window must be at least 1"),

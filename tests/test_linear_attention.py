@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -84,7 +85,7 @@ def test_the_causal_forms_equal_the_float64_sum(name, T, S):
         torch.testing.assert_close(out.double(), truth, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@draws(40)
 @given(
     T=st.integers(1, 40),
     extra=st.integers(-10, 30),
@@ -314,6 +315,25 @@ def test_a_state_fed_in_pieces_equals_the_full_pass(name, pieces):
     state = la.LinearState(feature_map=MAPS[name], chunk=8)
     outs = [state.attend(*part) for part in zip(*(x.split(pieces, dim=2) for x in (q, k, v)), strict=True)]
     torch.testing.assert_close(torch.cat(outs, 2), full, atol=1e-5, rtol=1e-5)
+
+
+@draws(40)
+@given(data=st.data(), chunk=st.sampled_from([1, 3, 64]))
+def test_a_state_in_any_pieces_with_any_padding_equals_recomputation(data, chunk):
+    """Pieces of any length, whose padding holds NaN; some calls are refused first and must leave no trace."""
+    pieces = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=6))
+    q, k, v = make(sum(pieces), dtype=torch.float64)
+    rows = [data.draw(st.lists(st.booleans(), min_size=n, max_size=n)) for n in [sum(pieces)] * q.shape[0]]
+    real = torch.tensor(rows, dtype=torch.bool).view(q.shape[0], 1, 1, -1)
+    wanted = la.parallel(q, k, v, mask=real, causal=True)
+    k, v = (x.masked_fill(~real.mT, torch.nan) for x in (k, v))
+    state, outs = la.LinearState(chunk=chunk), []
+    for *part, mask in zip(*(x.split(pieces, dim=2) for x in (q, k, v)), real.split(pieces, dim=3), strict=True):
+        if data.draw(st.booleans()):
+            with pytest.raises(ValueError, match="mask must broadcast"):
+                state.attend(*part, mask=torch.ones(7, 1, 1, 1, dtype=torch.bool))
+        outs.append(state.attend(*part, mask=mask))
+    torch.testing.assert_close(torch.cat(outs, 2), wanted, rtol=0, atol=1e-12)
 
 
 def test_a_state_keeps_its_size_and_its_float32():

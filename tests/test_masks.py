@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tformer_lib import masks
 
 lengths = st.integers(0, 9)
-few = settings(max_examples=60, deadline=None)
+few = draws(60)
 
 
 def brute_force(T, S, may_look):

@@ -9,7 +9,8 @@ import copy
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from draws import draws
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
@@ -193,8 +194,7 @@ class NarrowMemory(Memory):
     hash_of = staticmethod(lambda content: hash(content) % 3)
 
 
-OFTEN = settings(max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
-RARELY = settings(OFTEN, max_examples=50)
+OFTEN, RARELY = (draws(n, stateful_step_count=40, suppress_health_check=list(HealthCheck)) for n in (120, 50))
 TestMemory, TestCollidingMemory, TestNarrowMemory = Memory.TestCase, CollidingMemory.TestCase, NarrowMemory.TestCase
 TestMemory.settings, TestCollidingMemory.settings, TestNarrowMemory.settings = OFTEN, RARELY, RARELY
 
@@ -395,7 +395,7 @@ def starts_of(counts):
     return int32([0, *torch.tensor(counts).cumsum(0).tolist()])
 
 
-@settings(max_examples=80, deadline=None)
+@draws(80)
 @given(workloads())
 def test_packed_queries_equal_dense_attention_whatever_lies_in_unused_slots(workload):
     q, keys, values, lengths, counts, block_size, scale, window = workload
@@ -413,7 +413,7 @@ def test_packed_queries_equal_dense_attention_whatever_lies_in_unused_slots(work
         torch.testing.assert_close(out[here], wanted, rtol=0, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@draws(40)
 @given(workloads())
 def test_decode_equals_dense_attention_and_an_empty_row_gives_zeros(workload):
     _, keys, values, lengths, _, block_size, scale, window = workload
@@ -461,7 +461,7 @@ def test_pools_may_have_vllms_layout():
 # ---- writing
 
 
-@settings(max_examples=40, deadline=None)
+@draws(40)
 @given(data=st.data(), block_size=st.sampled_from([1, 3, 16]), dtype=st.sampled_from([F64, torch.bfloat16]))
 def test_tokens_land_in_their_slots_and_nothing_else_changes(data, block_size, dtype):
     blocks, kv_heads = 7, 2

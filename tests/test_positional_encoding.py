@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tformer_lib.positional_encoding import (
@@ -22,7 +23,7 @@ HEADS = [1, 2, 3, 5, 6, 8, 12, 16, 20, 25, 32, 71, 112]
 
 
 @given(position=st.integers(-10_000, 1_000_000), half=st.integers(1, 40), base=st.sampled_from([100.0, 10000.0, 5e5]))
-@settings(max_examples=50, deadline=None)
+@draws(50)
 def test_sinusoidal_is_the_papers_formula(position, half, base):
     row = sinusoidal(torch.tensor([position]), 2 * half, base=base)[0]
     for i in range(half):
@@ -33,7 +34,7 @@ def test_sinusoidal_is_the_papers_formula(position, half, base):
 
 
 @given(shift=st.integers(-500, 500), half=st.integers(1, 32))
-@settings(max_examples=30, deadline=None)
+@draws(30)
 def test_a_shift_is_one_linear_map_whatever_the_position(shift, half):
     positions = torch.arange(0, 700, 37)
     here, there = (sinusoidal(p, 2 * half).double().unflatten(-1, (half, 2)) for p in (positions, positions + shift))
@@ -144,7 +145,7 @@ def test_alibi_gives_the_attention_weights_that_bloom_gives(heads):
 
 
 @given(T=st.integers(1, 20), extra=st.integers(0, 20), heads=st.sampled_from(HEADS))
-@settings(max_examples=30, deadline=None)
+@draws(30)
 def test_biases_are_aligned_bottom_right(T, extra, heads):
     S = T + extra
     t5 = T5Bias(heads)

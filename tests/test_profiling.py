@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -220,7 +221,7 @@ intervals_strategy = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@draws(60)
 @given(intervals_strategy, st.integers(0, 30), st.integers(1, 60))
 def test_utilisation_is_the_share_of_covered_microseconds(intervals, start, length):
     covered = {us for i in intervals for us in range(int(i["start_us"]), int(i["start_us"] + i["duration_us"]))} & set(
@@ -229,7 +230,7 @@ def test_utilisation_is_the_share_of_covered_microseconds(intervals, start, leng
     assert profiling.utilisation(intervals, start, start + length) == pytest.approx(len(covered) / length)
 
 
-@settings(max_examples=40, deadline=None)
+@draws(40)
 @given(intervals_strategy, st.integers(0, 8))
 def test_spans_join_what_touches_or_nearly(intervals, gap):
     joined = profiling.spans(intervals, gap_us=gap)
@@ -243,7 +244,7 @@ def test_empty_window_is_refused():
         profiling.utilisation([], 5, 5)
 
 
-@settings(max_examples=40, deadline=None)
+@draws(40)
 @given(intervals_strategy)
 def test_pack_and_unpack(intervals):
     recording = json.loads(json.dumps(profiling.pack(intervals, 40.0)))
@@ -379,7 +380,7 @@ def test_counting_does_not_change_the_result(model):
             assert torch.equal(model(tokens), expected)
 
 
-@settings(max_examples=50, deadline=None)
+@draws(50)
 @given(st.floats(1e9, 1e15), st.floats(1e9, 1e13), st.floats(1e6, 1e15), st.floats(1e3, 1e12))
 def test_roofline_bounds_time_and_rate(flops_rate, bytes_rate, flops, moved):
     roof = profiling.Roofline(flops_rate, bytes_rate)

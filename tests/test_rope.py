@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tformer_lib.rope import (
@@ -78,7 +79,7 @@ def pairs_as_complex(x, layout, rotary_dim):
     head_dim=st.sampled_from([2, 6, 16, 64]),
     base=st.sampled_from([100.0, 10000.0, 500000.0]),
 )
-@settings(max_examples=50, deadline=None)
+@draws(50)
 def test_rotation_is_multiplication_by_a_unit_complex_number(layout, positions, head_dim, base):
     x = torch.randn(2, 3, len(positions), head_dim)
     rotated = Rope(head_dim, base=base, layout=layout).at(torch.tensor(positions))(x)
@@ -96,7 +97,7 @@ def test_rotation_is_multiplication_by_a_unit_complex_number(layout, positions, 
     layout=st.sampled_from(LAYOUTS),
     rotary_dim=st.sampled_from([8, 16, 32]),
 )
-@settings(max_examples=50, deadline=None)
+@draws(50)
 def test_scores_depend_on_the_distance_alone(m, n, shift, layout, rotary_dim):
     rope = Rope(32, layout=layout, rotary_dim=rotary_dim)
     q, k = torch.randn(2, 1, 4, 1, 32)
@@ -109,7 +110,7 @@ def test_scores_depend_on_the_distance_alone(m, n, shift, layout, rotary_dim):
 
 
 @given(m=st.integers(-300, 300), n=st.integers(-300, 300), layout=st.sampled_from(LAYOUTS))
-@settings(max_examples=30, deadline=None)
+@draws(30)
 def test_rotations_compose_and_have_inverses(m, n, layout):
     rope, x = Rope(16, layout=layout), torch.randn(1, 2, 1, 16)
     twice = rope.at(torch.tensor([n]))(rope.at(torch.tensor([m]))(x))
@@ -176,7 +177,7 @@ def test_converted_projections_give_the_same_scores(rotary_dim, kv_heads):
 
 
 @given(heads=st.integers(1, 5), pairs=st.integers(1, 8), rest=st.integers(0, 4))
-@settings(max_examples=30, deadline=None)
+@draws(30)
 def test_conversions_undo_each_other(heads, pairs, rest):
     weight = torch.randn(heads * (2 * pairs + rest), 3)
     there = convert_layout(weight, heads, to="half", rotary_dim=2 * pairs)

@@ -5,7 +5,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tformer_lib import pretrained
@@ -79,7 +80,7 @@ def requests(draw):
     return draw(st.integers(0, 12)), prefix[: draw(st.integers(1, len(prefix)))] + tail, new, stop, cancelled
 
 
-@settings(max_examples=60, deadline=None)
+@draws(60)
 @given(
     plans=st.lists(requests(), min_size=1, max_size=7),
     seats=st.integers(1, 5),
@@ -185,7 +186,7 @@ def test_a_written_text_is_a_prefix_for_the_next_turn():
 # Sampling
 
 
-@settings(max_examples=15, deadline=None)
+@draws(15)
 @given(seeds=st.lists(st.integers(0, 50), min_size=2, max_size=4), more=st.integers(0, 9), ahead=st.integers(0, 1))
 def test_a_seeded_request_does_not_depend_on_its_neighbours(seeds, more, ahead):
     rules = [
@@ -279,7 +280,7 @@ def test_pieces_are_whole_characters():
     assert TextStream(Bytes()).push(300) == ""
 
 
-@settings(max_examples=200, deadline=None)
+@draws(200)
 @given(
     text=st.text(alphabet="abé🙂", max_size=30),
     stop=st.lists(st.text(alphabet="abé🙂", min_size=1, max_size=4), max_size=3),

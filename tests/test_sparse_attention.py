@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -111,7 +112,7 @@ def draw_patterns():
     return st.recursive(leaves, both, max_leaves=4)
 
 
-@settings(max_examples=120, deadline=None)
+@draws(120)
 @given(
     pattern=draw_patterns(), T=st.integers(1, LENGTH), S=st.integers(1, LENGTH), block=st.sampled_from([1, 5, 16, 64])
 )
@@ -128,7 +129,7 @@ def test_the_layout_is_live_exactly_where_the_mask_is(pattern, T, S, block):
 # ---- attention
 
 
-@settings(max_examples=80, deadline=None)
+@draws(80)
 @given(
     pattern=draw_patterns(),
     T=st.integers(1, 70),

@@ -19,7 +19,8 @@ import pytest
 import regex
 import tiktoken
 import tiktoken.load
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tformer_lib import stories as grammar
@@ -29,7 +30,7 @@ from tformer_lib.tokens import corpus as corpus_room
 from tformer_lib.tokens import encoding as encoding_room
 
 SAMPLE = " ".join(grammar.stories(40, seed=1)) + "\n\tNaïve café — 12345 numbers, 日本語 and 👩‍🚀!\r\n" * 3
-modest = settings(max_examples=80, deadline=None)
+modest = draws(80)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +187,7 @@ def test_pieces_are_cut_where_no_token_reaches_across(size, pattern):
 
 
 @given(st.text(alphabet="ab \n\t\r'.1é字🙂\u3000", max_size=60), st.integers(1, 8))
-@settings(max_examples=100, deadline=None)
+@draws(100)
 def test_cutting_any_text_changes_no_pre_token(text, size):
     for pattern in (tokens.GPT4_PATTERN, tokens.GPT2_PATTERN):
         cut = [word for piece in tokens.pieces(list(text), size) for word in regex.findall(pattern, piece)]

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -219,7 +220,7 @@ def test_a_plain_text_is_read_once_from_end_to_end():
     assert training.evaluation_windows(text, 8, count=3)[0][:, 0].tolist() == [1000, 1016, 1040]
 
 
-@settings(max_examples=60, deadline=None)
+@draws(60)
 @given(st.lists(st.integers(1, 14), min_size=1, max_size=25))
 def test_documents_are_scored_whole_each_once(lengths):
     """Each document that fits is scored from its first token to its end; none is scored in part."""

@@ -164,7 +164,7 @@ class MultiHeadLatentAttention(nn.Module):
             mask: boolean, broadcastable to (batch, heads, T, S), True where a query may look.
             causal: hide the future; the last query sees the last key.
             rotate: turns (batch, heads, T, rope_dim) by its positions.
-            cache: this layer's latents of the tokens before x; those of x are appended.
+            cache: this layer's latents of the tokens before x; those of x are appended, unless this raises an error.
             absorb: attend to the latents themselves instead of making keys and values from them: the same result, and
                 far less work where there are few queries and many keys, as in decoding.
 
@@ -174,9 +174,12 @@ class MultiHeadLatentAttention(nn.Module):
         q, rotated_q = self.queries(x, rotate)
         entries = self.compress(x, rotate)  # (batch, T, latent + rope_dim)
         if cache is not None:
-            entries = cache.append(entries)  # (batch, S, latent + rope_dim)
+            entries = cache.joined(entries)  # (batch, S, latent + rope_dim)
         form = self.attend_absorbed if absorb else self.attend_expanded
-        return self.out_proj(merge(form(q, rotated_q, entries, mask=mask, causal=causal)))
+        out = self.out_proj(merge(form(q, rotated_q, entries, mask=mask, causal=causal)))
+        if cache is not None:
+            cache.entries = entries.detach()
+        return out
 
     def queries(self, x: Tensor, rotate: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
         """The queries' plain part (batch, heads, T, head_dim) and rotated part (batch, heads, T, rope_dim)."""
@@ -222,15 +225,26 @@ class MultiHeadLatentAttention(nn.Module):
 
 
 class LatentCache:
-    """One layer's latents, (batch, S, latent + rope_dim), concatenated as they come: no keys, no values."""
+    """One layer's latents, (batch, S, latent + rope_dim), concatenated as they come: no keys, no values.
+
+    Its rows are equally long. It serves inference: what it holds carries no gradient.
+    """
 
     def __init__(self) -> None:
         self.entries: Tensor | None = None
 
-    def append(self, new: Tensor) -> Tensor:
-        """Append new (batch, T, latent + rope_dim) and return all."""
-        self.entries = new if self.entries is None else torch.cat([self.entries, new], dim=1)
-        return self.entries
+    def joined(self, new: Tensor) -> Tensor:
+        """All that is held, then new (batch, T, latent + rope_dim): (batch, S, latent + rope_dim). Nothing is kept yet.
+
+        Raises:
+            ValueError: new does not fit what is held.
+        """
+        if self.entries is None:
+            return new
+        held, came = ((x.shape[0], x.shape[2], x.dtype, x.device) for x in (self.entries, new))
+        if held != came:
+            raise ValueError(f"the cache holds (batch, latent + rope_dim, dtype, device) = {held}, got {came}")
+        return torch.cat([self.entries, new], dim=1)
 
     @property
     def nbytes(self) -> int:

@@ -23,8 +23,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from operator import index as whole
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tformer_lib import masks
@@ -94,6 +96,7 @@ class Pass:
         columns: how many stored keys the pass looks at, its own included.
         visible: (batch, 1, T, columns) boolean, True where a query may look; None where causality says it all.
         survivors: (rows, places, slots), each (n,) int64: which new tokens are kept, and where; None where all are.
+        lengths_after: how many tokens each row holds once the pass is stored; None where the device alone knows.
     """
 
     length: int
@@ -103,6 +106,7 @@ class Pass:
     columns: int
     visible: Tensor | None = None
     survivors: tuple[Tensor, Tensor, Tensor] | None = None
+    lengths_after: list[int] | None = None
 
 
 class LayerCache:
@@ -121,16 +125,19 @@ class LayerCache:
             k: (batch, kv_heads, T, head_dim), rotated already where the model rotates keys.
             v: (batch, kv_heads, T, head_dim).
             attend: any attention form under the contract.
-            mask: boolean, broadcastable to (batch, heads, T, S), on top of causality; S counts all keys, the new too.
+            mask: boolean, broadcastable to (batch, heads, T, S), on top of causality. Its column s is the token at
+                place s of a row; S counts the tokens of the longest row, the new ones too.
 
         Returns:
             (batch, heads, T, head_dim); zeros for padding.
 
         Raises:
-            ValueError: the cache is full, or the new keys do not fit it: the message names both.
+            ValueError: the cache is full, or the new keys or the mask do not fit it: the message names both.
         """
         self.cache.check(k, v)
         now = self.cache.current_pass(k.shape[2])
+        mask = self.cache.mask_on_columns(mask, now)
+        self.cache.unfinished = now
         keys, values = self.cache.store(self.index, k.detach(), v.detach(), now)  # (batch, kv_heads, S, head_dim)
         causal = now.visible is None and now.length > 1
         return attend(q, keys, values, mask=masks.combine(now.visible, mask), causal=causal)
@@ -144,6 +151,7 @@ class KVCache(ABC):
         self.lengths = torch.zeros(shape.batch, dtype=torch.int64, device=shape.device)
         self.host_lengths = [0] * shape.batch  # the same numbers where reading them does not wait for a GPU
         self.counts: list[int] | None = None
+        self.unfinished: Pass | None = None  # a pass that has stored something and was not counted yet
         self._pass: Pass | None = None
 
     def expect(self, counts: Sequence[int]) -> None:
@@ -151,11 +159,10 @@ class KVCache(ABC):
 
         Padding is never stored and never seen, whatever it holds, NaN included.
         """
-        if isinstance(counts, Tensor):
-            counts = counts.tolist()
+        counts = whole_numbers(counts)
         if len(counts) != self.shape.batch or any(count < 0 for count in counts):
-            raise ValueError(f"counts must be {self.shape.batch} numbers of at least 0, got {list(counts)}")
-        self.counts, self._pass = list(counts), None
+            raise ValueError(f"counts must be {self.shape.batch} numbers of at least 0, got {counts}")
+        self.counts, self._pass = counts, None
 
     def positions(self, T: int) -> Tensor:
         """The places of the next T tokens in their rows, (batch, T) int64; padding is given place 0."""
@@ -178,7 +185,7 @@ class KVCache(ABC):
         counts = [T] * self.shape.batch if self.counts is None else self.counts
         self.lengths += T if self.counts is None else self._on_device(counts)
         self.host_lengths = [n + count for n, count in zip(self.host_lengths, counts, strict=True)]
-        self.counts, self._pass = None, None
+        self.counts, self._pass, self.unfinished = None, None, None
 
     def current_pass(self, T: int) -> Pass:
         """The pass that is under way, or a new one where none is."""
@@ -190,6 +197,7 @@ class KVCache(ABC):
         """Work out what the layers of a pass of T tokens share."""
         if self.counts is not None and max(self.counts, default=0) > T:
             raise ValueError(f"the cache expects up to {max(self.counts)} tokens in a row, the pass brings {T}")
+        self.abandon()
         counts = [T] * self.shape.batch if self.counts is None else self.counts
         ends = [n + count for n, count in zip(self.host_lengths, counts, strict=True)]
         self.check_room(ends)
@@ -197,8 +205,34 @@ class KVCache(ABC):
         ragged = any(count != T for count in counts)
         real = steps < self._on_device(counts)[:, None] if ragged else None  # (batch, T)
         start = self.host_lengths[0] if not ragged and len(set(self.host_lengths)) == 1 else None
-        now = Pass(T, self.lengths[:, None] + steps, real, start, max(ends, default=0))
-        return self.complete(now)
+        positions = self.lengths[:, None] + steps
+        return self.complete(Pass(T, positions, real, start, max(ends, default=0), lengths_after=ends))
+
+    def mask_on_columns(self, mask: Tensor | None, now: Pass) -> Tensor | None:
+        """A mask over the places of the tokens, (..., T, S), as one over the columns that the pass looks at.
+
+        Raises:
+            ValueError: the mask covers another number of tokens than the longest row holds after the pass.
+        """
+        places = None if mask is None or mask.dim() == 0 or mask.shape[-1] == 1 else self.places(now)
+        if places is None:
+            return mask
+        S = mask.shape[-1] if now.lengths_after is None else max(now.lengths_after, default=0)
+        if mask.dim() > 4 or mask.shape[-1] != S:
+            raise ValueError(f"the longest row holds {S} tokens, which a mask must cover, got {tuple(mask.shape)}")
+        full = F.pad(mask[(None,) * (4 - mask.dim())], (0, 1), value=False).expand(self.shape.batch, -1, -1, -1)
+        column = places.masked_fill(places < 0, S)[:, None, None, :]  # for a hole, the column that hides it
+        return full.gather(3, column.expand(-1, *full.shape[1:3], -1))  # (batch, heads or 1, T or 1, columns)
+
+    def places(self, now: Pass) -> Tensor | None:
+        """(batch, columns) the place of the token in each column of a pass, negative for none; None if the same."""
+        return None
+
+    def abandon(self) -> None:
+        """Undo what a pass stored that failed before its end, so that nothing of it is ever seen, NaN included."""
+        if self.unfinished is not None:
+            self.erase_after(self.host_lengths)
+            self.unfinished = None
 
     def check(self, k: Tensor, v: Tensor) -> None:
         """Refuse keys and values that do not fit what the cache was made for."""
@@ -217,6 +251,12 @@ class KVCache(ABC):
     def check_room(self, ends: list[int]) -> None:  # noqa: B027 (a cache without a limit has nothing to refuse)
         """Refuse a pass after which some row would hold more than there is room for."""
 
+    def _check_static(self, T: int) -> None:
+        """Refuse a pass that a recording for one token a row does not fit."""
+        if T != 1 or self.counts is not None:
+            came = f"{T} a row" if self.counts is None else f"{self.counts}"
+            raise ValueError(f"under static_shapes a pass brings 1 token a row, got {came}")
+
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token of one row takes: 2 * layers * kv_heads * head_dim * bytes of a number."""
@@ -234,6 +274,10 @@ class KVCache(ABC):
     @abstractmethod
     def store(self, layer: int, k: Tensor, v: Tensor, now: Pass) -> tuple[Tensor, Tensor]:
         """Keep the new keys and values, each (batch, kv_heads, T, head_dim), and return all that the pass looks at."""
+
+    @abstractmethod
+    def erase_after(self, lengths: Sequence[int]) -> None:
+        """Leave no number of a token after the first ``lengths[b]`` of each row b where a later pass would meet it."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -258,34 +302,53 @@ class KVCache(ABC):
     def _set_lengths(self, lengths: Sequence[int]) -> None:
         """Set the lengths in place: a captured graph holds their address."""
         self.lengths.copy_(self._on_device(lengths))
-        self.host_lengths, self.counts, self._pass = list(lengths), None, None
+        self.host_lengths, self.counts, self._pass, self.unfinished = list(lengths), None, None, None
 
-    def _check_shorter(self, lengths: Sequence[int]) -> None:
+    def _checked_shorter(self, lengths: Sequence[int]) -> list[int]:
+        lengths = whole_numbers(lengths)
         fits = len(lengths) == self.shape.batch and all(
             0 <= n <= held for n, held in zip(lengths, self.host_lengths, strict=True)
         )
         if not fits:
-            raise ValueError(f"rows hold {self.host_lengths} tokens, which cannot be truncated to {list(lengths)}")
+            raise ValueError(f"rows hold {self.host_lengths} tokens, which cannot be truncated to {lengths}")
+        return lengths
 
-    def _take_rows(self, rows: Sequence[int]) -> Tensor:
-        """The bookkeeping of ``reorder``; returns the rows as an index."""
+    def _take_rows(self, rows: Sequence[int]) -> tuple[list[int], Tensor]:
+        """The bookkeeping of ``reorder``; returns the rows, also as an index. An expectation is forgotten."""
+        rows = whole_numbers(rows)
         if not all(0 <= row < self.shape.batch for row in rows):
-            raise ValueError(f"the cache has rows 0 to {self.shape.batch - 1}, got {list(rows)}")
+            raise ValueError(f"the cache has rows 0 to {self.shape.batch - 1}, got {rows}")
+        self.abandon()
         index = self._on_device(rows)
         self.lengths = self.lengths[index]
         self.host_lengths = [self.host_lengths[row] for row in rows]
         self.shape = replace(self.shape, batch=len(rows))
-        return index
+        self.counts, self._pass = None, None
+        return rows, index
 
     def _on_device(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(list(numbers), dtype=torch.int64, device=self.lengths.device)
+        return torch.tensor(numbers, dtype=torch.int64, device=self.lengths.device)
+
+
+def whole_numbers(numbers: Sequence[int] | Tensor) -> list[int]:
+    """A list of Python integers, whatever they came in.
+
+    Raises:
+        ValueError: one of them is no integer.
+    """
+    numbers = numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
+    try:
+        return [whole(number) for number in numbers]
+    except TypeError:
+        raise ValueError(f"lengths, counts and rows must be integers, got {numbers}") from None
 
 
 class GrowingCache(KVCache):
     """Concatenate the new keys and values to the old ones.
 
     It needs no limit in advance. Each token copies the whole cache, and in a ragged batch every pass takes as many
-    columns as its longest row brings: shorter rows have holes there, which hold zeros and are never seen.
+    columns as its longest row brings: shorter rows have holes there, which hold zeros and are never seen. Holes stay
+    when rows become equally long again, so only a cache with as many columns as each row has tokens has none.
     """
 
     def __init__(self, shape: CacheShape):
@@ -307,12 +370,17 @@ class GrowingCache(KVCache):
 
     def complete(self, now: Pass) -> Pass:
         """All columns are looked at; which of them a query sees, their positions say."""
-        now.columns = self.column_positions.shape[1] + now.length
-        if now.start is None:
+        held = self.column_positions.shape[1]
+        now.columns = held + now.length
+        if now.start != held:  # rows differ in length, or there are holes
             columns = self._columns_after(now)[:, None, :]  # (batch, 1, S)
             seen = (columns >= 0) & (columns <= now.positions[:, :, None])  # (batch, T, S)
             now.visible = (seen if now.real is None else seen & now.real[:, :, None])[:, None]
         return now
+
+    def places(self, now: Pass) -> Tensor | None:
+        """(batch, columns) the place of the token in each column of a pass, -1 for a hole; None without holes."""
+        return None if now.visible is None else self._columns_after(now)
 
     def _columns_after(self, now: Pass) -> Tensor:
         """(batch, S) the position of the token in each column once the pass is stored, -1 for a hole."""
@@ -334,9 +402,8 @@ class GrowingCache(KVCache):
         self.column_positions = self._columns_after(self.current_pass(T))
         super().advance(T)
 
-    def truncate(self, lengths: Sequence[int]) -> None:
-        """Turn the columns of the forgotten tokens into holes, and drop the columns at the end that all rows lack."""
-        self._check_shorter(lengths)
+    def erase_after(self, lengths: Sequence[int]) -> None:
+        """Turn the columns of later tokens into holes, and drop the columns at the end that all rows lack."""
         forgotten = self.column_positions >= self._on_device(lengths)[:, None]  # (batch, S)
         positions = self.column_positions.masked_fill(forgotten, -1)
         live = (positions >= 0).any(0).nonzero()
@@ -345,11 +412,16 @@ class GrowingCache(KVCache):
         self.keys = [x[:, :, :end].masked_fill(hidden, 0.0) for x in self.keys]
         self.values = [x[:, :, :end].masked_fill(hidden, 0.0) for x in self.values]
         self.column_positions = positions[:, :end]
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget all but the first ``lengths[b]`` tokens of each row b."""
+        lengths = self._checked_shorter(lengths)
+        self.erase_after(lengths)
         self._set_lengths(lengths)
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Row b becomes a copy of what row ``rows[b]`` was."""
-        index = self._take_rows(rows)
+        _, index = self._take_rows(rows)
         self.keys, self.values = [x[index] for x in self.keys], [x[index] for x in self.values]
         self.column_positions = self.column_positions[index]
 
@@ -404,11 +476,11 @@ class PreallocatedCache(KVCache):
         Nothing then depends on a number that the host knows, so one recording of the pass (a CUDA graph, a compiled
         function) is right at every length. The host's books stand still meanwhile: call ``replayed()`` after each pass.
         """
-        self.is_static = True
+        was, self.is_static, self._pass = self.is_static, True, None
         try:
             yield
         finally:
-            self.is_static = False
+            self.is_static, self._pass = was, None
 
     def replayed(self) -> None:
         """Count one more token per row on the host, after a pass under ``static_shapes``."""
@@ -418,8 +490,8 @@ class PreallocatedCache(KVCache):
         """Work out what the layers of a pass of T tokens share."""
         if not self.is_static:
             return super().plan(T)
-        if T != 1:
-            raise ValueError(f"under static_shapes a pass brings 1 token a row, got {T}")
+        self._check_static(T)
+        self.abandon()
         positions = self.lengths[:, None]  # (batch, 1)
         filled = self.slots <= positions  # (batch, capacity); a ring's slots fill in order too
         return Pass(1, positions, None, None, self.capacity, filled[:, None, None, :])
@@ -429,7 +501,7 @@ class PreallocatedCache(KVCache):
         if not self.is_static:
             return super().advance(T)
         self.lengths += T
-        self._pass = None
+        self._pass, self.unfinished = None, None
 
     def complete(self, now: Pass) -> Pass:
         """A query sees the slots up to its own position."""
@@ -457,17 +529,21 @@ class PreallocatedCache(KVCache):
         else:
             memory[self.rows, :, self.slot(now.positions)] = new.transpose(1, 2)  # (batch, T, kv_heads, head_dim)
 
-    def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget all but the first ``lengths[b]`` tokens of each row b."""
-        self._check_shorter(lengths)
+    def erase_after(self, lengths: Sequence[int]) -> None:
+        """Write zeros over later tokens."""
         for row, length in enumerate(lengths):
             self.keys[:, row, :, length:] = 0.0
             self.values[:, row, :, length:] = 0.0
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget all but the first ``lengths[b]`` tokens of each row b."""
+        lengths = self._checked_shorter(lengths)
+        self.erase_after(lengths)
         self._set_lengths(lengths)
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Row b becomes a copy of what row ``rows[b]`` was; the memory moves, so a graph must be captured anew."""
-        index = self._take_rows(rows)
+        rows, index = self._take_rows(rows)
         self.keys, self.values = self.keys[:, index], self.values[:, index]
         self.rows = torch.arange(len(rows), device=index.device)[:, None]
 
@@ -502,9 +578,13 @@ class RingCache(PreallocatedCache):
         """Sinks stay in the first slots; the rest goes round the others."""
         return torch.where(positions < self.sinks, positions, self.sinks + (positions - self.sinks) % self.window)
 
-    def slot_positions(self) -> Tensor:
-        """(batch, capacity) int64: the place in the text of the token in each slot, -1 for an empty slot."""
-        last = self.lengths[:, None] - 1
+    def slot_positions(self, lengths: Tensor | None = None) -> Tensor:
+        """(batch, capacity) int64: the place in the text of the token in each slot, -1 for an empty slot.
+
+        Args:
+            lengths: (batch,) how many tokens the rows hold; as many as now if not given.
+        """
+        last = (self.lengths if lengths is None else lengths)[:, None] - 1
         latest = last - (last - self.slots) % self.window  # the last position that falls on this slot
         held = torch.where(self.slots < self.sinks, self.slots, latest)
         return held.masked_fill((held < self.slots) | (held > last), -1)
@@ -515,8 +595,7 @@ class RingCache(PreallocatedCache):
             return super().complete(now)
         if now.length == 1 and now.real is None:
             return self._complete_step(now)
-        held = self.slot_positions()
-        new = now.positions if now.real is None else now.positions.masked_fill(~now.real, -1)
+        held, new = self.slot_positions(), self._new_places(now)
         seen = self._window_of(now.positions, torch.cat([held, new], dim=1))
         now.visible = seen if now.real is None else seen & now.real[:, None, :, None]
         now.columns = held.shape[1] + now.length
@@ -526,12 +605,24 @@ class RingCache(PreallocatedCache):
         now.survivors = rows, places, self.slot(new[rows, places])
         return now
 
+    def places(self, now: Pass) -> Tensor | None:
+        """(batch, columns) the place of the token in each column; None while nothing has been evicted."""
+        if now.columns > self.capacity:
+            return torch.cat([self.slot_positions(), self._new_places(now)], dim=1)
+        if now.lengths_after is not None and max(now.lengths_after, default=0) <= self.capacity:
+            return None
+        return self.slot_positions(self.lengths + 1)  # one token a row, which is written before it looks
+
     def _complete_step(self, now: Pass) -> Pass:
         """One token a row: it overwrites the token that leaves its window, so it may see every filled slot."""
         now.columns = self.capacity
         if now.start is None:
             now.visible = (self.slots <= now.positions)[:, None, None, :]
         return now
+
+    def _new_places(self, now: Pass) -> Tensor:
+        """(batch, T) the places of a pass's tokens, -1 for padding."""
+        return now.positions if now.real is None else now.positions.masked_fill(~now.real, -1)
 
     def _window_of(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Which keys (batch, S) the queries (batch, T) see, by their positions: (batch, 1, T, S)."""
@@ -552,8 +643,14 @@ class RingCache(PreallocatedCache):
         self.write(self.values[layer], v, now)
         return keys, values
 
-    def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget all but the first ``lengths[b]`` tokens of each row b; refused once a row has evicted some."""
-        if any(held > self.capacity for held in self.host_lengths):
-            raise ValueError(f"rows hold {self.host_lengths} tokens, of which a ring of {self.capacity} has lost some")
-        super().truncate(lengths)
+    def erase_after(self, lengths: Sequence[int]) -> None:
+        """Write zeros over later tokens.
+
+        Raises:
+            ValueError: a row has more of them than slots: they have overwritten what it would see.
+        """
+        held = self.host_lengths if self.unfinished is None else self.unfinished.lengths_after
+        if held is None or any(n > self.capacity for n in held):
+            came = "" if self.unfinished is None else ", with those of a pass that failed"
+            raise ValueError(f"rows hold {held} tokens{came}, of which a ring of {self.capacity} has lost some")
+        super().erase_after(lengths)

@@ -810,11 +810,11 @@ class PagedKVCache(KVCache):
 
         Call ``check_room`` before each pass, which takes the blocks, and ``replayed()`` after it.
         """
-        self.is_static = True
+        was, self.is_static, self._pass = self.is_static, True, None
         try:
             yield
         finally:
-            self.is_static = False
+            self.is_static, self._pass = was, None
 
     def replayed(self) -> None:
         """Count one more token per row on the host, after a pass under ``static_shapes``."""
@@ -826,8 +826,7 @@ class PagedKVCache(KVCache):
         """Work out what the layers of a pass of T tokens share."""
         if not self.is_static:
             return super().plan(T)
-        if T != 1:
-            raise ValueError(f"under static_shapes a pass brings 1 token a row, got {T}")
+        self._check_static(T)
         return self.complete(Pass(1, self.lengths[:, None], None, None, self.max_length))
 
     def complete(self, now: Pass) -> PagedPass:
@@ -850,7 +849,7 @@ class PagedKVCache(KVCache):
         """Count the tokens that all layers have stored; on the device alone under ``static_shapes``."""
         if self.is_static:
             self.lengths += T
-            self._pass = None
+            self._pass, self.unfinished = None, None
             return
         super().advance(T)
         for row, length in zip(self.rows, self.host_lengths, strict=True):
@@ -881,16 +880,19 @@ class PagedKVCache(KVCache):
         keys, values = (gather_blocks(pool, now.tables, now.ends, now.columns) for pool in self.pools[layer])
         return keys, values
 
+    def erase_after(self, lengths: Sequence[int]) -> None:
+        """Nothing: no pass looks past a row's length, whatever lies there."""
+
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget all but the first ``lengths[b]`` tokens of each row b; blocks without holders go back."""
-        self._check_shorter(lengths)
+        lengths = self._checked_shorter(lengths)
         for row, length in zip(self.rows, lengths, strict=True):
             row.truncate(length)
         self._set_lengths(lengths)
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Row b becomes a fork of what row ``rows[b]`` was: no keys or values move until a row writes."""
-        self._take_rows(rows)
+        rows, _ = self._take_rows(rows)
         forks = [self.rows[row].fork() for row in rows]
         for row in self.rows:
             row.free()
@@ -898,6 +900,9 @@ class PagedKVCache(KVCache):
 
     def reuse(self, row: int, tokens: Sequence[int]) -> int:
         """Let an empty row hold the cached beginning of a prompt; returns how many tokens need not be computed."""
+        if not 0 <= row < self.shape.batch or len(tokens) > self.max_length:
+            room = f"{self.shape.batch} rows of at most {self.max_length} tokens"
+            raise ValueError(f"the cache has {room}, got row {row} and {len(tokens)} tokens")
         reused = self.rows[row].reuse(tokens)
         lengths = list(self.host_lengths)
         lengths[row] = reused

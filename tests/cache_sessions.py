@@ -1,0 +1,249 @@
+"""A KV cache driven by any sequence of operations, beside an oracle that keeps plain lists of token ids.
+
+:class:`Session` holds a cache and, for each row, the list of its tokens. After every pass it recomputes all logits from
+scratch, without a cache, in float64, and compares. It knows nothing of columns, slots, blocks or holes.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from tformer_lib.attention import attend
+from tformer_lib.kv_cache import CacheShape, GrowingCache, PreallocatedCache, RingCache
+from tformer_lib.paged_attention import OutOfBlocks, PagedKVCache
+from tformer_lib.transformer import Decoder, ModelConfig
+
+VOCABULARY, LONGEST, CAPACITY = 11, 40, 24
+WINDOW, SINKS = 5, 2
+CACHES = {
+    "growing": lambda shape: GrowingCache(shape),
+    "preallocated": lambda shape: PreallocatedCache(shape, CAPACITY),
+    "ring": lambda shape: RingCache(shape, WINDOW, SINKS),
+    "paged": lambda shape: PagedKVCache(shape, 64, block_size=4, max_length=CAPACITY),
+    "paged-tight": lambda shape: PagedKVCache(shape, 12, block_size=2, max_length=CAPACITY),
+}
+
+
+def make_model(attention: str) -> Decoder:
+    """Two layers, so that a wrong key in the first changes the keys of the second; the same weights for every form."""
+    torch.manual_seed(3)
+    options = {"kv_heads": 1, "positions": "rope", "norm": "rmsnorm", "attention": attention}
+    config = ModelConfig(vocab_size=VOCABULARY, max_length=LONGEST, width=16, layers=2, heads=2, **options)
+    return Decoder(config).double().eval()
+
+
+MODELS = {form: make_model(form) for form in ("attention", "sdpa")}
+
+
+@dataclass(frozen=True)
+class Token:
+    """An id, and the places that a mask hid from it."""
+
+    id: int
+    hidden: frozenset[int] = frozenset()
+
+
+@dataclass
+class Session:
+    """A cache, and what its rows hold.
+
+    Attributes:
+        name: a key of ``CACHES``.
+        form: a key of ``MODELS``.
+        texts: the tokens of each row.
+        announced: ``expect`` was called, and no pass came since.
+        published: what later prompts may find, though the rows that held it have long gone on.
+    """
+
+    name: str
+    rows: int
+    form: str = "attention"
+    texts: list[list[Token]] = field(default_factory=list)
+    announced: bool = False
+    published: list[list[int]] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.model, self.random = MODELS[self.form], random.Random(self.rows)
+        self.cache = CACHES[self.name](CacheShape.of(self.model, self.rows))
+        self.texts = [[] for _ in range(self.rows)]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(text) for text in self.texts]
+
+    @property
+    def limit(self) -> int:
+        """The most tokens that a row may hold."""
+        return LONGEST if self.name in ("growing", "ring") else CAPACITY
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The ids that rows hold, then those that were published."""
+        return [[token.id for token in text] for text in self.texts] + self.published
+
+    @property
+    def has_lost_tokens(self) -> bool:
+        return self.name == "ring" and max(self.lengths) > WINDOW + SINKS
+
+    def check(self) -> None:
+        """The cache's books say what the lists say."""
+        assert self.cache.lengths.tolist() == self.cache.host_lengths == self.lengths
+        assert self.cache.shape.batch == len(self.texts)
+
+    # Operations
+
+    def do(self, operation: str, numbers: list[int]) -> None:
+        """An operation by its name, for sequences that are written down."""
+        if operation == "append_padded":
+            self.append(numbers, padding=3)
+        elif operation == "append_masked":
+            self.append(numbers, mask=0.5)
+        elif operation in ("static", "publish", "reuse"):
+            getattr(self, operation)(*numbers)
+        else:
+            getattr(self, operation)(numbers)
+
+    def append(self, counts: list[int], *, padding: int = 0, mask: float = 0.0) -> None:
+        """A pass with counts[b] real tokens in row b; a mask hides each key with the given probability."""
+        new = [[self.random.randrange(VOCABULARY) for _ in range(count)] for count in counts]
+        T, ends = max(counts) + padding, [n + count for n, count in zip(self.lengths, counts, strict=True)]
+        if max(ends) > LONGEST:
+            return  # the model ends there
+        shown = torch.rand(len(counts), 1, T, max(ends), generator=self._generator()) >= mask
+        ids = torch.tensor([row + [0] * (T - len(row)) for row in new], dtype=torch.int64).view(len(new), T)
+        if self.announced or any(count != T for count in counts):
+            self.cache.expect(counts)
+            self.announced = True
+        with self._refusal(ends) as refused:
+            logits = self.model(ids, cache=self.cache, mask=shown if mask else None)
+        if refused:
+            return
+        self.announced = False
+        for row, text in enumerate(self.texts):
+            for step, id in enumerate(new[row]):
+                hidden = (~shown[row, 0, step]).nonzero().flatten().tolist()
+                text.append(Token(id, frozenset(hidden)))
+        self._compare(logits, counts)
+
+    def static(self, steps: int) -> None:
+        """Passes of one token a row that read the lengths from the device alone."""
+        for _ in range(steps):
+            ends = [n + 1 for n in self.lengths]
+            if self.name == "growing" or max(ends) > LONGEST:
+                return
+            with self._refusal(ends) as refused:
+                self.cache.check_room(ends)
+            if refused:
+                return
+            new = [self.random.randrange(VOCABULARY) for _ in self.texts]
+            with self.cache.static_shapes():
+                logits = self.model(torch.tensor(new)[:, None], cache=self.cache)
+            self.cache.replayed()
+            for text, id in zip(self.texts, new, strict=True):
+                text.append(Token(id))
+            self._compare(logits, [1] * len(new))
+
+    def announce(self, counts: list[int]) -> None:
+        """``expect`` a pass that may never come."""
+        self.cache.expect(counts)
+        self.announced = True
+
+    def die(self, counts: list[int]) -> None:
+        """A pass that fails after its first layer, whose keys and values were NaN."""
+        T, ends = max(counts), [n + count for n, count in zip(self.lengths, counts, strict=True)]
+        if T == 0 or max(ends) > LONGEST or (self.name == "ring" and max(ends) > WINDOW + SINKS):
+            return  # a ring overwrites what it cannot bring back: a test of its own
+        shape = self.cache.shape
+        nan = torch.full((shape.batch, shape.kv_heads, T, shape.head_dim), torch.nan, dtype=shape.dtype)
+        self.cache.expect(counts)
+        self.announced = True
+        with self._refusal(ends):
+            self.cache.layer(0).attend(nan.repeat(1, 2, 1, 1), nan, nan, attend=attend)
+
+    def truncate(self, lengths: list[int]) -> None:
+        """Keep the first lengths[b] tokens of each row, or all where it has fewer."""
+        lengths = [min(n, length) for n, length in zip(lengths, self.lengths, strict=True)]
+        if self.has_lost_tokens:
+            with pytest.raises(ValueError, match="has lost some"):
+                self.cache.truncate(lengths)
+            return
+        self.cache.truncate(lengths)
+        self.announced = False
+        self.texts = [text[:n] for text, n in zip(self.texts, lengths, strict=True)]
+
+    def reorder(self, rows: list[int]) -> None:
+        """Row b becomes a copy of row rows[b]."""
+        self.cache.reorder(rows)
+        self.announced = False
+        self.texts = [list(self.texts[row]) for row in rows]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.cache.reset()
+        self.announced = False
+        self.texts, self.published = [[] for _ in self.texts], []
+
+    def publish(self, row: int) -> None:
+        """Let later prompts find the row's blocks, whose keys depend on the ids alone where no mask hid anything."""
+        if self.name.startswith("paged") and not any(token.hidden for token in self.texts[row]):
+            ids = [token.id for token in self.texts[row]]
+            self.cache.publish(row, ids)
+            self.published.append(ids)
+
+    def reuse(self, row: int, source: int, keep: int) -> None:
+        """A row begins again, with the first ``keep`` tokens of a prompt and one more, as far as blocks hold them."""
+        if not self.name.startswith("paged"):
+            return
+        prompt = [*self.prompts[source][:keep], self.random.randrange(VOCABULARY)]
+        lengths = self.lengths
+        lengths[row] = 0
+        self.truncate(lengths)
+        reused = self.cache.reuse(row, prompt)
+        assert 0 <= reused < len(prompt)
+        self.texts[row] = [Token(id) for id in prompt[:reused]]
+
+    # The oracle
+
+    def wanted(self) -> torch.Tensor:
+        """(rows, longest, vocabulary) the logits of every token, from scratch."""
+        longest, rows = max(self.lengths), len(self.texts)
+        ids = torch.zeros(rows, longest, dtype=torch.int64)
+        seen = torch.zeros(rows, 1, longest, longest, dtype=torch.bool)
+        for row, text in enumerate(self.texts):
+            for place, token in enumerate(text):
+                ids[row, place] = token.id
+                seen[row, 0, place, [key for key in range(place + 1) if self._promised(place, key, token)]] = True
+        return MODELS["attention"](ids, mask=seen)
+
+    def _promised(self, query: int, key: int, token: Token) -> bool:
+        inside = self.name != "ring" or key < SINKS or key > query - WINDOW
+        return inside and key not in token.hidden
+
+    def _compare(self, logits: torch.Tensor, counts: list[int]) -> None:
+        wanted = self.wanted() if any(counts) else None
+        for row, count in enumerate(counts):
+            if count:
+                end = len(self.texts[row])
+                torch.testing.assert_close(logits[row, :count], wanted[row, end - count : end], rtol=0, atol=1e-12)
+
+    @contextmanager
+    def _refusal(self, ends: list[int]) -> Iterator[list[ValueError]]:
+        """Collect the error of a pass after which rows hold so many tokens, if there is no room for them."""
+        refused = []
+        try:
+            yield refused
+        except OutOfBlocks as error:
+            if self.name != "paged-tight":
+                raise
+            refused.append(error)
+        except ValueError as error:
+            if max(ends) <= self.limit or "the cache is full" not in str(error):
+                raise
+            refused.append(error)
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.random.randrange(2**31))

@@ -1,0 +1,16 @@
+"""How many examples a property test draws: its own number in an ordinary run, 100 times as many in the deep one."""
+
+from hypothesis import HealthCheck, settings
+
+ORDINARY = 100
+"""What hypothesis draws where nobody says more: a profile that draws n times as many multiplies every test's number."""
+
+
+def register_profiles() -> None:
+    """Let ``HYPOTHESIS_PROFILE`` (or ``--hypothesis-profile``) choose ``deep``, which is for a release."""
+    settings.register_profile("deep", max_examples=100 * ORDINARY, suppress_health_check=[HealthCheck.too_slow])
+
+
+def draws(count: int, **options) -> settings:
+    """The settings of a test that draws ``count`` examples in an ordinary run, however slow the machine is."""
+    return settings(max_examples=count * settings().max_examples // ORDINARY, deadline=None, **options)
