@@ -1,0 +1,356 @@
+// The sequence in segments, so that a few long sequences fill the device: (1) every segment's state from nothing, (2) a
+// scan over the segments, which gives each its first state, (3) every segment's outputs. With one segment, (3) alone.
+#pragma once
+#include "chunk.cuh"
+
+namespace linear {
+
+// What one block does: some value columns of one head's segment.
+struct Work {
+    int slice, segment;
+    int64_t h, kv, n, state;  // state: which (sequence, kv head)
+    Sequence sequence;
+    int first, last;          // chunks
+
+    __device__ Work(const Arguments& a, int64_t block, int64_t heads, int slices, int64_t segments) {
+        slice = int(block % slices), block /= slices;
+        h = block % heads, block /= heads;
+        segment = int(block % segments), n = block / segments;
+        kv = h / (heads / a.kv_heads);
+        state = n * a.kv_heads + kv;
+        sequence = sequence_of(a, n);
+        first = int(min(a.segment_chunks * segment, int64_t(chunks())));
+        last = int(min(int64_t(first) + a.segment_chunks, int64_t(chunks())));
+    }
+    __device__ int chunks() const { return (sequence.T + CHUNK - 1) / CHUNK; }
+    __device__ bool ends_sequence() const { return last == chunks() && (first < last || segment == 0); }
+};
+
+// Slot s of a head's segments: after (1) the state of segment s alone, after (2) the state in which segment s + 1 begins.
+__device__ inline int64_t slot_of(const Arguments& a, int64_t state, int segment) {
+    return state * (a.segment_count - 1) + segment;
+}
+
+__device__ inline int64_t state_size(const Arguments& a) { return state_rows(a) * a.head_dim; }
+
+// Where a segment's first state is, or null for zeros.
+__device__ inline const float* first_state(const Arguments& a, const Work& w) {
+    if (w.segment == 0) return a.initial == nullptr ? nullptr : a.initial + w.state * state_size(a);
+    return a.segments + slot_of(a, w.state, w.segment - 1) * state_size(a);
+}
+
+// --- (1) -------------------------------------------------------------------------------------------------------------
+
+template <class Sh, Rule RULE>
+struct StatesLayout {
+    static constexpr int STAGE = Sh::KEY_BYTES + Sh::VALUE_BYTES + (RULE == DELTA ? Sh::SQUARE_BYTES : 0);
+    static constexpr int BYTES = 2 * STAGE + (4 * CHUNK + Sh::D) * int(sizeof(float));
+};
+
+// The delta rule moves a state linearly: S after = M S before + (S from nothing). M^T is what the recurrence makes of the
+// unit matrix when all values are zero, so it is computed as if it were head_dim more value columns.
+template <class Half, class Sh, Rule RULE>
+__global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) states_kernel(const __grid_constant__ Arguments a) {
+    using At = StatesLayout<Sh, RULE>;
+    extern __shared__ __align__(128) uint8_t shared[];
+    float* const sinces = reinterpret_cast<float*>(shared + 2 * At::STAGE);  // 2 x CHUNK
+    float *const betas = sinces + 2 * CHUNK, *const sum = sinces + 4 * CHUNK;
+    const uint32_t tiles = shared_address(shared);
+
+    const int value_slices = int((a.value_dim + Sh::VALUES - 1) / Sh::VALUES);
+    const int slices = value_slices + (RULE == DELTA ? int((a.head_dim + Sh::VALUES - 1) / Sh::VALUES) : 0);
+    const Work w(a, blockIdx.x, a.kv_heads, slices, a.segment_count - 1);
+    const bool transition = w.slice >= value_slices;
+    if (w.last == w.chunks() || (transition && w.segment == 0)) return;  // nobody asks for it
+    const Sequence& s = w.sequence;
+    const int first_value = (transition ? w.slice - value_slices : w.slice) * Sh::VALUES;
+    const int values_left = transition ? 0 : int(a.value_dim) - first_value;
+    const Rows<Half> K(a.k, s, w.kv), V(a.v, s, w.kv);
+    const int64_t all_chunks = (a.length + CHUNK - 1) / CHUNK;
+    const Half* const inverses = static_cast<const Half*>(a.inverses) + w.state * all_chunks * CHUNK * CHUNK;
+    const auto start_chunk = [&](int chunk) {
+        const int token = chunk * CHUNK;
+        const uint32_t tile = tiles + chunk % 2 * At::STAGE;
+        start_copy<Sh::D, Sh::THREADS>(tile, K(token), K.step, s.T - token, int(a.head_dim));
+        start_copy<Sh::VALUES, Sh::THREADS>(tile + Sh::KEY_BYTES, V(token) + (transition ? 0 : first_value), V.step,
+                                            s.T - token, values_left);
+        if constexpr (RULE == DELTA)
+            start_copy<CHUNK, Sh::THREADS>(tile + Sh::KEY_BYTES + Sh::VALUE_BYTES,
+                                           inverses + int64_t(chunk) * CHUNK * CHUNK, CHUNK, CHUNK, CHUNK);
+        commit_copies();
+    };
+
+    float S[Sh::M][Sh::STATE_TILES][4] = {};
+    if constexpr (RULE == DELTA)
+        if (transition)
+#pragma unroll
+            for (int m = 0; m < Sh::M; ++m)
+#pragma unroll
+                for (int j = 0; j < Sh::STATE_TILES; ++j)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        const int row = first_value + (warp() * Sh::M + m) * 16 + e / 2 * 8 + row_in_tile();
+                        S[m][j][e] = row == j * 8 + column_in_tile() + e % 2 ? 1.0f : 0.0f;
+                    }
+    float decay = 0.0f;
+    if (RULE == MEAN)
+        for (int i = threadIdx.x; i < Sh::D; i += Sh::THREADS) sum[i] = 0.0f;
+    Gates<RULE> gates;
+    gates.fetch(a, s, w.kv, w.first * CHUNK);
+    gates.publish(sinces + w.first % 2 * CHUNK, betas + w.first % 2 * CHUNK);
+    start_chunk(w.first);
+    for (int chunk = w.first; chunk < w.last; ++chunk) {
+        wait_copies<0>();
+        __syncthreads();  // this chunk has arrived for all, and all have read the one before
+        if (chunk + 1 < w.last) {
+            start_chunk(chunk + 1);
+            gates.fetch(a, s, w.kv, (chunk + 1) * CHUNK);
+        }
+        const uint32_t offset = chunk % 2 * At::STAGE, k = tiles + offset, v = k + Sh::KEY_BYTES;
+        if (a.map != IDENTITY) {
+            map_tile<Half, Sh::D, Sh::THREADS>(shared + offset, a.map, a.map_scale, s.T - chunk * CHUNK, int(a.head_dim));
+            __syncthreads();
+        }
+        const float *const since = sinces + chunk % 2 * CHUNK, *const beta = betas + chunk % 2 * CHUNK;
+        uint32_t U[RULE == DELTA ? STEPS : 1][Sh::M][4];
+        if constexpr (RULE == DELTA)
+            solve<Half, Sh>(U, S, k, v, v + Sh::VALUE_BYTES, since, beta, shrink_of<Half, Sh>(S));
+        absorb<Half, Sh, RULE>(S, k, since, sum, [&](int step, Fragment<Sh>& u) {
+            if constexpr (RULE == DELTA) take<Sh>(u, U[step]);
+            else load_values<Sh>(u, v, step);
+        });
+        if (RULE >= DECAY) decay += since[CHUNK - 1];
+        gates.publish(sinces + (chunk + 1) % 2 * CHUNK, betas + (chunk + 1) % 2 * CHUNK);
+    }
+    const int64_t slot = slot_of(a, w.state, w.segment);
+    if (transition) {
+        store_state<Sh>(S, a.head_dim, a.head_dim, a.transitions + slot * a.head_dim * a.head_dim, first_value);
+        return;
+    }
+    float* const to = a.segments + slot * state_size(a);
+    store_state<Sh>(S, a.value_dim, a.head_dim, to, first_value);
+    if (RULE >= DECAY && w.slice == 0 && threadIdx.x == 0) a.segment_decay[slot] = decay;
+    if (RULE == MEAN && w.slice == 0) {
+        __syncthreads();
+        for (int i = threadIdx.x; i < a.head_dim; i += Sh::THREADS) to[a.value_dim * a.head_dim + i] = sum[i];
+    }
+}
+
+// --- (2) -------------------------------------------------------------------------------------------------------------
+
+constexpr int SCAN_THREADS = 256;
+
+// How many segments a sequence has.
+__device__ inline int segments_of(const Arguments& a, int64_t state) {
+    const int64_t tokens = CHUNK * a.segment_chunks;
+    return int((sequence_of(a, state / a.kv_heads).T + tokens - 1) / tokens);
+}
+
+// A thread has four neighbouring elements of a head's state.
+template <Rule RULE>
+__global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(const __grid_constant__ Arguments a) {
+    const int64_t size = state_size(a), parts = (size / 4 + SCAN_THREADS - 1) / SCAN_THREADS;
+    const int64_t state = blockIdx.x / parts, at = (blockIdx.x % parts * SCAN_THREADS + threadIdx.x) * 4;
+    if (at >= size) return;
+    const auto vector = [](const float* p) { return *reinterpret_cast<const float4*>(p); };
+    float4 run = a.initial == nullptr ? make_float4(0, 0, 0, 0) : vector(a.initial + state * size + at);
+    const int used = segments_of(a, state);
+    for (int segment = 0; segment + 1 < used; ++segment) {
+        const int64_t slot = slot_of(a, state, segment);
+        float4& here = *reinterpret_cast<float4*>(a.segments + slot * size + at);
+        const float kept = RULE >= DECAY ? fast_exp2(a.segment_decay[slot]) : 1.0f;
+        const float4 own = here;
+        run = make_float4(fmaf(run.x, kept, own.x), fmaf(run.y, kept, own.y), fmaf(run.z, kept, own.z),
+                          fmaf(run.w, kept, own.w));
+        here = run;
+    }
+}
+
+// --- (3) -------------------------------------------------------------------------------------------------------------
+
+// P = Q K^T below the diagonal, decayed, written to shared memory as halves. A warp takes 16 rows, or half of them. With
+// MEAN also the rows' sums, and with them the share of the keys before the chunk: the denominators.
+template <class Half, class Sh, Rule RULE>
+__device__ void score(uint8_t* P, float* denominators, uint32_t Q, uint32_t K, const float* since, const float* sum,
+                      float scale) {
+    constexpr int PAIRS = 16 / Sh::WARPS;
+    const int tile = warp() % 4, first = warp() / 4 * PAIRS;
+    if (first > tile) return;
+    float C[PAIRS][2][4] = {};
+    float before[2] = {};
+#pragma unroll
+    for (int k = 0; k < Sh::STATE_STEPS; ++k) {
+        uint32_t q[4];
+        ldmatrix(q, Q + place<Sh::D>(tile * 16 + lane() % 16, 2 * k + lane() / 16));
+#pragma unroll
+        for (int j = 0; j < PAIRS; ++j)
+            if (first + j <= tile) {
+                uint32_t b[4];
+                ldmatrix(b, K + place<Sh::D>((first + j) * 16 + n_row(), 2 * k + n_chunk()));
+                mma<Half>(C[j][0], q, b[0], b[1]);
+                mma<Half>(C[j][1], q, b[2], b[3]);
+            }
+        if constexpr (RULE == MEAN)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const float2 x = unpack<Half>(q[e]);
+                const float2 z = *reinterpret_cast<const float2*>(sum + 16 * k + e / 2 * 8 + column_in_tile());
+                before[e % 2] = fmaf(x.x, z.x, fmaf(x.y, z.y, before[e % 2]));
+            }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int row = tile * 16 + r * 8 + row_in_tile();
+        float total = 0.0f;
+#pragma unroll
+        for (int j = 0; j < PAIRS; ++j)
+            if (first + j <= tile)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    float p[2];
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const int column = (first + j) * 16 + half * 8 + column_in_tile() + e;
+                        const float kept = RULE >= DECAY ? fast_exp2(since[row] - since[column]) : 1.0f;
+                        p[e] = column <= row ? C[j][half][2 * r + e] * (scale * kept) : 0.0f;
+                        total += p[e];
+                    }
+                    const int at = place<CHUNK>(row, (first + j) * 2 + half) + lane() % 4 * 4;
+                    *reinterpret_cast<uint32_t*>(P + at) = pack<Half>(p[0], p[1]);
+                }
+        if constexpr (RULE == MEAN) {
+            total = quad_sum(total + before[r] * scale);
+            if (lane() % 4 == 0) denominators[row] = total;
+        }
+    }
+}
+
+// An 8 x 8 matrix of halves, transposed between the lanes of a warp.
+__device__ inline uint32_t transposed(uint32_t word) {
+    uint32_t out;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(word));
+    return out;
+}
+
+// Write O^T as rows of O, 16 bytes a lane: four lanes trade the words of four 8 x 8 matrices.
+template <class Half, class Sh>
+__device__ void store_output(const Columns<Sh>& O, const Rows<Half>& out, int token, int T, int first_value, int value_dim) {
+    constexpr int TOGETHER = 2 / Sh::M;  // tiles of tokens
+    const int t = lane() % 4;
+#pragma unroll
+    for (int j = 0; j < TOKEN_TILES; j += TOGETHER) {
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i)
+#pragma unroll
+            for (int m = 0; m < Sh::M; ++m)
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const float(&c)[4] = O[m][j + i];
+                    words[i * 2 * Sh::M + m * 2 + r] = transposed(pack<Half>(c[2 * r], c[2 * r + 1]));
+                }
+        quad_transpose(words);
+        const int row = token + (j + t / (2 * Sh::M)) * 8 + row_in_tile();
+        const int column = first_value + warp() * Sh::M * 16 + t % (2 * Sh::M) * 8;
+        if (row < T && column < value_dim)
+            *reinterpret_cast<uint4*>(out(row) + column) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+}
+
+template <class Sh, Rule RULE>
+struct Layout {
+    static constexpr int STAGE = 2 * Sh::KEY_BYTES + Sh::VALUE_BYTES + (RULE == DELTA ? Sh::SQUARE_BYTES : 0);
+    static constexpr int P = 2 * STAGE;
+    static constexpr int NUMBERS = P + Sh::SQUARE_BYTES;
+    static constexpr int BYTES = NUMBERS + (5 * CHUNK + Sh::D) * int(sizeof(float));
+};
+
+template <class Half, class Sh, Rule RULE>
+__global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const __grid_constant__ Arguments a) {
+    using At = Layout<Sh, RULE>;
+    extern __shared__ __align__(128) uint8_t shared[];
+    float* const numbers = reinterpret_cast<float*>(shared + At::NUMBERS);
+    float *const sinces = numbers, *const betas = numbers + 2 * CHUNK, *const denominators = numbers + 4 * CHUNK;
+    float* const sum = numbers + 5 * CHUNK;
+    const uint32_t tiles = shared_address(shared), P = tiles + At::P;
+
+    const int slices = int((a.value_dim + Sh::VALUES - 1) / Sh::VALUES);
+    const Work w(a, blockIdx.x, a.heads, slices, a.segment_count);
+    if (w.first == w.last && !w.ends_sequence()) return;
+    const Sequence& s = w.sequence;
+    const int first_value = w.slice * Sh::VALUES;
+    const Rows<Half> Q(a.q, s, w.h), K(a.k, s, w.kv), V(a.v, s, w.kv), out(a.out, s, w.h);
+    const int64_t all_chunks = (a.length + CHUNK - 1) / CHUNK;
+    const Half* const inverses = static_cast<const Half*>(a.inverses) + w.state * all_chunks * CHUNK * CHUNK;
+    const auto start_chunk = [&](int chunk) {
+        const int token = chunk * CHUNK;
+        const uint32_t tile = tiles + chunk % 2 * At::STAGE;
+        start_copy<Sh::D, Sh::THREADS>(tile, Q(token), Q.step, s.T - token, int(a.head_dim));
+        start_copy<Sh::D, Sh::THREADS>(tile + Sh::KEY_BYTES, K(token), K.step, s.T - token, int(a.head_dim));
+        start_copy<Sh::VALUES, Sh::THREADS>(tile + 2 * Sh::KEY_BYTES, V(token) + first_value, V.step, s.T - token,
+                                            int(a.value_dim) - first_value);
+        if constexpr (RULE == DELTA)
+            start_copy<CHUNK, Sh::THREADS>(tile + 2 * Sh::KEY_BYTES + Sh::VALUE_BYTES,
+                                           inverses + int64_t(chunk) * CHUNK * CHUNK, CHUNK, CHUNK, CHUNK);
+        commit_copies();
+    };
+
+    float S[Sh::M][Sh::STATE_TILES][4] = {};
+    const float* const start = first_state(a, w);
+    if (w.first < w.last) start_chunk(w.first);
+    if (start != nullptr) load_state<Sh>(S, a.value_dim, a.head_dim, start, first_value);
+    if (RULE == MEAN)
+        for (int i = threadIdx.x; i < Sh::D; i += Sh::THREADS)
+            sum[i] = start != nullptr && i < a.head_dim ? start[a.value_dim * a.head_dim + i] : 0.0f;
+    Gates<RULE> gates;
+    gates.fetch(a, s, w.kv, w.first * CHUNK);
+    gates.publish(sinces + w.first % 2 * CHUNK, betas + w.first % 2 * CHUNK);
+
+    for (int chunk = w.first; chunk < w.last; ++chunk) {
+        wait_copies<0>();
+        __syncthreads();  // this chunk has arrived for all, and all have read the one before
+        if (chunk + 1 < w.last) {
+            start_chunk(chunk + 1);
+            gates.fetch(a, s, w.kv, (chunk + 1) * CHUNK);
+        }
+        const int token = chunk * CHUNK;
+        const uint32_t offset = chunk % 2 * At::STAGE, q = tiles + offset, k = q + Sh::KEY_BYTES, v = k + Sh::KEY_BYTES;
+        const float *const since = sinces + chunk % 2 * CHUNK, *const beta = betas + chunk % 2 * CHUNK;
+        if (a.map != IDENTITY) {
+            map_tile<Half, Sh::D, Sh::THREADS>(shared + offset, a.map, a.map_scale, s.T - token, int(a.head_dim));
+            map_tile<Half, Sh::D, Sh::THREADS>(shared + offset + Sh::KEY_BYTES, a.map, a.map_scale, s.T - token,
+                                               int(a.head_dim));
+            __syncthreads();
+        }
+        const float shrink = shrink_of<Half, Sh>(S), grow = 1.0f / shrink;
+        score<Half, Sh, RULE>(shared + At::P, denominators, q, k, since, sum, a.scale);
+
+        uint32_t U[RULE == DELTA ? STEPS : 1][Sh::M][4];
+        if constexpr (RULE == DELTA) solve<Half, Sh>(U, S, k, v, v + Sh::VALUE_BYTES, since, beta, shrink);
+        const auto values = [&](int step, Fragment<Sh>& u) {
+            if constexpr (RULE == DELTA) take<Sh>(u, U[step]);
+            else load_values<Sh>(u, v, step);
+        };
+
+        float O[Sh::M][TOKEN_TILES][4] = {};
+        read_state<Half, Sh>(O, S, q, shrink);
+        scale_columns<Sh>(O, [&](int t) { return a.scale * grow * (RULE >= DECAY ? fast_exp2(since[t]) : 1.0f); });
+        __syncthreads();  // P is there
+        multiply_lower<Half, Sh>(O, P, values);
+        if constexpr (RULE == MEAN)
+            scale_columns<Sh>(O, [&](int t) { return denominators[t] > 0.0f ? 1.0f / denominators[t] : 0.0f; });
+        store_output<Half, Sh>(O, out, token, s.T, first_value, int(a.value_dim));
+        absorb<Half, Sh, RULE>(S, k, since, sum, values);
+        gates.publish(sinces + (chunk + 1) % 2 * CHUNK, betas + (chunk + 1) % 2 * CHUNK);
+    }
+
+    if (a.final == nullptr || !w.ends_sequence() || w.h % (a.heads / a.kv_heads) != 0) return;
+    float* const to = a.final + w.state * state_size(a);
+    store_state<Sh>(S, a.value_dim, a.head_dim, to, first_value);
+    if (RULE == MEAN && w.slice == 0) {
+        __syncthreads();
+        for (int i = threadIdx.x; i < a.head_dim; i += Sh::THREADS) to[a.value_dim * a.head_dim + i] = sum[i];
+    }
+}
+
+}  // namespace linear

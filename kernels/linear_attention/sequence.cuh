@@ -1,0 +1,60 @@
+// Which tokens of which tensors a block works on.
+#pragma once
+#include "common/mma.cuh"
+#include "arguments.h"
+
+namespace linear {
+
+constexpr float FORGET = -100.0f;  // a log decay below it counts as it: exp of it is 0
+
+// Sequence `n`: its tokens are rows `begin` to `begin + T - 1` of batch row `b`; `reverse` counts them from the last.
+struct Sequence {
+    int64_t b, begin;
+    int T;
+    bool reverse;
+
+    __device__ int64_t row(int token) const { return begin + (reverse ? T - 1 - token : token); }
+};
+
+__device__ inline Sequence sequence_of(const Arguments& a, int64_t n) {
+    if (a.cu_seqlens == nullptr) return {n, 0, int(a.length), a.reverse != 0};
+    const int64_t begin = a.cu_seqlens[n];
+    return {0, begin, int(min(a.length, a.cu_seqlens[n + 1] - begin)), a.reverse != 0};
+}
+
+// Row after row of one head of a matrix, in the order of the sequence.
+template <class T>
+struct Rows {
+    T* first;
+    int64_t step;
+
+    __device__ Rows(const Matrix& m, const Sequence& s, int64_t head)
+        : first(static_cast<T*>(m.data) + s.b * m.batch + head * m.head + s.row(0) * m.row),
+          step(s.reverse ? -m.row : m.row) {}
+    __device__ T* operator()(int token) const { return first + token * step; }
+};
+
+// A token's log decay in base 2, 0 past the end. In reverse a state decays by the gate of the token that came before.
+__device__ inline float gate_of(const Arguments& a, const Sequence& s, int64_t kv, int token) {
+    if (a.log_decay.data == nullptr || token >= s.T) return 0.0f;
+    if (s.reverse && token == 0) return 0.0f;
+    const int64_t row = s.reverse ? s.row(token - 1) : s.row(token);
+    const float g = a.log_decay.data[s.b * a.log_decay.batch + kv * a.log_decay.head + row * a.log_decay.row];
+    return fmaxf(g, FORGET) * LOG2E;
+}
+
+__device__ inline float beta_of(const Arguments& a, const Sequence& s, int64_t kv, int token) {
+    if (token >= s.T) return 0.0f;
+    return a.beta.data[s.b * a.beta.batch + kv * a.beta.head + s.row(token) * a.beta.row];
+}
+
+__device__ inline int64_t state_rows(const Arguments& a) { return a.value_dim + a.normalise; }
+
+__device__ inline float mapped(float x, int32_t map, float scale) {
+    if (map == IDENTITY) return x;
+    x *= scale;
+    if (map == RELU) return fmaxf(x, 0.0f);
+    return x > 0.0f ? x + 1.0f : fast_exp2(x * LOG2E);
+}
+
+}  // namespace linear
