@@ -116,12 +116,24 @@ def flash_step(step, dtypes, *, needs=has_gpu, head_dims=(16, 40, 59)):
     return Form(f"flash-{step}", path, {"step": step}, dtypes=dtypes, head_dims=head_dims, needs=needs, **options)
 
 
+def linear_step(step, dtypes):
+    """A CUDA step of the ladder of linear attention."""
+    options = {"devices": ("cuda",), "bidirectional": False, "masks": False, "oracle": plain_linear_attention}
+    return Form(
+        f"linear-{step}", LINEAR, {"step": step}, dtypes=dtypes, head_dims=(16, 40, 64), needs=has_gpu, **options
+    )
+
+
 HALVES = (torch.bfloat16, torch.float16)
+LINEAR = "tformer_lib.linear_attention:attend"
 FORMS = [
     Form("attention", "tformer_lib.attention:attend"),
     Form("attention-sdpa", "tformer_lib.attention:attend_sdpa"),
     Form("repeated-heads", "tformer_lib.grouped_query_attention:attend_repeated"),
-    Form("linear", "tformer_lib.linear_attention:attend", oracle=plain_linear_attention, masks=False),
+    Form("linear", LINEAR, oracle=plain_linear_attention, masks=False),
+    Form("linear-operator", LINEAR, {"step": 0}, oracle=plain_linear_attention, bidirectional=False, masks=False),
+    linear_step(1, (torch.float32, *HALVES)),
+    linear_step(2, HALVES),
     Form("linear-parallel", "tformer_lib.linear_attention:parallel", oracle=plain_linear_attention),
     Form("flash", "tformer_lib.flash_attention:flash_attention", value_dim=False),
     Form("flash-tiled", "tformer_lib.flash_attention:flash_attention", {"step": 0}, value_dim=False),

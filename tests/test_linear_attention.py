@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -349,7 +350,7 @@ def test_a_state_keeps_its_size_and_its_float32():
 def test_a_state_refuses_tokens_that_do_not_fit_it():
     state = la.LinearState()
     state.attend(*make(5))
-    with pytest.raises(ValueError, match=r"holds .* = \(2, 2, 8, 9\), got \(3, 2, 8, 9\)"):
+    with pytest.raises(ValueError, match=r"must be .* = \(3, 2, 8, 9\), got \(2, 2, 8, 9\)"):
         state.attend(*make(5, batch=3))
     with pytest.raises(ValueError, match="as many queries as keys, got 4 and 5"):
         state.attend(*make(4, 5))
@@ -363,16 +364,14 @@ def test_a_model_decodes_from_its_states_as_it_reads():
     torch.manual_seed(0)
     layers = [MultiHeadAttention(32, 4, kv_heads=2, attend=la.attend) for _ in range(2)]
     x = torch.randn(3, 12, 32)
-    cache, full = la.LinearCache(2, batch=3), x
+    states, full = [la.LinearState() for _ in layers], x
     for layer in layers:
         full = full + layer(full, causal=True)
     outs = []
     for part in x.split([7, 1, 1, 3], dim=1):
         y = part
-        assert torch.equal(cache.positions(y.shape[1])[0], torch.arange(y.shape[1]) + sum(o.shape[1] for o in outs))
         for i, layer in enumerate(layers):
-            y = y + layer(y, cache=cache.layer(i))
-        cache.advance(y.shape[1])
+            y = y + layer(y, cache=states[i])
         outs.append(y)
     torch.testing.assert_close(torch.cat(outs, 1), full, atol=1e-5, rtol=1e-5)
 
@@ -451,6 +450,256 @@ def test_the_decayed_forms_compile_as_one_graph(form):
     torch.testing.assert_close(compiled(q, k, v), run(q, k, v))
 
 
+# ---- the delta rule
+
+
+def draw_delta(T=37, heads=4, kv_heads=2, batch=2, seed=0, value_dim=5, gate=1, dtype=torch.float64):
+    """q, k, v, and beta and log_decay as keyword arguments; keys of unit length, gates of width ``gate`` or none."""
+    q, k, v = make(T, heads=heads, kv_heads=kv_heads, batch=batch, seed=seed, value_dim=value_dim, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed + 1)
+    options = {"beta": torch.rand(batch, kv_heads, T, 1, generator=generator, dtype=torch.float64) * 1.8}
+    if gate:
+        options["log_decay"] = draw_gates((batch, kv_heads, T, gate), seed=seed)
+    return *(x.to(dtype) for x in (q, F.normalize(k, dim=-1), v)), options
+
+
+def delta_by_steps(q, k, v, beta, log_decay=None, initial=None):
+    """S = A S (I - ...) written out in float64, head by head, with the matrices that the papers have."""
+    q, k, v, beta = (x.double() for x in (q, k, v, beta))
+    batch, heads, T, d = q.shape
+    gates = torch.zeros(batch, k.shape[1], T, d) if log_decay is None else log_decay.expand(batch, k.shape[1], T, d)
+    out, last = torch.zeros(batch, heads, T, v.shape[-1], dtype=torch.float64), None
+    last = torch.zeros(batch, k.shape[1], d, v.shape[-1], dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            kv = h // (heads // k.shape[1])
+            S = torch.zeros(d, v.shape[-1], dtype=torch.float64) if initial is None else initial[b, kv].double()
+            for t in range(T):
+                erase = torch.eye(d, dtype=torch.float64) - beta[b, kv, t] * torch.outer(k[b, kv, t], k[b, kv, t])
+                S = erase @ torch.diag(gates[b, kv, t].double().exp()) @ S
+                S = S + beta[b, kv, t] * torch.outer(k[b, kv, t], v[b, kv, t])
+                out[b, h, t] = d**-0.5 * q[b, h, t] @ S
+            last[b, kv] = S
+    return out, last
+
+
+@pytest.mark.parametrize("gate", [0, 1, D])
+@pytest.mark.parametrize("T", [1, 16, 37])
+def test_the_delta_forms_equal_the_float64_recurrence(gate, T):
+    q, k, v, options = draw_delta(T, gate=gate)
+    initial = torch.randn(2, 2, D, 5, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    for start in (None, initial):
+        truth, state = delta_by_steps(q, k, v, **options, initial=start)
+        extra = {"initial_state": start, "return_state": True}
+        for form in (la.delta_attend, la.delta_recurrent, partial(la.delta_attend, chunk=5)):
+            out, last = form(q, k, v, **options, **extra)
+            torch.testing.assert_close(out, truth, atol=1e-10, rtol=1e-10)
+            torch.testing.assert_close(last, state, atol=1e-10, rtol=1e-10)
+    q, k, v = (x.float() for x in (q, k, v))
+    truth, _ = delta_by_steps(q, k, v, **options)
+    torch.testing.assert_close(la.delta_attend(q, k, v, **options).double(), truth, atol=1e-5, rtol=1e-5)
+
+
+def test_the_delta_rule_stores_a_value_so_that_its_key_finds_it():
+    """With beta 1 and unit keys the state answers to the last key with its value exactly; a plain sum does not."""
+    _, k, v, _ = draw_delta(20, heads=2)
+    beta = torch.ones(2, 2, 20, 1, dtype=torch.float64)
+    torch.testing.assert_close(la.delta_attend(k, k, v, beta=beta, scale=1.0), v)
+    plain = la.gated_attend(k, k, v, log_decay=torch.zeros(1, 1, 1, 1), scale=1.0)
+    assert (plain - v).abs().mean() > 0.1
+
+
+def test_without_a_correction_the_delta_rule_is_the_decaying_sum():
+    """Keys that are orthogonal to all before them have nothing to correct."""
+    T = D
+    q, _, v, _ = draw_delta(T)
+    k = torch.eye(D, dtype=torch.float64).expand(2, 2, D, D)
+    gates = draw_gates((2, 2, T, 1))
+    out = la.delta_attend(q, k, v, beta=torch.ones(1, 1, 1, 1), log_decay=gates)
+    torch.testing.assert_close(out, la.gated_attend(q, k, v, log_decay=gates))
+
+
+@pytest.mark.parametrize("gate", [0, 1, D])
+def test_delta_gradients(gate):
+    q, k, v, options = draw_delta(7, heads=2, kv_heads=1, batch=1, value_dim=2, gate=gate)
+    leaves = [x.requires_grad_() for x in (q, k, v, *options.values())]
+    form = lambda q, k, v, *rest: la.delta_attend(q, k, v, **dict(zip(options, rest, strict=True)), chunk=3)  # noqa: E731
+    assert torch.autograd.gradcheck(form, leaves, fast_mode=True)
+
+
+def test_a_changed_future_token_changes_no_earlier_output_of_the_delta_rule():
+    q, k, v, options = draw_delta(50)
+    before = la.delta_attend(q, k, v, **options, chunk=16)
+    k[:, :, 30:], v[:, :, 30:] = k[:, :, 30:].flip(-1), -7.0
+    after = la.delta_attend(q, k, v, **options, chunk=16)
+    assert torch.equal(before[:, :, :30], after[:, :, :30])
+    assert not torch.equal(before[:, :, 30:], after[:, :, 30:])
+
+
+# ---- states of every member, and packed sequences
+
+
+def members(T=37, dtype=torch.float64):
+    """(name, form, tensors by token, options): each member of the family that has a state."""
+    q, k, v, options = draw_delta(T, dtype=dtype)
+    decay = {"log_decay": options["log_decay"]}
+    by_feature = {"log_decay": draw_gates((2, 2, T, D))}
+    return [
+        ("decay", la.gated_attend, (q, k, v), decay),
+        ("decay, recurrent", la.gated_recurrent, (q, k, v), decay),
+        ("decay by feature", la.gated_attend, (q, k, v), by_feature),
+        ("delta", la.delta_attend, (q, k, v), {"beta": options["beta"]}),
+        ("gated delta", la.delta_attend, (q, k, v), options),
+        ("gated delta, recurrent", la.delta_recurrent, (q, k, v), options),
+        ("gated delta by feature", la.delta_attend, (q, k, v), {"beta": options["beta"], **by_feature}),
+    ]
+
+
+over_members = pytest.mark.parametrize("member", range(7), ids=[m[0] for m in members(1)])
+
+
+@over_members
+@pytest.mark.parametrize("pieces", [(37,), (1,) * 37, (20, 1, 0, 16), (5, 32)], ids=str)
+def test_a_state_carried_over_any_split_equals_one_pass(member, pieces):
+    _, form, tensors, options = members()[member]
+    whole, last = form(*tensors, **options, return_state=True)
+    outs, state = [], None
+    for cut in zip(*(x.split(pieces, dim=2) for x in (*tensors, *options.values())), strict=True):
+        now = dict(zip(options, cut[3:], strict=True))
+        out, state = form(*cut[:3], **now, initial_state=state, return_state=True)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 2), whole)
+    torch.testing.assert_close(state, last)
+
+
+@over_members
+def test_packed_sequences_do_not_see_one_another(member):
+    _, form, tensors, options = members()[member]
+    tensors = [x[:1] for x in tensors]
+    options = {name: x[:1] for name, x in options.items()}
+    starts = [0, 5, 5, 21, 37]
+    initial = torch.randn(4, 2, D, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    cu_seqlens = torch.tensor(starts, dtype=torch.int32)
+    out, last = form(*tensors, **options, cu_seqlens=cu_seqlens, initial_state=initial, return_state=True)
+    for i, (a, b) in enumerate(pairwise(starts)):
+        now = {name: x[:, :, a:b] for name, x in options.items()}
+        alone, state = form(
+            *(x[:, :, a:b] for x in tensors), **now, initial_state=initial[i : i + 1], return_state=True
+        )
+        torch.testing.assert_close(out[:, :, a:b], alone)
+        torch.testing.assert_close(last[i : i + 1], state)
+
+
+def test_packed_sums_do_not_see_one_another():
+    q, k, v = make(37, batch=1)
+    starts = [0, 5, 5, 21, 37]
+    for normalised in (True, False):
+        out = la.chunked_packed(q, k, v, torch.tensor(starts, dtype=torch.int32), normalised=normalised, chunk=8)
+        for a, b in pairwise(starts):
+            alone = la.attend(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], causal=True, normalised=normalised)
+            torch.testing.assert_close(out[:, :, a:b], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["decay", "delta", "gated delta"])
+def test_a_gated_state_decodes_as_it_reads(rule):
+    q, k, v, options = draw_delta(20, dtype=torch.float32)
+    options = {name: x for name, x in options.items() if rule == "gated delta" or (name == "beta") == (rule == "delta")}
+    whole = (la.gated_attend if rule == "decay" else la.delta_attend)(q, k, v, **options)
+    state, outs = la.GatedState(chunk=8), []
+    for cut in zip(*(x.split([13, *[1] * 7], dim=2) for x in (q, k, v, *options.values())), strict=True):
+        outs.append(state.attend(*cut[:3], **dict(zip(options, cut[3:], strict=True))))
+    torch.testing.assert_close(torch.cat(outs, 2), whole, atol=1e-5, rtol=1e-5)
+    assert state.state.shape == (2, 2, D, 5)
+
+
+# ---- sums without a denominator
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_sum_without_a_denominator(causal):
+    q, k, v = make(33)
+    root = D**-0.25
+    weights = (F.elu(q.double() * root) + 1) @ (F.elu(k.double() * root) + 1).repeat_interleave(2, 1).mT
+    truth = (weights.tril() if causal else weights) @ v.double().repeat_interleave(2, 1)
+    forms = [la.recurrent, la.chunked] if causal else [la.associative]
+    for form in (*forms, partial(la.attend, causal=causal), partial(la.parallel, causal=causal)):
+        torch.testing.assert_close(form(q, k, v, normalised=False).double(), truth, atol=1e-4, rtol=1e-5)
+
+
+def test_a_state_without_a_denominator_streams():
+    q, k, v = make(37)
+    full = la.attend(q, k, v, causal=True, normalised=False)
+    state = la.LinearState(normalised=False, chunk=8)
+    outs = [state.attend(*part) for part in zip(*(x.split([20, 1, 16], dim=2) for x in (q, k, v)), strict=True)]
+    torch.testing.assert_close(torch.cat(outs, 2), full, atol=1e-5, rtol=1e-5)
+    assert state.sums.shape == (2, 2, D, D)
+
+
+# ---- the operator, whose gradients are written out
+
+
+RULES = ["sum", "mean", "decay", "delta", "gated delta"]
+
+
+def operator_call(rule, *, packed=False, started=True, dtype=torch.float64):
+    """(run, tensors): the operator's step 0 as a function of all that it has gradients for."""
+    q, k, v, options = draw_delta(70, batch=1 if packed else 2, dtype=dtype)
+    wanted = {"decay": ("log_decay",), "delta": ("beta",), "gated delta": ("beta", "log_decay")}.get(rule, ())
+    names = [*wanted, *(["initial_state"] if started else [])]
+    cu_seqlens = torch.tensor([0, 3, 3, 66, 70], dtype=torch.int32) if packed else None
+    states = 4 if packed else 2
+    options["initial_state"] = torch.rand(
+        states, 2, D, 5 + (rule == "mean"), generator=torch.Generator().manual_seed(4), dtype=torch.float64
+    )
+    extra = {"cu_seqlens": cu_seqlens, "scale": 0.7, "step": 0}
+    if rule == "mean":
+        extra |= {"normalised": True, "feature_map": la.elu_plus_one, "map_scale": 0.8}
+
+    def run(q, k, v, *rest):
+        return la.operator.run(q, k, v, **dict(zip(names, rest, strict=True)), **extra)
+
+    return run, [q, k, v, *(options[name].to(torch.promote_types(dtype, torch.float32)) for name in names)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("started", [False, True])
+def test_the_operators_gradients(rule, packed, started):
+    run, tensors = operator_call(rule, packed=packed, started=started)
+    assert torch.autograd.gradcheck(run, [x.requires_grad_() for x in tensors], fast_mode=True)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_operator_is_registered_rightly(rule):
+    run, tensors = operator_call(rule, dtype=torch.float32)
+    tensors = [x.requires_grad_() for x in tensors]
+    calls = []
+    with CallsOfOperator(calls):
+        run(*tensors)
+    torch.library.opcheck(torch.ops.tformer_lab.linear_attention.default, calls[0])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_operator_compiles_as_one_graph(rule):
+    run, tensors = operator_call(rule, dtype=torch.float32)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for found, wanted in zip(compiled(*tensors), run(*tensors), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+class CallsOfOperator(torch.overrides.TorchFunctionMode):
+    """Keeps the arguments that the operator is called with."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.tformer_lab.linear_attention:
+            self.calls.append(args)
+        return func(*args, **(kwargs or {}))
+
+
 # ---- refusals
 
 
@@ -483,6 +732,19 @@ def test_a_mask_that_depends_on_the_query_is_refused():
         (lambda q, k, v: la.attend(q, k, v, feature_map=la.RandomFeatures(4, 8)), "drawn for head_dim 4, got 8"),
         (lambda q, k, v: la.RandomFeatures(8, 0), "at least 1, got 8 and 0"),
         (lambda q, k, v: la.gated_attend(q, k, v, log_decay=-1.0), "must be a tensor .* got float"),
+        (lambda q, k, v: la.delta_attend(q, k, v, beta=0.5), "beta must be a tensor .* got float"),
+        (lambda q, k, v: la.delta_attend(q, k, v, beta=torch.ones(2, 3, 7, 1)), r"broadcast to .*\(2, 2, 7, 1\)"),
+        (lambda q, k, v: la.delta_attend(q[:, :, :3], k, v, beta=torch.ones(1, 1, 1, 1)), "got 3 and 7"),
+        (lambda q, k, v: la.GatedState().attend(q, k, v), "needs log_decay, or beta"),
+        (lambda q, k, v: la.attend(q, k, v, causal=True, step=9), "step must be one of 0, 1, 2, 3, got 9"),
+        (lambda q, k, v: la.attend(q, k, v, causal=True, step=2), "step 2 cannot do this: .*head_dim|runs on cuda"),
+        (lambda q, k, v: la.attend(q, k, v, causal=True, feature_map=la.taylor, step=2), "step 2 cannot do this"),
+        (
+            lambda q, k, v: la.gated_attend(
+                q, k, v, log_decay=torch.zeros(1, 1, 1, 1), cu_seqlens=torch.tensor([0, 7], dtype=torch.int32)
+            ),
+            "packed sequences lie in one batch row, got a batch of 2",
+        ),
         (lambda q, k, v: la.retention_log_decay(0), "heads must be at least 1, got 0"),
     ],
 )

@@ -121,15 +121,12 @@ __global__ void __launch_bounds__(D) matrix_scan_kernel(const __grid_constant__ 
     const int rows = min(SCAN_ROWS, int(a.value_dim) - first);
     const bool here = column < width;
     const int64_t at = int64_t(first) * width + column;
-    for (int r = 0; r < SCAN_ROWS; ++r)
-        run[r][column] = a.initial != nullptr && here && r < rows
-                             ? a.initial[state * state_size(a) + at + int64_t(r) * width] : 0.0f;
     const int used = segments_of(a, state);
     for (int segment = 0; segment + 1 < used; ++segment) {
         const int64_t slot = slot_of(a, state, segment);
         float* const own = a.segments + slot * state_size(a) + at;
         float next[SCAN_ROWS] = {};
-        if (segment > 0) {  // the first segment began in `initial`, or in nothing, and has absorbed it
+        if (segment > 0) {
             const float* const M = a.transitions + slot * width * width + column;
             __syncthreads();
 #pragma unroll 4

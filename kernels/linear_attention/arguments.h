@@ -28,6 +28,7 @@ struct Arguments {
     Numbers beta;                 // the delta rule's step size; null: the plain sum
     const float* initial;         // states, transposed: (sequences, kv_heads, state_rows, head_dim), or null for zeros
     float* final;                 // the same after the last token, or null
+    float* denominators;          // (batch, heads, rows) as q's, or null: what normalised outputs were divided by
     float* segments;              // scratch: a state a segment
     float* transitions;           // scratch of the delta rule: (.., segments, head_dim, head_dim), transposed
     float* segment_decay;         // scratch: the sum of a segment's log decays, in base 2
@@ -35,6 +36,7 @@ struct Arguments {
     const int32_t* cu_seqlens;    // (sequences + 1) or null
     int64_t sequences, heads, kv_heads;
     int64_t length;               // of the longest sequence
+    int64_t rows;                 // of q in memory
     int64_t head_dim, value_dim;
     int64_t segment_count, segment_chunks;  // a sequence is cut into segments of so many chunks of 64 tokens
     float scale, map_scale;

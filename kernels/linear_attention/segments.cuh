@@ -26,7 +26,8 @@ struct Work {
     __device__ bool ends_sequence() const { return last == chunks() && (first < last || segment == 0); }
 };
 
-// Slot s of a head's segments: after (1) the state of segment s alone, after (2) the state in which segment s + 1 begins.
+// Slot s of a head's segments: after (1) the state of segment s alone (of the first, with what it began in), after (2) the
+// state in which segment s + 1 begins.
 __device__ inline int64_t slot_of(const Arguments& a, int64_t state, int segment) {
     return state * (a.segment_count - 1) + segment;
 }
@@ -37,6 +38,19 @@ __device__ inline int64_t state_size(const Arguments& a) { return state_rows(a) 
 __device__ inline const float* first_state(const Arguments& a, const Work& w) {
     if (w.segment == 0) return a.initial == nullptr ? nullptr : a.initial + w.state * state_size(a);
     return a.segments + slot_of(a, w.state, w.segment - 1) * state_size(a);
+}
+
+// The sum of the keys is a state's last row.
+template <class Sh>
+__device__ void load_sum(float* sum, const Arguments& a, const float* state) {
+    for (int i = threadIdx.x; i < Sh::D; i += Sh::THREADS)
+        sum[i] = state != nullptr && i < a.head_dim ? state[a.value_dim * a.head_dim + i] : 0.0f;
+}
+
+template <class Sh>
+__device__ void store_sum(const float* sum, const Arguments& a, float* state) {
+    __syncthreads();  // all have added their share
+    for (int i = threadIdx.x; i < a.head_dim; i += Sh::THREADS) state[a.value_dim * a.head_dim + i] = sum[i];
 }
 
 // --- (1) -------------------------------------------------------------------------------------------------------------
@@ -92,9 +106,10 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) states_kernel(const _
                         const int row = first_value + (warp() * Sh::M + m) * 16 + e / 2 * 8 + row_in_tile();
                         S[m][j][e] = row == j * 8 + column_in_tile() + e % 2 ? 1.0f : 0.0f;
                     }
+    const float* const start = w.segment == 0 ? first_state(a, w) : nullptr;
+    if (start != nullptr) load_state<Sh>(S, a.value_dim, a.head_dim, start, first_value);
     float decay = 0.0f;
-    if (RULE == MEAN)
-        for (int i = threadIdx.x; i < Sh::D; i += Sh::THREADS) sum[i] = 0.0f;
+    if (RULE == MEAN) load_sum<Sh>(sum, a, start);
     Gates<RULE> gates;
     gates.fetch(a, s, w.kv, w.first * CHUNK);
     gates.publish(sinces + w.first % 2 * CHUNK, betas + w.first % 2 * CHUNK);
@@ -130,10 +145,7 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) states_kernel(const _
     float* const to = a.segments + slot * state_size(a);
     store_state<Sh>(S, a.value_dim, a.head_dim, to, first_value);
     if (RULE >= DECAY && w.slice == 0 && threadIdx.x == 0) a.segment_decay[slot] = decay;
-    if (RULE == MEAN && w.slice == 0) {
-        __syncthreads();
-        for (int i = threadIdx.x; i < a.head_dim; i += Sh::THREADS) to[a.value_dim * a.head_dim + i] = sum[i];
-    }
+    if (RULE == MEAN && w.slice == 0) store_sum<Sh>(sum, a, to);
 }
 
 // --- (2) -------------------------------------------------------------------------------------------------------------
@@ -153,7 +165,7 @@ __global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(const __grid_constan
     const int64_t state = blockIdx.x / parts, at = (blockIdx.x % parts * SCAN_THREADS + threadIdx.x) * 4;
     if (at >= size) return;
     const auto vector = [](const float* p) { return *reinterpret_cast<const float4*>(p); };
-    float4 run = a.initial == nullptr ? make_float4(0, 0, 0, 0) : vector(a.initial + state * size + at);
+    float4 run = make_float4(0, 0, 0, 0);
     const int used = segments_of(a, state);
     for (int segment = 0; segment + 1 < used; ++segment) {
         const int64_t slot = slot_of(a, state, segment);
@@ -299,9 +311,7 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const _
     const float* const start = first_state(a, w);
     if (w.first < w.last) start_chunk(w.first);
     if (start != nullptr) load_state<Sh>(S, a.value_dim, a.head_dim, start, first_value);
-    if (RULE == MEAN)
-        for (int i = threadIdx.x; i < Sh::D; i += Sh::THREADS)
-            sum[i] = start != nullptr && i < a.head_dim ? start[a.value_dim * a.head_dim + i] : 0.0f;
+    if (RULE == MEAN) load_sum<Sh>(sum, a, start);
     Gates<RULE> gates;
     gates.fetch(a, s, w.kv, w.first * CHUNK);
     gates.publish(sinces + w.first % 2 * CHUNK, betas + w.first % 2 * CHUNK);
@@ -339,6 +349,8 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const _
         multiply_lower<Half, Sh>(O, P, values);
         if constexpr (RULE == MEAN)
             scale_columns<Sh>(O, [&](int t) { return denominators[t] > 0.0f ? 1.0f / denominators[t] : 0.0f; });
+        if (RULE == MEAN && a.denominators != nullptr && w.slice == 0 && threadIdx.x < CHUNK && token + threadIdx.x < s.T)
+            a.denominators[denominator_of(a, s, w.h, token + threadIdx.x)] = denominators[threadIdx.x];
         store_output<Half, Sh>(O, out, token, s.T, first_value, int(a.value_dim));
         absorb<Half, Sh, RULE>(S, k, since, sum, values);
         gates.publish(sinces + (chunk + 1) % 2 * CHUNK, betas + (chunk + 1) % 2 * CHUNK);
@@ -347,10 +359,7 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const _
     if (a.final == nullptr || !w.ends_sequence() || w.h % (a.heads / a.kv_heads) != 0) return;
     float* const to = a.final + w.state * state_size(a);
     store_state<Sh>(S, a.value_dim, a.head_dim, to, first_value);
-    if (RULE == MEAN && w.slice == 0) {
-        __syncthreads();
-        for (int i = threadIdx.x; i < a.head_dim; i += Sh::THREADS) to[a.value_dim * a.head_dim + i] = sum[i];
-    }
+    if (RULE == MEAN && w.slice == 0) store_sum<Sh>(sum, a, to);
 }
 
 }  // namespace linear

@@ -48,7 +48,21 @@ __device__ inline float beta_of(const Arguments& a, const Sequence& s, int64_t k
     return a.beta.data[s.b * a.beta.batch + kv * a.beta.head + s.row(token) * a.beta.row];
 }
 
+// Where a token's denominator lies.
+__device__ inline int64_t denominator_of(const Arguments& a, const Sequence& s, int64_t h, int token) {
+    return (s.b * a.heads + h) * a.rows + s.row(token);
+}
+
 __device__ inline int64_t state_rows(const Arguments& a) { return a.value_dim + a.normalise; }
+
+template <class T>
+__device__ inline T narrow(float x);
+template <>
+__device__ inline float narrow<float>(float x) { return x; }
+template <>
+__device__ inline Bf16 narrow<Bf16>(float x) { return __float2bfloat16(x); }
+template <>
+__device__ inline Fp16 narrow<Fp16>(float x) { return __float2half(x); }
 
 __device__ inline float mapped(float x, int32_t map, float scale) {
     if (map == IDENTITY) return x;
