@@ -15,7 +15,7 @@ LIBRARY = ROOT / "tformer_lib"
 COURSE = chapters.load()
 ROWS = {chapter.name: chapter for chapter in COURSE.chapters}
 FLOORS = tuple(COURSE.floors.values())
-ROOMS = {"__init__", "checkpoint", "contract", "jit", "ladder", "pretrained", "stories"}
+ROOMS = {"__init__", "checkpoint", "command_line", "contract", "jit", "ladder", "pretrained", "stories"}
 """Modules that serve all topics."""
 
 PICTURES = {"matplotlib", "ipywidgets", "anywidget", "IPython"}

@@ -570,9 +570,9 @@ def test_the_command_makes_a_corpus(tmp_path):
 
 def test_the_command_refuses_in_one_line(tmp_path):
     done = command("--corpus", "missing.txt", cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.splitlines() == ["error: there is no file missing.txt"]
     done = command("--stories", "20", "--vocab-size", "100", cwd=tmp_path)
-    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "vocab_size 100 is too small" in done.stderr
     assert list(tmp_path.iterdir()) == []

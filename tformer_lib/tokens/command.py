@@ -1,17 +1,16 @@
 """The command line of ``prepare``."""
 
-import sys
+from collections.abc import Sequence
 
+from tformer_lib import command_line
 from tformer_lib.tokens.corpus import CorpusConfig, describe, prepare
-from tformer_lib.tokens.files import CorpusError
 
 
-def main() -> None:
-    """The command line of ``prepare``: one line on stderr and exit status 1 where the corpus cannot be made."""
-    import tyro
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make a corpus and say what it holds; returns the exit status."""
+    return command_line.run(lambda: make(arguments))
 
-    config = tyro.cli(CorpusConfig, prog="python -m tformer_lib.tokens")
-    try:
-        print(describe(prepare(config)))
-    except (CorpusError, OSError) as error:
-        sys.exit(f"error: {error}")
+
+def make(arguments: Sequence[str] | None) -> None:
+    """Make the corpus that the arguments ask for."""
+    print(describe(prepare(command_line.parse(CorpusConfig, arguments, program="python -m tformer_lib.tokens"))))

@@ -2,11 +2,13 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
+from tformer_lib import command_line
 from tformer_lib.checkpoint import load_weights, read_tensors
 from tformer_lib.tokens import load_encoding
 from tformer_lib.training.config import PRESETS, TrainingConfig, config_from_dict, preset
@@ -89,9 +91,9 @@ def command_sample(command: Sample) -> int:
     return 0
 
 
-def preset_in(arguments: list[str]) -> str:
+def preset_in(arguments: Sequence[str]) -> str:
     """The preset that the arguments name: flags change its fields, so it must be known before they are read."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in pairwise([*arguments, ""]):
         if argument.startswith("--preset"):
             return argument.partition("=")[2] if "=" in argument else following
     return "quick"
@@ -106,6 +108,7 @@ def describe_presets() -> str:
     return "\n".join(lines)
 
 
+PROGRAM = "python -m tformer_lib.training"
 HELP = """Train a small Transformer, go on with it after a stop, and let it write.
 
   python -m tformer_lib.tokens --help                              make a corpus first
@@ -131,7 +134,7 @@ def checks_deferred() -> Iterator[None]:
             kind.__post_init__ = check
 
 
-def read_command(arguments: list[str]) -> TrainingConfig | Resume | Sample:
+def read_command(arguments: Sequence[str]) -> TrainingConfig | Resume | Sample:
     """What the command line asks for; ``--help`` prints and exits."""
     import tyro  # here, so that the library trains where there is no tyro
 
@@ -143,27 +146,18 @@ def read_command(arguments: list[str]) -> TrainingConfig | Resume | Sample:
         | Annotated[Sample, tyro.conf.subcommand("sample")]
     )
     with checks_deferred():
-        command = tyro.cli(
-            commands, args=arguments, prog="python -m tformer_lib.training", description=HELP + describe_presets()
-        )
+        command = command_line.parse(commands, arguments, program=PROGRAM, description=HELP + describe_presets())
     if isinstance(command, TrainingConfig):
         replace(command.model), replace(command)  # built again, now with their checks
     return command
 
 
-def run_command(arguments: list[str]) -> int:
+def run_command(arguments: Sequence[str]) -> int:
     """Do what the command line asks for; returns the exit status."""
     command = read_command(arguments)
     return {TrainingConfig: command_train, Resume: command_resume, Sample: command_sample}[type(command)](command)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line: an error that the user can mend is one line, without a traceback."""
-    try:
-        return run_command(sys.argv[1:] if arguments is None else arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the last checkpoint, if there is one, is whole", file=sys.stderr)
-        return 130
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return command_line.run(lambda: run_command(sys.argv[1:] if arguments is None else arguments))

@@ -1,0 +1,101 @@
+"""What every command of the course does alike: read its settings, refuse in one line, and end quietly.
+
+    def main(arguments=None) -> int:
+        return run(lambda: say(parse(Settings, arguments, program="python -m tformer_lib.example")))
+
+The settings are dataclasses, and tyro makes the flags of their fields. A refusal is one line on stderr that begins with
+``error:``, and exit status 2. Ctrl-C ends with status 130 and a closed pipe with 141, as a shell expects of them.
+"""
+
+import contextlib
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+REFUSED = 2
+INTERRUPTED = 128 + signal.SIGINT
+PIPE_CLOSED = 128 + 13  # SIGPIPE, which Windows does not name
+
+MENDABLE = (ValueError, OSError, FloatingPointError, ImportError, MemoryError, torch.OutOfMemoryError)
+"""Errors that the user can mend, so that their message is enough."""
+
+
+class Refusal(ValueError):
+    """A command line that cannot be read; the message is one line."""
+
+
+def run(command: Callable[[], int | None]) -> int:
+    """Do what a command does, and return the exit status.
+
+    Args:
+        command: returns its own exit status; None is 0.
+    """
+    try:
+        try:
+            return command() or 0
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is heard
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has had enough; nothing is to be said when Python closes it
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except MENDABLE as error:
+        return refuse(error)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # what PyTorch says where a CPU has no more
+            raise
+        return refuse(error)
+
+
+def refuse(error: Exception | str) -> int:
+    """Say on stderr, in one line, why nothing is done; returns the exit status."""
+    with contextlib.suppress(OSError):
+        print(f"error: {one_line(str(error) or type(error).__name__)}", file=sys.stderr, flush=True)
+    return REFUSED
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks and runs of spaces."""
+    return " ".join(text.split())
+
+
+def parse(kind, arguments: Sequence[str] | None = None, *, program: str, description: str | None = None):
+    """The settings that a command line asks for; ``--help`` prints and exits.
+
+    Args:
+        kind: a dataclass, or a union of them for subcommands, as ``tyro.cli`` takes it.
+        arguments: by default those of this process.
+        program: how the command is called: ``"python -m tformer_lib.tokens"``.
+        description: what ``--help`` says first; by default the docstring of ``kind``.
+
+    Raises:
+        Refusal: the arguments cannot be read; the message says which and where help is.
+    """
+    import tyro  # here, so that the library works where there is no tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=arguments, prog=program, description=description)
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        raise Refusal(f"{first_words(said.getvalue())}; {program} --help says more") from None
+
+
+def first_words(box: str) -> str:
+    """What a box of tyro's says before its first ruler; where the terminal has no lines to draw, they are ASCII."""
+    words = []
+    for line in box.splitlines()[1:]:
+        content = line.strip("│╭╰╯╮|+ ")
+        if content.strip("─-"):
+            words.append(content)
+        elif words:
+            break
+    return one_line(" ".join(words)).removesuffix(" (required)")
