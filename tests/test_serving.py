@@ -1,6 +1,13 @@
 """Serving: under every schedule a request gets what it would get alone, and every block comes back."""
 
+import itertools
 import json
+import math
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from unittest.mock import Mock
 
 import pytest
@@ -8,6 +15,7 @@ import torch
 from draws import draws
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tformer_lib import pretrained
 from tformer_lib.generation import cut, generate
@@ -25,6 +33,7 @@ from tformer_lib.serving import (
     overlap,
 )
 from tformer_lib.serving.__main__ import main
+from tformer_lib.serving.turns import Turns
 from tformer_lib.tokens import characters
 from tformer_lib.transformer import Decoder, ModelConfig
 
@@ -197,10 +206,10 @@ def test_a_seeded_request_does_not_depend_on_its_neighbours(seeds, more, ahead):
     ]
     engine = Engine(MODEL, blocks=12, block_size=4, seats=4, budget=4 + more, ahead=ahead)
     plans = [([seed % VOCAB, 3, 1], {"seed": seed, **rules[i % 4]}) for i, seed in enumerate(seeds)]
-    made = [engine.add(prompt, {"max_new_tokens": 12, **rule}) for prompt, rule in plans]
+    made = [engine.add(prompt, {"max_new_tokens": 12, **wish}) for prompt, wish in plans]
     engine.run()
-    for request, (prompt, rule) in zip(made, plans, strict=True):
-        assert request.new_tokens == alone(prompt, max_new_tokens=12, **rule)
+    for request, (prompt, wish) in zip(made, plans, strict=True):
+        assert request.new_tokens == alone(prompt, max_new_tokens=12, **wish)
 
 
 def test_sampled_requests_survive_a_preemption():
@@ -249,6 +258,406 @@ def test_models_whose_rows_depend_on_each_other_are_refused():
         Engine(make_model(positions="learned"), max_context=41)
     with pytest.raises(ValueError, match="at least 1 token for each of 8 seats, got 4"):
         Engine(MODEL, seats=8, budget=4)
+
+
+# Threads and streams
+
+
+def test_threads_that_share_an_engine_get_their_own_texts():
+    llm = LLM(MODEL, blocks=24, block_size=4, seats=4, budget=8)
+    prompts = [[i, 2, 3, 1 + i % 5] for i in range(8)]
+
+    def work(i):
+        rules = {"max_new_tokens": 8, "temperature": 0.5 * (i % 3), "seed": i}
+        for _ in range(4):
+            if i % 2:
+                tokens = llm.generate([prompts[i]], rules)[0].new_tokens
+            else:
+                tokens = [piece.token for piece in llm.stream([prompts[i]], rules)]
+            assert tokens == alone(prompts[i], **rules)
+        return True
+
+    for i in range(8):  # the oracle is asked before, by one thread
+        alone(prompts[i], max_new_tokens=8, temperature=0.5 * (i % 3), seed=i)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, range(8))) == [True] * 8
+    check_all_blocks_are_back(llm.engine)
+
+
+def test_a_stream_gives_its_own_pieces_and_all_of_them_whoever_steps():
+    llm = LLM(MODEL, blocks=24, block_size=4, seats=4, budget=8)
+    first, second = (llm.stream([[i, 2, 3]], {"max_new_tokens": 10}) for i in (1, 2))
+    got = [next(first), next(second), next(second)]
+    assert llm.generate([[3, 2]], {"max_new_tokens": 12})[0].new_tokens == alone([3, 2], max_new_tokens=12)
+    got += first
+    assert [p.token for p in got if p.request is got[0].request] == alone([1, 2, 3], max_new_tokens=10)
+    llm.engine.run()
+    got += second
+    assert [p.token for p in got if p.request is got[1].request] == alone([2, 2, 3], max_new_tokens=10)
+    assert len(got) == 20
+    check_all_blocks_are_back(llm.engine)
+
+
+def test_a_stream_that_is_thrown_away_takes_nothing_with_it():
+    llm = LLM(MODEL, blocks=24, block_size=4, seats=4, budget=8)
+    kept, lost = llm.stream([[1, 2, 3]], {"max_new_tokens": 10}), llm.stream([[2, 2, 3]], {"max_new_tokens": 10})
+    tokens = [next(kept).token, next(kept).token]
+    next(lost)
+    launch = llm.engine.runner.launch
+
+    def collect(*arguments):  # as the garbage collector may at any time
+        nonlocal lost
+        lost = None
+        return launch(*arguments)
+
+    llm.engine.runner.launch = collect
+    tokens += [piece.token for piece in kept]
+    assert tokens == alone([1, 2, 3], max_new_tokens=10)
+    check_all_blocks_are_back(llm.engine)
+
+
+def test_a_listener_hears_everything_and_may_fail_alone():
+    engine, heard = Engine(MODEL, blocks=24, block_size=4, seats=4, budget=8), []
+
+    def breaks(piece):
+        raise OSError("nobody there")
+
+    def steps(piece):
+        engine.step()
+
+    good = engine.add([1, 2, 3], {"max_new_tokens": 5}, listener=heard.append)
+    bad = [engine.add([1, 2, 4], {"max_new_tokens": 5}, listener=listener) for listener in (breaks, steps)]
+    left = engine.add([1, 2, 5], {"max_new_tokens": 5}, listener=heard.append)
+    engine.step()
+    engine.cancel(left)
+    engine.run()
+    assert [piece.token for piece in heard if piece.request is good] == alone([1, 2, 3], max_new_tokens=5)
+    assert [piece.token for piece in heard if piece.request is left][-1] is None
+    assert [request.finish_reason for request in (good, *bad, left)] == ["length", "error", "error", "cancelled"]
+    assert "nobody there" in bad[0].error
+    assert "from within a step" in bad[1].error
+    check_all_blocks_are_back(engine)
+
+
+def test_turns_come_in_order_and_to_one_at_a_time():
+    turns, order, inside = Turns(), [], []
+
+    def take(name):
+        with turns, turns:
+            inside.append(name)
+            assert inside == [name]
+            order.append(name)
+            inside.remove(name)
+
+    threads = [threading.Thread(target=take, args=(name,)) for name in range(8)]
+    with turns:
+        for place, thread in enumerate(threads, start=1):
+            thread.start()
+            while len(turns.waiting) < place:
+                time.sleep(0.001)
+        interrupted = turns.waiting[3]
+        turns._give_up(*interrupted)  # what Ctrl-C does to one that waits
+    for place, thread in enumerate(threads):
+        if place != 3:
+            thread.join(10)
+    assert order == [0, 1, 2, 4, 5, 6, 7]
+    assert turns.holder is None
+    interrupted[1].release()  # the thread that still waits: it takes a turn that nobody gave
+    threads[3].join(10)
+    gate = threading.Lock()
+    turns.holder, turns.depth = 5, 1
+    turns._give_up(5, gate)  # Ctrl-C just after the turn had come
+    assert turns.holder is None
+
+
+class Schedules(RuleBasedStateMachine):
+    """Requests, streams, cancellations and changed minds in any order, in pools that are too small."""
+
+    @initialize(
+        seats=st.integers(1, 4),
+        more_budget=st.integers(0, 9),
+        block_size=st.sampled_from([1, 2, 4]),
+        more_blocks=st.integers(0, 6),
+        ahead=st.integers(0, 1),
+        prefix_cache=st.booleans(),
+    )
+    def make(self, seats, more_budget, block_size, more_blocks, ahead, prefix_cache):
+        blocks = -(-24 // block_size) + more_blocks
+        options = {"blocks": blocks, "block_size": block_size, "prefix_cache": prefix_cache, "ahead": ahead}
+        self.llm = LLM(MODEL, seats=seats, budget=seats + more_budget, **options)
+        self.engine, self.asked, self.streams, self.cancelled = self.llm.engine, [], [], set()
+
+    prompts = st.sampled_from(PREFIXES).flatmap(
+        lambda prefix: st.builds(
+            lambda n, tail: [*prefix[:n], *tail],
+            st.integers(1, len(prefix)),
+            st.lists(st.integers(0, VOCAB - 1), max_size=3),
+        )
+    )
+    wishes = st.fixed_dictionaries(
+        {"max_new_tokens": st.integers(1, 12)},
+        optional={
+            "temperature": st.sampled_from([0.7, Fraction(3, 2), 2**64]),
+            "seed": st.integers(-3, 3),
+            "repetition_penalty": st.sampled_from([1.3, 1e30]),
+            "stop_tokens": st.tuples(st.integers(0, VOCAB - 1)),
+        },
+    )
+
+    @rule(prompt=prompts, wish=wishes)
+    def add(self, prompt, wish):
+        self.asked.append((self.engine.add(prompt, wish), wish))
+
+    @rule(prompt=prompts, wish=wishes)
+    def open(self, prompt, wish):
+        self.streams.append([self.llm.stream([prompt], wish), prompt, wish, [], False])
+
+    @rule()
+    def step(self):
+        self.engine.step()
+
+    @rule(place=st.integers(0, 5), pieces=st.integers(1, 4))
+    def read(self, place, pieces):
+        if place < len(self.streams):
+            stream, _, _, got, _ = self.streams[place]
+            got += itertools.islice(stream, pieces)
+
+    @rule(place=st.integers(0, 5))
+    def close(self, place):
+        if place < len(self.streams):
+            self.streams[place][0].close()
+            self.streams[place][4] = True
+
+    @rule(place=st.integers(0, 9))
+    def cancel(self, place):
+        if place < len(self.asked):
+            request, _ = self.asked[place]
+            if request.finish_reason is None:
+                self.cancelled.add(request)
+            self.engine.cancel(request)
+
+    @rule(prompt=prompts, wish=wishes)
+    def generate_beside(self, prompt, wish):
+        (request,) = self.llm.generate([prompt], wish)
+        assert request.new_tokens == alone(prompt, **wish)
+
+    @rule(prompt=prompts, refused=st.sampled_from([{"temperature": 1e39}, {"max_new_tokens": 99}, {"tempo": 1}]))
+    def ask_for_nonsense(self, prompt, refused):
+        with pytest.raises(ValueError, match=r"finite in float32|the engine takes 40|unknown parameters: tempo"):
+            self.engine.add(prompt, refused)
+
+    @rule()
+    def forget(self):
+        self.engine.forget()
+
+    @invariant()
+    def blocks_are_counted(self):
+        scheduler, allocator = self.engine.scheduler, self.engine.allocator
+        holders = Counter(block for request in scheduler.running for block in request.table.blocks)
+        assert [holders[block] for block in range(allocator.blocks)] == allocator.holders
+        arrivals = [request.arrival for request in [*scheduler.running, *scheduler.waiting]]
+        assert arrivals == sorted(arrivals)
+
+    @invariant()
+    def nobody_writes_what_it_would_not_alone(self):
+        for request, wish in self.asked:
+            whole = alone(request.prompt, **wish)
+            assert request.new_tokens == whole[: len(request.new_tokens)]
+
+    def teardown(self):
+        if not hasattr(self, "engine"):
+            return
+        self.engine.run()
+        for request, wish in self.asked:
+            whole = alone(request.prompt, **wish)
+            stopped = whole[-1] in wish.get("stop_tokens", ())
+            assert request.finish_reason == (
+                "cancelled" if request in self.cancelled else "stop" if stopped else "length"
+            )
+            assert request in self.cancelled or request.new_tokens == whole
+        for stream, prompt, wish, got, closed in self.streams:
+            got += stream
+            tokens, whole = [piece.token for piece in got if piece.token is not None], alone(prompt, **wish)
+            assert tokens == (whole[: len(tokens)] if closed else whole)
+            assert len({piece.request for piece in got}) <= 1
+        self.engine.run()  # the last step that was launched ahead, for nobody
+        check_all_blocks_are_back(self.engine)
+
+
+Schedules.TestCase.settings = settings(deadline=None, max_examples=40, stateful_step_count=30)
+TestSchedules = Schedules.TestCase
+
+
+# One request's troubles are its own
+
+
+NUMBERS = st.one_of(
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.fractions(),
+    st.integers(-3, 3),
+    st.integers(-(2**70), 2**70),
+    st.sampled_from([2**64, 10**400, 1e300, 5e-324, -0.0, None, "1", True]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    wish=st.dictionaries(
+        st.sampled_from(["temperature", "seed", "repetition_penalty", "top_k", "top_p", "min_p", "max_new_tokens"]),
+        NUMBERS,
+        min_size=1,
+    ),
+    sampled=st.booleans(),
+)
+def test_whatever_numbers_are_asked_for_the_others_go_on(wish, sampled):
+    llm, good = LLM(MODEL, blocks=24, block_size=4, seats=4, budget=8), {"max_new_tokens": 5}
+    wish = {"max_new_tokens": 4, "temperature": 0.8 if sampled else 0.0, **wish}
+    before, odd, after = llm.generate([[1, 2], [3, 4], [5, 6]], [good, wish, good])
+    assert before.new_tokens == alone([1, 2], **good)
+    assert after.new_tokens == alone([5, 6], **good)
+    if odd.error is None:
+        assert odd.new_tokens == alone([3, 4], **wish)
+    else:
+        assert odd.new_tokens == []
+        assert "must be" in odd.error or "the engine takes" in odd.error
+    check_all_blocks_are_back(llm.engine)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_token_without_bytes_ends_its_own_request(ahead):
+    class Gap(Bytes):
+        def decode_single_token_bytes(self, token):
+            if token == hole:
+                raise KeyError(token)
+            return bytes([token])
+
+    wish = {"max_new_tokens": 9, "temperature": 2.0, "seed": 1}
+    others, whole = alone([5, 6], **wish), alone([1, 2, 3], **wish)
+    hole = next(token for token in whole[2:] if token not in others and token not in whole[:2])
+    llm = LLM(MODEL, Gap(), blocks=24, block_size=4, seats=2, budget=8, ahead=ahead)
+    broken, fine = llm.generate([[1, 2, 3], [5, 6]], wish)
+    assert (broken.finish_reason, fine.finish_reason) == ("error", "length")
+    assert broken.error == f"token {hole} has no text: KeyError({hole})"
+    assert broken.new_tokens == whole[: whole.index(hole) + 1]
+    assert fine.new_tokens == others
+    last = list(llm.stream([[1, 2, 3]], wish))[-1]
+    assert (last.token, last.request.finish_reason) == (hole, "error")
+    llm.engine.run()
+    check_all_blocks_are_back(llm.engine)
+
+
+@pytest.mark.parametrize("wish", [{}, {"temperature": 1.0}, {"repetition_penalty": 2.0}])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_logits_that_are_no_numbers_end_their_own_request(number, ahead, wish):
+    engine = Engine(MODEL, blocks=24, block_size=4, seats=2, budget=8, ahead=ahead)
+    good, bad = (engine.add([i, 2, 3], {"max_new_tokens": 6, **wish}) for i in (1, 2))
+    choose = engine.runner.choose
+
+    def broken(logits, requests, seats):
+        for place, request in enumerate(requests):
+            if request is bad and len(request.tokens) + request.pending > 5:
+                logits[place] = number
+        return choose(logits, requests, seats)
+
+    engine.runner.choose = broken
+    engine.run()
+    assert (good.finish_reason, bad.finish_reason) == ("length", "error")
+    assert bad.error == "the logits after its tokens are not finite"
+    assert good.new_tokens == alone([1, 2, 3], max_new_tokens=6, **wish)
+    assert bad.new_tokens == alone([2, 2, 3], max_new_tokens=6, **wish)[:2]
+    check_all_blocks_are_back(engine)
+
+
+def test_a_stream_tells_of_those_that_were_refused():
+    pieces = list(LLM(MODEL).stream([[1, 2], [], [3]], [{"max_new_tokens": 2}, {}, {"tempo": 3}]))
+    refused = [piece for piece in pieces if piece.token is None]
+    assert [(piece.request.id, piece.request.finish_reason) for piece in refused] == [(1, "error"), (2, "error")]
+    assert [piece.token for piece in pieces if piece.request.id == 0] == alone([1, 2], max_new_tokens=2)
+
+
+def test_what_is_given_as_an_iterator_is_read_once():
+    params = Params(stop_tokens=iter([3, 4]), stop=iter(["a", "b"]))
+    assert (params.stop_tokens, params.stop) == ((3, 4), ("a", "b"))
+    assert params == Params.of({"stop_tokens": [3, 4], "stop": ["a", "b"]})
+    whole = alone([1, 2, 3], max_new_tokens=10)
+    assert Engine(MODEL).add(iter([1, 2, 3]), {"max_new_tokens": 2}).prompt == [1, 2, 3]
+    (request,) = LLM(MODEL).generate(iter([[1, 2, 3]]), {"max_new_tokens": 10, "stop_tokens": iter([whole[3]])})
+    assert request.new_tokens == cut(whole, [whole[3]])
+
+
+# The model under the engine
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("change", ["written", "loaded", "replaced", "data"])
+def test_when_the_weights_change_nothing_is_answered_from_the_old_ones(change, ahead):
+    model, other = make_model(seed=5), make_model(seed=6)
+    engine = Engine(model, blocks=24, block_size=2, seats=4, budget=32, ahead=ahead)
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+    running = engine.add([8, 9, 10, 11], {"max_new_tokens": 12})
+    first = engine.add(prompt, {"max_new_tokens": 3})
+    while first.finish_reason is None:
+        engine.step()
+    if change == "written":
+        with torch.no_grad():
+            for old, new in zip(model.parameters(), other.parameters(), strict=True):
+                old.copy_(new)
+    elif change == "loaded":
+        model.load_state_dict(other.state_dict())
+    elif change == "replaced":
+        model.load_state_dict(other.state_dict(), assign=True)
+    else:
+        for old, new in zip(model.parameters(), other.parameters(), strict=True):
+            old.data.copy_(new)
+        engine.forget()  # this leaves no trace
+    before = len(running.tokens) + running.pending  # a token on its way is the old model's
+    again = engine.add(prompt, {"max_new_tokens": 3})
+    engine.run()
+    assert again.reused == 0
+    assert again.new_tokens == generate(other, [prompt], max_new_tokens=3)[0]
+    kept = running.tokens[:before]
+    assert running.tokens[before:] == generate(other, [kept], max_new_tokens=16 - before)[0]
+    third = engine.add(prompt, {"max_new_tokens": 3})
+    engine.run()
+    assert third.reused == 6
+    assert third.new_tokens == again.new_tokens
+    check_all_blocks_are_back(engine)
+
+
+def test_steps_are_in_evaluation_mode_and_leave_the_modes_alone():
+    model = make_model(dropout=0.5)
+    wanted = generate(model, [[1, 2, 3]], max_new_tokens=8)[0]
+    model.train()
+    model.stack.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    llm = LLM(model, blocks=16)
+    assert [module.training for module in model.modules()] == modes
+    for piece in llm.stream([[1, 2, 3]], {"max_new_tokens": 3}):
+        assert [module.training for module in model.modules()] == modes, piece
+    model.train()
+    assert llm.generate([[1, 2, 3]], {"max_new_tokens": 8})[0].new_tokens == wanted
+    assert all(module.training for module in model.modules())
+
+
+def test_an_engine_made_under_inference_mode_serves_outside_and_the_other_way_round():
+    wish = {"max_new_tokens": 5, "repetition_penalty": 1.5}
+    with torch.inference_mode():
+        made_inside = Engine(MODEL, blocks=16)
+        made_inside.add([1, 2], wish)
+        made_inside.step()
+        model = make_model()
+    made_inside.run()
+    assert made_inside.log[-1].samples == 1
+    stepped_inside = Engine(MODEL, blocks=16)
+    first = stepped_inside.add([1, 2], wish)
+    with torch.inference_mode():
+        stepped_inside.step()
+    second = stepped_inside.add([3, 4], wish)
+    stepped_inside.run()
+    assert (first.new_tokens, second.new_tokens) == (alone([1, 2], **wish), alone([3, 4], **wish))
+    (request,) = LLM(model, blocks=16).generate([[1, 2]], wish)
+    assert request.new_tokens == alone([1, 2], **wish)
 
 
 # Text
@@ -378,6 +787,16 @@ def test_a_bad_request_is_refused_and_the_others_go_on(prompt, params, message):
     assert answers[0].new_tokens == answers[2].new_tokens == alone(good, max_new_tokens=5)
 
 
+def test_a_long_context_takes_no_more_than_there_is():
+    engine = Engine(MODEL, blocks=16, block_size=4, max_context=10**9)
+    assert engine.scheduler.tables.shape == (65, 16)
+    with pytest.raises(ValueError, match="need 17 blocks, there are 16 blocks of 4"):
+        engine.add([1] * 60, {"max_new_tokens": 6})
+    request = engine.add([1] * 60, {"max_new_tokens": 5})
+    engine.run()
+    assert request.finish_reason == "length"
+
+
 def test_senseless_calls_are_refused():
     llm = LLM(MODEL)
     with pytest.raises(ValueError, match="must be a list of prompts"):
@@ -388,6 +807,13 @@ def test_senseless_calls_are_refused():
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"seats": 2.5}, "seats must be a whole number, got 2.5"),
         ({"max_context": 0}, "max_context must be at least 2"),
+        ({"max_context": 2.5}, "max_context must be a whole number, got 2.5"),
+        ({"blocks": 0}, "blocks must be at least 1, got 0"),
+        ({"blocks": "all"}, "blocks must be a whole number, got 'all'"),
+        ({"ahead": -1}, "ahead must be at least 0, got -1"),
+        ({"spare_blocks": -1}, "spare_blocks must be at least 0, got -1"),
+        ({"blocks": 10**12}, r"a pool of 16000000000000 tokens' keys and values takes [\d,.]+ GiB, cpu has"),
+        ({"seats": 10**11, "budget": 10**11}, r"a step of 100000000000 tokens in 100000000000 seats of"),
     ):
         with pytest.raises(ValueError, match=match):
             Engine(MODEL, **options)
@@ -483,7 +909,7 @@ def test_the_scheduler_alone_needs_no_model():
 
 
 def test_a_step_is_padded_with_rows_that_store_and_see_nothing():
-    engine = Engine(MODEL, blocks=8, block_size=4, seats=3, budget=8)
+    engine = Engine(MODEL, blocks=10, block_size=4, seats=3, budget=8)
     buffer = torch.full((Inputs.bytes_for(4, 4, 10),), 77, dtype=torch.uint8)
     inputs = Inputs(buffer, 4, 4, 4, 10)
     inputs.fill([], engine.scheduler.tables, 4)  # as it is when a graph is recorded

@@ -4,19 +4,21 @@ import numbers
 import operator
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
 
+import torch
 from torch import nn
 
 from tformer_lib import profiling
-from tformer_lib.generation import check_number
+from tformer_lib.generation import check_memory, check_number
 from tformer_lib.kv_cache import CacheShape
 from tformer_lib.paged_attention import BLOCK_SIZE, BlockAllocator, blocks_for
 from tformer_lib.serving.request import Params, Piece, Request, TextStream
-from tformer_lib.serving.runner import Launched, Runner
+from tformer_lib.serving.runner import NONE, Inputs, Launched, Runner
 from tformer_lib.serving.scheduler import Row, Scheduler
+from tformer_lib.serving.turns import Turns
 from tformer_lib.tokens import Encoding
 
 DEFAULT_MEMORY = 2**27
@@ -69,16 +71,24 @@ class Step:
         return self.unused_slots / slots if slots else 0.0
 
 
-def ends_all_on_error(step: Callable) -> Callable:
-    """An engine's ``step`` that leaves no request half done: where it fails, those that run end with "error"."""
+def one_at_a_time(step: Callable) -> Callable:
+    """An engine's ``step`` in turns, which leaves no request half done: where it fails, those that run end with it."""
 
     @wraps(step)
     def safe_step(engine: "Engine") -> list[Piece]:
-        try:
-            return step(engine)
-        except BaseException as error:  # KeyboardInterrupt too: a notebook's stop button
-            engine.abandon(repr(error))
-            raise
+        with engine.turns, engine.runner.as_current():
+            if engine.is_stepping:
+                raise RuntimeError("a step was asked for from within a step, by a listener")
+            engine.is_stepping = True
+            try:
+                return step(engine)
+            except BaseException as error:  # KeyboardInterrupt too: a notebook's stop button
+                engine.abandon(repr(error))
+                raise
+            finally:
+                engine.is_stepping = False
+                while engine.leaving:
+                    engine.cancel(engine.leaving.popleft())
 
     return safe_step
 
@@ -86,8 +96,12 @@ def ends_all_on_error(step: Callable) -> Callable:
 class Engine:
     """Continuous batching: requests come and go at any step, and none notices the others.
 
+    Threads may share an engine: one is in it at a time, and the others get their turns in the order in which they came.
+    Steps run in evaluation mode, whatever mode the model is in. When its weights have changed, nothing is used any more
+    that was computed with the old ones: running requests go on from their texts, which are read again.
+
     Args:
-        model: a ``Decoder``; it is put into evaluation mode.
+        model: a ``Decoder``.
         encoding: what prompts given as text, ``Request.text`` and stop strings are made with.
         blocks: how many blocks of keys and values there are; if not given, as many as DEFAULT_MEMORY holds.
         block_size: tokens in a block.
@@ -119,33 +133,46 @@ class Engine:
         compile: bool = False,
     ):
         check_servable(model, max_context)
-        for name, value in (("block_size", block_size), ("seats", seats), ("budget", budget)):
-            check_number(name, value, numbers.Integral)
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_counts(1, block_size=block_size, seats=seats, budget=budget)
         blocks = blocks_that_fit(model, DEFAULT_MEMORY, block_size) if blocks is None else blocks
-        self.model, self.encoding = model.eval(), encoding
+        ahead = int(next(model.parameters()).is_cuda) if ahead is None else ahead
+        check_counts(1, blocks=blocks)
+        check_counts(0, ahead=ahead)
+        if check_number("spare_blocks", spare_blocks, numbers.Real) < 0:
+            raise ValueError(f"spare_blocks must be at least 0, got {spare_blocks}")
+        self.model, self.encoding, self.ahead = model, encoding, ahead
         self.max_context = model.config.max_length if max_context is None else max_context
-        max_blocks = blocks_for(self.max_context, block_size)
+        max_blocks = min(blocks_for(self.max_context, block_size), blocks)
+        check_room(model, blocks * block_size, seats, budget, max_blocks)
         self.allocator = BlockAllocator(blocks, block_size)
         sizes = {"seats": seats, "budget": budget, "max_blocks": max_blocks}
         self.scheduler = Scheduler(self.allocator, prefix_cache=prefix_cache, spare_blocks=spare_blocks, **sizes)
-        self.runner = Runner(model, self.allocator, compile=compile, **sizes)
-        on_gpu = self.runner.device.type == "cuda"
-        self.ahead = int(on_gpu) if ahead is None else ahead
+        with torch.inference_mode(False):  # steps outside of it will write to the pools
+            self.runner = Runner(model, self.allocator, compile=compile, **sizes)
         self.launched: deque[tuple[Launched, Step]] = deque()
         self.log: deque[Step] = deque(maxlen=STEPS_REMEMBERED)
-        self.arrivals = 0
-        if on_gpu if cuda_graphs is None else cuda_graphs:
-            self.runner.capture(graph_sizes(seats))
+        self.arrivals, self.turns = 0, Turns()
+        self.is_stepping, self.is_stale, self.leaving = False, False, deque()
+        if self.runner.device.type == "cuda" if cuda_graphs is None else cuda_graphs:
+            with self.runner.as_current():
+                self.runner.capture(graph_sizes(seats))
 
-    def add(self, prompt: str | Sequence[int], params: Params | dict | None = None, *, id=None) -> Request:
+    def add(
+        self,
+        prompt: str | Sequence[int],
+        params: Params | dict | None = None,
+        *,
+        id=None,
+        listener: Callable[[Piece], None] | None = None,
+    ) -> Request:
         """Let a request join.
 
         Args:
             prompt: text, or tokens.
             params: what is asked for: :class:`Params` or a dict of some of its fields.
             id: a name for it; a number if not given.
+            listener: called with each piece that is written for this request, by the thread that steps, and in any case
+                with a last one, whose request has a ``finish_reason``. It must be quick, and must not step.
 
         Raises:
             ValueError: the prompt is empty or too long, or a parameter makes no sense. The other requests go on.
@@ -153,12 +180,14 @@ class Engine:
         params = Params.of(params)
         tokens = self._tokens_of(prompt)
         self._check(tokens, params)
-        request = Request(self.arrivals if id is None else id, tokens, params)
-        request.arrival = self.arrivals
-        self.arrivals += 1
+        request = Request(id, tokens, params, listener)
         if self.encoding is not None:
             request.stream = TextStream(self.encoding, params.stop)
-        self.scheduler.add(request)
+        with self.turns:
+            request.arrival = self.arrivals
+            request.id = request.arrival if id is None else id
+            self.arrivals += 1
+            self.scheduler.add(request)
         return request
 
     def _tokens_of(self, prompt: str | Sequence[int]) -> list[int]:
@@ -193,10 +222,12 @@ class Engine:
         """Whether there is anything left to do."""
         return bool(self.scheduler.running or self.scheduler.waiting or self.launched)
 
-    @ends_all_on_error
+    @one_at_a_time
     def step(self) -> list[Piece]:
         """Launch the next step, and return what the latest finished ones wrote."""
         pieces: list[Piece] = []
+        if self.runner.weights_changed() or self.is_stale:
+            self._start_over(pieces)
         if self.scheduler.is_short():  # a token on its way may end a request: look before taking blocks away
             while self.launched:
                 self._finish(pieces)
@@ -211,6 +242,23 @@ class Engine:
         while len(self.launched) > (self.ahead if rows else 0):
             self._finish(pieces)
         return pieces
+
+    def _start_over(self, pieces: list[Piece]) -> None:
+        """What was computed so far does not count: all blocks are emptied, those that run wait to be read again."""
+        while self.launched:
+            self._finish(pieces)
+        while self.scheduler.running:
+            self.scheduler.preempt()
+        self.allocator.reset()
+        self.is_stale = False
+
+    def forget(self) -> None:
+        """Empty the prefix cache, and compute anew what runs, at the next step.
+
+        The engine sees for itself when weights are trained or loaded. It cannot see writes through ``.data`` or under
+        inference mode, nor a module that was put in the place of another.
+        """
+        self.is_stale = True
 
     def _describe(self, rows: list[Row], preemptions: int, started: float) -> Step:
         running = self.scheduler.running
@@ -241,23 +289,42 @@ class Engine:
 
     def _accept(self, request: Request, token: int) -> Piece:
         """A token has come back: it becomes text, and may be the last."""
+        if token == NONE:
+            return self._end(request, "error", error="the logits after its tokens are not finite")
         request.tokens.append(token)
         stopped, text = token in request.stop_tokens, ""
         if request.stream is not None:
-            text = "" if stopped else request.stream.push(token)
+            try:
+                text = "" if stopped else request.stream.push(token)
+            except Exception as error:  # an encoding that has no bytes for it; the other requests go on
+                return self._end(request, "error", token, error=f"token {token} has no text: {error!r}")
             stopped = stopped or request.stream.stopped
         if stopped or len(request.tokens) == request.end:
-            self._end(request, "stop" if stopped else "length")
-            if request.stream is not None and not request.stream.stopped:
-                text += request.stream.finish()
-        request.text += text
-        return Piece(request, token, text)
+            return self._end(request, "stop" if stopped else "length", token, text)
+        return self._tell(request, token, text)
 
-    def _end(self, request: Request, reason: str) -> None:
-        if self.scheduler.prefix_cache and request.seat >= 0:
+    def _end(self, request: Request, reason: str, token: int | None = None, text: str = "", error=None) -> Piece:
+        """Its last piece; its blocks are free."""
+        if self.scheduler.prefix_cache and request.seat >= 0 and error is None:
             request.table.publish(request.tokens)
-        request.finish_reason = reason
+        request.finish_reason, request.error = reason, error
         self.scheduler.remove(request)
+        if request.stream is not None and not request.stream.stopped:
+            text += request.stream.finish()
+        return self._tell(request, token, text)
+
+    def _tell(self, request: Request, token: int | None, text: str) -> Piece:
+        """Hand a piece to the request, and to the one who listens to it."""
+        request.text += text
+        piece = Piece(request, token, text)
+        if request.listener is not None:
+            try:
+                request.listener(piece)
+            except Exception as error:  # whose fault must not be the other requests'
+                request.listener = None
+                if request.finish_reason is None:
+                    return self._end(request, "error", token, error=f"its listener failed: {error!r}")
+        return piece
 
     def abandon(self, error: str) -> None:
         """End the requests that run, with the reason "error": a step failed, and what it had counted is not computed.
@@ -267,11 +334,11 @@ class Engine:
         Args:
             error: what went wrong, for ``Request.error``.
         """
-        self.launched.clear()
-        for request in list(self.scheduler.running):
-            request.finish_reason, request.error = "error", error
-            self.scheduler.remove(request)
-        self.allocator.reset()
+        with self.turns:
+            self.launched.clear()
+            for request in list(self.scheduler.running):
+                self._end(request, "error", error=error)
+            self.allocator.reset()
 
     def cancel(self, request: Request) -> None:
         """End a request now. Its blocks are free at once: the device does things in order, so what is written into them
@@ -282,10 +349,11 @@ class Engine:
         """
         if request.table is not None and request.table.allocator is not self.allocator:
             raise ValueError(f"{request} is another engine's")
-        if request.finish_reason is None:
-            self._end(request, "cancelled")
-            if request.stream is not None:
-                request.text += request.stream.finish()
+        with self.turns:
+            if self.is_stepping:  # a generator that was thrown away is closed by whoever collects the garbage
+                self.leaving.append(request)
+            elif request.finish_reason is None:
+                self._end(request, "cancelled")
 
     def run(self) -> None:
         """Step until nothing is left to do."""
@@ -304,6 +372,21 @@ def blocks_that_fit(model: nn.Module, memory: int, block_size: int = BLOCK_SIZE)
     return memory // (CacheShape.of(model, 1).bytes_per_token * block_size)
 
 
+def check_counts(least: int, **counts: int) -> None:
+    """Refuse what is no whole number, or less than the least."""
+    for name, value in counts.items():
+        if check_number(name, value, numbers.Integral) < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_room(model: nn.Module, tokens: int, seats: int, budget: int, max_blocks: int) -> None:
+    """Refuse sizes that no memory holds, before any of it is asked for."""
+    shape = CacheShape.of(model, 1)
+    check_memory(f"a pool of {tokens} tokens' keys and values", shape.bytes_per_token * tokens, shape.device)
+    step = 3 * Inputs.bytes_for(budget, seats, max_blocks)
+    check_memory(f"a step of {budget} tokens in {seats} seats of {max_blocks} blocks", step, "cpu")
+
+
 def check_servable(model: nn.Module, max_context: int | None) -> None:
     """Refuse a model whose rows would not be independent of each other, or too long a context for its positions."""
     config = model.config
@@ -312,7 +395,7 @@ def check_servable(model: nn.Module, max_context: int | None) -> None:
     if model.rope is not None and model.rope.scaling.needs_length:
         kind = type(model.rope.scaling).__name__
         raise ValueError(f"{kind} turns keys by the length of the text, which differs from row to row")
-    if max_context is not None and max_context < 2:
+    if max_context is not None and check_number("max_context", max_context, numbers.Integral) < 2:
         raise ValueError(f"max_context must be at least 2, a token of a prompt and a new one, got {max_context}")
     if config.positions == "learned" and (max_context or 0) > config.max_length:
         raise ValueError(f"max_context is {max_context}, the model has learned {config.max_length} positions")
@@ -346,16 +429,33 @@ class LLM:
         return requests
 
     def stream(self, prompts: Sequence, params=None) -> Iterator[Piece]:
-        """Like :meth:`generate`, but yields each piece as it comes. Whoever stops listening cancels what is left."""
-        requests = self._add_all(prompts, params)
+        """Like :meth:`generate`, but yields each piece as it comes: those of these prompts, whoever steps the engine.
+
+        Whoever stops listening cancels what is left. The last piece of a request that ends without a token, because it
+        was refused or failed, has the token None.
+        """
+        inbox: deque[Piece] = deque()
+        requests = self._add_all(prompts, params, inbox.append)
+        inbox.extendleft(Piece(request, None, "") for request in reversed(requests) if request.table is None)
         try:
-            while any(request.finish_reason is None for request in requests):
-                yield from self.engine.step()
+            lasting = True
+            while lasting:
+                lasting = self._advance(requests, inbox)
+                while inbox:
+                    yield inbox.popleft()
         finally:
             for request in requests:
                 self.engine.cancel(request)
 
-    def _add_all(self, prompts: Sequence, params) -> list[Request]:
+    def _advance(self, requests: list[Request], inbox: Collection[Piece] = ()) -> bool:
+        """Whether any of the requests lasts; if so, step, unless another thread's step has filled the inbox."""
+        with self.engine.turns:
+            lasting = any(request.finish_reason is None for request in requests)
+            if lasting and not inbox:
+                self.engine.step()
+        return lasting
+
+    def _add_all(self, prompts: Sequence, params, listener=None) -> list[Request]:
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             raise ValueError(f"prompts must be a list of prompts, got {prompts!r}")
         prompts = list(prompts)
@@ -363,20 +463,21 @@ class LLM:
         if len(each) != len(prompts):
             raise ValueError(f"params must be one for all or one for each of {len(prompts)} prompts, got {len(each)}")
         return [
-            self._add(place, prompt, asked) for place, (prompt, asked) in enumerate(zip(prompts, each, strict=True))
+            self._add(place, prompt, asked, listener)
+            for place, (prompt, asked) in enumerate(zip(prompts, each, strict=True))
         ]
 
-    def _add(self, place: int, prompt, asked) -> Request:
+    def _add(self, place: int, prompt, asked, listener) -> Request:
         try:
-            return self.engine.add(prompt, asked, id=place)
+            return self.engine.add(prompt, asked, id=place, listener=listener)
         except ValueError as error:
             return refused(place, str(error))
 
     def _drive(self, requests: list[Request]) -> None:
         """Step until all have ended; where a step fails, none of them is left waiting."""
         try:
-            while any(request.finish_reason is None for request in requests):
-                self.engine.step()
+            while self._advance(requests):
+                pass
         finally:
             for request in requests:
                 self.engine.cancel(request)

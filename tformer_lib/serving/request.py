@@ -2,12 +2,11 @@
 
 import codecs
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from random import Random
 from typing import NamedTuple
 
-from tformer_lib.generation import Sampling, check_number, stops_of
+from tformer_lib.generation import Sampling, check_number, random_stream, stops_of
 from tformer_lib.paged_attention import BlockTable
 from tformer_lib.tokens import Encoding
 
@@ -31,12 +30,18 @@ class Params(Sampling):
         super().__post_init__()
         if not isinstance(self.seed, int):
             raise ValueError(f"a request's seed must be one number, got {self.seed!r}")
-        check_number("max_new_tokens", self.max_new_tokens, numbers.Integral)
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        stops_of(self.stop_tokens)
-        if not isinstance(self.stop, Iterable) or isinstance(self.stop, str) or not all(map(is_text, self.stop)):
+        new = check_number("max_new_tokens", self.max_new_tokens, numbers.Integral)
+        if new < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {new}")
+        stop = tuple(self.stop) if isinstance(self.stop, Iterable) and not isinstance(self.stop, str) else ("",)
+        if not all(map(is_text, stop)):
             raise ValueError(f"stop must be a list of strings, none of them empty, got {self.stop!r}")
+        for name, value in (
+            ("max_new_tokens", new),
+            ("stop_tokens", tuple(stops_of(self.stop_tokens))),
+            ("stop", stop),
+        ):
+            object.__setattr__(self, name, value)  # as read: an iterator gives its values once
 
     @classmethod
     def of(cls, given: "Params | dict | None") -> "Params":
@@ -71,25 +76,26 @@ class Request:
 
     Attributes:
         id: given by the caller, or a number; ``arrival`` is the place in the order of arrival.
+        listener: called with each :class:`Piece` as it comes, by the thread that steps the engine.
         tokens: the prompt and all new tokens that have come back.
         text: what is certain of the new tokens' text, if the engine has an encoding.
         finish_reason: "length", "stop", "cancelled" or "error"; None while it lasts.
-        error: why it was refused, or what made a step fail.
+        error: why it was refused, or what ended it.
         table: its blocks; ``table.length`` tokens have been computed or are being so.
         pending: tokens that were sampled for it and have not come back.
         reused: tokens that a prefix cache spared it; ``preemptions``: how often it had to start over.
     """
 
-    def __init__(self, id, prompt: Sequence[int], params: Params):
-        self.id, self.params, self.arrival = id, params, -1
+    def __init__(self, id, prompt: Sequence[int], params: Params, listener: Callable[["Piece"], None] | None = None):
+        self.id, self.params, self.arrival, self.listener = id, params, -1, listener
         self.tokens, self.prompt_length = list(prompt), len(prompt)
         self.text, self.finish_reason, self.error = "", None, None
         self.table: BlockTable | None = None
         self.stream: TextStream | None = None
         self.seat, self.pending, self.reused, self.preemptions = -1, 0, 0, 0
         self.end = self.prompt_length + params.max_new_tokens
-        self.stop_tokens = frozenset(stops_of(params.stop_tokens))
-        self.rules, self.random = params.rules, Random(params.seed) if params.temperature > 0 else None
+        self.stop_tokens = frozenset(params.stop_tokens)
+        self.rules, self.random = params.rules, random_stream(params.seed) if params.temperature > 0 else None
         self.is_plain = params.temperature == 0 and params.repetition_penalty == 1
 
     @property
@@ -122,7 +128,8 @@ class Piece(NamedTuple):
     """What one step wrote for one request."""
 
     request: Request
-    token: int
+    token: int | None
+    """None where the request ended without one: refused, cancelled, or with an error."""
     text: str
     """Whole characters; later pieces may be needed for this token's."""
 

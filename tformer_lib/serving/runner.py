@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -17,9 +18,13 @@ from tformer_lib.kv_cache import CacheShape
 from tformer_lib.paged_attention import BlockAllocator, paged_attention, write_cache
 from tformer_lib.serving.request import Request
 from tformer_lib.serving.scheduler import Row
+from tformer_lib.transformer import evaluating
 
 SAMPLED = -1
 """Stands in a step's input for a token that only the device knows yet: the one that this seat sampled last."""
+
+NONE = -1
+"""Comes back in place of a token where the logits were not finite, and there is none to choose."""
 
 
 class PackedPass:
@@ -184,7 +189,10 @@ class Runner:
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         if compile:
             compile_blocks(model)
+        self.parameters = [module._parameters for module in model.modules() if module._parameters]
+        self.weights = self._state_of_weights()
 
+    @torch.inference_mode(False)  # what is written here is written again by steps outside of it
     @torch.no_grad()
     def launch(self, rows: list[Row], tables: np.ndarray) -> Launched:
         """Start a step. On a GPU nothing here waits for it."""
@@ -201,8 +209,12 @@ class Runner:
             return Launched([], self.returned[0][:0], None)
         with profiling.range("sampling"):
             tokens = self.choose(logits, requests, seats)
-        self.last_tokens[seats] = tokens
+        self.last_tokens[seats] = tokens.clamp_min(0)  # a step ahead reads it before anybody has looked
         return Launched(requests, *self._send_back(tokens))
+
+    def as_current(self) -> AbstractContextManager:
+        """The model's device as the current one, which each thread has for itself."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _run(self, rows: list[Row], tables: np.ndarray, samples: int) -> tuple[Tensor, Tensor]:
         """Any rows: the logits (samples, vocab_size) and the seats (samples,) of those that sample."""
@@ -229,7 +241,8 @@ class Runner:
         tokens = torch.where(inputs.given == SAMPLED, self.last_tokens[inputs.token_seats], inputs.given)  # (total,)
         rows = (inputs.tables, inputs.lengths, starts, max_queries)
         cache = PackedPass(self.pools, inputs.positions, inputs.slots, *rows)
-        return self.model(tokens[None], cache=cache, only=only)[0]
+        with evaluating(self.model):
+            return self.model(tokens[None], cache=cache, only=only)[0]
 
     def _send_back(self, tokens: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
         """Tokens (n,) to the host, and what tells that they have arrived."""
@@ -240,6 +253,27 @@ class Runner:
         arrived.record()
         return host, arrived
 
+    def weights_changed(self) -> bool:
+        """Whether parameters were written to or replaced since this was asked last.
+
+        Graphs are recorded again where they would read from the old places. Writes through ``.data`` and under
+        inference mode leave no trace.
+        """
+        before, self.weights = self.weights, self._state_of_weights()
+        if self.graphs and before[0] != self.weights[0]:
+            self.capture(list(self.graphs))
+        return before != self.weights
+
+    def _state_of_weights(self) -> tuple[list[int], list[int]]:
+        """Where each parameter lies, and how often it was written to."""
+        parameters = [p for of_module in self.parameters for p in of_module.values() if p is not None]
+        places = [p.data_ptr() for p in parameters]
+        try:
+            return places, [p._version for p in parameters]
+        except RuntimeError:  # made under inference mode, where nobody counts
+            return places, []
+
+    @torch.inference_mode(False)
     @torch.no_grad()
     def capture(self, sizes: Sequence[int]) -> None:
         """Record a step of one token a row in a CUDA graph, for each of these numbers of rows.
@@ -264,7 +298,7 @@ class Runner:
     # choosing tokens
 
     def choose(self, logits: Tensor, requests: list[Request], seats: Tensor) -> Tensor:
-        """The next token of each row, (rows,) int64, by the rules of its own request.
+        """The next token of each row, (rows,) int64, by the rules of its own request; NONE where logits are not finite.
 
         Args:
             logits: (rows, vocab_size).
@@ -272,6 +306,7 @@ class Runner:
             seats: (rows,) int64, on the device.
         """
         tokens = logits.argmax(-1)
+        finite = logits.gather(1, tokens[:, None])[:, 0].isfinite()  # NaN counts as the largest
         groups: dict[Sampling, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
             if not request.is_plain:
@@ -279,7 +314,7 @@ class Runner:
         for rules, places in groups.items():
             index = torch.tensor(places).to(self.device, non_blocking=True)
             tokens[index] = self._sample(logits[index], rules, [requests[i] for i in places], seats[index])
-        return tokens
+        return tokens.masked_fill_(~finite, NONE)
 
     def _sample(self, logits: Tensor, rules: Sampling, requests: list[Request], seats: Tensor) -> Tensor:
         if rules.repetition_penalty != 1:
