@@ -23,7 +23,11 @@ from tformer_lib.rope import (
     Yarn,
     convert_layout,
     rotate,
+    rotate_at_positions,
+    rotate_both,
+    rotate_both_,
     scaling_from,
+    turn_pairs,
 )
 
 HEAD_DIM = 64
@@ -384,3 +388,213 @@ def test_errors_name_what_was_expected_and_what_came(call, message):
 def test_import_is_light():
     code = "import sys, tformer_lib.rope; print([m for m in ('transformers', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+# The ladder: one operator, its steps and its gradients
+
+
+GPU = torch.cuda.is_available()
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device: steps 1 and 2 are CUDA kernels")
+PLACES = [("cpu", "0")] + [("cuda", step) for step in ("0", "1", "2")] * GPU
+
+
+def drawn(seed, *, batch=2, heads=3, kv_heads=1, T=5, head_dim=32, rotary_dim=None, dtype=torch.float32, device="cpu"):
+    """q, k, cosines and sines, and two norm weights, in float64's random numbers cut to dtype."""
+    g = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(batch, h, T, head_dim, generator=g).to(device, dtype) for h in (heads, kv_heads))
+    positions = torch.randint(0, 5000, (batch, T), generator=g)
+    cos, sin = Rope(head_dim, rotary_dim=rotary_dim)(positions)
+    weights = [torch.randn(head_dim, generator=g).to(device, dtype) for _ in "qk"]
+    return q, k, cos.to(device), sin.to(device), *weights
+
+
+def in_memory(x, how):
+    """The same numbers in another layout of memory."""
+    if how == "heads last":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if how == "cut from wider rows":
+        wide = torch.full((*x.shape[:3], 2 * x.shape[3]), torch.nan, dtype=x.dtype, device=x.device)
+        wide[..., : x.shape[3]] = x
+        return wide[..., : x.shape[3]]
+    if how == "off by one":
+        flat = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+        return flat[1:].view_as(x).copy_(x)
+    return x
+
+
+def plain(q, k, cos, sin, layout, weights, eps, dtype):
+    """The formula in another dtype: both outputs, by autograd differentiable."""
+    outs = []
+    for x, weight in ((q, weights[0]), (k, weights[1])):
+        x, w = x.to(dtype), None if weight is None else weight.to(dtype)
+        if eps is not None:
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+            x = x if w is None else x * w
+        outs.append(turn_pairs(x, cos.to(dtype), sin.to(dtype), layout))
+    return outs
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm", ["no norm", "norm", "norm with weights"])
+@pytest.mark.parametrize(("device", "step"), PLACES)
+def test_both_sides_and_their_gradients_are_the_float64_formula(device, step, norm, layout):
+    generator = torch.Generator().manual_seed(len(norm) + len(layout))
+    shapes = [(1, 1, 1, 1), (2, 3, 1, 7), (1, 8, 2, 33), (3, 32, 8, 5), (1, 2, 2, 257)]
+    dims = [(32, 32), (64, 32), (128, 128), (96, 64), (80, 80), (256, 128)]
+    dims += [] if step == "2" else [(2, 2), (59, 10), (40, 24)]
+    for batch, heads, kv_heads, T in shapes:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            head_dim, rotary_dim = dims[int(torch.randint(len(dims), (), generator=generator))]
+            how = ["as it is", "heads last", "cut from wider rows"] + ([] if step == "2" else ["off by one"])
+            how = how[int(torch.randint(len(how), (), generator=generator))]
+            sizes = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "T": T, "head_dim": head_dim}
+            q, k, cos, sin, *weights = drawn(T, **sizes, rotary_dim=rotary_dim, dtype=dtype, device=device)
+            weights = weights if norm == "norm with weights" else [None, None]
+            eps = None if norm == "no norm" else 1e-6
+            given = [in_memory(x, how).requires_grad_() for x in (q, k)]
+            given += [w.requires_grad_() for w in weights if w is not None]
+            options = {"q_weight": weights[0], "k_weight": weights[1], "norm_eps": eps, "step": step}
+            found = rotate_both(*given[:2], cos, sin, layout, **options)
+            grads_out = [torch.randn(x.shape, generator=generator).to(x) for x in found]
+            found_grads = torch.autograd.grad(found, given, grads_out)
+            truth = plain(*given[:2], cos, sin, layout, weights, eps, torch.float64)
+            truth_grads = torch.autograd.grad(truth, given, [g.double() for g in grads_out])
+            rough = plain(*given[:2], cos, sin, layout, weights, eps, dtype)
+            rough_grads = torch.autograd.grad(rough, given, grads_out)
+            case = f"{sizes} {rotary_dim} {dtype} {how}"
+            for a, b, c in zip(found, truth, rough, strict=True):
+                assert a.dtype == dtype
+                assert error(a, b) <= 2 * error(c, b) + 1e-5, case
+            for a, b, c in zip(found_grads, truth_grads, rough_grads, strict=True):
+                assert error(a, b) <= 3 * error(c, b) + 1e-5, case
+
+
+def error(found, truth):
+    """Relative to the largest number."""
+    found, truth = found.detach().double(), truth.detach().double()
+    return float((found - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize(("device", "step"), PLACES)
+@pytest.mark.parametrize("norm_eps", [None, 1e-6])
+def test_in_place_and_from_positions_are_the_same(device, step, norm_eps):
+    q, k, *_ = drawn(1, T=9, head_dim=64, device=device)
+    rope, positions = Rope(64, rotary_dim=32), torch.tensor([0, 1, 2, 0, 1, 70_000, 131_072, 5, 5], device=device)
+    cos, sin = rope(positions)
+    expected = rotate_both(q, k, cos, sin, norm_eps=norm_eps, step="0")
+    frequencies = rope.frequencies(device=q.device)
+    computed = rotate_at_positions(q, k, positions, frequencies, norm_eps=norm_eps, step=step)
+    rotate_both_(q, k, cos, sin, norm_eps=norm_eps, step=step)
+    for found in (computed, (q, k)):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize(("device", "step"), PLACES)
+def test_what_does_not_turn_passes_even_where_it_is_infinite(device, step):
+    x, _, cos, sin, *_ = drawn(2, head_dim=64, rotary_dim=32, device=device)
+    x[..., 32:] = torch.inf
+    out = rotate(x, cos, sin, step=step)
+    assert torch.equal(out[..., 32:], x[..., 32:])
+    assert out[..., :32].isfinite().all()
+
+
+@pytest.mark.parametrize(("device", "step"), PLACES)
+@pytest.mark.parametrize("norm_eps", [None, 1e-6])
+def test_the_operator_passes_opcheck(device, step, norm_eps):
+    q, k, cos, sin, w, _ = drawn(3, device=device)
+    weights = (None, None) if norm_eps is None else (w.requires_grad_(), None)
+    args = (q.requires_grad_(), k.requires_grad_(), cos, sin, None, None, 1.0, *weights, norm_eps, "half", False, step)
+    torch.library.opcheck(torch.ops.tformer_lab.rope, args)
+    torch.library.opcheck(torch.ops.tformer_lab.rope, (q, None, *args[2:]))
+
+
+@pytest.mark.parametrize(("device", "step"), PLACES)
+def test_the_operator_compiles_with_its_gradients(device, step):
+    q, k, cos, sin, *_ = drawn(4, device=device)
+
+    def loss(q, k):
+        a, b = torch.ops.tformer_lab.rope(q, k, cos, sin, None, None, 1.0, None, None, 1e-6, "half", False, step)
+        return a.square().sum() + (a[:, :1] * b).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(f(q.requires_grad_(), k.requires_grad_()), (q, k)) for f in (loss, compiled)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("device", "step"), PLACES)
+def test_no_tokens_no_work(device, step):
+    q, k, cos, sin, *_ = drawn(5, T=0, device=device)
+    a, b = rotate_both(q.requires_grad_(), k.requires_grad_(), cos, sin, norm_eps=1e-6, step=step)
+    assert a.shape == q.shape
+    torch.autograd.grad(a.sum() + b.sum(), (q, k))
+
+
+def test_a_model_turns_both_sides_in_one_call(monkeypatch):
+    from tformer_lib.attention import MultiHeadAttention
+    from tformer_lib.rope import rope as module
+
+    calls = []
+    original = module.rotate_both
+    monkeypatch.setattr(module, "rotate_both", lambda *a, **o: calls.append(a[1].shape) or original(*a, **o))
+    layer, x = MultiHeadAttention(32, 4, kv_heads=2), torch.randn(1, 6, 32)
+    rotate_at = Rope(8).at(torch.arange(6))
+    out = layer(x, causal=True, rotate=rotate_at)
+    assert calls == [(1, 2, 6, 8)]
+    assert torch.equal(out, layer(x, causal=True, rotate=lambda heads: rotate_at(heads)))
+
+
+@needs_gpu
+def test_steps_run_in_a_graph_on_any_stream_and_by_default():
+    q, k, cos, sin, *_ = drawn(
+        6, batch=2, heads=8, kv_heads=2, T=300, head_dim=128, dtype=torch.bfloat16, device="cuda"
+    )
+    expected = rotate_both(q, k, cos, sin, step=0)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    rotate_both(q, k, cos, sin)  # builds
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = q + 0
+        on_stream = rotate_both(late, k, cos, sin)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        in_graph = rotate_both(q, k, cos, sin)
+    in_graph[0].fill_(torch.nan)
+    graph.replay()
+    for found in (on_stream, in_graph):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a.float(), b.float(), atol=2e-2, rtol=2e-2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        Rope(128).at(torch.arange(300, device="cuda")).both(q, k)
+    assert any("rope" in event.key and "forward_kernel" in event.key for event in profile.key_averages())
+
+
+@needs_gpu
+def test_numbers_past_2_to_the_31_are_turned():
+    x = torch.zeros(1, 2**17 + 1, 130, 128, dtype=torch.bfloat16, device="cuda")  # 2.18e9 numbers
+    cos, sin = Rope(128)(torch.arange(130, device="cuda"))
+    x[:, -1] = torch.randn_like(x[:, -1])
+    for step in (1, 2):
+        out = rotate(x, cos, sin, step=step)
+        torch.testing.assert_close(out[:, -1:], rotate(x[:, -1:], cos, sin, step=0), atol=2e-2, rtol=2e-2)
+        del out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(2, 1, 4, 32)}, "4 tokens, but there are angles for 5"),
+        ({"k": torch.zeros(2, 1, 5, 16)}, "too small for 16 pairs|agree in batch, tokens and head_dim"),
+        ({"k": torch.zeros(2, 1, 5, 32, dtype=torch.float64)}, "share dtype and device"),
+        ({"q_weight": torch.ones(32)}, "without its norm_eps"),
+        ({"q_weight": torch.ones(31), "norm_eps": 1e-6}, r"weight must be \(32,\), got \(31,\)"),
+        ({"step": 3}, "step must be one of 0, 1, 2, got 3"),
+        ({"step": 2}, "step 2 cannot do this: it runs on cuda"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(change, message):
+    q, k, cos, sin, *_ = drawn(7)
+    given = {"q": q, "k": k, "cos": cos, "sin": sin, **change}
+    with pytest.raises(ValueError, match=message):
+        rotate_both(**given)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tformer_lib import masks
 from tformer_lib.contract import check_bias, check_heads, check_inputs
+from tformer_lib.rope import turn_both
 
 Attend = Callable[..., Tensor]
 
@@ -242,7 +243,7 @@ class MultiHeadAttention(nn.Module):
         k = self.split(self.k_proj(context), self.kv_heads)  # (batch, kv_heads, S, head_dim)
         v = self.split(self.v_proj(context), self.kv_heads)  # (batch, kv_heads, S, head_dim)
         if rotate is not None:
-            q, k = rotate(q), rotate(k)
+            q, k = turn_both(rotate, q, k)
         attend = self.attend if bias is None else partial(self.attend, bias=bias)
         if cache is not None:
             return self.out_proj(merge(cache.attend(q, k, v, attend=attend, mask=mask)))

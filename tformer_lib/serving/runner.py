@@ -16,6 +16,7 @@ from tformer_lib.attention import MultiHeadAttention, merge
 from tformer_lib.generation import Sampling, distribution, draw, penalise_repetition
 from tformer_lib.kv_cache import CacheShape
 from tformer_lib.paged_attention import BlockAllocator, paged_attention, write_cache
+from tformer_lib.rope import turn_both
 from tformer_lib.serving.request import Request
 from tformer_lib.serving.scheduler import Row
 from tformer_lib.transformer import evaluating
@@ -375,5 +376,5 @@ class JoinedAttention(nn.Module):
         heads = (layer.heads, layer.kv_heads, layer.kv_heads)
         q, k, v = (layer.split(part, n) for part, n in zip(joined.split(self.sizes, -1), heads, strict=True))
         if rotate is not None:
-            q, k = rotate(q), rotate(k)
+            q, k = turn_both(rotate, q, k)
         return layer.out_proj(merge(cache.attend(q, k, v, attend=layer.attend, mask=mask)))

@@ -1,0 +1,320 @@
+// Step 2: 16 bytes a load, and cosines and sines that stay in registers while the heads of a token pass by.
+//
+// A thread owns two vectors of a row, the same of every head: `lo` and `hi`, half of the turning channels apart, which in
+// the half layout are the two sides of N pairs (N = 8 halves or 4 floats), and in the interleaved one N / 2 pairs each. So
+// both layouts load alike. Channels past rotary_dim are halved in the same way and pass by.
+//
+//   lanes of a row      0    1    2    3    4    5    6    7        head_dim 128, halves
+//   lo, column          0    8   16   24   32   40   48   56
+//   hi, column         64   72   80   88   96  104  112  120
+//
+// A block has THREADS / lanes slots, each a token and a head to begin with; a slot then walks over the heads in steps of
+// `head_slots`. Where a token's heads are neighbours in memory (batch, T, heads, head_dim), several slots share a token, so
+// that a warp reads on without a gap; else each slot has a token of its own, whose neighbours are the next tokens.
+//
+// Ledger (H200, bfloat16, 8 x 4,096 tokens, 32 + 8 heads, head_dim 128; benchmarks/results/nvidia-h200/rope.json)
+//   floor       671 MB, 0.156 ms at the 4.30 TB/s of a copy
+//   hypothesis  what a copy does, with 16 multiply-adds for 64 bytes, costs what a copy costs
+//   predicted   95 % of the copy: cosines and sines add 2 MB that stay in the L2 cache, and 40 heads use each of them
+//   measured    0.174 ms, 3.86 TB/s, 93 % of the copy in the same run (0.161 ms); heads last 0.175; torch.compile 0.199, 0.296
+//   tried       loading 2, 4 and 8 heads ahead: 0.180, 0.194, 0.270. Their registers keep other warps out, which hide more
+#include <algorithm>
+
+#include "angles.cuh"
+#include "common/launch.cuh"
+
+namespace rope {
+namespace {
+
+constexpr int THREADS = 256;
+constexpr int AHEAD = 1;  // heads whose vectors are loaded before the first is turned
+
+template <class Number>
+struct alignas(16) Vector {
+    static constexpr int N = 16 / sizeof(Number);
+    Number x[N];
+};
+
+template <class Number>
+__device__ Vector<Number> load(const Number* p) {
+    Vector<Number> v;
+    reinterpret_cast<uint4&>(v) = *reinterpret_cast<const uint4*>(p);
+    return v;
+}
+template <class Number>
+__device__ void store(Number* p, const Vector<Number>& v) {
+    *reinterpret_cast<uint4*>(p) = reinterpret_cast<const uint4&>(v);
+}
+
+// How the work is cut, as the host decides.
+struct Plan {
+    int64_t tiles;      // of tokens
+    int tokens;         // in a tile
+    int lanes;          // of a row: a power of two
+    int vectors;        // pairs of vectors in a row; lanes past them have nothing to do
+    int turning;        // the first of them turn
+    int head_slots;     // slots of a block that share a token
+    int token_step, head_step;  // slot = token * token_step + head * head_step
+};
+
+// The two vectors of a thread: the same columns in every row.
+template <class Number, bool INTERLEAVED>
+struct Columns {
+    static constexpr int N = Vector<Number>::N;
+    static constexpr int RUN = INTERLEAVED ? N / 2 : N;  // pairs whose cosines are neighbours
+    int lo, hi;
+    bool turns;
+    float2 turn[N];
+
+    __device__ Columns(const Arguments& a, const Plan& plan, int lane) : turns(lane < plan.turning) {
+        const int first = turns ? 0 : int(a.rotary_dim), last = turns ? int(a.rotary_dim) : int(a.head_dim);
+        lo = first + (turns ? lane : lane - plan.turning) * N;
+        hi = lo + (last - first) / 2;
+    }
+
+    __device__ void load_turns(const Arguments& a, Token token) {
+        const int pairs[2] = {INTERLEAVED ? lo / 2 : lo, hi / 2};  // where each run begins
+#pragma unroll
+        for (int i = 0; i < N; ++i) turn[i] = turn_of(a, token, pairs[i / RUN] + i % RUN);
+    }
+
+    __device__ void apply(float (&x)[2 * N]) const {
+        if (!turns) return;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const int first = INTERLEAVED ? 2 * i : i, second = INTERLEAVED ? 2 * i + 1 : i + N;
+            const float2 y = turned({x[first], x[second]}, turn[i]);
+            x[first] = y.x, x[second] = y.y;
+        }
+    }
+
+    // x[0 .. N - 1] is lo, the rest hi.
+    __device__ void widen_both(float (&x)[2 * N], const Vector<Number>& from_lo, const Vector<Number>& from_hi) const {
+#pragma unroll
+        for (int i = 0; i < N; ++i) x[i] = widen(from_lo.x[i]), x[N + i] = widen(from_hi.x[i]);
+    }
+
+    __device__ void write(Number* row, const float (&x)[2 * N]) const {
+        Vector<Number> to_lo, to_hi;
+#pragma unroll
+        for (int i = 0; i < N; ++i) to_lo.x[i] = narrow<Number>(x[i]), to_hi.x[i] = narrow<Number>(x[N + i]);
+        store(row + lo, to_lo);
+        store(row + hi, to_hi);
+    }
+
+    __device__ void weights(float (&w)[2 * N], const Side& side, bool active) const {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            w[i] = active ? weight_of<Number>(side, lo + i) : 0.0f;
+            w[N + i] = active ? weight_of<Number>(side, hi + i) : 0.0f;
+        }
+    }
+};
+
+// Where a thread stands in its block.
+struct Slot {
+    int lane, token, head;
+
+    __device__ explicit Slot(const Plan& plan) {
+        const int slot = threadIdx.x / plan.lanes;
+        lane = threadIdx.x % plan.lanes;
+        token = slot / plan.token_step % plan.tokens;
+        head = slot / plan.head_step % plan.head_slots;
+    }
+};
+
+template <int N>
+__device__ float sum_of_products(const float (&x)[N], const float (&y)[N]) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum += x[i] * y[i];
+    return sum;
+}
+
+// Turn every head of one side of this thread's token. All lanes of a warp go through the same loops, for the norm's sums.
+template <class Number, bool INTERLEAVED, bool NORM>
+__device__ void turn_heads(const Arguments& a, const Plan& plan, const Side& side, const Slot& slot, Token token,
+                           bool active, const Columns<Number, INTERLEAVED>& columns) {
+    constexpr int N = Vector<Number>::N;
+    const bool norm = NORM && side.normalised;
+    if (!norm && !columns.turns && side.x.data == side.out.data) active = false;  // in place: nothing to do
+    const Number* const from = Head{side, 0}.row<Number>(side.x, token);
+    Number* const to = Head{side, 0}.row<Number>(side.out, token);
+    float w[NORM ? 2 * N : 1];
+    if constexpr (NORM) columns.weights(w, side, active && norm);
+    for (int64_t first = 0; first < side.heads; first += AHEAD * plan.head_slots) {
+        Vector<Number> lo[AHEAD] = {}, hi[AHEAD] = {};
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const int64_t head = first + i * plan.head_slots + slot.head;
+            if (!active || head >= side.heads) continue;
+            lo[i] = load(from + head * side.x.head + columns.lo);
+            hi[i] = load(from + head * side.x.head + columns.hi);
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const int64_t head = first + i * plan.head_slots + slot.head;
+            float x[2 * N];
+            columns.widen_both(x, lo[i], hi[i]);
+            if constexpr (NORM)
+                if (norm) {
+                    const float r = rsqrtf(sum_over(sum_of_products(x, x), plan.lanes) / float(a.head_dim) + a.eps);
+#pragma unroll
+                    for (int j = 0; j < 2 * N; ++j) x[j] *= r * w[j];
+                }
+            columns.apply(x);
+            if (active && head < side.heads) columns.write(to + head * side.out.head, x);
+        }
+    }
+}
+
+template <class Number, bool INTERLEAVED, bool NORM>
+__global__ void __launch_bounds__(THREADS)
+    forward_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Plan plan) {
+    const Slot slot(plan);
+    Columns<Number, INTERLEAVED> columns(a, plan, slot.lane);
+    for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
+        const int64_t index = tile * plan.tokens + slot.token;
+        const bool active = index < a.batch * a.tokens && slot.lane < plan.vectors;
+        const Token token = token_at(a, active ? index : 0);
+        if (active && columns.turns) columns.load_turns(a, token);
+        turn_heads<Number, INTERLEAVED, NORM>(a, plan, a.q, slot, token, active, columns);
+        turn_heads<Number, INTERLEAVED, NORM>(a, plan, a.k, slot, token, active, columns);
+    }
+}
+
+// --- the gradients of the norm ---------------------------------------------------------------------------------------
+
+// y = x r w with r = 1 / rms(x); g, the gradient of y, is dout turned back. Then dw = sum of g x r over rows, and
+// dx = r (g w) - x r^3 / head_dim (sum over the row of g w x).
+template <class Number, bool INTERLEAVED>
+__device__ void norm_gradients(const Arguments& a, const Plan& plan, const Side& side, const Slot& slot, Token token,
+                               bool active, const Columns<Number, INTERLEAVED>& columns,
+                               float (&dw)[2 * Vector<Number>::N]) {
+    constexpr int N = Vector<Number>::N;
+    float w[2 * N];
+    columns.weights(w, side, active);
+    const Head start{side, 0};
+    for (int64_t first = 0; first < side.heads; first += plan.head_slots) {
+        const int64_t head = first + slot.head;
+        const bool valid = active && head < side.heads;
+        Vector<Number> lo = {}, hi = {}, dlo = {}, dhi = {};
+        if (valid) {
+            const Number* const x = start.row<Number>(side.x, token) + head * side.x.head;
+            const Number* const dout = start.row<Number>(side.dout, token) + head * side.dout.head;
+            lo = load(x + columns.lo), hi = load(x + columns.hi);
+            dlo = load(dout + columns.lo), dhi = load(dout + columns.hi);
+        }
+        float x[2 * N], g[2 * N];
+        columns.widen_both(x, lo, hi);
+        columns.widen_both(g, dlo, dhi);
+        columns.apply(g);
+        const float r = rsqrtf(sum_over(sum_of_products(x, x), plan.lanes) / float(a.head_dim) + a.eps);
+        float along = 0.0f;
+#pragma unroll
+        for (int j = 0; j < 2 * N; ++j) {
+            if (valid) dw[j] += g[j] * x[j] * r;
+            g[j] *= w[j];
+            along += g[j] * x[j];
+        }
+        const float pull = sum_over(along, plan.lanes) * r * r * r / float(a.head_dim);
+#pragma unroll
+        for (int j = 0; j < 2 * N; ++j) x[j] = r * g[j] - x[j] * pull;
+        if (valid) columns.write(start.row<Number>(side.out, token) + head * side.out.head, x);
+    }
+}
+
+// The block's sum of dw over its slots, in their order, so that every run gives the same bits.
+template <class Number, bool INTERLEAVED>
+__device__ void sum_weights(const Arguments& a, const Plan& plan, const Slot& slot,
+                            const Columns<Number, INTERLEAVED>& columns, const float (&dw)[2 * Vector<Number>::N],
+                            float* target) {
+    constexpr int N = Vector<Number>::N;
+    __shared__ float shared[THREADS * 2 * N];  // a row a slot: head_dim is at most 2 N lanes
+    float* const mine = shared + threadIdx.x / plan.lanes * a.head_dim;
+    __syncthreads();
+    if (slot.lane < plan.vectors)
+#pragma unroll
+        for (int i = 0; i < N; ++i) mine[columns.lo + i] = dw[i], mine[columns.hi + i] = dw[N + i];
+    __syncthreads();
+    for (int column = threadIdx.x; column < a.head_dim; column += THREADS) {
+        float sum = 0.0f;
+        for (int i = 0; i < THREADS / plan.lanes; ++i) sum += shared[i * a.head_dim + column];
+        target[column] = sum;
+    }
+}
+
+template <class Number, bool INTERLEAVED>
+__global__ void __launch_bounds__(THREADS)
+    backward_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Plan plan) {
+    constexpr int N = Vector<Number>::N;
+    const Slot slot(plan);
+    Columns<Number, INTERLEAVED> columns(a, plan, slot.lane);
+    float dw_q[2 * N] = {}, dw_k[2 * N] = {};
+    for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
+        const int64_t index = tile * plan.tokens + slot.token;
+        const bool active = index < a.batch * a.tokens && slot.lane < plan.vectors;
+        const Token token = token_at(a, active ? index : 0);
+        if (active && columns.turns) columns.load_turns(a, token);
+        norm_gradients(a, plan, a.q, slot, token, active, columns, dw_q);
+        norm_gradients(a, plan, a.k, slot, token, active, columns, dw_k);
+    }
+    float* const target = a.weight_sums + blockIdx.x * 2 * a.head_dim;
+    sum_weights(a, plan, slot, columns, dw_q, target);
+    sum_weights(a, plan, slot, columns, dw_k, target + a.head_dim);
+}
+
+// --- host ------------------------------------------------------------------------------------------------------------
+
+template <class Number>
+Plan make_plan(const Arguments& a) {
+    constexpr int N = Vector<Number>::N;
+    const int64_t tokens = a.batch * a.tokens, heads = std::max(a.q.heads, a.k.heads);
+    Plan plan;
+    plan.vectors = int(a.head_dim / (2 * N)), plan.turning = int(a.rotary_dim / (2 * N));
+    for (plan.lanes = 1; plan.lanes < plan.vectors;) plan.lanes *= 2;
+    const int slots = THREADS / plan.lanes;
+    const bool heads_are_neighbours = a.q.x.head < a.q.x.row;
+    const auto tiles_by = [&](int head_slots) { return (tokens + slots / head_slots - 1) / (slots / head_slots); };
+    // Few tokens are spread over as many blocks as there are; a warp of neighbouring heads reads 1 KB without a gap.
+    plan.head_slots = heads_are_neighbours ? std::min(slots, 8) : 1;
+    while (plan.head_slots < slots && plan.head_slots < heads && tiles_by(plan.head_slots) < 2 * multiprocessors())
+        plan.head_slots *= 2;
+    plan.tokens = slots / plan.head_slots;
+    plan.tiles = tiles_by(plan.head_slots);
+    plan.token_step = heads_are_neighbours ? plan.head_slots : 1;
+    plan.head_step = heads_are_neighbours ? 1 : plan.tokens;
+    return plan;
+}
+
+template <class Run>
+const char* with_types(const Arguments& a, const Run& run) {
+    const auto with_layout = [&]<class Number>() {
+        return a.interleaved ? run.template operator()<Number, true>() : run.template operator()<Number, false>();
+    };
+    switch (a.dtype) {
+        case FLOAT32: return with_layout.template operator()<float>();
+        case BFLOAT16: return with_layout.template operator()<Bf16>();
+        default: return with_layout.template operator()<Fp16>();
+    }
+}
+
+}  // namespace
+
+extern "C" const char* forward(const Arguments* a, void* stream) {
+    return with_types(*a, [&]<class Number, bool INTERLEAVED>() {
+        const Plan plan = make_plan<Number>(*a);
+        const auto kernel = a->q.normalised || a->k.normalised ? forward_kernel<Number, INTERLEAVED, true>
+                                                               : forward_kernel<Number, INTERLEAVED, false>;
+        return launch(kernel, std::min(plan.tiles, MOST_BLOCKS), THREADS, 0, stream, *a, plan);
+    });
+}
+
+extern "C" const char* backward(const Arguments* a, void* stream) {
+    return with_types(*a, [&]<class Number, bool INTERLEAVED>() {
+        const Plan plan = make_plan<Number>(*a);
+        return launch(backward_kernel<Number, INTERLEAVED>, a->blocks, THREADS, 0, stream, *a, plan);
+    });
+}
+
+}  // namespace rope
