@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tformer_lib import sparse_attention
+from tformer_lib import jit, sparse_attention
 from tformer_lib.kv_cache import CacheShape, GrowingCache, PreallocatedCache
 from tformer_lib.paged_attention import PagedKVCache
 
@@ -142,6 +142,30 @@ FORMS = [
     flash_step(3, HALVES, head_dims=(16, 40, 64)),
     flash_step(4, HALVES, head_dims=(16, 40, 64), needs=partial(has_gpu, (9, 0))),
     Form("sparse", "tformer_lib.sparse_attention:attend", {"pattern": sparse_attention.everything(), "block": 16}),
+    Form(
+        "sparse-cpu",
+        "tformer_lib.sparse_attention:attend",
+        {"pattern": sparse_attention.everything(), "step": "cpu"},
+        devices=("cpu",),
+        dtypes=(torch.float32, *HALVES),
+        masks=False,
+        value_dim=False,
+        needs=jit.can_build_cpp,
+    ),
+    *(
+        Form(
+            f"sparse-{step}",
+            "tformer_lib.sparse_attention:attend",
+            {"pattern": sparse_attention.everything(), "step": step},
+            devices=("cuda",),
+            dtypes=HALVES,
+            head_dims=(16, 40, 64),
+            masks=False,
+            value_dim=False,
+            needs=needs,
+        )
+        for step, needs in ((1, has_gpu), (2, partial(has_gpu, (9, 0))))
+    ),
 ]
 CACHES = {"growing": GrowingCache, "preallocated": partial(PreallocatedCache, capacity=40)}
 CACHES |= {"paged": partial(PagedKVCache, blocks=24, block_size=4)}

@@ -1,5 +1,6 @@
 """Sparse attention: patterns by brute force, blocks that miss nothing, attention equal to dense under the same mask."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -9,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from tformer_lib import masks
+from tformer_lib import jit, masks
 from tformer_lib import sparse_attention as sp
 from tformer_lib.attention import attend as dense_attend
+from tformer_lib.sparse_attention.lists import NONE, transpose_chosen
 
 LENGTH = 96  # what the patterns below cover
 
@@ -166,7 +168,7 @@ def test_slices_of_a_bucket_do_not_change_the_result(monkeypatch):
     q, k, v = make(90, dtype=torch.float32)
     pattern = sp.fixed(16, 2)
     whole = sp.attend(q, k, v, pattern=pattern, block=8)
-    monkeypatch.setattr(sp, "SLICE", 1)
+    monkeypatch.setattr(sp.patterns, "SLICE", 1)
     torch.testing.assert_close(sp.attend(q, k, v, pattern=pattern, block=8), whole, atol=1e-6, rtol=1e-6)
 
 
@@ -411,3 +413,235 @@ def test_wrong_inputs_are_refused_by_name():
         sp.attend(q, k, v, pattern=sp.causal(), mask=torch.ones(7, 7))
     with pytest.raises(ValueError, match="block must be at least 1, got 0"):
         sp.attend(q, k, v, pattern=sp.causal(), block=0)
+
+
+# ---- lists of blocks, and the operator over them
+
+GPU = torch.cuda.is_available()
+HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU: step 2 is TMA and wgmma")
+AMPERE = GPU and torch.cuda.get_device_capability() >= (8, 0)
+PLACES = [("cpu", "0")] + [("cpu", "cpu")] * jit.can_build_cpp()
+PLACES += [("cuda", "0")] * GPU + [("cuda", "1")] * AMPERE + [("cuda", "2")] * HOPPER
+
+
+def mask_of_lists(lists, rows, columns, batch):
+    """(batch, heads, rows, columns) boolean, entry by entry."""
+    heads, tiles = lists.counts.shape[1:]
+    mask = torch.zeros(batch, heads, tiles * 128, sp.blocks_in(columns, 64) * 64, dtype=torch.bool)
+    bits = torch.arange(64)
+    for b in range(batch):
+        row = min(b, lists.counts.shape[0] - 1)
+        for h in range(heads):
+            for t in range(tiles):
+                for i in range(int(lists.counts[row, h, t])):
+                    block, which = int(lists.blocks[row, h, t, i]), NONE
+                    if lists.masks is not None:
+                        which = int(lists.masks[row, h, t, i])
+                    inside = lists.words[which, :, None] >> bits & 1 if which != NONE else torch.ones(128, 64)
+                    mask[b, h, t * 128 : t * 128 + 128, block * 64 : block * 64 + 64] |= inside.bool()
+    return mask[:, :, :rows, :columns]
+
+
+@settings(max_examples=60, deadline=None)
+@given(pattern=draw_patterns(), T=st.integers(1, LENGTH), S=st.integers(1, LENGTH), transposed=st.booleans())
+def test_lists_hold_the_mask_whole_blocks_without_bits(pattern, T, S, transposed):
+    lists = sp.pattern_lists(pattern, T, S, "cpu", transposed)
+    mask = pattern.mask(T, S)
+    mask = mask if mask.dim() == 4 else mask.expand(1, 1, T, S)
+    expected = (mask.mT if transposed else mask).expand(2, 1, *((S, T) if transposed else (T, S)))
+    assert torch.equal(mask_of_lists(lists, *expected.shape[2:], 2), expected)
+    assert (lists.order.diff() != 0).all()
+    live = lists.counts.sum((0, 1))[lists.order.long()]
+    assert lists.counts.shape[0] > 1 or (live.diff() <= 0).all()
+    if pattern == sp.everything():
+        assert lists.masks is None
+
+
+def draw_chosen(T, S, heads, n, seed, batch=1):
+    """Some blocks for every tile of queries, each once; a few are none."""
+    g = torch.Generator().manual_seed(seed)
+    tiles, blocks = sp.blocks_in(T, 128), sp.blocks_in(S, 64)
+    chosen = torch.rand(batch, heads, tiles, blocks, generator=g).argsort(-1)[..., : min(n, blocks)]
+    return chosen.masked_fill(torch.rand(chosen.shape, generator=g) < 0.1, -1)
+
+
+def mask_of_chosen(chosen, T, S, heads, causal):
+    """(batch, heads, T, S) boolean."""
+    blocks = sp.blocks_in(S, 64)
+    seen = torch.zeros(*chosen.shape[:3], blocks + 1, dtype=torch.bool)
+    seen.scatter_(3, chosen.masked_fill(chosen < 0, blocks), True)
+    seen = seen[..., :blocks].repeat_interleave(128, 2)[:, :, :T].repeat_interleave(64, 3)[..., :S]
+    seen = seen.repeat_interleave(heads // seen.shape[1], 1)
+    return seen & sp.causal().mask(T, S) if causal else seen
+
+
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (300, 300), (130, 517), (517, 130)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_transposed_lists_of_a_choice_are_its_mask(T, S, causal):
+    chosen = draw_chosen(T, S, heads=2, n=3, seed=T + causal, batch=2)
+    lists = transpose_chosen(chosen, T, S)
+    assert torch.equal(mask_of_lists(lists, S, T, 2).mT, mask_of_chosen(chosen, T, S, 2, False))
+
+
+def rough_attention(q, k, v, mask, scale, sinks):
+    """The formula in the dtype of its inputs, blind rows zero."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
+    blind = ~mask.any(-1, keepdim=True)
+    column = None if sinks is None else sinks.to(q.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+    scores = scores if column is None else torch.cat((scores, column), -1)
+    weights = scores.masked_fill(blind & torch.ones_like(scores, dtype=torch.bool), 0.0).softmax(-1)[..., : k.shape[2]]
+    return weights.masked_fill(blind, 0.0) @ v
+
+
+def relative_error(found, truth):
+    found, truth = found.detach().double(), truth.detach().double()
+    return float((found - truth).abs().max() / truth.abs().max().clamp(min=0.1))
+
+
+KINDS = {
+    "window": lambda S: sp.sliding_window(max(1, S // 3)),
+    "strided": lambda S: sp.strided(max(1, S // 7)),
+    "documents": lambda S: sp.documents(torch.randint(0, 4, (S,)).sort().values) & sp.causal(),
+    "documents a row": lambda S: sp.documents(torch.randint(0, 4, (2, S)).sort().values),
+    "sinks and a window": lambda S: (sp.global_tokens([0]) & sp.causal()) | sp.sliding_window(40),
+    "everything": lambda S: sp.everything(),
+    "blind rows": lambda S: sp.Segments(40) & sp.global_tokens([50]) & sp.causal(),
+    "chosen": None,
+}
+SIZES = [(1, 9), (7, 300), (128, 128), (257, 257), (333, 100), (500, 1027)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("device", "step"), PLACES)
+def test_the_operator_and_its_gradients_are_the_float64_formula(device, step, kind):
+    torch.manual_seed(len(kind))
+    dims = (8, 17) if device == "cpu" or step == "0" else (32, 40, 64, 80, 96, 128)
+    for n, (T, S) in enumerate(SIZES if device == "cuda" else SIZES[:5]):
+        dtype = (
+            torch.float32 if step == "0" else (torch.bfloat16, torch.float16, torch.float32)[n % (2 + (step == "cpu"))]
+        )
+        d, heads, causal = dims[n % len(dims)], [(4, 2), (3, 3), (6, 1)][n % 3], n % 2 == 1
+        q = torch.randn(2, heads[0], T, d).to(device, dtype).requires_grad_()
+        k, v = (torch.randn(2, heads[1], S, d).to(device, dtype).requires_grad_() for _ in "kv")
+        sinks = torch.randn(heads[0], device=device, requires_grad=True) if n % 3 == 1 else None
+        scale = -0.2 if n == 3 else 0.3
+        if kind == "chosen":
+            chosen = draw_chosen(T, S, (heads[1], 1, heads[0])[n % 3], 3, seed=n)
+            mask = mask_of_chosen(chosen, T, S, heads[0], causal)
+            out = sp.attend_chosen(q, k, v, chosen.to(device), causal=causal, scale=scale, sinks=sinks, step=step)
+        else:
+            pattern = KINDS[kind](S)
+            mask = (pattern & sp.causal() if causal else pattern).mask(T, S)
+            options = (pattern.handle, causal, scale, step)
+            out = torch.ops.tformer_lab.sparse_attention(q, k, v, sinks, None, *options)[0]
+        inputs = [x for x in (q, k, v, sinks) if x is not None]
+        dout = torch.randn(out.shape).to(out)
+        found = torch.autograd.grad(out, inputs, dout)
+        results = []
+        for kind_of_number in (torch.float64, dtype):
+            cast = [x.detach().to(kind_of_number).requires_grad_() for x in inputs]
+            other = rough_attention(*cast[:3], mask.to(device), scale, cast[3] if sinks is not None else None)
+            results.append((other, torch.autograd.grad(other, cast, dout.to(kind_of_number))))
+        (truth, truth_grads), (rough, rough_grads) = results
+        case = f"{kind} {T} {S} {d} {heads} {causal} {dtype}"
+        assert relative_error(out, truth) <= 2 * relative_error(rough, truth) + 1e-5, case
+        for name, a, b, c in zip("qkvs", found, truth_grads, rough_grads, strict=False):
+            assert a.isfinite().all(), case
+            assert relative_error(a, b) <= 3 * relative_error(c, b) + 2e-5, f"d{name} {case}"
+
+
+@pytest.mark.parametrize(("device", "step"), PLACES)
+@pytest.mark.parametrize("kind", ["pattern", "chosen"])
+def test_the_operator_passes_opcheck_and_compiles(device, step, kind):
+    dtype = torch.bfloat16 if device == "cuda" and step != "0" else torch.float32
+    q, k, v = (x.to(device, dtype).requires_grad_() for x in make(200, head_dim=16, value_dim=16))
+    sinks = torch.zeros(4, device=device, requires_grad=True)
+    pattern = sp.sliding_window(30)
+    chosen = draw_chosen(200, 200, 1, 2, 0).to(device) if kind == "chosen" else None
+    args = (q, k, v, sinks, chosen, pattern.handle, True, 0.25, step)
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    close = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {}
+    torch.library.opcheck(torch.ops.tformer_lab.sparse_attention, args, test_utils=utils, **close)
+
+    def loss(q, k, v):
+        if kind == "chosen":
+            return sp.attend_chosen(q, k, v, chosen, causal=True, sinks=sinks, step=step).square().sum()
+        return sp.attend(q, k, v, pattern=pattern, causal=True, sinks=sinks, step=step).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(f(q, k, v), (q, k, v)) for f in (loss, compiled)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, **close)
+
+
+def test_step_0_knows_sinks_and_lists_agree_with_buckets():
+    q, k, v = (x.requires_grad_() for x in make(150, 200))
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    for pattern in (sp.strided(9), sp.documents(torch.randint(0, 5, (2, 200)).sort().values), sp.longformer(10, [0])):
+        a = sp.attend(q, k, v, pattern=pattern, block=16, sinks=sinks)
+        b = torch.ops.tformer_lab.sparse_attention(q, k, v, sinks, None, pattern.handle, False, 8**-0.5, "0")[0]
+        truth = rough_attention(q, k, v, pattern.mask(150, 200), 8**-0.5, sinks)
+        for found in (a, b):
+            torch.testing.assert_close(found, truth, atol=1e-12, rtol=1e-12)
+            for x, y in zip(
+                *(torch.autograd.grad(o.square().sum(), (q, k, v, sinks), retain_graph=True) for o in (found, truth)),
+                strict=True,
+            ):
+                torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-10)
+
+
+@needs_hopper
+def test_the_kernel_is_the_default_in_graphs_on_streams_and_in_models():
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in make(1000, head_dim=64, value_dim=64, batch=1))
+    pattern = sp.sliding_window(100)
+    expected = sp.attend(q, k, v, pattern=pattern, step=0)
+    found = sp.attend(q, k, v, pattern=pattern)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        on_stream = sp.attend(q + 0, k, v, pattern=pattern)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        in_graph = sp.attend(q, k, v, pattern=pattern)
+    in_graph.fill_(torch.nan)
+    graph.replay()
+    graph.replay()
+    for out in (found, on_stream, in_graph):
+        torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        sp.attend(q, k, v, pattern=pattern)
+    assert any("sparse" in event.key and "forward_kernel" in event.key for event in profile.key_averages())
+
+
+def test_a_copied_pattern_is_its_own_and_a_lost_one_is_named():
+    pattern = sp.sliding_window(5)
+    other = copy.deepcopy(pattern)
+    assert other == pattern
+    assert other.handle != pattern.handle
+    assert sp.patterns.pattern_of(other.handle) is other
+    lost = other.handle
+    del other
+    with pytest.raises(ValueError, match=f"no pattern has the handle {lost}"):
+        sp.patterns.pattern_of(lost)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chosen": torch.zeros(1, 1, 2, 2)}, "integers on cpu"),
+        ({"chosen": torch.zeros(1, 1, 3, 2, dtype=torch.long)}, "must have 2 tiles of 128 queries, got 3"),
+        ({"chosen": torch.zeros(1, 3, 2, 2, dtype=torch.long)}, "must have 1 or 2 or 4 heads, got 3"),
+        ({"chosen": torch.zeros(1, 1, 2, 5, dtype=torch.long)}, "must have at most 3 blocks, got 5"),
+        ({"sinks": torch.zeros(3)}, r"sinks must be \(4,\) on cpu, got \(3,\)"),
+        ({"step": 2}, "step 2 cannot do this: it runs on cuda"),
+        ({"step": "cuda"}, "step must be one of"),
+    ],
+)
+def test_wrong_choices_are_refused_by_name(change, message):
+    q, k, v = make(150)
+    given = {"chosen": torch.zeros(1, 1, 2, 2, dtype=torch.long), **change}
+    with pytest.raises(ValueError, match=message):
+        sp.attend_chosen(q, k, v, given.pop("chosen"), **given)

@@ -1,41 +1,41 @@
-"""Sparse attention: say which pairs of positions may meet, and compute no block of pairs that is empty.
-
-A pattern is a small object that answers two questions: which pairs of positions are allowed (``allows``, exact), and
-which rectangles of pairs may hold an allowed one (``may_touch``, from the rectangle's corners alone, never too few).
-Patterns compose with ``|`` (either allows) and ``&`` (both allow):
-
-    sliding_window(512) | global_tokens([0]) & causal()
-
-``pattern.mask(T, S)`` is the boolean mask of the contract; ``pattern.layout(T, S, block)`` says which blocks are live.
-``attend`` visits live blocks alone: for each block of queries it gathers the live blocks of keys and values, and does
-dense softmax attention on those. Work and memory, forward and backward, follow the number of live blocks.
-
-Positions count from the first key. The T queries are the last T positions, as everywhere in this library.
-
-Sources: Child et al. 2019, "Generating Long Sequences with Sparse Transformers"; Beltagy et al. 2020, "Longformer";
-Zaheer et al. 2020, "Big Bird".
-"""
+"""Patterns: which pairs of positions may meet, and the plan that turns a pattern into lists of live blocks."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from tformer_lib.contract import check_inputs
 
 BLOCK = 64  # queries and keys per block: large enough for matmuls, small enough to follow a window of a few hundred
 SLICE = 2**21  # scores held at once in the forward pass: 8 MiB in float32, near the size of a last-level cache
 Span = tuple[Tensor, Tensor]  # the first and the last position of each block, inclusive
 
 
+_handles = count()
+_patterns: WeakValueDictionary[int, "Pattern"] = WeakValueDictionary()
+
+
 # Patterns.
 
 
 class Pattern:
-    """Which queries may look at which keys. Subclasses give ``allows`` and ``may_touch``."""
+    """Which queries may look at which keys. Subclasses give ``allows`` and ``may_touch``.
+
+    ``handle`` is the number by which an operator, which takes no Python objects, finds the pattern.
+    """
+
+    def __new__(cls, *_: object, **__: object) -> "Pattern":
+        pattern = super().__new__(cls)
+        object.__setattr__(pattern, "handle", next(_handles))  # a frozen dataclass may be given it no other way
+        _patterns[pattern.handle] = pattern
+        return pattern
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "handle"}  # a copy has its own
 
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
         """True where a query at position q may look at a key at position k.
@@ -77,6 +77,17 @@ class Pattern:
         for bucket in plan(self, T, S, block):
             live[bucket.rows[:, None].expand_as(bucket.blocks)[bucket.live], bucket.blocks[bucket.live]] = True
         return live
+
+
+def pattern_of(handle: int) -> Pattern:
+    """The pattern with this handle, which lives as long as somebody holds it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if handle not in _patterns:
+        raise ValueError(f"no pattern has the handle {handle}: it must live until the gradients have been computed")
+    return _patterns[handle]
 
 
 @dataclass(frozen=True)
@@ -481,102 +492,3 @@ def hide(allowed: Tensor) -> tuple[Tensor, Tensor]:
 def blocks_in(length: int, block: int) -> int:
     """Number of blocks that cover a length."""
     return -(-length // block)
-
-
-# Attention over the plan.
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    pattern: Pattern,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-    block: int = BLOCK,
-) -> Tensor:
-    """Softmax attention over the pairs that a pattern allows, in time and memory of its live blocks.
-
-    Args:
-        q: (batch, heads, T, head_dim).
-        k: (batch, kv_heads, S, head_dim).
-        v: (batch, kv_heads, S, value_dim).
-        pattern: which pairs may meet, the queries being the last T of S positions.
-        mask: boolean, broadcastable to (batch, heads, T, S); allows less than the pattern, and saves no work.
-        causal: short for ``pattern & causal()``.
-        scale: None is head_dim ** -0.5.
-        block: queries and keys per block; a multiple of a block pattern's own block leaves nothing half empty.
-
-    Returns:
-        (batch, heads, T, value_dim) in q's dtype; zeros for a query that may look at nothing.
-
-    Raises:
-        ValueError: if the inputs break the contract, or the pattern does not cover S positions.
-    """
-    check_inputs(q, k, v, mask)
-    if block < 1:
-        raise ValueError(f"block must be at least 1, got {block}")
-    T, S, kv_heads = q.shape[2], k.shape[2], k.shape[1]
-    pattern = pattern & Band(None, 0) if causal else pattern
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q_blocks = in_blocks(q, block).unflatten(
-        1, (kv_heads, -1)
-    )  # (batch, kv_heads, group, query_blocks, block, head_dim)
-    k_blocks, v_blocks = in_blocks(k, block), in_blocks(v, block)  # (batch, kv_heads, key_blocks, block, ...)
-    rows, outputs = [], []
-    for bucket in plan(pattern, T, S, block, q.device):
-        for piece in bucket.slices(q.shape[0] * q.shape[1] * block * bucket.allowed.shape[-1]):
-            if mask is not None:
-                piece = narrow(piece, mask, (T, S), block, kv_heads)
-            rows.append(piece.rows)
-            outputs.append(attend_piece(q_blocks, k_blocks, v_blocks, piece, scale))
-    out = v.new_zeros(*q_blocks.shape[:5], v.shape[3])
-    if outputs:
-        out = out.index_copy(3, torch.cat(rows), torch.cat(outputs, dim=3))
-    else:  # no pair is allowed: zeros, and a function of the inputs, so that a backward pass finds its way
-        out = out + sum(x[..., :0].sum() for x in (q, k, v))
-    return out.flatten(3, 4)[:, :, :, :T].flatten(1, 2)
-
-
-def in_blocks(x: Tensor, block: int) -> Tensor:
-    """(batch, heads, length, d) -> (batch, heads, blocks, block, d), padded with zeros at the end."""
-    missing = -x.shape[2] % block
-    return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(2, (-1, block))
-
-
-def attend_piece(q_blocks: Tensor, k_blocks: Tensor, v_blocks: Tensor, piece: Bucket, scale: float) -> Tensor:
-    """Dense attention of R query blocks, each over its m live key blocks, scores in float32 or better.
-
-    Args:
-        q_blocks: (batch, kv_heads, group, query_blocks, block, head_dim).
-        k_blocks, v_blocks: (batch, kv_heads, key_blocks, block, head_dim or value_dim).
-        piece: the rows, the blocks, and what is hidden inside them.
-
-    Returns:
-        (batch, kv_heads, group, R, block, value_dim).
-    """
-    dtype = torch.promote_types(q_blocks.dtype, torch.float32)
-    q = q_blocks.index_select(3, piece.rows).transpose(2, 3)  # (batch, kv_heads, R, group, block, head_dim)
-    group_and_block = q.shape[3:5]
-    q = q.flatten(3, 4).to(dtype) * scale  # (batch, kv_heads, R, group · block, head_dim)
-    k, v = (x.index_select(2, piece.blocks.flatten()).to(dtype) for x in (k_blocks, v_blocks))
-    k, v = (x.unflatten(2, piece.blocks.shape).flatten(3, 4) for x in (k, v))  # (batch, kv_heads, R, m · block, ...)
-    scores = (q @ k.mT).unflatten(3, group_and_block)  # (batch, kv_heads, R, group, block, m · block)
-    weights = scores.masked_fill_(piece.hidden, -torch.inf).softmax(-1)
-    out = (weights.flatten(3, 4) @ v).unflatten(3, group_and_block)
-    return out.masked_fill(piece.blind, 0.0).transpose(2, 3).to(q_blocks.dtype)
-
-
-def narrow(piece: Bucket, mask: Tensor, lengths: tuple[int, int], block: int, kv_heads: int) -> Bucket:
-    """The piece, allowing only what the caller's mask allows too."""
-    T, S = lengths
-    within = torch.arange(block, device=mask.device)
-    q = (piece.rows[:, None] * block + within).clamp(max=T - 1)  # (R, block)
-    k = (piece.blocks[:, :, None] * block + within).flatten(1).clamp(max=S - 1)  # (R, m · block)
-    full = mask[(None,) * (4 - mask.dim())].expand(-1, -1, T, S)  # a view: broadcast dimensions have stride 0
-    seen = full[:, :, q[:, :, None], k[:, None, :]]  # (batch or 1, heads or 1, R, block, m · block)
-    seen = seen.unsqueeze(2) if seen.shape[1] == 1 else seen.unflatten(1, (kv_heads, -1))
-    allowed = seen.transpose(2, 3) & piece.allowed  # (batch or 1, kv_heads or 1, R, group or 1, block, m · block)
-    return Bucket(piece.rows, piece.blocks, piece.live, allowed, *hide(allowed))

@@ -1,0 +1,133 @@
+"""The public functions: attention over a pattern, and over blocks that were chosen."""
+
+import torch
+from torch import Tensor
+
+from tformer_lib.contract import check_inputs
+from tformer_lib.ladder import AUTO, HALVES
+from tformer_lib.sparse_attention.blocks import attend_blocks
+from tformer_lib.sparse_attention.kernels import LADDER, refusal
+from tformer_lib.sparse_attention.lists import BLOCK as KERNEL_BLOCK
+from tformer_lib.sparse_attention.lists import TILE
+from tformer_lib.sparse_attention.patterns import BLOCK, Band, Pattern, blocks_in
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pattern: Pattern,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    block: int = BLOCK,
+    sinks: Tensor | None = None,
+    step: int | str | None = None,
+) -> Tensor:
+    """Softmax attention over the pairs that a pattern allows, in time and memory of its live blocks.
+
+    Args:
+        q: (batch, heads, T, head_dim).
+        k: (batch, kv_heads, S, head_dim).
+        v: (batch, kv_heads, S, value_dim).
+        pattern: which pairs may meet, the queries being the last T of S positions.
+        mask: boolean, broadcastable to (batch, heads, T, S); allows less than the pattern, saves no work, runs step 0.
+        causal: short for ``pattern & causal()``.
+        scale: None is head_dim ** -0.5.
+        block: queries and keys per block of step 0; a multiple of a block pattern's own leaves nothing half empty.
+        sinks: (heads,) or None: a logit of each head that joins the softmax of its rows and has no value (gpt-oss).
+        step: 0 for plain PyTorch, "cpu", 1 or 2 for a kernel; on a GPU the fastest that can do it if not given.
+
+    Returns:
+        (batch, heads, T, value_dim) in q's dtype; zeros for a query that may look at nothing.
+
+    Raises:
+        ValueError: if the inputs break the contract, the pattern does not cover S positions, or the step cannot do it.
+    """
+    check_inputs(q, k, v, mask)
+    check_sinks(sinks, q)
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"pattern must be a Pattern such as sliding_window(512), got {type(pattern).__name__}")
+    name = LADDER.name(step)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None and name not in (AUTO, "0"):
+        raise ValueError(f"step {name} cannot do this: a mask beside the pattern needs step 0")
+    traced = torch.compiler.is_compiling()  # step 0 makes its plan from the pattern: no graph can hold that
+    by_blocks = name == "0" or (name == AUTO and not has_kernel(q, v))
+    if mask is not None or (by_blocks and not traced):
+        pattern = pattern & Band(None, 0) if causal else pattern
+        return attend_blocks(q, k, v, pattern, mask, scale, block, sinks)
+    return torch.ops.tformer_lab.sparse_attention(q, k, v, sinks, None, pattern.handle, bool(causal), scale, name)[0]
+
+
+def attend_chosen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+    step: int | str | None = None,
+) -> Tensor:
+    """Softmax attention of each tile of 128 queries over the blocks of 64 keys that were chosen for it.
+
+    Nothing waits for the device, so it may have chosen them itself a moment ago.
+
+    Args:
+        q: (batch, heads, T, head_dim).
+        k, v: (batch, kv_heads, S, head_dim).
+        chosen: (1 or batch, 1, kv_heads or heads, ceil(T / 128), n) integers: indices of blocks, each at most once in a
+            list, in any order; -1 for none.
+        causal: hide the future inside of what was chosen; the last query sees the last key.
+        scale: None is head_dim ** -0.5.
+        sinks: (heads,) or None, as in :func:`attend`.
+        step: 0, "cpu", 1 or 2; the fastest that can do it if not given.
+
+    Returns:
+        (batch, heads, T, value_dim) in q's dtype; zeros for a query that may look at nothing.
+
+    Raises:
+        ValueError: if the inputs break the contract. What ``chosen`` holds is not read.
+    """
+    check_inputs(q, k, v)
+    check_sinks(sinks, q)
+    check_chosen(chosen, q, k)
+    heads = chosen.shape[1]
+    if heads not in (1, q.shape[1]):
+        chosen = chosen.repeat_interleave(q.shape[1] // heads, dim=1)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    options = (-1, bool(causal), scale, LADDER.name(step))
+    return torch.ops.tformer_lab.sparse_attention(q, k, v, sinks, chosen, *options)[0]
+
+
+def has_kernel(q: Tensor, v: Tensor) -> bool:
+    """Whether a kernel can do it; where a GPU's usual dtypes cannot have one, the ladder says why."""
+    return q.is_cuda and (q.dtype in HALVES or refusal("1", q, v) is None)
+
+
+def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    """Refuse sinks of the wrong shape or place."""
+    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
+        raise ValueError(f"sinks must be ({q.shape[1]},) on {q.device}, got {tuple(sinks.shape)} on {sinks.device}")
+
+
+def check_chosen(chosen: Tensor, q: Tensor, k: Tensor) -> None:
+    """Refuse a choice of the wrong shape, dtype or place."""
+    if chosen.dim() != 4 or chosen.is_floating_point() or chosen.dtype == torch.bool or chosen.device != q.device:
+        raise ValueError(
+            f"chosen must be (batch, heads, tiles, n) integers on {q.device}, got {tuple(chosen.shape)} of "
+            f"{chosen.dtype} on {chosen.device}"
+        )
+    tiles, blocks = blocks_in(q.shape[2], TILE), blocks_in(k.shape[2], KERNEL_BLOCK)
+    wanted = ((1, q.shape[0]), (1, k.shape[1], q.shape[1]), (tiles,), tuple(range(blocks + 1)))
+    for name, size, sizes in zip(
+        ("batch", "heads", "tiles of 128 queries", "blocks"), chosen.shape, wanted, strict=True
+    ):
+        if size not in sizes:
+            expected = " or ".join(map(str, dict.fromkeys(sizes))) if len(sizes) < 4 else f"at most {sizes[-1]}"
+            raise ValueError(f"chosen must have {expected} {name}, got {size}")
