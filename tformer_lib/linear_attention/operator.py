@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tformer_lib.ladder import KERNEL_DTYPES
 from tformer_lib.linear_attention.decay import FORGET
 from tformer_lib.linear_attention.feature_maps import FeatureMap
 from tformer_lib.linear_attention.gradients import Sums, delta_gradients
