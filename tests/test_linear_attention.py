@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from tformer_lib import jit
 from tformer_lib import linear_attention as la
+from tformer_lib.linear_attention import kernels
 
 D = 8
 MAPS = {
@@ -651,12 +653,12 @@ def operator_call(rule, *, packed=False, started=True, dtype=torch.float64):
     options["initial_state"] = torch.rand(
         states, 2, D, 5 + (rule == "mean"), generator=torch.Generator().manual_seed(4), dtype=torch.float64
     )
-    extra = {"cu_seqlens": cu_seqlens, "scale": 0.7, "step": 0}
+    extra = {"cu_seqlens": cu_seqlens, "scale": 0.7}
     if rule == "mean":
         extra |= {"normalised": True, "feature_map": la.elu_plus_one, "map_scale": 0.8}
 
-    def run(q, k, v, *rest):
-        return la.operator.run(q, k, v, **dict(zip(names, rest, strict=True)), **extra)
+    def run(q, k, v, *rest, step=0):
+        return la.operator.run(q, k, v, **dict(zip(names, rest, strict=True)), **extra, step=step)
 
     return run, [q, k, v, *(options[name].to(torch.promote_types(dtype, torch.float32)) for name in names)]
 
@@ -685,6 +687,90 @@ def test_the_operator_compiles_as_one_graph(rule):
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for found, wanted in zip(compiled(*tensors), run(*tensors), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+# ---- the kernels, where this machine has them
+
+
+def steps_here():
+    """The kernels that can run here, each with its device."""
+    steps = [("cpu", "cpu")] if jit.can_build_cpp() else []
+    return steps + [(step, "cuda") for step in ("1", "2", "3") if torch.cuda.is_available()]
+
+
+@draws(60)
+@given(
+    rule=st.sampled_from(RULES),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    T=st.sampled_from([1, 7, 63, 64, 65, 129, 200, 700]),
+    dims=st.sampled_from([(8, 8), (40, 16), (64, 64), (128, 128), (96, 40), (256, 128)]),
+    heads=st.sampled_from([(1, 1), (2, 2), (4, 2)]),
+    layout=st.sampled_from(["contiguous", "tokens first", "sliced"]),
+    started=st.booleans(),
+    cuts=st.lists(st.integers(0, 700), max_size=3),
+    seed=st.integers(0, 10**6),
+)
+@pytest.mark.skipif(not steps_here(), reason="neither a C++ compiler nor a GPU is here")
+def test_the_kernels_equal_the_float64_sum(rule, dtype, T, dims, heads, layout, started, cuts, seed):
+    """Within twice the error of the same sum in the inputs' own precision: the dtype's rounding, plus 1e-5."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    (d, e), (H, KV) = dims, heads
+    starts = sorted({0, T, *(cut for cut in cuts if cut < T)}) if cuts else None
+    batch = 1 if starts else 2
+    q, k, v = (in_layout(draw, (batch, h, T, w), layout) for h, w in ((H, d), (KV, d), (KV, e)))
+    options = {"scale": d**-0.5}
+    if rule == "mean":
+        options |= {"normalised": True, "map_code": 1, "map_scale": d**-0.25, "scale": 1.0}
+    if "delta" in rule:
+        k = F.normalize(k, dim=-1)
+        options["beta"] = draw(batch, KV, T, 1).sigmoid()
+    if rule in ("decay", "gated delta"):
+        options["log_decay"] = -draw(batch, KV, T, 1).abs() * 10 ** draw(1).item()
+    sequences = len(starts) - 1 if starts else batch
+    if started:
+        options["initial"] = draw(sequences, KV, e + (rule == "mean"), d).abs()
+    options["cu_seqlens"] = torch.tensor(starts, dtype=torch.int32) if starts else None
+    inputs = [x.to(dtype) for x in (q, k, v)]
+    truth = kernels.plain(*(x.double() for x in inputs), **options)
+    options = {name: x.float() if is_float(x) else x for name, x in options.items()}
+    for step, device in steps_here():
+        on_device = [x.to(device) for x in inputs]
+        given = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+        if kernels.refusal(step, on_device[0], given.get("beta")):
+            continue
+        found = kernels.launch(step, *on_device, **given, length=T)
+        for name, a, b in zip(("out", "state"), found, truth, strict=False):
+            error = (a.double().cpu() - b).norm() / b.norm()
+            eps = torch.finfo(dtype).eps if name == "out" or step in "23" else 1e-7
+            assert error < 2 * eps + 1e-5, f"step {step}, {name}: error {error:.1e}"
+
+
+def in_layout(draw, shape, layout):
+    """Random numbers whose strides are those of a contiguous, a transposed or a sliced tensor."""
+    batch, heads, T, width = shape
+    if layout == "tokens first":
+        return draw(batch, T, heads, width).transpose(1, 2)
+    return draw(batch, heads, T, 2 * width)[..., width:] if layout == "sliced" else draw(*shape)
+
+
+def is_float(x):
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
+
+
+@pytest.mark.parametrize("rule", ["sum", "mean", "decay"])
+def test_the_kernels_gradients_are_those_of_step_0(rule):
+    run, tensors = operator_call(rule, dtype=torch.float32)
+    for step, device in steps_here():
+        if step in "23":
+            continue  # they take halves; benchmarks and contract tests hold them to float64
+        grads = []
+        for name, place in (("0", "cpu"), (step, device)):
+            leaves = [x.detach().to(place).requires_grad_() for x in tensors]
+            out, state = run(*leaves, step=name)
+            grads.append([g.cpu() for g in torch.autograd.grad(out.square().sum() + state.sum(), leaves)])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 class CallsOfOperator(torch.overrides.TorchFunctionMode):
@@ -736,7 +822,7 @@ def test_a_mask_that_depends_on_the_query_is_refused():
         (lambda q, k, v: la.delta_attend(q, k, v, beta=torch.ones(2, 3, 7, 1)), r"broadcast to .*\(2, 2, 7, 1\)"),
         (lambda q, k, v: la.delta_attend(q[:, :, :3], k, v, beta=torch.ones(1, 1, 1, 1)), "got 3 and 7"),
         (lambda q, k, v: la.GatedState().attend(q, k, v), "needs log_decay, or beta"),
-        (lambda q, k, v: la.attend(q, k, v, causal=True, step=9), "step must be one of 0, 1, 2, 3, got 9"),
+        (lambda q, k, v: la.attend(q, k, v, causal=True, step=9), "step must be one of 0, cpu, 1, 2, 3, got 9"),
         (lambda q, k, v: la.attend(q, k, v, causal=True, step=2), "step 2 cannot do this: .*head_dim|runs on cuda"),
         (lambda q, k, v: la.attend(q, k, v, causal=True, feature_map=la.taylor, step=2), "step 2 cannot do this"),
         (

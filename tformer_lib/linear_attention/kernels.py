@@ -4,6 +4,7 @@
 step   source           what it is                                               runs on
 ====== ================ ======================================================== ==========================
 0      this package     chunks in plain PyTorch: the oracle                      anything
+cpu    cpu.cpp          the same chunks in vectorised C++                        a CPU, f32 bf16 f16
 1      1_recurrent.cu   one token after another, no tensor cores; decoding       a GPU, f32 bf16 f16
 2      2_chunked.cu     chunks on tensor cores: sum, mean, decaying sum          sm_80 on, bf16 f16
 3      3_delta.cu       chunks on tensor cores: delta rule, gated delta rule     sm_80 on, bf16 f16
@@ -35,9 +36,9 @@ from tformer_lib.linear_attention.feature_maps import FeatureMap, elu_plus_one, 
 from tformer_lib.linear_attention.shared import CHUNK, by_kv_head, by_sequence, first_state, sum_dtype
 from tformer_lib.linear_attention.sums import finish, scan_chunks
 
-STEPS = ("0", "1", "2", "3")
-LADDER = Ladder("linear_attention", steps=STEPS, fastest={"cuda": ("3", "2", "1", "0")})
-FEW = Ladder("linear_attention", steps=STEPS, fastest={"cuda": ("1", "0")})
+STEPS = ("0", "cpu", "1", "2", "3")
+LADDER = Ladder("linear_attention", steps=STEPS, fastest={"cpu": ("cpu", "0"), "cuda": ("3", "2", "1", "0")})
+FEW = Ladder("linear_attention", steps=STEPS, fastest={"cpu": ("cpu", "0"), "cuda": ("1", "0")})
 FEW_TOKENS = 8  # up to so many tokens a sequence, token after token is faster than a chunk of 64
 MOST_HEAD_DIM = 256
 MAPS: dict[FeatureMap | None, int] = {None: 0, elu_plus_one: 1, relu: 2}
@@ -140,7 +141,7 @@ def launch(
         if x is not None:
             held.append(x.contiguous())
             setattr(a, name, held[-1].data_ptr())
-    if step != "1":
+    if step in ("2", "3"):
         held += bring_scratch(a, q, states, segment_count, delta=beta is not None)
     LADDER.launch(step, "forward", a, q.device)
     return out, final, denominators
@@ -177,12 +178,14 @@ def refusal(step: str, q: Tensor, beta: Tensor | None) -> str | None:
     """Why ``step`` cannot do this, or None if it can."""
     if step == "0":
         return None
+    if reason := refusal_of_place(step, q) or refusal_of_dtype(q, KERNEL_DTYPES):
+        return reason
+    if step == "cpu":
+        return None
     if q.shape[3] > MOST_HEAD_DIM:
         return f"head_dim must be at most {MOST_HEAD_DIM}, got {q.shape[3]}"
     if q.shape[3] % 8:
         return f"16-byte loads need a head_dim that is a multiple of 8, got {q.shape[3]}"
-    if reason := refusal_of_place(step, q) or refusal_of_dtype(q, KERNEL_DTYPES):
-        return reason
     if step == "1":
         return None
     if (step == "3") != (beta is not None):
