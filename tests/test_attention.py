@@ -105,6 +105,25 @@ def test_the_softmax_of_low_precision_is_taken_in_float32():
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 1, 4))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_scores_are_as_exact_as_the_dtype_that_they_name(dtype):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 4, 33, 64, generator=generator).to(dtype) for _ in range(2))
+    found, truth = scaled_scores(q, k), scaled_scores(q.double(), k.double())
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (found - truth).abs().max() < 64 * torch.finfo(found.dtype).eps
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_bias_that_the_dtype_cannot_hold_is_still_a_bias(form, dtype):
+    q, v = torch.zeros(1, 1, 3, 8, dtype=dtype), torch.eye(3, 8, dtype=dtype)[None, None]
+    inf = torch.inf
+    bias = torch.tensor([[1e5, 0.0, -inf], [-1e5, -1e5, -inf], [-inf, -inf, -inf]])
+    wanted = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 0.0]])
+    assert torch.equal(form(q, q, v, bias=bias)[0, 0, :, :3].float(), wanted)
+
+
 def test_scores_do_not_overflow_in_float16():
     q = torch.full((1, 1, 1, 64), 50.0).half()  # the plain product is 160,000, and float16 ends at 65,504
     assert scaled_scores(q, q).item() == 20_000

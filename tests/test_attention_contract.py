@@ -67,6 +67,8 @@ class Form:
         oracle: the plain formula that it computes; takes q, k, v, mask, causal and scale in any dtype.
         bidirectional, masks, value_dim, gradients, empty: whether it has a non-causal form, takes masks, takes a
             value_dim that differs from head_dim, can be differentiated, and takes lengths of 0.
+        rounds_once: whether all is computed in float32 or better until the result is rounded: where torch's own kernels
+            and tensor cores take over, weights are rounded to the dtype of v before they meet it.
         needs: a function that says whether this machine can run it (a compiler, a GPU).
     """
 
@@ -82,6 +84,7 @@ class Form:
     value_dim: bool = True
     gradients: bool = True
     empty: bool = True
+    rounds_once: bool = True
     needs: Callable[[], bool] = lambda: True
 
     @property
@@ -111,7 +114,7 @@ def has_gpu(*capabilities):
 
 def flash_step(step, dtypes, *, needs=has_gpu, head_dims=(16, 40, 59)):
     """A CUDA step of the flash-attention ladder."""
-    options = {"devices": ("cuda",), "masks": False, "value_dim": False}
+    options = {"devices": ("cuda",), "masks": False, "value_dim": False, "rounds_once": dtypes == (torch.float32,)}
     path = "tformer_lib.flash_attention:flash_attention"
     return Form(f"flash-{step}", path, {"step": step}, dtypes=dtypes, head_dims=head_dims, needs=needs, **options)
 
@@ -128,7 +131,7 @@ HALVES = (torch.bfloat16, torch.float16)
 LINEAR = "tformer_lib.linear_attention:attend"
 FORMS = [
     Form("attention", "tformer_lib.attention:attend"),
-    Form("attention-sdpa", "tformer_lib.attention:attend_sdpa"),
+    Form("attention-sdpa", "tformer_lib.attention:attend_sdpa", rounds_once=False),
     Form("repeated-heads", "tformer_lib.grouped_query_attention:attend_repeated"),
     Form("linear", LINEAR, oracle=plain_linear_attention, masks=False),
     Form("linear-operator", LINEAR, {"step": 0}, oracle=plain_linear_attention, bidirectional=False, masks=False),
@@ -253,6 +256,36 @@ def test_equals_the_float64_oracle(form, device, lengths):
         q, k, v = make(form, device, dtype, lengths, heads, batch=batch)
         for mask, causal in situations(form, q, k):
             check_against_oracle(form, q, k, v, mask, causal)
+
+
+@over_forms
+@pytest.mark.parametrize("autocast", [False, True])
+def test_results_are_rounded_once(form, device, autocast):
+    """Scores and sums are kept in float32, or in float64 for float64, whatever autocast does to matrix products."""
+    if not form.rounds_once or (device == "cuda" and form.name == "flash"):
+        pytest.skip("its kernels round the weights as well")
+    for dtype in form.dtypes:
+        q, k, v = make(form, device, dtype, (33, 257))
+        q, k = 2 * q, 2 * k
+        for mask, causal in situations(form, q, k):
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+                found = form.attend(q, k, v, mask=mask, causal=causal)
+            truth = form.oracle(q.double(), k.double(), v.double(), mask=mask, causal=causal)
+            kept = 1e-12 if dtype == torch.float64 else 2e-5
+            allowed = kept + truth.abs() * torch.finfo(dtype).eps / 2
+            worst = ((found.double() - truth).abs() / allowed).max().item()
+            assert worst <= 1, f"{dtype}, causal {causal}: {worst:.2f} times what one rounding allows"
+
+
+@over_forms
+def test_scores_past_what_float16_holds_do_not_overflow(form, device):
+    """Without a scale, 100 * 100 * 16 is 160,000, and float16 ends at 65,504."""
+    for dtype in form.dtypes:
+        q, k, v = make(form, device, dtype, (7, 33))
+        large, sign = q.sign() * 100, k.sign() * 100
+        found = form.attend(large, sign, v, causal=True, scale=1.0)
+        truth = form.oracle(large.double(), sign.double(), v.double(), causal=True, scale=1.0)
+        torch.testing.assert_close(found.double(), truth, atol=2e-2, rtol=2e-2)
 
 
 @over_forms

@@ -339,6 +339,28 @@ def test_a_state_in_any_pieces_with_any_padding_equals_recomputation(data, chunk
     torch.testing.assert_close(torch.cat(outs, 2), wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("form", [la.gated_attend, la.gated_recurrent, la.gated_parallel])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gated_sums_are_kept_in_float32_or_better(form, autocast):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        q, k, v = make(70, dtype=dtype)
+        gates = torch.full((1, 1, 1, 1), -0.02, dtype=torch.float64)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            found = form(q, k, v, log_decay=gates)
+        truth = form(q.double(), k.double(), v.double(), log_decay=gates)
+        kept = 1e-12 if dtype == torch.float64 else 5e-5
+        assert ((found.double() - truth).abs() <= kept + truth.abs() * torch.finfo(dtype).eps / 2).all()
+
+
+def test_a_state_is_kept_in_float32_under_autocast():
+    q, k, v = make(9, dtype=torch.bfloat16)
+    state, plain = la.LinearState(), la.LinearState()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = state.attend(q, k, v)
+    assert torch.equal(out, plain.attend(q, k, v))
+    assert torch.equal(state.sums, plain.sums)
+
+
 def test_a_state_keeps_its_size_and_its_float32():
     q, k, v = make(64, dtype=torch.bfloat16)
     state, sizes = la.LinearState(), set()

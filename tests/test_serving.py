@@ -484,7 +484,7 @@ class Schedules(RuleBasedStateMachine):
         check_all_blocks_are_back(self.engine)
 
 
-Schedules.TestCase.settings = settings(deadline=None, max_examples=40, stateful_step_count=30)
+Schedules.TestCase.settings = draws(40, stateful_step_count=30)
 TestSchedules = Schedules.TestCase
 
 
@@ -500,7 +500,7 @@ NUMBERS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@draws(150)
 @given(
     wish=st.dictionaries(
         st.sampled_from(["temperature", "seed", "repetition_penalty", "top_k", "top_p", "min_p", "max_new_tokens"]),

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tformer_lib import masks
-from tformer_lib.contract import check_bias, check_heads, check_inputs
+from tformer_lib.contract import check_bias, check_heads, check_inputs, in_named_dtypes
+from tformer_lib.ladder import accumulation_dtype
 from tformer_lib.rope import turn_both
 
 Attend = Callable[..., Tensor]
 
 
+@in_named_dtypes
 def attend(
     q: Tensor,
     k: Tensor,
@@ -30,6 +32,8 @@ def attend(
     bias: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T + bias) v, over the keys that each query may look at.
+
+    Everything is computed in float32, or float64 for float64 inputs, and the result is rounded once.
 
     Args:
         q: (batch, heads, T, head_dim).
@@ -52,13 +56,13 @@ def attend(
         check_bias(bias, q, k)
         scores = scores + bias.to(scores.dtype)
     weights = masked_softmax(scores, allowed_pairs(q, k, mask, causal))
-    return gather(weights.to(v.dtype), v)
+    return gather(weights, v.to(weights.dtype)).to(q.dtype)
 
 
 def scaled_scores(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     """How well each query matches each key, in float32 or better.
 
-    The scale is applied to q, before the product: in float16 the unscaled product could overflow.
+    q and k are widened before the product: rounded to float16 it would keep 11 bits, and overflow at 65,504.
     The heads of a group become more rows of one matrix, so that k is never copied for them.
 
     Returns:
@@ -67,9 +71,10 @@ def scaled_scores(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     batch, heads, T, head_dim = q.shape
     kv_heads, S = k.shape[1], k.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
+    q, k = q.to(accumulation_dtype(q)), k.to(accumulation_dtype(k))
     rows = (q * scale).reshape(batch, kv_heads, heads // kv_heads * T, head_dim)  # the group's queries, stacked
     scores = rows @ k.transpose(-2, -1)  # (batch, kv_heads, group * T, S)
-    return at_least_float32(scores.view(batch, heads, T, S))
+    return scores.view(batch, heads, T, S)
 
 
 def masked_softmax(scores: Tensor, allowed: Tensor | None = None) -> Tensor:
@@ -108,11 +113,6 @@ def allowed_pairs(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Te
     """The mask and causality in one boolean tensor that broadcasts to (batch, heads, T, S); None if all is allowed."""
     future_hidden = masks.causal(q.shape[2], k.shape[2], device=q.device) if causal else None  # (T, S)
     return masks.combine(mask, future_hidden)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """float16 and bfloat16 become float32; float32 and float64 stay."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def attend_sdpa(
@@ -164,9 +164,13 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def additive(bias: Tensor, allowed: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
-    """The bias with -inf where a query may not look, as SDPA takes it: four dimensions, in the dtype of q."""
+    """The bias with -inf where a query may not look, as SDPA takes it: four dimensions, in the dtype of q.
+
+    Numbers that q's dtype cannot hold become its largest ones: infinity minus infinity in a softmax is NaN.
+    """
     check_bias(bias, q, k)
-    bias = bias.to(q.dtype)
+    most = torch.finfo(q.dtype).max
+    bias = bias.clamp(-most, most).masked_fill(bias == -torch.inf, -torch.inf).to(q.dtype)
     return four_dimensional(bias if allowed is None else bias.masked_fill(~allowed, float("-inf")))
 
 

@@ -9,6 +9,9 @@ Every form is a function ``attend(q, k, v, *, mask=None, causal=False, scale=Non
   a form takes one that differs from head_dim).
 """
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 from torch import Tensor
 
@@ -88,6 +91,20 @@ def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> None:
     target = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if not broadcasts_to(bias.shape, target):
         raise ValueError(f"bias must broadcast to (batch, heads, T, S) = {target}, got {tuple(bias.shape)}")
+
+
+def in_named_dtypes(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a form compute in the dtypes that it names under autocast too, which would round its matrix products."""
+
+    @wraps(form)
+    def outside_autocast(*inputs, **options) -> Tensor:
+        device = next((x.device.type for x in inputs if isinstance(x, Tensor)), "meta")
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return form(*inputs, **options)
+        with torch.autocast(device, enabled=False):
+            return form(*inputs, **options)
+
+    return outside_autocast
 
 
 def readable(x: Tensor) -> bool:

@@ -6,12 +6,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from tformer_lib.contract import in_named_dtypes
 from tformer_lib.flash_attention.options import Options, Packing
 from tformer_lib.ladder import accumulation_dtype
 
 TILE = 128  # rows and columns of a tile
 
 
+@in_named_dtypes
 def tiled_forward(
     q: Tensor, k: Tensor, v: Tensor, options: Options, mask: Tensor | None = None, tile: int = TILE
 ) -> tuple[Tensor, Tensor]:

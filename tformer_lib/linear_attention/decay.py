@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tformer_lib.contract import check_inputs, readable
+from tformer_lib.contract import check_inputs, in_named_dtypes, readable
 from tformer_lib.linear_attention.shared import (
     CHUNK,
     by_kv_head,
@@ -34,6 +34,7 @@ def retention_log_decay(heads: int) -> Tensor:
     return torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, dtype=torch.float64))).view(1, heads, 1, 1)
 
 
+@in_named_dtypes
 def gated_chunked(
     q: Tensor,
     k: Tensor,
@@ -57,6 +58,7 @@ def gated_chunked(
     return (out.to(q.dtype), state) if return_state else out.to(q.dtype)
 
 
+@in_named_dtypes
 def gated_recurrent(
     q: Tensor,
     k: Tensor,
@@ -74,6 +76,7 @@ def gated_recurrent(
     return (out.to(q.dtype), state) if return_state else out.to(q.dtype)
 
 
+@in_named_dtypes
 def gated_parallel(q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor, scale: float | None = None) -> Tensor:
     """``gated_attend`` with all T x T weights written out: attention under a mask of decays instead of a softmax.
 

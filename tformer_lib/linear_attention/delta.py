@@ -15,10 +15,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tformer_lib.contract import in_named_dtypes
 from tformer_lib.linear_attention.decay import decay, decayed_scores, default_chunk, fits, gated_inputs
 from tformer_lib.linear_attention.shared import by_kv_head, by_sequence, chunks, first_state, join, read
 
 
+@in_named_dtypes
 def delta_chunked(
     q: Tensor,
     k: Tensor,
@@ -43,6 +45,7 @@ def delta_chunked(
     return (out.to(q.dtype), state) if return_state else out.to(q.dtype)
 
 
+@in_named_dtypes
 def delta_recurrent(
     q: Tensor,
     k: Tensor,

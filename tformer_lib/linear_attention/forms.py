@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from tformer_lib.contract import check_inputs
+from tformer_lib.contract import check_inputs, in_named_dtypes
 from tformer_lib.linear_attention.decay import check_gated, gated_chunked
 from tformer_lib.linear_attention.delta import check_beta, delta_chunked
 from tformer_lib.linear_attention.feature_maps import FeatureMap, elu_plus_one
@@ -13,6 +13,7 @@ from tformer_lib.linear_attention.shared import CHUNK
 from tformer_lib.linear_attention.sums import associative, chunked, features, positive_scale
 
 
+@in_named_dtypes
 def attend(
     q: Tensor,
     k: Tensor,
@@ -58,6 +59,7 @@ def attend(
     return chunked(q, k, v, chunk=chunk, **options)
 
 
+@in_named_dtypes
 def gated_attend(
     q: Tensor,
     k: Tensor,
@@ -111,6 +113,7 @@ def gated_attend(
     return (out, state) if return_state else out
 
 
+@in_named_dtypes
 def delta_attend(
     q: Tensor,
     k: Tensor,

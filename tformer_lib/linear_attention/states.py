@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from tformer_lib.contract import in_named_dtypes
 from tformer_lib.linear_attention.feature_maps import FeatureMap, elu_plus_one
 from tformer_lib.linear_attention.forms import delta_attend, gated_attend, goes_to_kernels, sum_by_kernels
 from tformer_lib.linear_attention.shared import CHUNK, first_state
@@ -32,6 +33,7 @@ class LinearState:
         self.feature_map, self.scale, self.normalised, self.chunk = feature_map, scale, normalised, chunk
         self.sums: Tensor | None = None
 
+    @in_named_dtypes
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, attend: Callable | None = None, mask: Tensor | None = None):
         """Add T new tokens and return their causal outputs (batch, heads, T, value_dim): prefill and decode alike.
 
@@ -65,6 +67,7 @@ class GatedState:
         self.scale, self.chunk = scale, chunk
         self.state: Tensor | None = None
 
+    @in_named_dtypes
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor | None = None, beta: Tensor | None = None
     ) -> Tensor:

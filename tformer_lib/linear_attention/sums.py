@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tformer_lib.contract import check_inputs
+from tformer_lib.contract import check_inputs, in_named_dtypes
 from tformer_lib.linear_attention.feature_maps import FeatureMap, elu_plus_one
 from tformer_lib.linear_attention.shared import (
     CHUNK,
@@ -29,6 +29,7 @@ from tformer_lib.linear_attention.shared import (
 # The public forms.
 
 
+@in_named_dtypes
 def parallel(
     q: Tensor,
     k: Tensor,
@@ -52,6 +53,7 @@ def parallel(
     return finish(out, q.dtype, normalised)
 
 
+@in_named_dtypes
 def associative(
     q: Tensor,
     k: Tensor,
@@ -68,6 +70,7 @@ def associative(
     return finish(read(phi_q, sums), q.dtype, normalised)
 
 
+@in_named_dtypes
 def recurrent(
     q: Tensor,
     k: Tensor,
@@ -89,6 +92,7 @@ def recurrent(
     return finish(join(outputs, phi_q, values), q.dtype, normalised)
 
 
+@in_named_dtypes
 def chunked(
     q: Tensor,
     k: Tensor,

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tformer_lib.contract import in_named_dtypes
 from tformer_lib.sparse_attention.patterns import Bucket, Pattern, hide, plan
 
 
+@in_named_dtypes
 def attend_blocks(
     q: Tensor,
     k: Tensor,
