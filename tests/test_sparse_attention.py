@@ -443,7 +443,7 @@ def mask_of_lists(lists, rows, columns, batch):
     return mask[:, :, :rows, :columns]
 
 
-@settings(max_examples=60, deadline=None)
+@draws(60)
 @given(pattern=draw_patterns(), T=st.integers(1, LENGTH), S=st.integers(1, LENGTH), transposed=st.booleans())
 def test_lists_hold_the_mask_whole_blocks_without_bits(pattern, T, S, transposed):
     lists = sp.pattern_lists(pattern, T, S, "cpu", transposed)
