@@ -16,10 +16,8 @@ length as likely, and in the part "skewed" every order of magnitude as likely, w
 - contiguous: ``generation.generate`` on a preallocated cache with its recorded step, one such batch.
 - transformers: the same shape, its own generate, one such batch, greedy, bfloat16, SDPA without cuDNN (which would
   prepare a plan for every new shape).
-- timeline: what the GPU does in a window of fixed length, in the middle of a batch: a naive growing cache against the
-  engine. Written to serving-timeline.json.
 
-The last three run in processes of their own. A batch's tokens count if they were asked for.
+The last two run in processes of their own. A batch's tokens count if they were asked for.
 """
 
 import argparse
@@ -39,7 +37,7 @@ from statistics import median, quantiles
 import torch
 
 from benchmarks.harness import Report, Timing, synchronize
-from tformer_lib import pretrained, profiling
+from tformer_lib import pretrained
 from tformer_lib.generation import changing_shapes, generate, prefill
 from tformer_lib.kv_cache import CacheShape, GrowingCache
 from tformer_lib.serving import Engine, Step, blocks_that_fit
@@ -66,9 +64,7 @@ BANDWIDTH = 4.3e12
 """Bytes a second that an H200 reads at best; what the bound of a step is taken of."""
 REQUESTS, SHORTEST, LONGEST = 256, 100, 1024
 ROWS_RESERVED = MEMORY // (FULL_LENGTH * 2 * 16 * 8 * 64 * 2)
-WINDOW_US = 50_000.0
-
-SECONDS = {"engine": 120, "skewed": 80, "transformers": 80, "contiguous": 80, "timeline": 60, "stories": 60}
+SECONDS = {"engine": 120, "skewed": 80, "transformers": 80, "contiguous": 80, "stories": 60}
 """How long each part may take."""
 
 
@@ -90,11 +86,8 @@ def main() -> None:
     parts = args.parts or (["stories"] if args.device == "cpu" else [p for p in PARTS if p != "stories"])
     for part in parts:
         result = run_apart(part, args.device)
-        timeline = result.pop("timeline", None)
         add_rows(report, result.pop("rows", []))
         report.note(**result)
-        if timeline:
-            keep_timeline(report, timeline)
         compare(report)
         report.finish()
 
@@ -126,15 +119,6 @@ def compare(report: Report) -> None:
         ours = rates.get("engine, skewed lengths" if "skewed" in name else "engine")
         if ours and not name.startswith("engine"):
             report.note(**{f"engine / {name}": round(ours / rate, 2)})
-
-
-def keep_timeline(report: Report, timeline: dict) -> None:
-    """The recorded windows beside the report."""
-    report.out.mkdir(parents=True, exist_ok=True)
-    kept = {key: value for key, value in report.as_dict().items() if key not in ("rows", "facts")}
-    path = report.out / "serving-timeline.json"
-    path.write_text(json.dumps({**kept, **timeline}, separators=(",", ":")) + "\n")
-    print(f"wrote {path} ({path.stat().st_size / 1e3:.0f} kB)")
 
 
 # the workload
@@ -387,20 +371,6 @@ def transformers_llama(device: str) -> torch.nn.Module:
     return model.eval()
 
 
-def timeline_part(device: str) -> dict:
-    """A window of what the GPU does, a quarter of the way into the outputs: naive, and the engine."""
-    model, requests = llama(device), workload()
-    naive = record(naive_step(model, [prompt for prompt, _ in requests[:ROWS_RESERVED]]))
-    engine = make_engine(model, seats=REQUESTS)
-    for prompt, new in requests:
-        engine.add(prompt, {"max_new_tokens": new})
-    while len(engine.log) < 300:
-        engine.step()
-    ours = record(engine.step)
-    rows = {"naive": ROWS_RESERVED, "engine": len(engine.scheduler.running)}
-    return {"timeline": {"rows_in_a_step": rows, "naive": naive, "engine": ours}}
-
-
 def naive_step(model: Decoder, prompts: list[list[int]]) -> Callable[[], None]:
     """A decode step on a cache that grows by concatenation, its kernels launched one by one."""
     cache = GrowingCache(CacheShape.of(model, len(prompts)))
@@ -416,62 +386,6 @@ def naive_step(model: Decoder, prompts: list[list[int]]) -> Callable[[], None]:
     for _ in range(10):
         step()
     return step
-
-
-def record(step: Callable[[], object]) -> dict:
-    """Seconds of a step, then the kernels of a window, from a little after the profiler began."""
-    begin = time.perf_counter()
-    for _ in range(20):
-        step()
-    torch.cuda.synchronize()
-    seconds = (time.perf_counter() - begin) / 20
-    trace = kernels_of(step, seconds=4 * WINDOW_US / 1e6)
-    skipped = trace.intervals()[-1]["start_us"] - 1.5 * WINDOW_US  # the first steps that a profiler sees are slow
-    intervals = [{**i, "start_us": i["start_us"] - skipped} for i in trace.intervals()]
-    packed = profiling.pack([i for i in intervals if i["start_us"] >= 0], WINDOW_US, digits=1, name=kind_of_kernel)
-    shown, names = profiling.unpack(packed), profiling.totals(trace.intervals())
-    return {
-        **packed,
-        "seconds_per_step_unprofiled": seconds,
-        "busy": round(profiling.utilisation(shown, 0.0, WINDOW_US), 4),
-        "kernels": len(shown),
-        "longest": {profiling.short_name(name): round(entry["seconds"], 6) for name, entry in list(names.items())[:12]},
-    }
-
-
-def kernels_of(step: Callable[[], object], seconds: float) -> profiling.Trace:
-    """What the GPU does while steps are taken. Without ``profiling``'s ranges: blocks that were compiled without them
-    would be compiled again."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.json"
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            begin = time.perf_counter()
-            while time.perf_counter() - begin < seconds:
-                step()
-            torch.cuda.synchronize()
-        profiler.export_chrome_trace(str(file))
-        return profiling.Trace.read(file)
-
-
-KINDS = {
-    "matrix products": ("gemm", "nvjet", "cutlass", "gemv", "splitk", "wgmma"),
-    "attention over blocks": ("decode_kernel", "prefill_kernel", "write_kernel"),
-    "copies and passes over elements": (
-        "catarray",
-        "elementwise",
-        "enable_if",
-        "triton",
-        "softmax",
-        "memcpy",
-        "memset",
-    ),
-}
-
-
-def kind_of_kernel(name: str) -> str:
-    """What a kernel is for, told by its name."""
-    name = name.lower()
-    return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "the rest")
 
 
 def stories_part(device: str) -> dict:
@@ -498,7 +412,6 @@ def stories_part(device: str) -> dict:
 PARTS: dict[str, Callable[[str], dict]] = {
     "engine": engine_part,
     "skewed": skewed_part,
-    "timeline": timeline_part,
     "transformers": transformers_part,
     "contiguous": contiguous_part,
     "stories": stories_part,

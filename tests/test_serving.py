@@ -32,7 +32,7 @@ from tformer_lib.serving import (
     graph_sizes,
     overlap,
 )
-from tformer_lib.serving.__main__ import main
+from tformer_lib.serving.command import main
 from tformer_lib.serving.turns import Turns
 from tformer_lib.tokens import characters
 from tformer_lib.transformer import Decoder, ModelConfig
@@ -938,16 +938,61 @@ def test_the_command_answers_a_file(tmp_path, capsys):
     file = tmp_path / "prompts.jsonl"
     lines = [{"prompt": "Once upon a time", "max_new_tokens": 8}, {"prompt": ""}, {"prompt": "One", "tempo": 1}]
     file.write_text("\n\n".join(json.dumps(line) for line in lines))
-    main(["--prompts", str(file)])
-    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert main(["--prompts", str(file)]) == 2
+    said = capsys.readouterr()
+    answers = [json.loads(line) for line in said.out.splitlines()]
     assert [answer["finish_reason"] for answer in answers] == ["length", "error", "error"]
     assert "the prompt is empty" in answers[1]["error"]
     assert "unknown parameters: tempo" in answers[2]["error"]
-    main(["--prompt", "Once upon a time", "--max-new-tokens", "8"])
+    assert said.err == "error: 2 of 3 requests got no answer\n"
+    assert main(["--prompt", "Once upon a time", "--max-new-tokens", "8"]) == 0
     assert capsys.readouterr().out == "Once upon a time" + answers[0]["text"] + "\n"
+    assert main(["--prompt", "Once upon a time", "The", "--max-new-tokens", "8", "--stop", "."]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["text"] == answers[0]["text"]
+    file.write_text(json.dumps({"prompt": "a\u2028b", "max_new_tokens": 2}, ensure_ascii=False))
+    assert main(["--prompts", str(file)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refusal"),
+    [
+        ([], "either --prompt or --prompts must be given"),
+        (["--prompt", ""], "the prompt is empty: there is no token to continue"),
+        (["--prompt", "a", "--max-new-tokens", "9999"], "the engine takes 256 a request"),
+        (["--prompt", "a", "--temperature", "1e39"], "temperature must be at least 0 and finite in float32"),
+        (["--prompt", "a", "--model", "nobody"], "there is no pretrained model 'nobody', nor a folder of that name"),
+        (["--prompt", "a", "--model", "."], "best.safetensors"),
+        (["--prompt", "a", "--device", "abacus"], "device 'abacus' is not here"),
+        (["--prompt", "a", "--memory", "10"], "memory is 10 bytes, less than a block of keys and values takes"),
+        (["--prompt", "a", "--memory", "1" + 18 * "0"], "keys and values takes"),
+        (["--prompt", "a", "--seats", "0"], "seats must be at least 1, got 0"),
+        (["--prompt", "a", "--max-context", "999999999999", "--budget", "1" + 14 * "0"], "a step of"),
+        (["--prompts", "missing.jsonl"], "missing.jsonl"),
+        (["--prompts", "FILE"], "line 1: one JSON object was expected"),
+        (["--prompt", "a", "--tempo", "1"], "--tempo"),
+        (["--prompt", "a", "--seed", "one"], "one"),
+    ],
+)
+def test_the_command_refuses_in_one_line(arguments, refusal, tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
     file.write_text("[1, 2]\n")
-    with pytest.raises(SystemExit, match="line 1: one JSON object was expected"):
-        main(["--prompts", str(file)])
+    assert main([str(file) if word == "FILE" else word for word in arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert refusal in said.err
+
+
+def test_the_command_serves_a_run_by_its_folder(tmp_path, capsys):
+    for file in pretrained.folder().iterdir():
+        name = "best.safetensors" if file.name == "model.safetensors" else file.name
+        (tmp_path / name).write_bytes(file.read_bytes())
+    texts = []
+    for options in ([], ["--model", str(tmp_path)]):
+        assert main(["--prompt", "One day", "--max-new-tokens", "5", *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
 
 
 # On a GPU

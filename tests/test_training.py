@@ -535,7 +535,10 @@ def test_a_run_learns_writes_and_leaves_its_files(data, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == names
     assert training.config_from_dict(json.loads((tmp_path / "config.json").read_text())) == run.config
     assert (
-        training.main(["sample", "--out", str(tmp_path), "--prompt", "The c", "--tokens", "20", "--device", "cpu"]) == 0
+        training.main(
+            ["sample", "--out", str(tmp_path), "--prompt", "The c", "--max-new-tokens", "20", "--device", "cpu"]
+        )
+        == 0
     )
     written = capsys.readouterr().out
     assert written.startswith("The c")

@@ -26,28 +26,37 @@ def names() -> list[str]:
     return sorted(path.parent.name for path in WEIGHTS.glob("*/model.safetensors"))
 
 
-def folder(name: str = "stories") -> Path:
-    """Where that model's files are.
+def folder(name: str | Path = "stories") -> Path:
+    """Where that model's files are: of one of :func:`names`, or of a run, which is called by its folder.
 
     Raises:
         ValueError: if there is no such model; the message lists those there are.
     """
-    if name not in names():
-        raise ValueError(f"there is no pretrained model {name!r}; there are {', '.join(names()) or 'none'}")
-    return WEIGHTS / name
+    if name in names():
+        return WEIGHTS / name
+    if not Path(name).is_dir():
+        known = ", ".join(names()) or "none"
+        raise ValueError(f"there is no pretrained model {str(name)!r}, nor a folder of that name; there are {known}")
+    return Path(name)
 
 
-def load(name: str = "stories", *, device: torch.device | str = "cpu") -> tuple[Decoder, Encoding]:
+def load(name: str | Path = "stories", *, device: torch.device | str = "cpu") -> tuple[Decoder, Encoding]:
     """A trained model, ready to write, and the encoding of its tokens.
 
     Args:
-        name: one of :func:`names`.
+        name: one of :func:`names`, or the folder of a run of ``python -m tformer_lib.training``.
         device: where the weights go.
+
+    Raises:
+        ValueError: if there is no such model.
+        OSError: if one of its files is missing.
     """
-    weights, facts = read_tensors(folder(name) / "model.safetensors")
+    place = folder(name)
+    file = place / ("model.safetensors" if name in names() else "best.safetensors")
+    weights, facts = read_tensors(file)
     model = Decoder(ModelConfig(**facts["config"]["model"]))
-    load_weights(model, weights, f"{name}/model.safetensors")
-    return model.to(device).eval(), load_encoding(folder(name))
+    load_weights(model, weights, f"{place.name}/{file.name}")
+    return model.to(device).eval(), load_encoding(place)
 
 
 def log(name: str = "stories") -> list[dict]:

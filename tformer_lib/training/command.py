@@ -41,7 +41,7 @@ class Sample:
     """The run's folder."""
     prompt: str = ""
     """What to go on from; by default the beginning of a text."""
-    tokens: int = 200
+    max_new_tokens: int = 200
     """Tokens to write at most."""
     temperature: float = 0.8
     """What the logits are divided by: 0 always takes the likeliest token, 1 draws from the model's own distribution."""
@@ -87,7 +87,7 @@ def command_sample(command: Sample) -> int:
     model.to(pick_device(command.device)).eval()
     prompt = facts["beginning"] + encoding.encode(command.prompt, disallowed_special=())
     options = {"temperature": command.temperature, "top_k": command.top_k, "seed": command.seed}
-    print(command.prompt + sample_text(model, encoding, prompt, command.tokens, **options))
+    print(command.prompt + sample_text(model, encoding, prompt, command.max_new_tokens, **options))
     return 0
 
 
