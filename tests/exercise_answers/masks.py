@@ -83,6 +83,11 @@ def peeks_changes_its_input(model, x):
     return not torch.allclose(model(x)[:-1], before[:-1])
 
 
+def peeks_by_the_gradient(model, x):
+    slopes = torch.autograd.functional.jacobian(model, x)  # (T, width, T, width)
+    return bool((slopes != 0).any(3).any(1).triu(1).any())
+
+
 def tree(parents, lengths):
     (batch, D), S = parents.shape, int(lengths.max())
     sees = (parents[:, :, None] == torch.arange(D)) | torch.eye(D, dtype=torch.bool)
@@ -190,7 +195,12 @@ WRONG = {
     "masks.causal": [causal_top_left, causal_inverted, causal_without_itself, causal_in_float],
     "masks.sinks": [sinks_from_the_future, sinks_one_wider],
     "masks.packed": [packed_sees_the_future, packed_by_order_of_ids, packed_without_heads],
-    "masks.peeks": [peeks_looks_at_the_last_token_only, peeks_asks_too_much, peeks_changes_its_input],
+    "masks.peeks": [
+        peeks_looks_at_the_last_token_only,
+        peeks_asks_too_much,
+        peeks_changes_its_input,
+        peeks_by_the_gradient,
+    ],
     "masks.tree": [
         tree_is_a_chain,
         tree_in_order,

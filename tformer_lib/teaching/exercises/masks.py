@@ -84,7 +84,8 @@ def check_packed(fn):
     hints=(
         "Run the model twice: on x, and on an x whose last tokens are different. Which outputs may change?",
         "Cut at every position: after a change from position t on, all outputs before t must be as they were.",
-        "Change a token by a lot, such as adding 10, and compare with torch.equal or a small tolerance.",
+        "Change a token by a lot, such as adding 10, and compare with torch.equal or a small tolerance. A derivative "
+        "is not enough: that of a number's sign is zero, and the sign still tells something.",
     ),
 )
 def check_peeks(fn):
@@ -109,6 +110,7 @@ def suspects() -> dict:
         "causal attention": (lambda x: attention_on(x, masks.causal(len(x))), False),
         "attention that is one position too generous": (lambda x: attention_on(x, one_ahead(len(x))), True),
         "a model that normalises over the length of the sequence": (lambda x: (x - x.mean(0)) / x.std(0), True),
+        "a model that sees only the sign of the next token": (lambda x: x + sign_of_next(x), True),
         "a model that sees the token before it": (lambda x: x.roll(1, 0) * (steps(x) > 1), False),
         "a model that ignores its input": (torch.ones_like, False),
     }
@@ -122,6 +124,11 @@ def steps(x):
 def only_the_first_peeks(x):
     """Row 0 of the result knows row 1 of x; the others know their past."""
     return torch.cat((x[:1] + x[1:2], x[1:]))
+
+
+def sign_of_next(x):
+    """-1 or 1 for each number of the next token, 0 behind the last: its derivative is zero, and it looks ahead."""
+    return torch.cat((x[1:], torch.zeros_like(x[:1]))).sign()
 
 
 def only_the_last_but_one_peeks(x):

@@ -1,4 +1,4 @@
-"""Figures of the masks chapter."""
+"""Figures of the masks chapter: narrow, so that their labels can be read on a phone."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,16 @@ from torch import Tensor
 from tformer_lib.teaching import style
 from tformer_lib.teaching.display import show_table
 
+NARROW = 4.2
+"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
+
 
 def who_sees_whom(mask: Tensor, queries: Sequence[str], keys: Sequence[str]) -> None:
     """One (T, S) mask with the tokens beside it."""
-    fig, ax = style.figure(height=3.6, width=5.2)
+    fig, ax = style.figure(height=1.3 + 0.26 * len(queries), width=NARROW)
     style.heatmap(ax, mask, rows=queries, columns=keys)
     ax.set(xlabel="key: looked at", ylabel="query: looks")
-    ax.tick_params(axis="x", rotation=45)
+    ax.tick_params(axis="x", rotation=90)
     note(fig, "dark: may look")
     style.show()
 
@@ -26,11 +29,12 @@ def gallery(masks: dict[str, Tensor], *, columns: int = 3, diagonal: bool = Fals
 
     Args:
         masks: name -> mask.
-        columns: panels in a row.
+        columns: panels in a row; two make a narrow figure.
         diagonal: outline each query's own position, to show what lies to its right.
     """
     rows = -(-len(masks) // columns)
-    _, axes = style.figure(rows, columns, height=2.35 * rows + 0.3, squeeze=False)
+    width = NARROW if columns <= 2 else style.WIDTH
+    _, axes = style.figure(rows, columns, height=2.35 * rows + 0.3, width=width, squeeze=False)
     for ax, (name, mask) in zip(axes.flat, masks.items(), strict=False):
         style.heatmap(ax, mask, rows=every(mask.shape[0]), columns=every(mask.shape[1]))
         ax.set_title(name, fontsize=10, pad=8)
@@ -58,17 +62,19 @@ def outline_diagonal(ax: Axes, T: int, S: int) -> None:
 
 def used_share(lengths: Sequence[int], shares: dict[str, Sequence[float]]) -> None:
     """The share of the T x T scores that each mask keeps, over T."""
-    _, ax = style.figure(height=2.9)
+    _, ax = style.figure(height=3.1, width=NARROW)
     style.lines(ax, lengths, shares)
     ax.set_xscale("log", base=2)
-    ax.set_xticks(list(lengths), [f"{n:,}" for n in lengths])
+    some = list(lengths)[::2]
+    ax.set_xticks(some, [f"{n:,}" for n in some])
+    ax.minorticks_off()
     ax.set(xlabel="length T", ylabel="share of the scores kept", ylim=(0, 1))
     style.show()
 
 
 def times(lengths: Sequence[int], seconds: dict[str, Sequence[float]]) -> None:
     """Measured time of an attention under each mask, over T, and a line that grows as T squared."""
-    _, ax = style.figure(height=3.0)
+    _, ax = style.figure(height=3.3, width=NARROW)
     milliseconds = {name: [1e3 * t for t in ts] for name, ts in seconds.items()}
     style.lines(ax, lengths, milliseconds)
     last = max(ts[-1] for ts in milliseconds.values())
@@ -84,7 +90,7 @@ def times(lengths: Sequence[int], seconds: dict[str, Sequence[float]]) -> None:
 
 def losses(curves: dict[str, Sequence[float]], floor: float) -> None:
     """Training loss of several runs, and the entropy below which no honest model can come."""
-    _, ax = style.figure(height=3.0)
+    _, ax = style.figure(height=3.1, width=NARROW)
     steps = range(len(next(iter(curves.values()))))
     style.lines(ax, steps, curves, markers=False)
     ax.axhline(floor, color=style.GREY, linewidth=1.2)

@@ -8,7 +8,7 @@ from torch import Tensor
 from tformer_lib import masks
 from tformer_lib.teaching.widgets import Interactive, module
 
-TOKENS = ("the", "cat", "sat", "on", "the", "mat", "a", "dog", "ran", "off")
+TOKENS = ("I", "have", "lost", "my", "red", "ball", "Pip", "thanked", "Lily", ".")
 DOCUMENTS = (0, 0, 0, 0, 0, 0, 1, 1, 1, 1)
 
 
