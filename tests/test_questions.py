@@ -54,6 +54,8 @@ def test_every_question_is_answered_on_the_page(file):
 def test_the_chapter_s_question_is_the_one_of_the_contents(file):
     listed = tomllib.loads(file.read_text(encoding="utf-8"))
     assert listed["question"] == load_chapters().named(file.stem).question
+    first = source(load(ROOT / "notebooks" / f"{file.stem}.ipynb")["cells"][0])
+    assert f"**{listed['question']}**" in first, "the chapter opens with another question"
 
 
 PAGE = {"cells": [{"cell_type": "markdown", "source": ["## Keys\n", "A key is what a token\n", "can be found by."]}]}

@@ -8,7 +8,7 @@ from torch import Tensor
 from tformer_lib import masks
 from tformer_lib.teaching.widgets import Interactive, module
 
-TOKENS = ("I", "have", "lost", "my", "red", "ball", "Pip", "thanked", "Lily", ".")
+TOKENS = ("I", "have", "lost", "my", "red", "ball", "Pip", "found", "it", "again")
 DOCUMENTS = (0, 0, 0, 0, 0, 0, 1, 1, 1, 1)
 
 
