@@ -1,6 +1,7 @@
 """Sparse attention: patterns by brute force, blocks that miss nothing, attention equal to dense under the same mask."""
 
 import copy
+import random
 from functools import partial
 
 import pytest
@@ -645,3 +646,54 @@ def test_wrong_choices_are_refused_by_name(change, message):
     given = {"chosen": torch.zeros(1, 1, 2, 2, dtype=torch.long), **change}
     with pytest.raises(ValueError, match=message):
         sp.attend_chosen(q, k, v, given.pop("chosen"), **given)
+
+
+@needs_hopper
+@pytest.mark.parametrize("seed", range(24))
+def test_shapes_drawn_afresh_are_the_float64_formula(seed):
+    """Lengths to 4,099, head_dim to 256, ratios of heads, cut and transposed inputs, any pattern; both steps."""
+    draw = random.Random(seed)
+    T, S = (draw.choice((1, 63, 64, 65, 127, 129, draw.randint(1, 700), draw.randint(700, 4099))) for _ in "qk")
+    d, group, kv_heads = (
+        draw.choice((32, 40, 64, 72, 96, 128, 160, 192, 256)),
+        draw.choice((1, 2, 3, 8)),
+        draw.choice((1, 2)),
+    )
+    dtype, step = draw.choice((torch.bfloat16, torch.float16)), 2 if d > 128 else draw.choice((1, 2))
+    torch.manual_seed(seed)
+
+    def made(heads, length):
+        wide = torch.randn(1, length, heads, 2 * d, device="cuda").to(dtype)
+        x = wide[..., :d].transpose(1, 2) if draw.random() < 0.5 else wide[..., d:].contiguous().transpose(1, 2)
+        return x.detach().requires_grad_()
+
+    q, k, v = made(group * kv_heads, T), made(kv_heads, S), made(kv_heads, S)
+    window, causal = draw.randint(1, S), draw.random() < 0.5
+    pattern = draw.choice(
+        (
+            sp.sliding_window(window),
+            sp.dilated(max(1, window // 5), 5),
+            sp.strided(max(1, window // 3)),
+            sp.longformer(window, [0, S // 2]),
+            sp.Segments(window),
+            sp.documents(torch.randint(0, 5, (S,)).sort().values),
+            sp.everything(),
+        )
+    )
+    sinks = torch.randn(group * kv_heads, device="cuda", requires_grad=True) if draw.random() < 0.3 else None
+    mask = (pattern & sp.causal() if causal else pattern).mask(T, S).cuda()
+    out = sp.attend(q, k, v, pattern=pattern, causal=causal, sinks=sinks, step=step)
+    inputs = [x for x in (q, k, v, sinks) if x is not None]
+    dout = torch.randn_like(out)
+    found = torch.autograd.grad(out, inputs, dout) if d <= 128 else ()
+    results = []
+    for number in (torch.float64, dtype):
+        cast = [x.detach().to(number).requires_grad_() for x in inputs]
+        other = rough_attention(*cast[:3], mask, d**-0.5, cast[3] if sinks is not None else None)
+        results.append((other, torch.autograd.grad(other, cast, dout.to(number))))
+    (truth, truth_grads), (rough, rough_grads) = results
+    case = f"{T} {S} {d} {group} {kv_heads} {dtype} {step} {pattern} {causal}"
+    assert relative_error(out, truth) <= 2 * relative_error(rough, truth) + 1e-5, case
+    for name, a, b, c in zip("qkvs", found, truth_grads, rough_grads, strict=False):
+        floor = torch.finfo(dtype).eps * 4 if S == 1 or window == 1 else 2e-5  # one key: the true dq and dk are zero
+        assert relative_error(a, b) <= 3 * relative_error(c, b) + floor, f"d{name} {case}"
