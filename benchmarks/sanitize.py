@@ -168,7 +168,87 @@ def run_paged_writing() -> None:
     torch.cuda.synchronize()
 
 
-TOPICS = {"flash_attention": flash_cases, "paged_attention": paged_cases}
+# --- RoPE and sparse attention -------------------------------------------------------------------------------------
+
+
+def rope_cases() -> dict[str, Callable]:
+    """Both steps."""
+    return {f"step {step}": partial(run_rope, step) for step in (1, 2)}
+
+
+def run_rope(step: int) -> None:
+    """Both layouts, partial rotation, heads last, a norm with its gradients, in place, angles from positions."""
+    from tformer_lib.rope import rotate_at_positions, rotate_both, rotate_both_
+
+    frequencies, positions = torch.rand(16).cuda(), torch.arange(70).repeat(2, 1).cuda()
+    cos, sin, weight = torch.rand(70, 16).cuda(), torch.rand(70, 16).cuda(), torch.rand(96).cuda()
+    for dtype, layout, heads_last in itertools.product(
+        (torch.bfloat16, torch.float32), ("half", "interleaved"), (False, True)
+    ):
+        shapes = [(2, 70, h, 96) if heads_last else (2, h, 70, 96) for h in (5, 2)]
+        q, k = (from_cpu(*shape, dtype=dtype) for shape in shapes)
+        q, k = (x.transpose(1, 2) if heads_last else x for x in (q, k))
+        rotate_at_positions(q, k, positions, frequencies, layout, step=step)
+        leaves = [x.detach().requires_grad_() for x in (q, k)]
+        for norm in ({}, {"norm_eps": 1e-6, "q_weight": weight}):
+            out = rotate_both(*leaves, cos, sin, layout, step=step, **norm)
+            torch.autograd.grad(out, leaves, (q, k))
+        rotate_both_(q, k, cos, sin, layout, step=step)
+    torch.cuda.synchronize()
+
+
+def sparse_cases() -> dict[str, Callable]:
+    """Both steps, the gradients, and blocks that were chosen."""
+    cases = {f"step {step}": partial(run_sparse, step) for step in (1, 2)}
+    return cases | {"backward": run_sparse_backward, "chosen": run_chosen}
+
+
+def sparse_inputs(d: int, T: int, S: int) -> list[torch.Tensor]:
+    """Two heads to a kv head."""
+    return [from_cpu(1, h, n, d, dtype=torch.bfloat16) for h, n in ((2, T), (1, S), (1, S))]
+
+
+def run_sparse(step: int) -> None:
+    """Odd lengths, every width of tile, patterns with whole, partial and no blocks, sinks."""
+    from tformer_lib import sparse_attention as sparse
+
+    for d, (T, S) in itertools.product((40, 64, 128) if step == 1 else (40, 64, 128, 256), ((70, 333), (333, 70))):
+        for pattern in (sparse.sliding_window(50), sparse.everything(), sparse.global_tokens([3])):
+            sparse.attend(*sparse_inputs(d, T, S), pattern=pattern, sinks=torch.rand(2).cuda(), step=step)
+    torch.cuda.synchronize()
+
+
+def run_sparse_backward() -> None:
+    """The gradients at odd lengths."""
+    from tformer_lib import sparse_attention as sparse
+
+    for d, (T, S) in itertools.product((40, 64, 128), ((70, 333), (333, 70))):
+        for pattern in (sparse.sliding_window(50), sparse.everything()):
+            leaves = [x.requires_grad_() for x in sparse_inputs(d, T, S)]
+            out = sparse.attend(*leaves, pattern=pattern, step=2)
+            torch.autograd.grad(out, leaves, torch.ones_like(out))
+    torch.cuda.synchronize()
+
+
+def run_chosen() -> None:
+    """Lists with gaps, an odd number of entries, causal, and their gradients."""
+    from tformer_lib import sparse_attention as sparse
+
+    for d, step in itertools.product((64, 128), (1, 2)):
+        leaves = [x.requires_grad_() for x in sparse_inputs(d, 333, 333)]
+        chosen = torch.stack([torch.randperm(6)[:3] for _ in range(3)])[None, None].cuda()
+        chosen[0, 0, 1, 2] = -1
+        out = sparse.attend_chosen(*leaves, chosen, causal=True, step=step)
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+    torch.cuda.synchronize()
+
+
+TOPICS = {
+    "flash_attention": flash_cases,
+    "paged_attention": paged_cases,
+    "rope": rope_cases,
+    "sparse_attention": sparse_cases,
+}
 CONTROLS = {"control: lse too short": "memcheck", "control: a barrier left out": "racecheck"}
 
 

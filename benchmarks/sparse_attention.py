@@ -62,6 +62,11 @@ def window(q, k, v):
     return sparse_attention.attend(q, k, v, pattern=sparse_attention.sliding_window(WINDOW), block=BLOCK)
 
 
+def twin(q, k, v):
+    """The same by the C++ twin of the kernels."""
+    return sparse_attention.attend(q, k, v, pattern=sparse_attention.sliding_window(WINDOW), step="cpu")
+
+
 def fused(q, k, v):
     """Dense causal attention by PyTorch's fused kernel."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -74,7 +79,7 @@ def naive(q, k, v):
 
 def time_lengths(report: Report, device: torch.device, rate: float) -> dict[str, list[float]]:
     """Median seconds over the length; the plan of each length is made in the warm-up, and timed by itself."""
-    seconds = {"dense, fused": [], "window": []}
+    seconds = {"dense, fused": [], "window": [], "window, C++": []}
     for N in LENGTHS:
         inputs = [make(N, device)]
         live = int(sparse_attention.sliding_window(WINDOW).layout(N, block=BLOCK).sum())
@@ -83,8 +88,10 @@ def time_lengths(report: Report, device: torch.device, rate: float) -> dict[str,
         report.add(f"dense causal, fused, N = {N:,}", dense, flops=2 * N * N * HEAD_DIM, limit=rate, tokens=N)
         flops = 4 * live * BLOCK**2 * HEAD_DIM
         report.add(f"window of {WINDOW}, N = {N:,}", sparse, flops=flops, limit=rate, tokens=N, live_blocks=live)
-        seconds["dense, fused"].append(dense.median)
-        seconds["window"].append(sparse.median)
+        compiled = measure(twin, inputs, device=device, seconds=0.3, min_calls=3)
+        report.add(f"window of {WINDOW}, C++ twin, N = {N:,}", compiled, flops=flops, limit=rate, tokens=N)
+        for name, timing in zip(seconds, (dense, sparse, compiled), strict=True):
+            seconds[name].append(timing.median)
     make_plan = sparse_attention.plan.__wrapped__
     pattern = sparse_attention.sliding_window(WINDOW)
     planned = measure(make_plan, [(pattern, TOKENS, TOKENS, BLOCK, device)], device=device, min_calls=3)

@@ -594,6 +594,26 @@ def test_step_0_knows_sinks_and_lists_agree_with_buckets():
                 torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize(("device", "step"), PLACES)
+@pytest.mark.parametrize("window", [None, 24])
+def test_sinks_are_those_of_gpt_oss_in_transformers(device, step, window):
+    from types import SimpleNamespace
+
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 90, 64) for heads in (8, 2, 2))
+    sinks = torch.randn(8)
+    module = SimpleNamespace(sinks=sinks, num_key_value_groups=4, training=False)
+    pattern = sp.causal() if window is None else sp.sliding_window(window)
+    bias = torch.zeros(90, 90).masked_fill(~pattern.mask(90), -torch.inf)[None, None]
+    theirs = eager_attention_forward(module, q, k, v, bias, scaling=0.125)[0].transpose(1, 2)
+    dtype = torch.bfloat16 if device == "cuda" and step != "0" else torch.float32
+    ours = sp.attend(*(x.to(device, dtype) for x in (q, k, v)), pattern=pattern, sinks=sinks.to(device), step=step)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(ours.cpu().float(), theirs, atol=tolerance, rtol=tolerance)
+
+
 @needs_hopper
 def test_the_kernel_is_the_default_in_graphs_on_streams_and_in_models():
     q, k, v = (x.to("cuda", torch.bfloat16) for x in make(1000, head_dim=64, value_dim=64, batch=1))
