@@ -149,6 +149,57 @@ def test_folders_that_hold_no_such_model_are_refused(tmp_path):
         pretrained.from_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "odd", "message"),
+    [
+        ("llama", {"sliding_window": 4096}, "sliding_window must be None to be read here, got 4096"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0 to be read here, got 0.5"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention must be False to be read here, got True"),
+    ],
+)
+def test_what_is_not_built_here_is_not_dropped_without_a_word(kind, odd, message):
+    read = {"gpt2": pretrained.from_gpt2, "llama": pretrained.from_llama}[kind]
+    theirs = reference(kind)
+    with pytest.raises(ValueError, match=message):
+        read(theirs.state_dict(), theirs.config.to_dict() | odd)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_quantised_weights_are_refused(kind, tmp_path):
+    read = {"gpt2": pretrained.from_gpt2, "llama": pretrained.from_llama}[kind]
+    theirs = reference(kind)
+    name = {"gpt2": "transformer.h.1.mlp.c_proj.weight", "llama": "model.layers.1.mlp.down_proj.weight"}[kind]
+    weights = theirs.state_dict()
+    for dtype in (torch.int8, torch.float8_e4m3fn, torch.int32):
+        with pytest.raises(ValueError, match=f"in {dtype}: quantised weights cannot be read here"):
+            read(weights | {name: weights[name].to(dtype)}, theirs.config.to_dict())
+    theirs.save_pretrained(tmp_path)
+    config = theirs.config.to_dict() | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json says that the weights are quantised \(gptq\)"):
+        pretrained.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_config_without_a_key_says_which(kind):
+    read = {"gpt2": pretrained.from_gpt2, "llama": pretrained.from_llama}[kind]
+    theirs = reference(kind)
+    config = theirs.config.to_dict()
+    for key in {"gpt2": ("n_layer", "layer_norm_epsilon"), "llama": ("rms_norm_eps", "intermediate_size")}[kind]:
+        with pytest.raises(ValueError, match=f"config.json is of another version: it lacks {key}"):
+            read(theirs.state_dict(), {k: v for k, v in config.items() if k != key})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[1]", r"is no JSON object, but \[1\]"), ("{", "is not JSON: "), ("\xff", "is not JSON: ")],
+)
+def test_a_config_that_is_no_config_is_refused(tmp_path, text, message):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"config.json {message}"):
+        pretrained.from_folder(tmp_path)
+
+
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="no pretrained model 'poems'"):
         pretrained.load("poems")

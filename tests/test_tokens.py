@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -23,8 +24,8 @@ from draws import draws
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tformer_lib import checkpoint, tokens
 from tformer_lib import stories as grammar
-from tformer_lib import tokens
 from tformer_lib.tokens import END_OF_TEXT, CharEncoding, Corpus, CorpusConfig, CorpusError
 from tformer_lib.tokens import corpus as corpus_room
 from tformer_lib.tokens import encoding as encoding_room
@@ -219,20 +220,6 @@ def test_a_text_without_a_cut_is_searched_a_few_times_only(monkeypatch):
     lines = ["12345 67890 "] * 5000
     assert list(tokens.pieces(lines, 100)) == ["".join(lines)]
     assert sum(searched) <= 2 * 12 * 5000
-
-
-def test_encode_iterable_is_lazy_and_equals_the_whole(small_bpe):
-    taken = []
-
-    def lines():
-        for line in [SAMPLE + END_OF_TEXT] * 20:
-            taken.append(line)
-            yield line
-
-    ids = tokens.encode_iterable(small_bpe.encoding, lines())
-    first = next(ids)
-    assert len(taken) < 20
-    assert [first, *ids] == small_bpe.encoding.encode((SAMPLE + END_OF_TEXT) * 20, allowed_special="all")
 
 
 @pytest.mark.parametrize("bad", [-1, 5, 10**9])
@@ -514,9 +501,63 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"could not save .*: No space left on device; what was there before is kept"):
-        tokens.prepare(CorpusConfig(stories=20, vocab_size=300, seed=1, out=tmp_path / "c"))
+        tokens.prepare(CorpusConfig(stories=20, vocab_size=300, seed=1, out=tmp_path / "c", overwrite=True))
     assert {path.name: path.read_bytes() for path in config.folder.iterdir()} == before
     Corpus.load(config.folder)
+
+
+def test_a_corpus_is_not_overwritten_unasked(tmp_path):
+    """Neither by another source, at once, nor by other stories of the same source; the same corpus is made again."""
+    config = CorpusConfig(stories=20, vocab_size=300, out=tmp_path / "c")
+    tokens.prepare(config)
+    files = lambda: {path.name: path.read_bytes() for path in config.folder.iterdir()}  # noqa: E731
+    before = files()
+    (tmp_path / "t.txt").write_text("The cat sat on the mat. " * 20)
+    other = replace(config, corpus=str(tmp_path / "t.txt"), tokenizer="characters")
+    with pytest.raises(CorpusError, match=r"its corpus is 'stories', yours .*t\.txt'\): choose another --out, or --"):
+        tokens.prepare(other)
+    with pytest.raises(CorpusError, match="its train_tokens is"):
+        tokens.prepare(replace(config, seed=1))
+    assert files() == before
+    tokens.prepare(config)
+    assert files() == before
+    tokens.prepare(replace(other, overwrite=True))
+    assert files().keys() == {"meta.json", "encoding.json", "train.bin", "val.bin"}
+    assert Corpus.load(config.folder).encoding.name == "characters"
+    with checkpoint.locked(config.folder), pytest.raises(BlockingIOError, match="is in use"):
+        tokens.prepare(replace(other, overwrite=True))
+
+
+def test_a_corpus_whose_replacement_was_cut_short_is_the_new_one(tmp_path, monkeypatch):
+    """Killed after the journal, while files take their names: whoever opens the folder next finishes it."""
+    config = CorpusConfig(stories=20, vocab_size=300, out=tmp_path / "c")
+    tokens.prepare(config)
+    monkeypatch.setattr(checkpoint, "settle", lambda folder: None)
+    monkeypatch.setattr(Corpus, "load", lambda folder: None)
+    tokens.prepare(replace(config, seed=1, overwrite=True))
+    monkeypatch.undo()
+    os.replace(tmp_path / "c/train.bin.part", tmp_path / "c/train.bin")
+    corpus = Corpus.load(tmp_path / "c")
+    again = tokens.prepare(replace(config, seed=1, out=tmp_path / "again"))
+    assert (corpus.meta, [*corpus.train]) == (again.meta, [*again.train])
+    assert not list((tmp_path / "c").glob("*.part"))
+    assert not (tmp_path / "c" / checkpoint.JOURNAL).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "sentencepiece"}, "is of kind 'sentencepiece', expected bpe or characters"),
+        ({"special_tokens": None}, "does not describe an encoding: "),
+        ({"pattern": None}, "does not describe an encoding: "),
+    ],
+)
+def test_an_encoding_of_another_version_is_refused(small_bpe, tmp_path, change, message):
+    tokens.save_encoding(small_bpe.encoding, tmp_path)
+    file = tmp_path / "encoding.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(CorpusError, match=message):
+        tokens.load_encoding(tmp_path)
 
 
 def test_a_file_size_limit_stops_the_write_and_leaves_no_trace(tmp_path):

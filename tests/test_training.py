@@ -1,10 +1,12 @@
 """Training: the schedule, decay groups, accumulation, the windows, and runs that survive what can happen to them."""
 
+import contextlib
 import dataclasses
 import errno
 import json
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -24,8 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tformer_lib import tokens, training
 from tformer_lib.tokens import CorpusConfig
-from tformer_lib.training import IGNORED, Run, TrainingConfig
-from tformer_lib.transformer import Decoder, ModelConfig
+from tformer_lib.training import IGNORED, Run, TrainingConfig, machine
+from tformer_lib.transformer import Decoder, ModelConfig, label_smoothed_loss
 
 ROOT = Path(__file__).parent.parent
 TINY = training.llama_like(width=16, layers=1, heads=2, dropout=0.1)
@@ -392,7 +394,10 @@ def test_gaps_in_the_log_of_a_crash_are_closed(data, tmp_path):
     run = trained(tiny(data, tmp_path, steps=4))
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
-    assert Run.resume(tmp_path).history == run.history == training.read_metrics(tmp_path)
+    again = Run.resume(tmp_path)
+    assert again.history == run.history
+    again.train(quiet=True)
+    assert training.read_metrics(tmp_path) == run.history
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
@@ -516,9 +521,313 @@ def test_another_corpus_a_damaged_file_and_bare_weights_are_refused(data, tmp_pa
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     run = Run(tiny(data, tmp_path, average=0.0))
     nn.init.constant_(run.model.unembedding.weight, float("nan"))
-    with pytest.raises(FloatingPointError, match="the loss is nan at step"):
+    with pytest.raises(FloatingPointError, match="the validation loss is nan at step 0"):
         run.train(quiet=True)
     assert math.isinf(run.best)
+    assert training.read_metrics(tmp_path) == []
+    assert not run.checkpoint.exists()
+    assert not (tmp_path / "best.safetensors").exists()
+
+
+def spoil_weight(run: Run) -> None:
+    run.model.embedding.tokens.weight.data[3, 2] = float("nan")
+
+
+def spoil_average(run: Run) -> None:
+    run.average["embedding.tokens.weight"][3, 2] = float("inf")
+
+
+def spoil_optimizer(run: Run) -> None:
+    run.optimizer.state[run.model.embedding.tokens.weight]["exp_avg"][3, 2] = float("nan")
+
+
+def spoil_loss(run: Run) -> None:
+    run.last_loss = torch.tensor(float("inf"))
+
+
+SPOILT = [spoil_weight, spoil_average, spoil_optimizer, spoil_loss]
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+def test_nothing_that_is_not_finite_replaces_the_good_checkpoint(data, tmp_path, spoil):
+    run = trained(tiny(data, tmp_path, steps=2))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    spoil(run)
+    with pytest.raises(FloatingPointError, match=r"(is not saved, because|the loss is inf at step 2).*is kept"):
+        run.save()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert Run.resume(tmp_path).step == 2
+
+
+@pytest.mark.parametrize("signalled", [True, False])
+def test_a_run_that_left_the_finite_numbers_between_two_logs_is_not_saved(data, tmp_path, signalled):
+    """By Ctrl-C, or by a save interval that comes before the next log."""
+    run = trained(tiny(data, tmp_path, steps=2))
+    before = run.checkpoint.read_bytes()
+    run = Run.resume(tmp_path, steps=50, log_interval=1000, eval_interval=1000, save_interval=1000 if signalled else 5)
+    own = run.take_step
+
+    def diverging():
+        loss, norm = own()
+        if run.step == 4:
+            spoil_weight(run)
+        if signalled and run.step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return loss, norm
+
+    run.take_step = diverging
+    with pytest.raises(FloatingPointError, match="is kept"):
+        run.train(quiet=True)
+    assert run.step == (6 if signalled else 5)
+    assert run.checkpoint.read_bytes() == before
+
+
+def test_two_runs_in_one_folder_the_second_is_refused(data, tmp_path, capsys):
+    run = trained(tiny(data, tmp_path, steps=2))
+    first, second = Run.resume(tmp_path, steps=6), Run.resume(tmp_path, steps=6)
+    own, errors = first.take_step, []
+
+    def step():
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(BlockingIOError, match=f"{tmp_path} is in use: another process is writing to it"):
+            second.train(quiet=True)
+        errors.append(error_of(["resume", "--out", tmp_path, "--steps", 9], capsys))
+        errors.append(error_of(["train", "--data", data, "--out", tmp_path, "--context", 16], capsys))
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        return own()
+
+    first.take_step = step
+    assert first.train(quiet=True)
+    assert set(errors) == {f"error: {tmp_path} is in use: another process is writing to it"}
+    assert run.step == 2
+    assert Run.resume(tmp_path).step == 6
+
+
+CHANGES = {
+    "facts lack step": (lambda t, f: f.pop("step"), "is of another version: it lacks step"),
+    "facts lack best": (lambda t, f: f.pop("best"), "is of another version: it lacks best"),
+    "facts lack corpus": (lambda t, f: f.pop("corpus"), "is of another version: it lacks corpus"),
+    "facts lack random": (lambda t, f: f.pop("random"), "is of another version: it lacks random"),
+    "facts lack config": (lambda t, f: f.pop("config"), "is of another version: it lacks config"),
+    "config is a text": (lambda t, f: f.update(config="quick"), "config is no JSON object, but 'quick'"),
+    "config lacks model": (lambda t, f: f["config"].pop("model"), "config is of another version: it lacks model"),
+    "model lacks size": (
+        lambda t, f: f["config"]["model"].pop("vocab_size"),
+        "config.model is of another version: it lacks",
+    ),
+    "unknown setting": (
+        lambda t, f: f["config"].update(momentum=0.9),
+        "it has momentum, which is not known here",
+    ),
+    "unknown size": (lambda t, f: f["config"]["model"].update(teacher=1), "it has teacher, which is not"),
+    "wrong kind": (lambda t, f: f["config"].update(batch="many"), "config has a value of the wrong kind: "),
+    "no python": (lambda t, f: f["random"].pop("python"), "random is of another version: it lacks python"),
+    "odd numpy": (lambda t, f: f["random"].update(numpy=["PCG64", [1, 2], 3]), "has random states of another version"),
+    "no torch": (lambda t, f: t.pop("random.torch"), "is of another version: it lacks random.torch"),
+    "short torch": (lambda t, f: t.update({"random.torch": torch.zeros(3, dtype=torch.uint8)}), "random states of"),
+    "no average": (lambda t, f: t.pop("average.stack.final_norm.weight"), "it does not have stack.final_norm.weight"),
+    "no weight": (lambda t, f: t.pop("weights.stack.final_norm.weight"), "it does not have stack.final_norm.weight"),
+    "quantised": (
+        lambda t, f: t.update({"weights.stack.final_norm.weight": torch.ones(16, dtype=torch.int8)}),
+        "has stack.final_norm.weight in torch.int8: quantised weights cannot be read here",
+    ),
+    "no optimizer": (
+        lambda t, f: [t.pop(name) for name in list(t) if name.startswith("optimizer.")],
+        "it lacks the optimizer's state",
+    ),
+    "half an optimizer": (
+        lambda t, f: t.pop("optimizer.stack.final_norm.weight.exp_avg"),
+        "optimizer is of another configuration: it does not have stack.final_norm.weight.exp_avg",
+    ),
+    "another optimizer": (
+        lambda t, f: t.update({"optimizer.stack.final_norm.weight.momentum_buffer": torch.ones(16)}),
+        "it has, but the model has not, stack.final_norm.weight.momentum_buffer",
+    ),
+    "another model's": (
+        lambda t, f: t.update({"optimizer.head.exp_avg": torch.ones(16)}),
+        "it has, but the model has not, head.exp_avg",
+    ),
+    "another shape": (
+        lambda t, f: t.update({"optimizer.stack.final_norm.weight.exp_avg": torch.ones(17)}),
+        "stack.final_norm.weight.exp_avg is (17,), the model's is (16,)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(data, tmp_path, name, capsys):
+    change, expected = CHANGES[name]
+    run = trained(tiny(data, tmp_path, steps=2))
+    tensors, facts = training.read_tensors(run.checkpoint)
+    change(tensors, facts)
+    run.checkpoint.write_bytes(safetensors.torch.save(tensors, {"facts": json.dumps(facts)}))
+    assert expected in error_of(["resume", "--out", tmp_path, "--steps", 4], capsys)
+
+
+def test_weights_of_another_version_write_nothing(data, tmp_path, capsys):
+    trained(tiny(data, tmp_path, steps=2))
+    best = tmp_path / "best.safetensors"
+    tensors, facts = training.read_tensors(best)
+    tensors = {name: x.clone() for name, x in tensors.items()}  # off the file, which is written to
+    for change, expected in (
+        ({"beginning": None}, "lacks beginning"),
+        ({"config": None}, "lacks config"),
+        ({"config": {"model": {}}}, "config.model is of another version: it lacks vocab_size"),
+    ):
+        changed = {k: v for k, v in (facts | change).items() if v is not None}
+        best.write_bytes(safetensors.torch.save(tensors, {"facts": json.dumps(changed)}))
+        assert expected in error_of(["sample", "--out", tmp_path], capsys)
+
+
+def test_a_terminal_that_closes_does_not_lose_the_run(data, tmp_path):
+    """SIGHUP comes, twice, and nothing more can be written to the terminal: the run is saved all the same."""
+    pty = pytest.importorskip("pty")
+    flags = {"data": data, "steps": 100000, "batch": 2, "context": 16, "warmup": 3, "eval-interval": 50000}
+    flags |= {"save-interval": 50000, "sample-tokens": 0, "eval-windows": 2, "device": "cpu", "out": tmp_path / "run"}
+    flags |= {"model.width": 16, "model.layers": 1, "model.heads": 2}
+    command = [sys.executable, "-m", "tformer_lib.training", "train", *(f"--{k}={v}" for k, v in flags.items())]
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, command)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while len(training.read_metrics(metrics)) < 3 and os.waitpid(process, os.WNOHANG)[0] == 0:
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 1 << 16)
+    os.close(terminal)  # the system sends SIGHUP to whoever runs in it; a shell would send another
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGHUP)
+    os.waitpid(process, 0)
+    run = Run.resume(tmp_path / "run")
+    assert run.step >= 10
+    run.take_step()
+
+
+def test_what_was_ignored_stays_ignored():
+    """Under nohup a hang-up is ignored, and a run goes on."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with machine.interrupts() as heard:
+            signal.raise_signal(signal.SIGHUP)
+            assert heard == []
+            signal.raise_signal(signal.SIGTERM)
+            assert heard == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with machine.interrupts() as heard:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert heard == [signal.SIGHUP] * 3 + [signal.SIGINT]
+
+
+# --- what is lent is given back -----------------------------------------------------------------------------------
+
+
+def test_a_models_own_weights_and_modes_come_back_on_every_way_out(data, tmp_path):
+    run = Run(tiny(data, tmp_path))
+    run.start()
+    for _ in range(3):
+        run.take_step()
+    own = training.weights_of(run.model, copy=True)
+    run.model.stack.blocks[0].eval()  # a frozen part keeps its mode
+    modes = {name: module.training for name, module in run.model.named_modules()}
+    assert len(set(modes.values())) == 2
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    handle = run.model.unembedding.register_forward_hook(fail)
+    for call in (
+        run.evaluate,
+        run.sample,
+        lambda: training.evaluate(run.model, run.val_inputs, run.val_targets),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            call()
+        assert all(torch.equal(own[n], p) for n, p in training.weights_of(run.model).items())
+        assert {name: module.training for name, module in run.model.named_modules()} == modes
+    handle.remove()
+    run.evaluate()
+    assert {name: module.training for name, module in run.model.named_modules()} == modes
+
+
+# --- precision ----------------------------------------------------------------------------------------------------
+
+
+class Scores(nn.Module):
+    """A model whose logits are its parameter."""
+
+    def __init__(self, logits: torch.Tensor):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.logits[inputs]
+
+
+def losses() -> dict:
+    """Each loss as a function of logits (12, 7), its rows being the places, with two that do not count."""
+    targets = torch.tensor([[0, 1, 2, 3], [4, IGNORED, 6, 0], [1, 2, 3, IGNORED]])
+    inputs = torch.arange(12).view(3, 4)
+
+    def accumulated(logits: torch.Tensor, pieces: int = 3) -> torch.Tensor:
+        model = Scores(logits.detach())
+        return training.accumulate_gradient(lambda x, y: training.next_token_loss(model, x, y), inputs, targets, pieces)
+
+    return {
+        "next_token": lambda x: training.next_token_loss(lambda i: x[i], inputs, targets),
+        "label_smoothed": lambda x: label_smoothed_loss(x, targets.flatten(), smoothing=0.1, ignore_index=IGNORED),
+        "accumulated": accumulated,
+    }
+
+
+@pytest.mark.parametrize("name", losses())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_losses_are_computed_in_float32_or_better(name, dtype):
+    """Against float64 on the same rounded logits: an error of the accumulation's precision, not of the inputs'."""
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(12, 7, dtype=torch.float64)).to(dtype)
+    loss = losses()[name]
+    found, expected = loss(logits), loss(logits.double())
+    promised = torch.promote_types(dtype, torch.float32)
+    assert found.dtype == promised
+    targets = torch.tensor([0, 1, 2, 3, 4, 0, 6, 0, 1, 2, 3, 0])
+    log_p = logits.double().log_softmax(-1)
+    counted = torch.tensor([i for i in range(12) if i not in (5, 11)])
+    exact = -log_p[counted, targets[counted]].mean()
+    if name == "label_smoothed":
+        exact = 0.9 * exact - 0.1 * log_p[counted].mean()
+    assert abs(expected - exact) < 1e-14
+    assert abs(found - exact) < 8 * torch.finfo(promised).eps
+
+
+def test_gradients_of_losses_are_exact_in_float64():
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(12, 7, dtype=torch.float64)).requires_grad_()
+    for name in ("next_token", "label_smoothed"):
+        assert torch.autograd.gradcheck(losses()[name], logits)
+    inputs, targets = torch.arange(12).view(3, 4), torch.randint(0, 7, (3, 4))
+    targets[1, 2:] = IGNORED
+    model = Scores(logits.detach())
+    loss = training.next_token_loss(model, inputs, targets)
+    whole = torch.autograd.grad(loss, model.logits)[0]
+    total = training.accumulate_gradient(lambda x, y: training.next_token_loss(model, x, y), inputs, targets, 3)
+    assert abs(total - loss) < 1e-14
+    torch.testing.assert_close(model.logits.grad, whole, atol=1e-15, rtol=1e-13)
+
+
+def test_an_evaluation_skips_batches_that_do_not_count():
+    torch.manual_seed(0)
+    model, inputs = Scores(torch.randn(12, 7, dtype=torch.float64)), torch.arange(12).view(3, 4)
+    targets = torch.randint(0, 7, (3, 4))
+    targets[2] = IGNORED
+    assert training.evaluate(model, inputs, targets, batch=1) == pytest.approx(
+        training.next_token_loss(model, inputs, targets).item(), rel=1e-13
+    )
 
 
 # --- from end to end ----------------------------------------------------------------------------------------------

@@ -4,19 +4,29 @@
   cut short.
 - :func:`save_weights`, :func:`read_tensors` and :func:`load_weights` keep tensors as safetensors, with facts about them
   (JSON) in the file's metadata. Nothing here is pickled.
-- :func:`read_metrics` reads the log of a training run.
+- :func:`build` makes settings of what a file says, and names what is missing or unknown.
+- :func:`locked` keeps a folder for one process; :func:`read_metrics` reads the log of a training run.
 """
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+try:
+    import fcntl
+except ImportError:  # native Windows, where folders are not locked
+    fcntl = None
+
+Settings = TypeVar("Settings")
 
 JOURNAL = ".replacing.json"
 """The file of a folder that lists which files are about to take their names, while several do."""
@@ -32,7 +42,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         replace_file(path, data)
 
 
-def write_together(folder: Path, contents: dict[str, bytes]) -> None:
+def write_together(folder: Path, contents: dict[str, bytes], *, without: Iterable[str] = ()) -> None:
     """Write several files so that after a kill at any moment the folder holds all of the old ones or all of the new.
 
     Each file is complete under another name before the journal, which lists them all, is written in one step. From then
@@ -41,6 +51,7 @@ def write_together(folder: Path, contents: dict[str, bytes]) -> None:
     Args:
         folder: made if it is not there.
         contents: name -> bytes; other files of the folder are left alone.
+        without: names of files to remove with the old ones, if they are there.
 
     Raises:
         OSError: if the disk is full, or the folder may not be written; what was there before is as it was.
@@ -50,7 +61,7 @@ def write_together(folder: Path, contents: dict[str, bytes]) -> None:
         settle(folder)
         for name, data in contents.items():
             write_part(folder / name, data)
-        replace_file(folder / JOURNAL, json.dumps(list(contents)).encode())
+        replace_file(folder / JOURNAL, json.dumps({"written": list(contents), "removed": list(without)}).encode())
     settle(folder)
 
 
@@ -59,9 +70,13 @@ def settle(folder: Path) -> None:
     journal = folder / JOURNAL
     if not journal.exists():
         return
-    for name in json.loads(journal.read_text()):
-        with contextlib.suppress(FileNotFoundError):  # this one has its name already
-            os.replace(part_of(folder / name), folder / name)
+    with contextlib.suppress(FileNotFoundError):  # somebody else settled it just now
+        steps = json.loads(journal.read_text())
+        for name in steps["written"]:
+            with contextlib.suppress(FileNotFoundError):  # this one has its name already
+                os.replace(part_of(folder / name), folder / name)
+        for name in steps["removed"]:
+            (folder / name).unlink(missing_ok=True)
     sync_folder(folder)
     journal.unlink(missing_ok=True)
 
@@ -109,6 +124,30 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder for whoever is inside, until the block ends or the process dies; its files are not locked.
+
+    Raises:
+        BlockingIOError: somebody else is inside, in this process or another.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise BlockingIOError(f"{folder} is in use: another process is writing to it") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def weights_of(model: nn.Module, *, copy: bool = False) -> dict[str, Tensor]:
     """The parameters by name, or copies of them; a tied one once, under its first name."""
     return {name: p.detach().clone() if copy else p.detach() for name, p in model.named_parameters()}
@@ -119,25 +158,70 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str = "th
     """Copy weights into the model.
 
     Raises:
-        ValueError: if names or shapes are not the model's; the message names the first that differs, and the model is
-            as it was.
+        ValueError: if names or shapes are not the model's, or numbers are quantised; the message names the first that
+            differs, and the model is as it was.
     """
     ours = weights_of(model)
-    for name in [*ours, *weights]:
-        if name not in weights or name not in ours:
-            where = "does not have" if name not in weights else "has, but the model has not,"
-            raise ValueError(f"{source} is of another configuration: it {where} {name}")
-        if weights[name].shape != ours[name].shape:
-            theirs, expected = tuple(weights[name].shape), tuple(ours[name].shape)
-            raise ValueError(f"{source} is of another configuration: {name} is {theirs}, the model's is {expected}")
+    check_not_quantised(weights, source)
+    check_like(weights, ours, source)
     for name, parameter in ours.items():
         parameter.copy_(weights[name])
 
 
+def check_like(theirs: dict[str, Tensor], ours: dict[str, Tensor], source: str) -> None:
+    """Refuse tensors whose names or shapes are not ours.
+
+    Raises:
+        ValueError: the message names the first that differs.
+    """
+    for name in [*ours, *theirs]:
+        if name not in theirs or name not in ours:
+            where = "does not have" if name not in theirs else "has, but the model has not,"
+            raise ValueError(f"{source} is of another configuration: it {where} {name}")
+        if theirs[name].shape != ours[name].shape:
+            there, expected = tuple(theirs[name].shape), tuple(ours[name].shape)
+            raise ValueError(f"{source} is of another configuration: {name} is {there}, the model's is {expected}")
+
+
+def check_not_quantised(weights: dict[str, Tensor], source: str) -> None:
+    """Refuse weights of integers or of 8 bits: they mean something only with the scales that they were made with.
+
+    Raises:
+        ValueError: the message names the first and its dtype.
+    """
+    for name, x in weights.items():
+        if not x.is_floating_point() or x.element_size() < 2:
+            raise ValueError(f"{source} has {name} in {x.dtype}: quantised weights cannot be read here")
+
+
 def save_weights(path: Path, model: nn.Module, facts: dict) -> None:
-    """Write the model's weights as float32 safetensors, with facts (JSON) in the file's metadata, atomically."""
-    tensors = {name: p.float().contiguous() for name, p in weights_of(model).items()}
-    write_atomically(path, safetensors.torch.save(tensors, {"facts": json.dumps(facts)}))
+    """Write the model's weights as float32 safetensors, with facts (JSON) in the file's metadata, atomically.
+
+    Raises:
+        FloatingPointError: if a weight is not finite; what was there before stays.
+        OSError: if the file cannot be written; what was there before stays.
+    """
+    save_tensors(path, {name: p.float() for name, p in weights_of(model).items()}, facts)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict) -> None:
+    """Write tensors as safetensors, with facts (JSON) in the file's metadata, atomically.
+
+    Raises:
+        FloatingPointError: if a number is not finite, so that nothing could go on from it; what was there before stays.
+        OSError: if the file cannot be written; what was there before stays.
+    """
+    for name, x in tensors.items():
+        if x.is_floating_point() and not x.isfinite().all():
+            kept = "; what was there before is kept" if path.exists() else ""
+            raise FloatingPointError(f"{path} is not saved, because {name} holds {not_finite(x)}{kept}")
+    data = safetensors.torch.save({k: x.contiguous() for k, x in tensors.items()}, {"facts": json.dumps(facts)})
+    write_atomically(path, data)
+
+
+def not_finite(x: Tensor) -> str:
+    """What a tensor with numbers that are not finite holds, in words: "3 of 8 numbers that are NaN or infinite"."""
+    return f"{int((~x.isfinite()).sum()):,} of {x.numel():,} numbers that are NaN or infinite"
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -145,16 +229,60 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no whole safetensors file.
+        ValueError: if it is no whole safetensors file, or its facts are no JSON object.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            return tensors, json.loads((file.metadata() or {}).get("facts", "{}"))
+            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} has facts that are no JSON object, but {facts!r:.40}")
+    return tensors, facts
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+
+def require(values: dict, names: set[str], source: str) -> None:
+    """Refuse what lacks a key.
+
+    Raises:
+        ValueError: the message names all that are missing.
+    """
+    if missing := names - values.keys():
+        raise ValueError(f"{source} is of another version: it lacks {', '.join(sorted(missing))}")
+
+
+def build(kind: type[Settings], values: dict, source: str) -> Settings:
+    """A dataclass from the values that a file holds of it. A field that has a default may be missing.
+
+    Args:
+        kind: the dataclass.
+        values: field -> value.
+        source: what an error calls the file.
+
+    Raises:
+        ValueError: a field is missing or unknown, or has a value that makes no sense; the message says which.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} is no JSON object, but {values!r:.40}")
+    names = {field.name for field in fields(kind)}
+    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    require(values, needed, source)
+    if unknown := values.keys() - names:
+        raise ValueError(
+            f"{source} is of another version: it has {', '.join(sorted(unknown))}, which is not known here"
+        )
+    try:
+        return kind(**values)
+    except TypeError as error:  # a text where a number belongs
+        raise ValueError(f"{source} has a value of the wrong kind: {error}") from error
 
 
 def read_metrics(out: str | Path) -> list[dict]:
@@ -162,7 +290,7 @@ def read_metrics(out: str | Path) -> list[dict]:
     path = Path(out)
     path = path / "metrics.jsonl" if path.is_dir() else path
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:  # U+2028 may stand in a text
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
-    return lines
+    return [line for line in lines if isinstance(line, dict)]

@@ -147,9 +147,9 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         sampling: the rules; the temperature must be above 0.
 
     Returns:
-        (batch, vocab_size) float64.
+        (batch, vocab_size) float64; temperature and rules are applied in float32, or in float64 for float64 logits.
     """
-    logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     coldest = torch.finfo(logits.dtype).tiny  # colder, and a quotient is 0 / 0
     logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, coldest)  # at most 0: no overflow
     if sampling.top_k is not None:

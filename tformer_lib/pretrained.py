@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tformer_lib.checkpoint import load_weights, read_metrics, read_tensors
+from tformer_lib.checkpoint import build, check_not_quantised, load_weights, read_metrics, read_tensors, require
 from tformer_lib.tokens import Encoding, load_encoding
 from tformer_lib.transformer import Decoder, ModelConfig
 
@@ -54,7 +54,8 @@ def load(name: str | Path = "stories", *, device: torch.device | str = "cpu") ->
     place = folder(name)
     file = place / ("model.safetensors" if name in names() else "best.safetensors")
     weights, facts = read_tensors(file)
-    model = Decoder(ModelConfig(**facts["config"]["model"]))
+    require(facts, {"config"}, str(file))
+    model = Decoder(build(ModelConfig, facts["config"]["model"], f"{place.name}/{file.name}"))
     load_weights(model, weights, f"{place.name}/{file.name}")
     return model.to(device).eval(), load_encoding(place)
 
@@ -84,7 +85,7 @@ def from_folder(path: Path | str, *, dtype: torch.dtype = torch.float32) -> Deco
         ValueError: if the model is of a kind that is not built here, or its weights do not fit its configuration.
     """
     path = Path(path)
-    config = json.loads((path / "config.json").read_text())
+    config = read_config(path / "config.json")
     kind = config.get("model_type")
     if kind not in READERS:
         raise ValueError(f"{path} holds a model of type {kind!r}; {' and '.join(READERS)} can be read")
@@ -95,6 +96,27 @@ def from_folder(path: Path | str, *, dtype: torch.dtype = torch.float32) -> Deco
     for file in files:
         weights |= read_tensors(file)[0]
     return READERS[kind](weights, config, dtype=dtype)
+
+
+def read_config(path: Path) -> dict:
+    """A ``config.json``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no JSON object, or says that the weights are quantised.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no JSON object, but {config!r:.40}")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "a method that it does not name")
+        raise ValueError(f"{path} says that the weights are quantised ({method}), which cannot be read here")
+    return config
 
 
 def from_gpt2(weights: dict[str, Tensor], config: dict, *, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -112,8 +134,14 @@ def from_gpt2(weights: dict[str, Tensor], config: dict, *, dtype: torch.dtype = 
     """
     refuse(
         config,
-        {"activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True},
+        {
+            "activation_function": "gelu_new",
+            "add_cross_attention": False,
+            "scale_attn_by_inverse_layer_idx": False,
+            "scale_attn_weights": True,
+        },
     )
+    require(config, {"vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon"}, "config.json")
     weights = {name.removeprefix("transformer."): x for name, x in weights.items()}
     ours = {
         "embedding.tokens.weight": pull(weights, "wte.weight"),
@@ -172,7 +200,9 @@ def from_llama(weights: dict[str, Tensor], config: dict, *, dtype: torch.dtype =
     Raises:
         ValueError: if a tensor is missing, left over or of another shape, or the config asks for what is not here.
     """
-    refuse(config, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
+    expected = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    refuse(config, expected | {"sliding_window": None, "partial_rotary_factor": 1.0})
+    require(config, LLAMA_KEYS, "config.json")
     weights = dict(weights)
     ours = {"embedding.tokens.weight": pull(weights, "model.embed_tokens.weight")}
     ours["stack.final_norm.weight"] = pull(weights, "model.norm.weight")
@@ -212,6 +242,17 @@ def llama_config(config: dict) -> ModelConfig:
         bias=False,
     )
 
+
+LLAMA_KEYS = {
+    "vocab_size",
+    "max_position_embeddings",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "rms_norm_eps",
+}
+"""What a Llama's ``config.json`` must say."""
 
 LLAMA_NAMES = {
     "self_attn.q_proj": "attention.q_proj",
@@ -265,6 +306,7 @@ def refuse_leftover(weights: dict[str, Tensor]) -> None:
 
 def assemble(config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> Decoder:
     """A decoder of this config with these weights, which are put into place and not copied twice."""
+    check_not_quantised(weights, "the checkpoint")
     with torch.device("meta"):
         model = Decoder(config)
     expected = {name: p.shape for name, p in model.named_parameters()}

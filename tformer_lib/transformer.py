@@ -530,6 +530,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def label_smoothed_loss(logits: Tensor, targets: Tensor, *, smoothing: float = 0.1, ignore_index: int = -100) -> Tensor:
     """Cross-entropy against a target that keeps ``1 - smoothing`` for the right token and spreads the rest evenly.
 
+    It is computed in float32, or in float64 for float64 logits.
+
     Args:
         logits: (..., vocab_size).
         targets: (...) int64; places that hold ``ignore_index`` do not count.
@@ -543,7 +545,7 @@ def label_smoothed_loss(logits: Tensor, targets: Tensor, *, smoothing: float = 0
     """
     if not 0 <= smoothing <= 1:
         raise ValueError(f"smoothing must be in [0, 1], got {smoothing}")
-    flat = logits.reshape(-1, logits.shape[-1]).float()
+    flat = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(flat, targets.reshape(-1), label_smoothing=smoothing, ignore_index=ignore_index)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tformer_lib import stories as grammar
-from tformer_lib.checkpoint import write_together
+from tformer_lib.checkpoint import locked, settle, write_atomically, write_together
 from tformer_lib.stories import stories
 from tformer_lib.tokens.bpe import END_OF_TEXT, train_bpe
 from tformer_lib.tokens.encoding import (
@@ -27,6 +27,7 @@ from tformer_lib.tokens.files import CorpusError, download, read_json, read_text
 SHAKESPEARE_ADDRESS = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 FORMAT = "tformer corpus 1"
+ENCODING_FILES = {"encoding.json", "encoding.tiktoken"}
 
 
 def shakespeare() -> str:
@@ -34,7 +35,8 @@ def shakespeare() -> str:
     place = Path(os.environ.get("TFORMER_DATA", "data")) / "tinyshakespeare.txt"
     if not place.exists():
         data = download(SHAKESPEARE_ADDRESS, SHAKESPEARE_SHA256, otherwise=f"put a copy of it at {place}")
-        write_together(place.parent, {place.name: data})
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, data)
     text = read_text(place)
     if sha256_of(text.encode()) != SHAKESPEARE_SHA256:
         raise CorpusError(f"{place} is not the char-rnn Shakespeare (SHA-256 {SHAKESPEARE_SHA256}); move it away")
@@ -59,6 +61,8 @@ class CorpusConfig:
     """For stories: which ones."""
     val_fraction: float = 0.1
     """The size of the validation split: of the text's characters, or in addition to the training stories."""
+    overwrite: bool = False
+    """Replace another corpus that the folder holds."""
 
     @property
     def folder(self) -> Path:
@@ -109,6 +113,7 @@ class Corpus:
     def load(cls, folder: str | Path) -> "Corpus":
         """Open the corpus in ``folder``; CorpusError names the file that is missing, truncated, changed or foreign."""
         folder = Path(folder)
+        settle(folder)
         meta = read_meta(folder)
         encoding = load_encoding(folder)
         if encoding.n_vocab != meta.vocab_size:
@@ -153,9 +158,12 @@ def open_ids(path: Path, meta: Meta) -> np.memmap:
 def prepare(config: CorpusConfig) -> Corpus:
     """Write the corpus that ``config`` asks for, and open it. Nothing is written unless all of it can be.
 
+    A corpus that the folder holds already is replaced as one, and only where ``config.overwrite`` says so.
+
     A corpus of stories begins with the end-of-text token, and each story ends with one. So every token but the first is
     a prediction whose probability the grammar knows.
     """
+    check_place(config, corpus=config.corpus, tokenizer=config.tokenizer)
     train, val, floor = split_corpus(config)
     encoding = make_encoding(config, train, val)
     dtype = np.dtype("uint16" if encoding.n_vocab <= 1 << 16 else "uint32")
@@ -174,8 +182,29 @@ def prepare(config: CorpusConfig) -> Corpus:
         entropy_nats_per_story=None if floor is None else grammar.entropy(),
         sha256={name: sha256_of(data) for name, data in bins.items()},
     )
-    write_together(config.folder, {**bins, **encoding_files(encoding), "meta.json": to_json(asdict(meta))})
+    contents = {**bins, **encoding_files(encoding), "meta.json": to_json(asdict(meta))}
+    config.folder.mkdir(parents=True, exist_ok=True)
+    with locked(config.folder):
+        check_place(config, **asdict(meta))
+        write_together(config.folder, contents, without=ENCODING_FILES - contents.keys())
     return Corpus.load(config.folder)
+
+
+def check_place(config: CorpusConfig, **facts) -> None:
+    """Refuse a folder that holds a corpus of which other facts are true, unless it may be overwritten.
+
+    Raises:
+        CorpusError: the message names the first fact that differs.
+    """
+    settle(config.folder)
+    path = config.folder / "meta.json"
+    if config.overwrite or not path.exists():
+        return
+    theirs = read_json(path)
+    for name, value in facts.items():
+        if theirs.get(name) != value:
+            there = f"its {name} is {theirs.get(name)!r}, yours {value!r}"
+            raise CorpusError(f"{config.folder} holds another corpus ({there}): choose another --out, or --overwrite")
 
 
 def split_corpus(config: CorpusConfig) -> tuple[str, str, float | None]:

@@ -12,7 +12,7 @@ from typing import Literal
 import regex
 import tiktoken
 
-from tformer_lib.checkpoint import write_together
+from tformer_lib.checkpoint import settle, write_together
 from tformer_lib.tokens.bpe import END_OF_TEXT, single_bytes, split_special
 from tformer_lib.tokens.files import CorpusError, download, read_json, read_text, sha256_of, to_json
 
@@ -54,18 +54,12 @@ def encode_special(encoding: "Encoding", text: str) -> list[int]:
     return ids
 
 
-def encode_iterable(encoding: "Encoding", texts: Iterable[str]) -> Iterator[int]:
-    """``encode_special`` of the joined ``texts`` (say, of an open file), lazily: memory holds a piece of it only."""
-    for piece in pieces(texts, special_tokens=encoding.special_tokens_set):
-        yield from encode_special(encoding, piece)
-
-
 def pieces(texts: Iterable[str], size: int = 1 << 16, special_tokens: Iterable[str] = ()) -> Iterator[str]:
     """The joined ``texts`` in pieces of ``size`` characters or a little more, cut where tokens cannot reach across.
 
     Such a place is between a letter and a space that a letter follows, or after a line's end between two lines that
-    are not blank: both patterns end a pre-token there, always. It is not inside a special token. Where a text has no
-    such place, the piece is as long as the text.
+    are not blank: the patterns of GPT-2 and GPT-4 end a pre-token there, always, and so do characters; other patterns
+    need not. It is not inside a special token. Where a text has no such place, the piece is as long as the text.
     """
     safe_cut = regex.compile(SAFE_CUT + not_inside(special_tokens))
     held, length, enough = [], 0, size
@@ -221,16 +215,21 @@ def encoding_files(encoding: Encoding) -> dict[str, bytes]:
 def load_encoding(folder: str | Path) -> Encoding:
     """The encoding that ``save_encoding`` saved in ``folder``; CorpusError where its files are not what was saved."""
     folder = Path(folder)
+    settle(folder)
     facts = read_json(folder / "encoding.json")
     try:
         if facts["kind"] == "characters":
             return CharEncoding(facts["alphabet"], facts["special_tokens"])
+        if facts["kind"] != "bpe":
+            raise CorpusError(f"{folder / 'encoding.json'} is of kind {facts['kind']!r}, expected bpe or characters")
         ranks = read_ranks(folder / "encoding.tiktoken", facts["sha256"])
         return tiktoken.Encoding(
             facts["name"], pat_str=facts["pattern"], mergeable_ranks=ranks, special_tokens=facts["special_tokens"]
         )
     except KeyError as error:
         raise CorpusError(f"{folder / 'encoding.json'} does not describe an encoding: {error} is missing") from None
+    except (AttributeError, TypeError) as error:  # of a value of the wrong kind
+        raise CorpusError(f"{folder / 'encoding.json'} does not describe an encoding: {error}") from None
 
 
 def read_ranks(path: str | Path, sha256: str | None = None) -> dict[bytes, int]:

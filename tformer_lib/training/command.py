@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from tformer_lib import command_line
-from tformer_lib.checkpoint import load_weights, read_tensors
+from tformer_lib.checkpoint import load_weights, read_tensors, require
 from tformer_lib.tokens import load_encoding
 from tformer_lib.training.config import PRESETS, TrainingConfig, config_from_dict, preset
 from tformer_lib.training.machine import pick_device
@@ -65,7 +65,7 @@ def command_resume(command: Resume) -> int:
 
 
 def train_and_tell(run: Run) -> int:
-    """Train, say where things are, and return the exit status: 130 after Ctrl-C, as a shell expects."""
+    """Train, say where things are, and return the exit status: 128 and the signal's number where one stopped it."""
     config = run.config
     print(
         f"{count_parameters(run.model):,} parameters on {run.device}, {config.batch * config.context:,} tokens a step, "
@@ -75,15 +75,17 @@ def train_and_tell(run: Run) -> int:
     floor = "" if run.floor is None else f" (the entropy of the text is {run.floor:.4f})"
     print(f"{'finished' if finished else 'stopped'} at step {run.step}, best validation loss {run.best:.4f}{floor}")
     print(f"next: python -m tformer_lib.training {'sample' if finished else 'resume'} --out {run.out}")
-    return 0 if finished else 130
+    return 0 if finished else 128 + run.stopped_by
 
 
 def command_sample(command: Sample) -> int:
     """Write a text."""
-    weights, facts = read_tensors(Path(command.out) / "best.safetensors")
+    source = Path(command.out) / "best.safetensors"
+    weights, facts = read_tensors(source)
+    require(facts, {"config", "beginning"}, str(source))
     encoding = load_encoding(command.out)
-    model = Decoder(config_from_dict(facts["config"]).model)
-    load_weights(model, weights, f"{command.out}/best.safetensors")
+    model = Decoder(config_from_dict(facts["config"], f"{source}: config").model)
+    load_weights(model, weights, str(source))
     model.to(pick_device(command.device)).eval()
     prompt = facts["beginning"] + encoding.encode(command.prompt, disallowed_special=())
     options = {"temperature": command.temperature, "top_k": command.top_k, "seed": command.seed}

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from tformer_lib.checkpoint import build
 from tformer_lib.transformer import ModelConfig
 
 
@@ -144,9 +145,14 @@ def preset(name: str, **changes) -> TrainingConfig:
     return replace(PRESETS[name], **changes)
 
 
-def config_from_dict(values: dict) -> TrainingConfig:
-    """The inverse of ``dataclasses.asdict``: what ``config.json`` and a checkpoint hold."""
-    return TrainingConfig(**{**values, "model": ModelConfig(**values["model"])})
+def config_from_dict(values: dict, source: str = "config") -> TrainingConfig:
+    """The inverse of ``dataclasses.asdict``: what ``config.json`` and a checkpoint hold.
+
+    Raises:
+        ValueError: a setting is missing or unknown, or makes no sense; the message says which.
+    """
+    config = build(TrainingConfig, values, source)
+    return replace(config, model=build(ModelConfig, values["model"], f"{source}.model"))
 
 
 def difference(theirs: dict, ours: dict) -> str:
@@ -155,8 +161,9 @@ def difference(theirs: dict, ours: dict) -> str:
         if theirs.get(field.name) == ours[field.name]:
             continue
         if isinstance(ours[field.name], dict) and isinstance(theirs.get(field.name), dict):
-            key = next(k for k, v in ours[field.name].items() if theirs[field.name].get(k) != v)
-            there, here = theirs[field.name].get(key), ours[field.name][key]
+            keys = ours[field.name] | theirs[field.name]
+            key = next(k for k in keys if theirs[field.name].get(k) != ours[field.name].get(k))
+            there, here = theirs[field.name].get(key), ours[field.name].get(key)
             return f"its {field.name}.{key} is {there!r}, yours is {here!r}; choose another --out"
         return f"its {field.name} is {theirs.get(field.name)!r}, yours is {ours[field.name]!r}; choose another --out"
     return "it has the same settings: resume it, or choose another --out"

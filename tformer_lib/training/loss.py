@@ -5,13 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tformer_lib.training.data import IGNORED
-from tformer_lib.transformer import ModelConfig
+from tformer_lib.transformer import ModelConfig, evaluating
 
 # One step
 
 
 def next_token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of the targets, in nats.
+    """Mean cross-entropy of the targets, in nats; computed in float32, or in float64 for float64 logits.
 
     Args:
         model: tokens (batch, T) to logits (batch, T, vocab_size).
@@ -19,7 +19,8 @@ def next_token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor
         targets: (batch, T) int64; ``IGNORED`` ones do not count.
     """
     logits = model(inputs)  # (batch, T, vocab_size)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
 def accumulate_gradient(loss_of, inputs: Tensor, targets: Tensor, pieces: int) -> Tensor:
@@ -36,25 +37,27 @@ def accumulate_gradient(loss_of, inputs: Tensor, targets: Tensor, pieces: int) -
         pieces: how many micro-batches, at most ``batch``.
 
     Returns:
-        The mean loss of the batch, in nats.
+        The mean loss of the batch, in nats, of the dtype that ``loss_of`` returns.
 
     Raises:
         ValueError: if the batch has fewer windows than pieces.
     """
     if not 1 <= pieces <= len(inputs):
         raise ValueError(f"a batch of {len(inputs)} windows cannot be cut into {pieces} micro-batches")
-    total, all_counted = torch.zeros((), device=inputs.device), (targets != IGNORED).sum()
+    total, all_counted = 0.0, (targets != IGNORED).sum()
     for x, y in zip(inputs.tensor_split(pieces), targets.tensor_split(pieces), strict=True):
         counted = (y != IGNORED).sum()  # stays on the device: nothing waits for it
-        loss = torch.where(counted > 0, loss_of(x, y), 0.0) * (counted / all_counted)  # a mean over nothing is NaN
+        loss = loss_of(x, y)
+        share = counted.to(loss.dtype) / all_counted
+        loss = torch.where(counted > 0, loss, 0.0) * share  # a mean over nothing is NaN
         loss.backward()
-        total += loss.detach()
+        total = total + loss.detach()
     return total
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, inputs: Tensor, targets: Tensor, *, batch: int = 64) -> float:
-    """Mean loss in nats over all targets that count, without dropout.
+    """Mean loss in nats over all targets that count, without dropout, added up in float64.
 
     Args:
         model: tokens (batch, T) to logits (batch, T, vocab_size).
@@ -62,16 +65,12 @@ def evaluate(model: nn.Module, inputs: Tensor, targets: Tensor, *, batch: int = 
         targets: (windows, T) int64.
         batch: windows read at once.
     """
-    was_training = model.training
-    model.eval()
     total = torch.zeros((), dtype=torch.float64, device=inputs.device)
-    for x, y in zip(inputs.split(batch), targets.split(batch), strict=True):
-        total += next_token_loss(model, x, y).double() * (y != IGNORED).sum()
-    model.train(was_training)
+    with evaluating(model):
+        for x, y in zip(inputs.split(batch), targets.split(batch), strict=True):
+            counted = (y != IGNORED).sum()
+            total += torch.where(counted > 0, next_token_loss(model, x, y).double() * counted, 0.0)
     return (total / (targets != IGNORED).sum()).item()
-
-
-# What it costs
 
 
 def estimate_flops_per_token(config: ModelConfig, context: int | None = None) -> float:

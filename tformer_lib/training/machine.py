@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""The signals that ask a run to stop."""
+
 
 def random_states() -> tuple[dict[str, Tensor], dict]:
     """The states of torch's generators as tensors, of numpy's and Python's as JSON."""
@@ -37,26 +40,32 @@ def restore_random_states(tensors: dict[str, Tensor], facts: dict) -> None:
 def interrupts() -> Iterator[list[int]]:
     """Collect the first Ctrl-C (or SIGTERM) in a list, instead of raising in the middle of a step; a second one raises.
 
-    Outside the main thread, where Python hears no signals, the list stays empty.
+    SIGHUP is collected too, as often as it comes: a terminal that closes may send it twice. A signal that was ignored
+    before (nohup) stays ignored. Outside the main thread, where Python hears no signals, the list stays empty.
     """
     heard: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield heard
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
 
     def hear(number: int, _frame) -> None:
         heard.append(number)
-        for known, handler in before.items():
-            signal.signal(known, handler)
+        if number in (signal.SIGINT, signal.SIGTERM):
+            give_back(signal.SIGINT, signal.SIGTERM)
+
+    def give_back(*numbers: int) -> None:
+        for number in numbers:
+            if number in before:
+                signal.signal(number, before[number])
 
     for number in before:
         signal.signal(number, hear)
     try:
         yield heard
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        give_back(*before)
 
 
 def pick_device(name: str) -> torch.device:

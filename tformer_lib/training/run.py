@@ -8,12 +8,23 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tformer_lib.checkpoint import load_weights, read_metrics, read_tensors, save_weights, weights_of, write_atomically
+from tformer_lib.checkpoint import (
+    check_like,
+    load_weights,
+    locked,
+    part,
+    read_metrics,
+    read_tensors,
+    require,
+    save_tensors,
+    save_weights,
+    weights_of,
+    write_atomically,
+)
 from tformer_lib.generation import generate
 from tformer_lib.tokens import END_OF_TEXT, Corpus, Encoding, save_encoding
 from tformer_lib.training.config import TrainingConfig, config_from_dict, difference
@@ -71,6 +82,8 @@ class Run:
         history: every measurement, as in metrics.jsonl.
         val_tokens: how many predictions an evaluation averages over.
         floor: the mean loss that the source of the text itself would have on them, if it is known.
+        last_loss: the training loss of the last step, a tensor on the device; None before the first.
+        stopped_by: the number of the signal that stopped the training; None if none did.
     """
 
     def __init__(self, config: TrainingConfig, corpus: Corpus | None = None):
@@ -82,6 +95,7 @@ class Run:
         self.optimizer = make_optimizer(self.model, config)
         self.average = weights_of(self.model, copy=True) if config.average else {}
         self.step, self.best, self.history, self.started = 0, math.inf, [], False
+        self.last_loss, self.stopped_by = None, None
         end = end_of_document(self.corpus)
         windows = evaluation_windows(self.corpus.val, config.context, count=config.eval_windows, end_of_document=end)
         self.val_inputs, self.val_targets = (x.to(self.device) for x in windows)
@@ -120,6 +134,7 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.last_loss = loss
         self.update_average()
         return loss, norm
 
@@ -137,8 +152,10 @@ class Run:
             return
         own = weights_of(self.model, copy=True)
         load_weights(self.model, self.average)
-        yield
-        load_weights(self.model, own)
+        try:
+            yield
+        finally:
+            load_weights(self.model, own)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """The windows of the step to come, (batch, context) int64 each, on the device."""
@@ -155,10 +172,15 @@ class Run:
             return self.loss(self.model, inputs, targets)
 
     def evaluate(self) -> float:
-        """Measure the validation loss, record it, and keep the weights if they are the best so far."""
+        """Measure the validation loss, record it, and keep the weights if they are the best so far.
+
+        Raises:
+            FloatingPointError: if the loss is not finite.
+        """
         with self.averaged():
             with self.autocast():
                 loss = evaluate(self.model, self.val_inputs, self.val_targets)
+            self.check_finite(loss, "validation loss")
             self.keep_best(loss)
         self.record(val_loss=loss, val_tokens=self.val_tokens, **({} if self.floor is None else {"floor": self.floor}))
         return loss
@@ -182,8 +204,8 @@ class Run:
         self.history.append(line)
         path = self.out / "metrics.jsonl"
         try:
-            with open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(as_line(line))
         except OSError as error:
             raise OSError(f"could not write {path}: {error.strerror}; the last checkpoint is kept") from error
 
@@ -196,8 +218,12 @@ class Run:
         """Replace the checkpoint by one of now, atomically.
 
         Raises:
+            FloatingPointError: if the loss, a weight or the optimizer's state is not finite; the checkpoint before it
+                stays.
             OSError: if it cannot be written; the checkpoint before it stays.
         """
+        if self.last_loss is not None:
+            self.check_finite(self.last_loss.item(), "loss")
         tensors, states = random_states()
         tensors |= {f"weights.{name}": p for name, p in weights_of(self.model).items()}
         tensors |= {f"average.{name}": x for name, x in self.average.items()}
@@ -205,8 +231,15 @@ class Run:
         for parameter, state in self.optimizer.state.items():
             tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
         facts = {**self.facts(), "best": self.best, "random": states}
-        data = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, {"facts": json.dumps(facts)})
-        write_atomically(self.checkpoint, data)
+        save_tensors(self.checkpoint, tensors, facts)
+
+    def check_finite(self, value: float, name: str) -> None:
+        """Stop a run whose numbers have left the finite ones: nothing of it is worth saving."""
+        if not math.isfinite(value):
+            kept = "; the last checkpoint is kept" if self.checkpoint.exists() else ""
+            raise FloatingPointError(
+                f"the {name} is {value} at step {self.step}: try a lower learning_rate or a longer warmup{kept}"
+            )
 
     @classmethod
     def resume(cls, out: str | Path, corpus: Corpus | None = None, **changes) -> "Run":
@@ -222,30 +255,53 @@ class Run:
             ValueError: if the checkpoint is damaged, or of another configuration or corpus.
         """
         tensors, facts = read_tensors(Path(out) / "checkpoint.safetensors")
-        if not {"config", "random", "corpus"} <= facts.keys():
-            raise ValueError(f"{Path(out) / 'checkpoint.safetensors'} holds weights, but no training run")
-        run = cls(replace(config_from_dict(facts["config"]), out=str(out), **changes), corpus)
+        source = str(Path(out) / "checkpoint.safetensors")
+        if not {"config", "random"} & facts.keys():
+            raise ValueError(f"{source} holds weights, but no training run")
+        require(facts, {"config", "random", "corpus", "step", "best"}, source)
+        run = cls(replace(config_from_dict(facts["config"], f"{source}: config"), out=str(out), **changes), corpus)
         if facts["corpus"] != fingerprint(run.corpus):
             raise ValueError(f"the run in {out} was trained on another corpus than {run.config.data} holds now")
         run.restore(tensors, facts)
         return run
 
     def restore(self, tensors: dict[str, Tensor], facts: dict) -> None:
-        """Take over the state of a checkpoint: the inverse of :meth:`save`."""
-        part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
-        load_weights(self.model, part("weights."), str(self.checkpoint))
-        self.average = {name: tensors[f"average.{name}"].to(self.device) for name in self.average}
-        for name, parameter in self.model.named_parameters():
-            state = part(f"optimizer.{name}.")
-            if state:  # the step counts on the host, unless the optimizer is fused
-                counter = parameter.device if self.optimizer.defaults["fused"] else "cpu"
-                self.optimizer.state[parameter] = {
-                    k: v.to(counter if k == "step" else parameter.device) for k, v in state.items()
-                }
+        """Take over the state of a checkpoint: the inverse of :meth:`save`.
+
+        Raises:
+            ValueError: if something is missing, left over or of another shape; the message says what.
+        """
+        source = str(self.checkpoint)
+        load_weights(self.model, part(tensors, "weights."), source)
+        if self.average:
+            average = part(tensors, "average.")  # copied below, for what was read is a map of the file
+            check_like(average, self.average, f"{source}: average")
+            self.average = {name: average[name].to(self.device, copy=True) for name in self.average}
+        states = part(tensors, "optimizer.")
+        if facts["step"] and not states:
+            raise ValueError(f"{source} is of another version: it lacks the optimizer's state")
+        self.restore_optimizer(states, f"{source}: optimizer")
         self.step, self.best, self.started = facts["step"], facts["best"], True
-        self.history = [line for line in read_metrics(self.out) if line["step"] <= self.step]
-        write_atomically(self.out / "metrics.jsonl", "".join(json.dumps(x) + "\n" for x in self.history).encode())
-        restore_random_states(tensors, facts["random"])
+        self.history = [line for line in read_metrics(self.out) if line.get("step", 0) <= self.step]
+        require(tensors, {"random.torch"}, source)
+        require(facts["random"], {"python", "numpy"}, f"{source}: random")
+        try:
+            restore_random_states(tensors, facts["random"])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{source} has random states of another version: {error}") from error
+
+    def restore_optimizer(self, states: dict[str, Tensor], source: str) -> None:
+        """Take over AdamW's state; a parameter that never had a gradient has none."""
+        parameters = dict(self.model.named_parameters())
+        parameters = {n: p for n, p in parameters.items() if part(states, f"{n}.")}
+        like = {"step": torch.zeros(()), "exp_avg": None, "exp_avg_sq": None}
+        expected = {f"{n}.{key}": p if x is None else x for n, p in parameters.items() for key, x in like.items()}
+        check_like(states, expected, source)
+        for name, parameter in parameters.items():
+            state = part(states, f"{name}.")  # the step counts on the host, unless the optimizer is fused
+            counter = parameter.device if self.optimizer.defaults["fused"] else "cpu"
+            devices = {"step": counter, "exp_avg": parameter.device, "exp_avg_sq": parameter.device}
+            self.optimizer.state[parameter] = {key: x.to(devices[key], copy=True) for key, x in state.items()}
 
     def start(self) -> None:
         """Make the run's folder and its first files.
@@ -265,27 +321,33 @@ class Run:
         self.started = True
 
     def train(self, *, quiet: bool = False) -> bool:
-        """Train to the end, or until Ctrl-C, then save.
+        """Train to the end, or until Ctrl-C (SIGTERM, a terminal that closes), then save.
 
         Args:
             quiet: show no progress bar and no samples.
 
         Returns:
-            Whether the run came to its end.
+            Whether the run came to its end; if not, ``stopped_by`` says which signal stopped it.
 
         Raises:
-            FloatingPointError: if the loss is not finite any more; the last checkpoint is left as it was.
+            FloatingPointError: if the loss or a weight is not finite any more; the last checkpoint is left as it was.
+            BlockingIOError: if another process trains in the run's folder.
         """
-        if not self.started:
-            self.start()
-        with Progress(self, quiet) as progress, interrupts() as interrupted:
-            if not self.history:
-                progress.evaluated(self.evaluate())
-            while self.step < self.config.steps and not interrupted:
-                loss, norm = self.take_step()
-                self.after_step(loss, norm, progress)
-            if interrupted:
-                self.save()
+        self.out.mkdir(parents=True, exist_ok=True)
+        with locked(self.out):
+            if self.started:  # the log of what came after the checkpoint is written again
+                write_atomically(self.out / "metrics.jsonl", "".join(map(as_line, self.history)).encode())
+            else:
+                self.start()
+            with Progress(self, quiet) as progress, interrupts() as interrupted:
+                if not self.history:
+                    progress.evaluated(self.evaluate())
+                while self.step < self.config.steps and not interrupted:
+                    loss, norm = self.take_step()
+                    self.after_step(loss, norm, progress)
+                if interrupted:
+                    self.save()
+        self.stopped_by = interrupted[0] if interrupted else None
         return not interrupted
 
     def after_step(self, loss: Tensor, norm: Tensor, progress: "Progress") -> None:
@@ -301,17 +363,23 @@ class Run:
 
     def log(self, loss: float, norm: float, tokens_per_second: float) -> float:
         """Record the training loss, and stop if it is not finite."""
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {self.step}: try a lower learning_rate or a longer warmup"
-            )
+        self.check_finite(loss, "loss")
+        self.check_finite(norm, "gradient's norm")
         rate = learning_rate(self.step - 1, self.config)
         self.record(loss=loss, learning_rate=rate, gradient_norm=norm, tokens_per_second=round(tokens_per_second))
         return loss
 
 
+def as_line(measurement: dict) -> str:
+    """A measurement as a line of metrics.jsonl."""
+    return json.dumps(measurement, allow_nan=False) + "\n"
+
+
 class Progress:
-    """The live bar of a run: loss, validation loss, tokens per second, time left; and the samples as they come."""
+    """The live bar of a run: loss, validation loss, tokens per second, time left; and the samples as they come.
+
+    A terminal that is gone, and so takes no more text, does not end the run.
+    """
 
     def __init__(self, run: Run, quiet: bool):
         self.run, self.shown = run, {}
@@ -322,7 +390,8 @@ class Progress:
         return self
 
     def __exit__(self, *_) -> None:
-        self.bar.close()
+        with contextlib.suppress(OSError):
+            self.bar.close()
 
     def skip_time(self) -> None:
         """Start the clock again, so that evaluating and saving do not count as training."""
@@ -344,14 +413,16 @@ class Progress:
         floor = self.run.floor
         self.show(val=f"{loss:.3f}" + ("" if floor is None else f" (floor {floor:.3f})"))
         if sample is not None and not self.bar.disable:
-            self.bar.write(f"--- step {self.run.step}, validation loss {loss:.4f}\n{sample}\n")
+            with contextlib.suppress(OSError):
+                self.bar.write(f"--- step {self.run.step}, validation loss {loss:.4f}\n{sample}\n")
         self.skip_time()
 
     def show(self, **values: str) -> None:
         """Bring the bar up to date."""
         self.shown |= values
-        self.bar.set_postfix(self.shown, refresh=False)
-        self.bar.update(self.run.step - self.bar.n)
+        with contextlib.suppress(OSError):
+            self.bar.set_postfix(self.shown, refresh=False)
+            self.bar.update(self.run.step - self.bar.n)
 
 
 def train(config: TrainingConfig, *, quiet: bool = False) -> Run:
