@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tformer_lib.ladder import KERNEL_DTYPES
 from tformer_lib.linear_attention.decay import FORGET
 from tformer_lib.linear_attention.feature_maps import FeatureMap
 from tformer_lib.linear_attention.gradients import Sums, delta_gradients
@@ -145,8 +146,8 @@ linear_attention_op.register_autograd(backward, setup_context=save_for_backward)
 
 
 def kernel_wanted(q: Tensor, step: int | str | None) -> bool:
-    """Whether a call goes to the operator: where a step was asked for."""
-    return step is not None
+    """Whether a call goes to the operator: a step was asked for, or the tensors are on a GPU that has kernels."""
+    return step is not None or (q.is_cuda and q.dtype in KERNEL_DTYPES)
 
 
 def run(
