@@ -8,9 +8,18 @@ import torch
 from draws import draws
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from tformer_lib import masks
-from tformer_lib.attention import MultiHeadAttention, attend, attend_sdpa, masked_softmax, scaled_scores
+from tformer_lib.attention import (
+    MANY_TOKENS,
+    MultiHeadAttention,
+    attend,
+    attend_sdpa,
+    masked_softmax,
+    scaled_scores,
+    side_by_side,
+)
 
 FORMS = pytest.mark.parametrize("form", [attend, attend_sdpa])
 
@@ -265,3 +274,24 @@ def test_one_compiled_function_serves_any_heads_and_lengths(form):
     for heads, kv_heads, T, S in ((2, 2, 5, 5), (4, 2, 6, 6), (6, 3, 7, 9), (8, 8, 3, 3)):
         q, (k, v) = torch.randn(1, heads, T, 8), torch.randn(2, 1, kv_heads, S, 8)
         torch.testing.assert_close(compiled(q, k, v), form(q, k, v, causal=True))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_matmul_for_three_maps_gives_what_three_give(bias):
+    parts = [nn.Linear(24, width, bias=bias, dtype=torch.float64) for width in (32, 8, 8)]
+    x = torch.randn(3, 5, 24, dtype=torch.float64, requires_grad=True)
+    together, apart = side_by_side(parts, x), [part(x) for part in parts]
+    parameters = [x, *(p for part in parts for p in part.parameters())]
+    gradients = [torch.autograd.grad(sum(o.square().sum() for o in out), parameters) for out in (together, apart)]
+    for ours, theirs in zip((*together, *gradients[0]), (*apart, *gradients[1]), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="one matmul for q, k and v is for a GPU")
+@pytest.mark.parametrize("tokens", [MANY_TOKENS - 1, MANY_TOKENS])
+def test_a_layer_on_a_gpu_gives_the_same_below_and_above_many_tokens(tokens):
+    layer = MultiHeadAttention(64, 4, kv_heads=2, attend=attend_sdpa)
+    x = torch.randn(1, tokens, 64)
+    torch.testing.assert_close(
+        layer.cuda()(x.cuda(), causal=True).cpu(), layer.cpu()(x, causal=True), atol=2e-5, rtol=0
+    )

@@ -5,7 +5,7 @@
 layer: it makes queries, keys and values from tokens, and takes any such function.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -179,6 +179,28 @@ def four_dimensional(x: Tensor) -> Tensor:
     return x[(None,) * (4 - x.dim())]
 
 
+MANY_TOKENS = 4096
+"""From so many tokens on, one matmul for q, k and v saves more than it costs to copy the weights together."""
+
+
+def side_by_side(parts: Sequence[nn.Linear], x: Tensor) -> tuple[Tensor, ...]:
+    """What each linear map makes of x, by one matmul with their matrices put together.
+
+    One large matmul is faster than several small ones, and its gradient reads and writes x once. The matrices are put
+    together anew each time, so that they stay parameters of their own.
+
+    Args:
+        parts: linear maps of the same input width, all with a bias or none.
+        x: (..., width).
+
+    Returns:
+        (..., out_features) for each, as views of one tensor.
+    """
+    weight = torch.cat([part.weight for part in parts])  # (sum of out_features, width)
+    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+    return F.linear(x, weight, bias).split([part.out_features for part in parts], dim=-1)
+
+
 class MultiHeadAttention(nn.Module):
     """Several attentions side by side, each in its own learned subspace of the tokens (section 3.2.2 of the paper).
 
@@ -243,15 +265,26 @@ class MultiHeadAttention(nn.Module):
             (batch, T, width).
         """
         context = x if context is None else context
-        q = self.split(self.q_proj(x), self.heads)  # (batch, heads, T, head_dim)
-        k = self.split(self.k_proj(context), self.kv_heads)  # (batch, kv_heads, S, head_dim)
-        v = self.split(self.v_proj(context), self.kv_heads)  # (batch, kv_heads, S, head_dim)
+        q, k, v = self.project(x, context)
+        q = self.split(q, self.heads)  # (batch, heads, T, head_dim)
+        k = self.split(k, self.kv_heads)  # (batch, kv_heads, S, head_dim)
+        v = self.split(v, self.kv_heads)  # (batch, kv_heads, S, head_dim)
         if rotate is not None:
             q, k = turn_both(rotate, q, k)
         attend = self.attend if bias is None else partial(self.attend, bias=bias)
         if cache is not None:
             return self.out_proj(merge(cache.attend(q, k, v, attend=attend, mask=mask)))
         return self.out_proj(merge(attend(q, k, v, mask=mask, causal=causal)))
+
+    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The three projections: (batch, T, heads * head_dim), and twice (batch, S, kv_heads * head_dim).
+
+        Where many tokens on a GPU look at each other, one matmul makes all three: see :func:`side_by_side`.
+        """
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        if context is x and x.is_cuda and x[..., 0].numel() >= MANY_TOKENS and all(type(p) is nn.Linear for p in parts):
+            return side_by_side(parts, x)
+        return self.q_proj(x), self.k_proj(context), self.v_proj(context)
 
     def split(self, x: Tensor, heads: int) -> Tensor:
         """(batch, T, heads * head_dim) -> (batch, heads, T, head_dim): one matmul made all heads, a view parts them."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tformer_lib.flash_attention.options import Options, Packing
-from tformer_lib.flash_attention.reference import empty_outputs
+from tformer_lib.flash_attention.reference import empty_outputs, laid_out_as
 from tformer_lib.ladder import (
     DTYPE_CODES,
     HALVES,
@@ -169,7 +169,7 @@ def run_backward(
     packing: Packing | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v by a kernel of GRADIENTS."""
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = map(laid_out_as, (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     sign = 1.0

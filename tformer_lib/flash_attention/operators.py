@@ -82,15 +82,19 @@ def flash_attention_backward_op(
     given = (dout, dlse, q, k, v, out, lse, options)
     if chosen != "0":
         return kernels.run_backward(chosen, *given, packing)
-    return reference.tiled_backward(*given, mask) if packing is None else reference.packed_backward(*given, packing)
+    if packing is None:
+        gradients = reference.tiled_backward(*given, mask)
+    else:
+        gradients = reference.packed_backward(*given, packing)
+    return tuple(reference.laid_out_as(x).copy_(dx) for x, dx in zip((q, k, v), gradients, strict=True))
 
 
 @flash_attention_backward_op.register_fake
 def flash_attention_backward_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The shapes and dtypes of the gradients."""
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    """The shapes, dtypes and strides of the gradients."""
+    return tuple(map(reference.laid_out_as, (q, k, v)))
 
 
 def choose_backward(step: str, q: Tensor, mask: Tensor | None) -> str:

@@ -181,5 +181,14 @@ def sum_groups(x: Tensor, kv_heads: int) -> Tensor:
 
 def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     """out, laid out as q is where q's columns are adjacent, and lse (batch, heads, T)."""
-    layout = torch.preserve_format if q.stride(-1) == 1 else torch.contiguous_format
-    return torch.empty_like(q, memory_format=layout), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))
+    return laid_out_as(q), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))
+
+
+def laid_out_as(x: Tensor) -> Tensor:
+    """An empty tensor in the order of ``x`` where its columns are adjacent, else contiguous.
+
+    A layer makes its heads by a view of (batch, T, heads * head_dim). What comes back in the same order goes into the
+    next matmul without a copy.
+    """
+    layout = torch.preserve_format if x.stride(-1) == 1 else torch.contiguous_format
+    return torch.empty_like(x, memory_format=layout)
