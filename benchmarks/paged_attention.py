@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness import Report, Timing, copy_rate, matmul_rate, measure, profiled
-from tformer_lib import jit, paged_attention
+from tformer_lib import jit
 from tformer_lib.paged_attention import FP8, PREFILL_STEPS, blocks_for, write_cache
 from tformer_lib.paged_attention import paged_attention as attention
 
@@ -265,26 +265,15 @@ def edited(edits: list[tuple[str, str]]) -> Iterator[None]:
     """Load step 2 from a copy in which each text is replaced by another."""
     with TemporaryDirectory() as folder:
         copytree(jit.kernels_folder(), folder, dirs_exist_ok=True)
-        path = Path(folder) / paged_attention.TOPIC / STEP_2
+        path = Path(folder) / "paged_attention" / STEP_2
         text = path.read_text()
         for old, new in edits + MEASURED_ALONE:
             if old not in text:
                 raise ValueError(f"{STEP_2} no longer holds {old!r}")
             text = text.replace(old, new)
         path.write_text(text)
-        jit.kernels_folder, keep = (lambda: Path(folder)), jit.kernels_folder
-        forget_kernels()
-        try:
+        with jit.kernels_from(folder):
             yield
-        finally:
-            jit.kernels_folder = keep
-            forget_kernels()
-
-
-def forget_kernels() -> None:
-    """Let the next call load its kernel again: plans hold functions of the one that they were made with."""
-    paged_attention.kernel.cache_clear()
-    paged_attention.forget_plans()
 
 
 def time_ablations(report: Report, limit: float) -> None:

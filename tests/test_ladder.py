@@ -181,7 +181,7 @@ def test_a_data_type_has_one_code_in_every_topic():
 def test_refusals_name_what_was_expected_and_what_came():
     x = torch.zeros(2)
     assert ladder.refusal_of_place("cpu", x) is None
-    assert ladder.refusal_of_place("3", x) == "it runs on cuda, and q is on cpu"
+    assert ladder.refusal_of_place("3", x) == "it runs on cuda, the tensors are on cpu"
     assert ladder.refusal_of_dtype(x) is None
     assert ladder.refusal_of_dtype(x.double()) == "it takes float32, bfloat16 and float16, got torch.float64"
     assert ladder.refusal_of_dtype(x.half(), (torch.float32,)) == "it takes float32, got torch.float16"

@@ -8,9 +8,10 @@ import re
 import pytest
 import torch
 
-from tformer_lib import jit, paged_attention
-from tformer_lib.paged_attention import FP8, blocks_for, write_cache
+from tformer_lib import jit
+from tformer_lib.paged_attention import FP8, blocks_for, plan_attention, plan_write, write_cache
 from tformer_lib.paged_attention import paged_attention as attention
+from tformer_lib.paged_attention.kernels import ARGUMENTS, WRITE_ARGUMENTS
 
 HAS_CPU_TWIN = jit.can_build_cpp()
 HAS_GPU = torch.cuda.is_available()
@@ -297,11 +298,13 @@ def devices():
 @pytest.mark.parametrize(("device", "dtype"), devices())
 def test_opcheck(device, dtype):
     x = case((5, 40), dtype=dtype, device=device)
-    torch.library.opcheck(torch.ops.tformer_lab.paged_attention, (*x.values(), None, None, 0.125, None, 1.0, 1.0, None))
+    torch.library.opcheck(
+        torch.ops.tformer_lab.paged_attention, (*x.values(), None, None, 0.125, None, 1.0, 1.0, "auto")
+    )
     k = torch.randn(3, 2, 64, device=device, dtype=dtype)
     pools = [torch.zeros(2, 2, 4, 64, device=device, dtype=dtype) for _ in range(2)]
     slots = torch.tensor([0, -1, 5], device=device)
-    arguments = (k, k, *pools, slots, None, None, "half", 1.0, 1.0, None)
+    arguments = (k, k, *pools, slots, None, None, "half", 1.0, 1.0, "auto")
     torch.library.opcheck(torch.ops.tformer_lab.write_cache, arguments)
 
 
@@ -318,18 +321,67 @@ def test_compile_without_a_graph_break(device, dtype):
     assert torch.equal(compiled(k, slots, x), step(k, slots, x))
 
 
+@pytest.mark.parametrize(("device", "dtype"), devices())
+@pytest.mark.parametrize("step", [0, None])
+def test_a_plan_serves_every_layer_of_a_pass(device, dtype, step):
+    first, second = (case(**MIXED, dtype=dtype, device=device) for _ in range(2))
+    for name in ("k_pool", "v_pool", "q"):
+        second[name] = 2 * first[name].flip(-1)  # another layer: other numbers, the same rows
+    rows = {name: first[name] for name in ("block_tables", "lengths", "query_starts")}
+    plan = plan_attention(first["q"], first["k_pool"], first["v_pool"], **rows, max_queries=100, window=40, step=step)
+    for x in (first, second):
+        out, lse = plan.run(x["q"], x["k_pool"], x["v_pool"], return_lse=True)
+        again, again_lse = attention(**(x | rows), window=40, step=step, return_lse=True)
+        assert torch.equal(out, again)
+        assert torch.equal(lse, again_lse)
+
+
+@pytest.mark.parametrize(("device", "dtype"), devices())
+def test_a_plan_to_write_serves_every_layer(device, dtype):
+    layers = [torch.randn(2, 5, 2, 64, device=device, dtype=dtype) for _ in range(2)]
+    pools = [torch.zeros(2, 4, 2, 8, 64, device=device, dtype=dtype) for _ in range(2)]
+    slots, angles = torch.tensor([0, 31, -1, 8, 9], device=device), torch.rand(5, 32, device=device)
+    options = {"cos": angles.cos(), "sin": angles.sin()}
+    plan = plan_write(*layers[0], *pools[0], slots, **options)
+    for (k, v), (k_pool, v_pool) in zip(layers, pools, strict=True):
+        plan.run(k, v, k_pool, v_pool)
+        wanted = [torch.zeros_like(pool) for pool in (k_pool, v_pool)]
+        write_cache(k, v, *wanted, slots, **options)
+        assert torch.equal(k_pool, wanted[0])
+        assert torch.equal(v_pool, wanted[1])
+
+
+OTHER_LAYERS = {
+    "fewer queries": lambda q, k, v: (q[:1], k, v),
+    "other heads": lambda q, k, v: (q[:, :2].contiguous(), k, v),
+    "other strides of q": lambda q, k, v: (q.transpose(0, 1).contiguous().transpose(0, 1), k, v),
+    "fewer blocks": lambda q, k, v: (q, k[:-1], v[:-1]),
+    "another dtype": lambda q, k, v: (q.double(), k.double(), v.double()),
+    "a pool elsewhere": lambda q, k, v: (q, k, v.to("meta")),
+    "other strides of a pool": lambda q, k, v: (q, k.transpose(1, 2).contiguous().transpose(1, 2), v),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_LAYERS)
+def test_a_plan_refuses_a_layer_of_another_layout(change):
+    x = case((5, 40))
+    plan = plan_attention(**x)
+    with pytest.raises(ValueError, match=r"the plan was made for .*: plan again for tensors of another layout"):
+        plan.run(*OTHER_LAYERS[change](x["q"], x["k_pool"], x["v_pool"]))
+
+
 def test_packed_structures_are_as_long_as_those_of_the_kernels():
     header = (jit.kernels_folder() / "paged_attention" / "arguments.h").read_text()
     sizes = dict(re.findall(r"static_assert\(sizeof\((\w+)\) == (\d+)", header))
-    assert int(sizes["Arguments"]) == paged_attention.ARGUMENTS.size
-    assert int(sizes["WriteArguments"]) == paged_attention.WRITE_ARGUMENTS.size
+    assert int(sizes["Arguments"]) == ARGUMENTS.size
+    assert int(sizes["WriteArguments"]) == WRITE_ARGUMENTS.size
 
 
 def test_refusals_say_why():
     x = case((5, 40))
-    with pytest.raises(ValueError, match="runs on cuda, and q is on cpu"):
+    with pytest.raises(ValueError, match="runs on cuda, the tensors are on cpu"):
         attention(**x, step=2)
-    with pytest.raises(ValueError, match=r"step must be one of 0, cpu, 1, 2, prefill, .*, got '7'"):
+    with pytest.raises(ValueError, match=r"step must be one of 0, cpu, 1, 2, prefill, .*, got 7"):
         attention(**x, step=7)
     with pytest.raises(ValueError, match="no gradients"):
         attention(**{**x, "q": x["q"].requires_grad_()}, step="cpu")

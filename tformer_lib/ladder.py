@@ -147,9 +147,9 @@ def build_failure(topic: str, step: str, device: torch.device, folder: Path) -> 
 
 
 def refusal_of_place(step: str, q: Tensor) -> str | None:
-    """Why a step does not run where ``q`` is: "cpu" is the C++ twin, every other step is CUDA."""
+    """Why a step does not run where the tensors, ``q`` among them, are: "cpu" is the C++ twin, all others CUDA."""
     wanted = "cpu" if step == "cpu" else "cuda"
-    return None if q.device.type == wanted else f"it runs on {wanted}, and q is on {q.device.type}"
+    return None if q.device.type == wanted else f"it runs on {wanted}, the tensors are on {q.device.type}"
 
 
 def refusal_of_dtype(q: Tensor, dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) -> str | None:

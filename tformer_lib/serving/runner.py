@@ -15,7 +15,16 @@ from tformer_lib import profiling
 from tformer_lib.attention import MultiHeadAttention, merge
 from tformer_lib.generation import Sampling, distribution, draw, penalise_repetition
 from tformer_lib.kv_cache import CacheShape
-from tformer_lib.paged_attention import BlockAllocator, paged_attention, write_cache
+from tformer_lib.paged_attention import (
+    AttentionPlan,
+    BlockAllocator,
+    WritePlan,
+    is_traced,
+    paged_attention,
+    plan_attention,
+    plan_write,
+    write_cache,
+)
 from tformer_lib.rope import turn_both
 from tformer_lib.serving.request import Request
 from tformer_lib.serving.scheduler import Row
@@ -46,6 +55,7 @@ class PackedPass:
         self.pools, self.places, self.slots = pools, positions, slots
         self.rows = (tables, lengths)
         self.starts, self.max_queries = starts, max_queries
+        self.plans: tuple[WritePlan, AttentionPlan] | None = None  # made by the first layer, for all of them
 
     def positions(self, T: int) -> Tensor:
         """(1, T) int64."""
@@ -74,8 +84,16 @@ class PackedLayer:
         """
         now, pools = self.packed, (self.k_pool, self.v_pool)
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (total, heads or kv_heads, head_dim)
-        write_cache(k, v, *pools, now.slots)
-        out = paged_attention(q, *pools, *now.rows, query_starts=now.starts, max_queries=now.max_queries)
+        rows = {"query_starts": now.starts, "max_queries": now.max_queries}
+        if is_traced(q):  # a compiler looks on, who must see one operator for each
+            write_cache(k, v, *pools, now.slots)
+            out = paged_attention(q, *pools, *now.rows, **rows)
+        else:
+            if now.plans is None:
+                now.plans = plan_write(k, v, *pools, now.slots), plan_attention(q, *pools, *now.rows, **rows)
+            writing, reading = now.plans
+            writing.run(k, v, *pools)
+            out = reading.run(q, *pools)
         return out.transpose(0, 1)[None]  # (1, heads, total, head_dim)
 
 

@@ -1,0 +1,92 @@
+"""Step 0: blocks gathered with PyTorch, and plain attention over them. It is the oracle of the kernels."""
+
+import torch
+from torch import Tensor
+
+from tformer_lib.attention import gather, masked_softmax, scaled_scores
+from tformer_lib.ladder import FP8, accumulation_dtype
+from tformer_lib.paged_attention.blocks import blocks_for
+from tformer_lib.paged_attention.options import Options, Places, Rows, WriteOptions
+from tformer_lib.rope import rotate
+
+
+def write_in_pytorch(
+    k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, places: Places, options: WriteOptions
+) -> None:
+    """Step 0 of :func:`write_cache`."""
+    slots, cos, sin = places
+    if cos is not None:
+        wide = k if k.dtype == torch.float64 else k.float()
+        rotated = rotate(wide.transpose(0, 1)[None], cos, sin, options.layout)[0]  # (kv_heads, tokens, head_dim)
+        k = rotated.transpose(0, 1)
+    kept = slots >= 0
+    blocks, offsets = slots[kept] // k_pool.shape[2], slots[kept] % k_pool.shape[2]
+    as_numbers(k_pool)[blocks, :, offsets] = as_numbers(to_pool(k[kept], k_pool.dtype, options.k_scale))
+    as_numbers(v_pool)[blocks, :, offsets] = as_numbers(to_pool(v[kept], v_pool.dtype, options.v_scale))
+
+
+def to_pool(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """x / scale in the pool's dtype; float8 has no infinity, so what is too large becomes the largest number."""
+    if dtype != FP8:
+        return x.to(dtype) if scale == 1.0 else (x / scale).to(dtype)
+    most = torch.finfo(FP8).max
+    return (x.float() / scale).clamp(-most, most).to(FP8)
+
+
+def as_numbers(x: Tensor) -> Tensor:
+    """The same memory as bytes where it is float8, which PyTorch cannot index."""
+    return x.view(torch.uint8) if x.dtype == FP8 else x
+
+
+def attend_in_pytorch(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, options: Options) -> tuple[Tensor, Tensor]:
+    """Step 0 of :func:`paged_attention`: rows with equally many queries are gathered and attended together."""
+    tables, lengths, query_starts, _ = rows
+    wide = accumulation_dtype(q)
+    out = q.new_zeros(q.shape)
+    lse = q.new_full(q.shape[:2], -torch.inf, dtype=wide)
+    starts = torch.arange(q.shape[0] + 1, device=q.device) if query_starts is None else query_starts.long()
+    counts = starts.diff()  # (batch,)
+    for count in counts.unique().tolist():
+        same = (counts == count).nonzero().squeeze(1)
+        places = starts[same, None] + torch.arange(count, device=q.device)  # (rows, count)
+        longest = int(lengths[same].max())
+        keys, values = (
+            gather_blocks(pool, tables[same], lengths[same], longest).to(wide) * factor
+            for pool, factor in ((k_pool, options.k_scale), (v_pool, options.v_scale))
+        )  # (rows, kv_heads, S, head_dim)
+        seen = visible_keys(lengths[same], count, keys.shape[2], options.window)[:, None]  # (rows, 1, count, S)
+        scores = scaled_scores(q[places].transpose(1, 2).to(wide), keys, options.scale)  # (rows, heads, count, S)
+        mixed = gather(masked_softmax(scores, seen), values)  # (rows, heads, count, head_dim)
+        out[places] = mixed.transpose(1, 2).to(q.dtype)
+        lse[places] = scores.masked_fill(~seen, -torch.inf).logsumexp(-1).transpose(1, 2)
+    return out, lse
+
+
+def gather_blocks(pool: Tensor, block_tables: Tensor, lengths: Tensor, S: int) -> Tensor:
+    """What a contiguous cache would hold: the rows' tokens in order, zeros past each row's length.
+
+    Zeros, not what lies there: a weight of 0 times a stale NaN would be NaN.
+
+    Args:
+        pool: (blocks, kv_heads, block_size, head_dim).
+        block_tables: (batch, max_blocks); entries past a row's last block may be anything.
+        lengths: (batch,) tokens in each row.
+        S: the longest length, or more.
+
+    Returns:
+        (batch, kv_heads, S, head_dim).
+    """
+    block_size = pool.shape[2]
+    used_blocks = blocks_for(S, block_size)
+    held = torch.arange(used_blocks * block_size, device=pool.device) < lengths[:, None]  # (batch, slots)
+    blocks = block_tables[:, :used_blocks].long().masked_fill(~held[:, ::block_size], 0)  # (batch, used_blocks)
+    x = as_numbers(pool)[blocks].transpose(1, 2).flatten(2, 3)[:, :, :S]  # (batch, kv_heads, S, head_dim)
+    return x.masked_fill(~held[:, None, :S, None], 0).view(pool.dtype)
+
+
+def visible_keys(lengths: Tensor, count: int, S: int, window: int | None) -> Tensor:
+    """Which of a row's S keys its last ``count`` tokens see: (batch, count, S) boolean, aligned to the bottom right."""
+    keys = torch.arange(S, device=lengths.device)
+    places = (lengths[:, None] - count + torch.arange(count, device=lengths.device))[:, :, None]  # (batch, count, 1)
+    seen = keys <= places
+    return seen if window is None else seen & (keys > places - window)
