@@ -2,7 +2,8 @@
 #   make book       build the book: book/_build/html/index.html
 #   make test       every test and every notebook
 #   make setup      only the environment in .venv; TORCH=cpu, here or with any other target, takes PyTorch without CUDA
-#   make lab        JupyterLab on the notebooks
+#   make lab        JupyterLab on your own copy of the chapters (learn/), where you stopped
+#   make fresh      a clean copy of a chapter, yours is kept beside it: make fresh NB=02-attention
 #   make bench      measure on the CPU, and on the GPU where there is one (`python -m benchmarks --help` picks topics)
 #   make notebooks  run the notebooks again and keep their outputs (NB=notebooks/02-attention.ipynb for one)
 #   make chapter    begin a chapter: make chapter NAME=13-mixture-of-experts TITLE="Mixture of experts"
@@ -25,7 +26,7 @@ export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config g
 # uv warns about a VIRTUAL_ENV that is not the project's own.
 unexport VIRTUAL_ENV
 
-.PHONY: setup book test lab bench notebooks chapter address lint clean distclean
+.PHONY: setup book test lab fresh bench notebooks chapter address lint clean distclean
 
 setup: $(READY)
 
@@ -51,7 +52,10 @@ test: $(READY)
 	$(BIN)/pytest --nbval
 
 lab: $(READY)
-	$(BIN)/jupyter lab
+	$(BIN)/python -m tools.lab
+
+fresh: $(READY)
+	$(BIN)/python -m tools.lab --fresh '$(NB)'
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
