@@ -7,15 +7,19 @@ Each topic runs in its own process, on the CPU, and on the GPU too where there i
 it fails, and so does the whole, where a kernel has become slower beside its peer than what is on record.
 """
 
-import argparse
 import pkgutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from tyro.conf import Positional
 
 import benchmarks
+from tformer_lib import command_line
 
 ROOMS = {"harness", "sanitize", "__main__"}
 
@@ -25,21 +29,32 @@ def topics() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in ROOMS)
 
 
-def main(arguments: list[str] | None = None) -> int:
+@dataclass(frozen=True)
+class Asked:
+    """Which benchmarks to run."""
+
+    topics: Annotated[tuple[str, ...], Positional] = ()
+    """By default all."""
+    device: tuple[Literal["cpu", "cuda"], ...] = ()
+    """By default all that are here."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line names, or everything; returns how many failed."""
-    here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("topics", nargs="*", metavar="topic", help=f"by default all: {', '.join(topics())}")
-    parser.add_argument("--device", choices=here, action="append", help=f"by default all that are here: {here}")
-    asked = parser.parse_args(arguments)
-    if unknown := set(asked.topics) - set(topics()):
-        parser.error(f"no such topic: {', '.join(sorted(unknown))}; there are {', '.join(topics())}")
-    return run_all(asked.topics or topics(), asked.device or here)
+
+    def run() -> int:
+        asked = command_line.parse(Asked, arguments, program="python -m benchmarks", description=__doc__)
+        here = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        if unknown := set(asked.topics) - set(topics()):
+            raise ValueError(f"no such topic: {', '.join(sorted(unknown))}; there are {', '.join(topics())}")
+        if missing := set(asked.device) - set(here):
+            raise ValueError(f"there is no {missing.pop()} here")
+        return run_all(asked.topics or topics(), asked.device or here)
+
+    return command_line.run(run)
 
 
-def run_all(names: list[str], devices: list[str]) -> int:
+def run_all(names: Sequence[str], devices: Sequence[str]) -> int:
     """Run these topics on these devices; returns how many failed."""
     failed = []
     for topic in names:

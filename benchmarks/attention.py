@@ -8,26 +8,29 @@ times that with the backward), so the least time is the FLOPs over the matrix-pr
 every score at least four times, 16 bytes in float32, for 4 head_dim FLOPs: it is bound by memory, not by arithmetic.
 """
 
-import argparse
+import sys
+from collections.abc import Sequence
 
 import torch
 
-from benchmarks.harness import Report, copies_past_cache, copy_rate, matmul_rate, measure
+from benchmarks.harness import Options, Report, command_line, copies_past_cache, copy_rate, matmul_rate, measure
 from tformer_lib.attention import attend, attend_sdpa
 
 HEAD_DIM = 64
 FORMS = {"attend": attend, "attend_sdpa": attend_sdpa}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return command_line(run, arguments, topic="attention", description=__doc__)
+
+
+def run(args: Options) -> None:
     """Forward, causal forward and causal training, by both forms, over the length."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    args = parser.parse_args()
     on_gpu = args.device == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     batch, heads = (4, 16) if on_gpu else (1, 8)
-    report = Report("attention", args.device)
+    report = Report("attention", args.device, args.out, peers=("attend_sdpa", "attend"))
     limit = matmul_rate(args.device, dtype)
     report.note(matmul_flops_per_second=limit, copy_bytes_per_second=copy_rate(args.device))
     report.note(batch=batch, heads=heads, head_dim=HEAD_DIM, dtype=str(dtype))
@@ -59,9 +62,9 @@ def add_row(
     timing = measure(call, inputs, device=report.device, seconds=0.3)
     batch, heads, T, head_dim = shape
     flops = 4 * batch * heads * T * T * head_dim * (0.5 if causal else 1) * (3 if backward else 1)
-    title = f"{name}, T {T:,}{', causal' if causal else ''}{', forward and backward' if backward else ''}"
+    case = f"T {T:,}{', causal' if causal else ''}{', forward and backward' if backward else ''}"
     facts = {"form": name, "T": T, "causal": causal, "backward": backward, "score_bytes": 4 * batch * heads * T * T}
-    report.add(title, timing, flops=flops, limit=limit, **facts)
+    report.add(timing=timing, case=case, contestant=name, flops=flops, limit=limit, **facts)
 
 
 @torch.no_grad()
@@ -77,5 +80,4 @@ def train(form, q, k, v, causal: bool) -> None:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    main()
+    sys.exit(main())

@@ -10,15 +10,15 @@ what single ideas buy (the same kernel with one of them taken out), the error ag
 registers. On a CPU it measures the C++ twin beside torch's attention and the naive one.
 """
 
-import argparse
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from shutil import copytree
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import Report, Timing, copies_past_cache, matmul_rate, measure, profiled
+from benchmarks.harness import Options, Report, Timing, command_line, copies_past_cache, matmul_rate, measure, profiled
 from tformer_lib import flash_attention as flash
 from tformer_lib import jit
 from tformer_lib.flash_attention import kernels
@@ -197,8 +197,9 @@ def time_ablations(report: Report, limit: float) -> None:
                 inputs = [random_inputs(d, 16384, "cuda", torch.bfloat16)]
                 timing = measure(own(step, False), inputs, device="cuda", seconds=SECONDS)
                 work = flops(1, WIDTH // d, 16384, 16384, d, False)
-                name = f"forward, {label(d, 16384, False)}: step {step}, {change}"
-                report.add(name, timing, flops=work, limit=limit, d=d, length=16384, causal=False)
+                whole = f"forward, {label(d, 16384, False)}: step {step}"
+                facts = {"d": d, "length": 16384, "causal": False}
+                report.add(f"{whole}, {change}", timing, peer=whole, flops=work, limit=limit, **facts)
 
 
 def exact_rows(q: Tensor, k: Tensor, v: Tensor, rows: slice, causal: bool) -> Tensor:
@@ -335,24 +336,35 @@ def take_turns(contestants: dict[str, Callable], inputs: tuple[Tensor, ...], rou
     return times
 
 
-def main() -> None:
+LADDER_PEERS = ("sdpa cudnn", "sdpa flash", "sdpa efficient", "sdpa", "naive", "step 3", "step 4")
+
+
+@dataclass(frozen=True)
+class LadderOptions(Options):
+    """The ladder beside torch's own attention."""
+
+    ablations: bool = True
+    """Measure the kernels with one idea taken out too."""
+    nvtx: bool = False
+    """Measure nothing: run each kernel once for a profiler."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return command_line(run, arguments, options=LadderOptions, topic="flash_attention", description=__doc__)
+
+
+def run(options: LadderOptions) -> None:
     """Measure, print and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--no-ablations", action="store_true", help="skip the kernels with one idea taken out")
-    parser.add_argument("--nvtx", action="store_true", help="measure nothing: run each kernel once for a profiler")
-    parser.add_argument("--out", help="folder for the JSON instead of benchmarks/results/<device>")
-    options = parser.parse_args()
-    torch.manual_seed(0)
     if options.nvtx:
         return profiled(run_once if options.device == "cuda" else run_twin, device=options.device, warmup=1)
-    report = Report("flash_attention", options.device, options.out)
+    report = Report("flash_attention", options.device, options.out, peers=LADDER_PEERS)
     if options.device == "cpu":
         run_cpu(report)
     else:
-        run_gpu(report, not options.no_ablations)
+        run_gpu(report, options.ablations)
     report.finish()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

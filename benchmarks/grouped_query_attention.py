@@ -12,12 +12,14 @@ model, with the same further training: otherwise more training would pass for le
 ``grouped_query_attention-uptraining.json``.
 """
 
-import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from benchmarks.harness import Report, copies_past_cache, copy_rate, measure
+from benchmarks.harness import Options, Report, command_line, copies_past_cache, copy_rate, measure
 from tformer_lib import pretrained, stories
 from tformer_lib.attention import attend
 from tformer_lib.grouped_query_attention import attend_repeated, to_grouped, uptrain
@@ -26,14 +28,26 @@ from tformer_lib.tokens import join_stories
 from tformer_lib.training import evaluate, evaluation_windows, next_token_loss, read_windows
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class UptrainingOptions(Options):
     """The time of a decode step's attention, or with ``--steps`` the quality for every number of kv heads."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--steps", type=int, default=0, help="steps of up-training for each model")
-    parser.add_argument("--batch", type=int, default=8, help="windows of 256 tokens in a step")
-    args = parser.parse_args()
-    report = Report(f"grouped_query_attention{'-uptraining' if args.steps else ''}", args.device)
+
+    steps: int = 0
+    """Steps of up-training for each model; 0 measures time instead."""
+    batch: int = 8
+    """Windows of 256 tokens in a step."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    topic = "grouped_query_attention"
+    return command_line(run, arguments, options=UptrainingOptions, topic=topic, description=__doc__)
+
+
+def run(args: UptrainingOptions) -> None:
+    """The time of a decode step's attention, or with ``--steps`` the quality for every number of kv heads."""
+    topic = f"grouped_query_attention{'-uptraining' if args.steps else ''}"
+    report = Report(topic, args.device, args.out, peers=("copied", "grouped"))
     if args.steps:
         quality(report, args)
     else:
@@ -41,7 +55,7 @@ def main() -> None:
     report.finish()
 
 
-def quality(report: Report, args: argparse.Namespace) -> None:
+def quality(report: Report, args: UptrainingOptions) -> None:
     """Convert, measure, up-train, measure."""
     model, encoding = pretrained.load(device=args.device)
     context = model.config.max_length
@@ -84,7 +98,7 @@ def tokens_of(encoding, count: int, seed: str) -> np.ndarray:
     return np.array(encoding.encode(text, allowed_special="all"))
 
 
-def batches(tokens: np.ndarray, context: int, args: argparse.Namespace) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(tokens: np.ndarray, context: int, args: UptrainingOptions) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The same windows for every model."""
     draw = np.random.default_rng(0)
     starts = [draw.integers(0, len(tokens) - context, args.batch) for _ in range(args.steps)]
@@ -108,9 +122,9 @@ def decode_speed(report: Report, device: str) -> None:
         work = {"bytes": 2 * inputs[0][1].numel() * dtype.itemsize, "limit": bandwidth, "kv_heads": kv_heads}
         for name, form in (("grouped", attend), ("copied", attend_repeated)):
             timing = measure(form, inputs, device=device, seconds=1.0)
-            report.add(f"decode attention, {kv_heads} kv heads, {name}", timing, form=name, **work)
+            case = f"decode attention, {kv_heads} kv heads"
+            report.add(timing=timing, case=case, contestant=name, form=name, **work)
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    main()
+    sys.exit(main())

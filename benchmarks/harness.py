@@ -1,8 +1,8 @@
 """The one harness that every measurement of the course uses.
 
-A benchmark is three steps: :func:`measure` times a function, a :class:`Report` collects the rows with the limit
-beside each, and ``report.finish()`` prints a table and writes one JSON with the hardware, the versions, the commit and
-the command that made it.
+A benchmark is three steps: :func:`measure` times a function, a :class:`Report` collects the rows with the peer and the
+limit of each, and ``report.finish()`` prints a table and writes one JSON with the hardware, the versions, the commit
+and the command that made it. :func:`command_line` reads the flags, which are the same for all.
 
 How the time is taken, so that two runs agree:
 
@@ -25,12 +25,52 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Literal
 
 import torch
 
+from tformer_lib import command_line as commands
 from tformer_lib import profiling
+from tformer_lib.checkpoint import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every benchmark can be asked."""
+
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    """What to measure; by default the GPU if there is one."""
+    out: Path | None = None
+    """The folder to write to, instead of benchmarks/results/ and the device's name."""
+
+
+def command_line(
+    benchmark: Callable[[Options], object],
+    arguments: Sequence[str] | None = None,
+    *,
+    options: type[Options] = Options,
+    topic: str,
+    description: str,
+) -> int:
+    """The command line of a benchmark: read its flags, seed, run it; returns the exit status.
+
+    Args:
+        benchmark: does it all; what it returns is left alone, but for an exit status.
+        arguments: by default those of this process.
+        options: a dataclass that adds flags to :class:`Options`.
+        topic: the topic's word: the command is ``python -m benchmarks.<topic>``.
+        description: the script's docstring.
+    """
+
+    def run() -> int:
+        asked = commands.parse(options, arguments, program=f"python -m benchmarks.{topic}", description=description)
+        torch.manual_seed(0)
+        status = benchmark(asked)
+        return status if isinstance(status, int) else 0
+
+    return commands.run(run)
 
 
 @dataclass(frozen=True)
@@ -250,13 +290,16 @@ def noise(fn: Callable[[], object], *, device: torch.device | str = "cpu", repea
 
 @dataclass
 class Row:
-    """One measurement: what was run, how long it took, what it did, and what the limit is.
+    """One measurement: what was run, how long it took, what it did, its peer, and what the limit is.
 
-    ``flops`` and ``bytes`` are what one call must do at least; ``limit`` is the rate to compare with
-    (FLOP/s if flops are given, else bytes/s).
+    Several contestants do the same work, the ``case``; ``peer`` is the name of the row to compare with. ``flops`` and
+    ``bytes`` are what one call must do at least; ``limit`` is the rate to compare with (FLOP/s if flops are given, else
+    bytes/s). Where there is no peer, ``alone`` says why; where there is no limit, ``unbounded`` does.
     """
 
     name: str
+    case: str
+    contestant: str
     seconds: float
     p10: float
     p90: float
@@ -264,6 +307,9 @@ class Row:
     flops: float | None = None
     bytes: float | None = None
     limit: float | None = None
+    peer: str | None = None
+    alone: str | None = None
+    unbounded: str | None = None
     extra: dict = field(default_factory=dict)
 
     @property
@@ -292,10 +338,18 @@ class Report:
         topic: the topic's word, which names the file.
         device: what was measured; names the folder under ``benchmarks/results/``.
         out: another folder to write to, instead of ``benchmarks/results/<device>/``.
+        peers: contestants to compare with, those that say most first. A row that names no peer of its own is compared
+            with the first of them that did its case, other than itself.
     """
 
-    def __init__(self, topic: str, device: torch.device | str = "cpu", out: Path | str | None = None):
-        self.topic = topic
+    def __init__(
+        self,
+        topic: str,
+        device: torch.device | str = "cpu",
+        out: Path | str | None = None,
+        peers: Sequence[str] = (),
+    ):
+        self.topic, self.peers = topic, list(peers)
         self.device = torch.device(device)
         self.out = Path(out or os.environ.get("TFORMER_RESULTS") or RESULTS / device_name(self.device))
         self.rows: list[Row] = []
@@ -303,19 +357,55 @@ class Report:
 
     def add(
         self,
-        name: str,
-        timing: Timing,
+        name: str | None = None,
+        timing: Timing | None = None,
         *,
+        case: str | None = None,
+        contestant: str | None = None,
+        peer: str | None = None,
+        alone: str | None = None,
         flops: float | None = None,
         bytes: float | None = None,
         limit: float | None = None,
+        unbounded: str | None = None,
         **extra,
     ) -> Row:
-        """Add a timed row; ``extra`` is kept beside it (sizes, settings, a peer's figure)."""
-        row = Row(name, timing.median, timing.p10, timing.p90, timing.calls, flops, bytes, limit, extra)
+        """Add a timed row.
+
+        Args:
+            name: of the row; by default "case: contestant". A name alone is cut there.
+            timing: of the calls.
+            case: the work: what is done on what, in words that all contestants share.
+            contestant: who does it.
+            peer: the name of the row to compare with; by default found by the report's ``peers``.
+            alone: why there is no peer.
+            flops: what a call must do at least.
+            bytes: the same in bytes read and written.
+            limit: the rate to compare with.
+            unbounded: why there is no limit.
+            extra: what is kept beside it (sizes, settings).
+        """
+        if case is None:
+            case, _, contestant = name.rpartition(": ") if ": " in name else ("", "", name)
+        numbers = (timing.median, timing.p10, timing.p90, timing.calls, flops, bytes, limit)
+        row = Row(name or f"{case}: {contestant}", case, contestant, *numbers, peer, alone, unbounded, extra)
         self.rows.append(row)
         print(format_row(row), flush=True)
         return row
+
+    def peer_of(self, row: Row) -> str | None:
+        """The name of the row to compare with; None where there is none."""
+        if row.peer is not None or row.alone is not None:
+            return row.peer
+        same = {other.contestant: other.name for other in self.rows if other.case == row.case and other is not row}
+        return next((same[peer] for peer in self.peers if peer in same), None)
+
+    def missing(self) -> list[tuple[str, str]]:
+        """(name of a row, "peer" or "limit") of what is neither given nor explained; who is a peer needs none."""
+        peers = {row.name: self.peer_of(row) for row in self.rows}
+        alone = [r for r in self.rows if peers[r.name] is None and r.alone is None and r.name not in peers.values()]
+        unbounded = [row for row in self.rows if row.limit is None and row.unbounded is None]
+        return [*((row.name, "peer") for row in alone), *((row.name, "limit") for row in unbounded)]
 
     def note(self, **facts) -> None:
         """Keep facts that are no timing: ceilings, losses, counts."""
@@ -330,16 +420,20 @@ class Report:
 
     def as_dict(self) -> dict:
         """All that the JSON holds."""
-        rows = [{**asdict(r), "rate": r.rate, "share": r.share} for r in self.rows]
-        return {"topic": self.topic, **environment(self.device), "facts": self.facts, "rows": rows}
+        rows = [{**asdict(r), "peer": self.peer_of(r), "rate": r.rate, "share": r.share} for r in self.rows]
+        return {
+            "topic": self.topic,
+            **environment(self.device),
+            "facts": self.facts,
+            "peers": self.peers,
+            "rows": rows,
+        }
 
     def save(self) -> Path:
         """Write ``<out>/<topic>.json`` atomically with what is known so far, and return its path."""
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / f"{self.topic}.json"
-        temporary = path.with_suffix(".json.part")
-        temporary.write_text(as_json(self.as_dict()) + "\n")
-        temporary.replace(path)
+        write_atomically(path, (as_json(self.as_dict()) + "\n").encode())
         return path
 
     def finish(self) -> Path:
@@ -347,6 +441,8 @@ class Report:
         path = self.save()
         print(f"\n{self.topic} on {device_label(self.device)}")
         print("\n".join(format_row(row) for row in self.rows))
+        for name, what in self.missing():
+            print(f"  {name} has no {what}: name it, or say why there is none")
         print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
         return path
 

@@ -11,16 +11,27 @@ is what takes the time; recording the step in a CUDA graph removes that.
 Every variant generates greedily from the same prompt, in the same run.
 """
 
-import argparse
 import contextlib
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import median
 
 import torch
 
-from benchmarks.harness import Report, Timing, copy_rate, measure, profiled, synchronize
+from benchmarks.harness import (
+    Options,
+    Report,
+    Timing,
+    command_line,
+    copy_rate,
+    matmul_rate,
+    measure,
+    profiled,
+    synchronize,
+)
 from tformer_lib.generation import StaticStep, changing_shapes, decode_step, generate, generate_uncached, prefill
 from tformer_lib.kv_cache import CacheShape, GrowingCache, KVCache, PreallocatedCache, RingCache, pass_cost
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
@@ -29,18 +40,28 @@ GPT2 = ModelConfig(vocab_size=50257, max_length=2048, width=768, layers=12, head
 SMALL = ModelConfig(vocab_size=512, max_length=2048, width=192, layers=4, heads=6, feed_forward="gelu_tanh")
 
 THEIRS = "transformers generate, default cache"
+PEERS = (THEIRS + ", cuDNN off", THEIRS, "uncached", "cached, preallocated", "cached")
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class CacheOptions(Options):
+    """What a cache saves."""
+
+    new_tokens: int | None = None
+    """Tokens to generate; by default 1,024 on a GPU, 192 on a CPU."""
+    nvtx: bool = False
+    """Measure nothing: decode a few tokens for a profiler."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return command_line(run, arguments, options=CacheOptions, topic="kv_cache", description=__doc__)
+
+
+def run(args: CacheOptions) -> None:
     """Run every variant; one that fails is recorded with its error, and the others go on."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--new-tokens", type=int, help="tokens to generate; 1,024 on a GPU, 192 on a CPU")
-    parser.add_argument("--nvtx", action="store_true", help="measure nothing: decode a few tokens for a profiler")
-    args = parser.parse_args()
-    torch.manual_seed(0)
     gpu = args.device == "cuda"
-    bench = Bench(args.device, GPT2 if gpu else SMALL, torch.bfloat16 if gpu else torch.float32, args.new_tokens)
+    bench = Bench(args, GPT2 if gpu else SMALL, torch.bfloat16 if gpu else torch.float32)
     if args.nvtx:
         return bench.decode_for_profiler()
     bench.describe()
@@ -57,10 +78,10 @@ def main() -> None:
 class Bench:
     """The model, the prompt, and the report that all variants share."""
 
-    def __init__(self, device: str, config: ModelConfig, dtype: torch.dtype, new_tokens: int | None):
-        self.report, self.device = Report("kv_cache", device), torch.device(device)
+    def __init__(self, args: CacheOptions, config: ModelConfig, dtype: torch.dtype):
+        self.report, self.device = Report("kv_cache", args.device, args.out, peers=PEERS), torch.device(args.device)
         self.config, self.dtype = config, dtype
-        self.new_tokens = new_tokens or (1024 if device == "cuda" else 192)
+        self.new_tokens = args.new_tokens or (1024 if args.device == "cuda" else 192)
         self.prompt = torch.randint(config.vocab_size, (32,)).tolist()
         self.model = Decoder(config).to(self.device, dtype).eval()
         self.seconds: dict[str, float] = {}
@@ -70,7 +91,7 @@ class Bench:
         """Note the sizes and the bandwidth that the rows are compared with."""
         middle = len(self.prompt) + self.new_tokens // 2
         self.step_bytes = pass_cost(self.config, held=middle, new=1, itemsize=self.dtype.itemsize).bytes
-        self.bandwidth = copy_rate(self.device)
+        self.bandwidth, self.products = copy_rate(self.device), matmul_rate(self.device, self.dtype)
         self.report.note(
             parameters=count_parameters(self.model),
             dtype=str(self.dtype),
@@ -78,6 +99,7 @@ class Bench:
             new_tokens=self.new_tokens,
             bytes_per_token=self.shape().bytes_per_token,
             copy_bytes_per_second=self.bandwidth,
+            matmul_flops_per_second=self.products,
             bandwidth_bound_seconds_per_token=self.step_bytes / self.bandwidth,
         )
 
@@ -237,6 +259,8 @@ class Bench:
         self.report.add(
             name,
             timing,
+            case=f"{self.new_tokens:,} new tokens",
+            contestant=name,
             bytes=self.step_bytes * self.new_tokens,
             limit=self.bandwidth,
             milliseconds_per_token=round(per_token * 1e3, 4),
@@ -277,8 +301,10 @@ class Bench:
         cost = pass_cost(self.config, held=held, new=new, itemsize=self.dtype.itemsize)
         per_token = Timing(timing.median / steps, timing.p10 / steps, timing.p90 / steps, timing.calls)
         # a step with no cache is compared by its arithmetic, one with a cache by the bytes it reads
-        work = {"flops": cost.flops} if kind == "uncached" else {"bytes": cost.bytes, "limit": self.bandwidth}
-        self.report.add(f"{kind}, context {context}", per_token, context=context, kind=kind, **work)
+        by_flops = {"flops": cost.flops, "limit": self.products}
+        work = by_flops if kind == "uncached" else {"bytes": cost.bytes, "limit": self.bandwidth}
+        name, case = f"{kind}, context {context}", f"a token after {context}"
+        self.report.add(name, per_token, case=case, contestant=kind, context=context, kind=kind, **work)
 
     def ratios(self) -> None:
         """How many times faster each variant is than the uncached loop and than transformers; do the texts agree?"""
@@ -317,4 +343,4 @@ def transformers_gpt2(config: ModelConfig) -> torch.nn.Module:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

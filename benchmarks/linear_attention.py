@@ -7,16 +7,16 @@ written out; chunked linear attention takes 4·N·C·d + 4·N·d² operations fo
 logarithmic axes the slopes are 2 and 1. Decoding from a state takes 4·d² operations a token, whatever came before.
 """
 
-import argparse
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness import Report, matmul_rate, measure
+from benchmarks.harness import Options, Report, command_line, copy_rate, matmul_rate, measure
 from tformer_lib import linear_attention
 from tformer_lib.attention import attend
 
@@ -25,12 +25,15 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384)
 WRITTEN_OUT = 8192  # the longest text whose N² scores are written out
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return command_line(run, arguments, topic="linear_attention", description=__doc__)
+
+
+def run(args: Options) -> None:
     """Time and memory over the length, and the time of a decoded token over the length before it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    device = torch.device(parser.parse_args().device)
-    report = Report("linear_attention", device)
+    device = torch.device(args.device)
+    report = Report("linear_attention", device, args.out, peers=("softmax, fused", "linear, chunked"))
     rate = matmul_rate(device, torch.float32)
     report.note(head_dim=HEAD_DIM, chunk=linear_attention.CHUNK, matmul_flops_per_second=rate, lengths=list(LENGTHS))
     times = time_forms(report, device, rate)
@@ -72,7 +75,8 @@ def time_forms(report: Report, device: torch.device, rate: float) -> dict[str, l
     for name, form in forms().items():
         for N in lengths_of(name):
             timing = measure(form, [make(N, device)], device=device, seconds=0.2, min_calls=3)
-            report.add(f"{name}, N = {N:,}", timing, flops=operations(name, N), limit=rate, tokens=N)
+            work = {"flops": operations(name, N), "limit": rate, "tokens": N}
+            report.add(f"{name}, N = {N:,}", timing, case=f"N = {N:,}", contestant=name, **work)
             times.setdefault(name, []).append(timing.p10)
     return times
 
@@ -92,12 +96,17 @@ def memory_of_forms(device: torch.device) -> dict[str, dict[str, list[float]]]:
 
 def decode(report: Report, device: torch.device) -> None:
     """Time of one more token from a state, after texts of different lengths."""
+    limit = copy_rate(device)
     for N in (LENGTHS[0], LENGTHS[-1]):
         state = linear_attention.LinearState()
         state.attend(*make(N, device))
         token = make(1, device)
         timing = measure(state.attend, [token], device=device, seconds=0.3)
-        report.add(f"one token from a state of {N:,}", timing, tokens=N, state_bytes=state.sums.nbytes)
+        other = LENGTHS[-1] if LENGTHS[0] == N else LENGTHS[0]
+        work = {"bytes": 2 * state.sums.nbytes, "limit": limit, "tokens": N, "state_bytes": state.sums.nbytes}
+        names = {"case": "one token", "contestant": f"from a state of {N:,}"}
+        peer = f"one token from a state of {other:,}"
+        report.add(f"one token from a state of {N:,}", timing, peer=peer, **names, **work)
 
 
 def make(N: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -135,4 +144,4 @@ def peak_bytes(fn: Callable, inputs: tuple[Tensor, ...], *, backward: bool = Fal
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,11 +17,11 @@ heads, head_dim 128, blocks of 16 shuffled in the pool): FlashAttention-3's page
 64 x 8,192, 4.01 ragged, 53 us at 1 x 32,768 and 52 us at 16 x 2,048; FlashInfer on tensor cores 4.34, 3.80, 53 and 53.
 """
 
-import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import copytree
 from tempfile import TemporaryDirectory
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import Report, Timing, copy_rate, matmul_rate, measure, profiled
+from benchmarks.harness import Options, Report, Timing, command_line, copy_rate, matmul_rate, measure, profiled
 from tformer_lib import jit
 from tformer_lib.paged_attention import FP8, PREFILL_STEPS, blocks_for, write_cache
 from tformer_lib.paged_attention import paged_attention as attention
@@ -208,7 +208,8 @@ def time_variety(report: Report, limit: float) -> None:
     for name, options in variety.items():
         inputs = [(make_rows([8192] * 64, **options),)]
         timing = measure(own(2), inputs, device="cuda", seconds=SECONDS)
-        report.add(f"decode, 64 x 8,192, {name}: step 2", timing, bytes=kv_bytes(inputs[0][0]), limit=limit)
+        facts = {"bytes": kv_bytes(inputs[0][0]), "limit": limit, "peer": "decode, 64 x 8,192: step 2"}
+        report.add(f"decode, 64 x 8,192, {name}: step 2", timing, **facts)
         del inputs
         torch.cuda.empty_cache()
 
@@ -230,7 +231,8 @@ def time_prefill(report: Report, limit: float) -> None:
                 if step == "prefill_hopper" and options.get("cache") == FP8:
                     continue
                 timing = measure(own(step), [(x,)], device="cuda", seconds=SECONDS)
-                report.add(f"prefill, {name}{kind}: step {step}", timing, flops=work, limit=limit)
+                peer = f"prefill, {name}: step {step}" if options.get("cache") == FP8 else None
+                report.add(f"prefill, {name}{kind}: step {step}", timing, peer=peer, flops=work, limit=limit)
         if len(set(lengths)) == 1 and queries == lengths:
             shape = (len(lengths), HEADS, lengths[0], HEAD_DIM)
             dense = tuple(torch.randn(shape, device="cuda", dtype=BF16) for _ in range(3))
@@ -255,9 +257,11 @@ def time_writing(report: Report, limit: float) -> None:
         fn = lambda slots, pools=pools, k=k, v=v, options=options: write_cache(k, v, *pools, slots, **options)  # noqa: E731
         moved = 2 * tokens * KV_HEADS * HEAD_DIM * (2 + cache.itemsize)
         timing = measure(fn, inputs, device="cuda", seconds=SECONDS)
-        report.add(f"write_cache, {tokens:,} tokens{name}", timing, bytes=moved, limit=limit)
+        row = f"write_cache, {tokens:,} tokens{name}"
+        facts = {"case": row, "bytes": moved, "limit": limit}
+        report.add(row, timing, contestant="called", peer=f"{row}, CUDA graph", **facts)
         timing = measure_graph(fn, inputs)
-        report.add(f"write_cache, {tokens:,} tokens{name}, CUDA graph", timing, bytes=moved, limit=limit)
+        report.add(f"{row}, CUDA graph", timing, contestant="CUDA graph", peer=row, **facts)
 
 
 @contextmanager
@@ -284,7 +288,8 @@ def time_ablations(report: Report, limit: float) -> None:
             for name, inputs in cases.items():
                 timing = measure(own(2), inputs, device="cuda", seconds=SECONDS)
                 facts = {"bytes": kv_bytes(inputs[0][0]), "limit": limit}
-                report.add(f"decode, {name}: step 2, {change}", timing, **facts)
+                whole = f"decode, {name}: step 2"
+                report.add(f"{whole}, {change}", timing, peer=whole, **facts)
 
 
 def note_launch(report: Report) -> None:
@@ -377,25 +382,36 @@ def run_cpu(report: Report) -> None:
             report.add(name, timing, bytes=kv_bytes(x), limit=limit)
 
 
-def main() -> None:
+PEERS = (*DENSE, "dense cache, sdpa", "step 0", "step 1", "step prefill_tensor_core", "step prefill_hopper", "step 2")
+
+
+@dataclass(frozen=True)
+class PagedOptions(Options):
+    """Attention over a block table beside dense caches."""
+
+    ablations: bool = True
+    """Measure the kernels with one idea taken out too."""
+    nvtx: bool = False
+    """Measure nothing: run steps 1 and 2 once for a profiler."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return command_line(run, arguments, options=PagedOptions, topic="paged_attention", description=__doc__)
+
+
+def run(options: PagedOptions) -> None:
     """Measure, print and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--no-ablations", action="store_true", help="skip the kernels with one idea taken out")
-    parser.add_argument("--nvtx", action="store_true", help="measure nothing: run steps 1 and 2 once for a profiler")
-    parser.add_argument("--out", help="folder for the JSON instead of benchmarks/results/<device>")
-    options = parser.parse_args()
-    torch.manual_seed(0)
     if options.nvtx:
         return run_once(options.device)
-    report = Report("paged_attention", options.device, options.out)
+    report = Report("paged_attention", options.device, options.out, peers=PEERS)
     with torch.no_grad():
         if options.device == "cpu":
             run_cpu(report)
         else:
-            run_gpu(report, not options.no_ablations)
+            run_gpu(report, options.ablations)
     report.finish()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

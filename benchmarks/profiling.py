@@ -10,16 +10,20 @@ launch for all (a CUDA graph) or more work for each (a batch). A softmax written
 matrix, written as one 2 times. Keys that are transposed and copied before each use move 3 times instead of once.
 """
 
-import argparse
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import (
+    Options,
     Report,
+    command_line,
     compare,
     copies_past_cache,
     copy_rate,
@@ -39,19 +43,31 @@ CONTEXT, CAPACITY = 512, 1056
 """Tokens in the cache when a decode step is looked at, and those that it has room for."""
 
 
-def main() -> None:
+PEERS = ("eager", "CUDA graph", "fused softmax", "unfused softmax", "keys in order", "keys copied")
+
+
+@dataclass(frozen=True)
+class ProfilingOptions(Options):
+    """The bottlenecks, or what a profiler or a page wants instead."""
+
+    nvtx: bool = False
+    """Measure nothing: run both softmaxes and a copy, once, for a profiler."""
+    servers: bool = False
+    """Instead, record two servers over the same window, into profiling-servers.json."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return command_line(run, arguments, options=ProfilingOptions, topic="profiling", description=__doc__)
+
+
+def run(args: ProfilingOptions) -> None:
     """The limits, the noise, the three bottlenecks; on a GPU also the recordings of its kernels."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--nvtx", action="store_true", help="measure nothing: run both softmaxes and a copy, once")
-    parser.add_argument("--servers", action="store_true", help="instead, record two servers over the same window")
-    args = parser.parse_args()
-    torch.manual_seed(0)
     if args.nvtx:
         return for_profiler(torch.device(args.device))
     if args.servers:
-        return servers(torch.device(args.device))
-    report = Report("profiling", args.device)
+        return servers(torch.device(args.device), args.out)
+    report = Report("profiling", args.device, args.out, peers=PEERS)
     limits(report)
     for stage in (decoding, softmax, transposed_keys, steadiness, ranges_off):
         stage(report)
@@ -103,6 +119,8 @@ def decoding(report: Report) -> None:
             more_rows = (batch - 1) * (CONTEXT + 1) * CacheShape.of(model, 1).bytes_per_token  # the weights are shared
             title = f"decode step, {kind}, batch {batch}"
             facts = {"kind": kind, "batch": batch, "flops_of_products": batch * work.flops}
+            facts |= {"case": f"decode step, batch {batch}", "contestant": kind}
+            facts |= {"alone": None if gpu else "a CPU has no graph to replay"}
             report.add(title, timing, bytes=work.bytes + more_rows, limit=report.roofline.bytes_per_second, **facts)
             if batch == 1:
                 recordings[kind] = record_steps(report, kind, call)
@@ -221,17 +239,19 @@ def softmax(report: Report) -> None:
         lambda: (torch.randn(size, size, device=report.device, dtype=report.dtype),), report.device, most=3
     )
     for fn in (unfused_softmax, fused_softmax):
-        add_by_bytes(report, fn.__name__.replace("_", " "), fn, inputs, size=size)
+        add_by_bytes(report, "softmax", fn.__name__.replace("_", " "), fn, inputs, size=size)
 
 
-def add_by_bytes(report: Report, title: str, fn: Callable, inputs: list[tuple], **facts) -> None:
+def add_by_bytes(report: Report, case: str, contestant: str, fn: Callable, inputs: list[tuple], **facts) -> None:
     """Time a function, and put beside it the bytes that its operators move and what the roofline makes of them."""
     with profiling.count() as work:
         fn(*inputs[0])
     timing = measure(fn, inputs, device=report.device, seconds=0.4, min_calls=3)
     predicted = report.roofline.seconds(work.flops, work.bytes, work.calls)
     facts |= {"operators": work.calls, "predicted_seconds": predicted, "recording": record_call(fn, inputs)}
-    report.add(title, timing, bytes=work.bytes, limit=report.roofline.bytes_per_second, **facts)
+    name = contestant if case in contestant else f"{case}, {contestant}"
+    facts |= {"case": case, "contestant": contestant}
+    report.add(name, timing, bytes=work.bytes, limit=report.roofline.bytes_per_second, **facts)
 
 
 def with_copies(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -268,17 +288,17 @@ def transposed_keys(report: Report) -> None:
         ("keys viewed", with_views, (S, heads)),
         ("keys in order", in_order, (heads, S)),
     ):
-        add_by_bytes(report, f"attention, {title}", fn, make(order), **sizes)
+        add_by_bytes(report, "attention", title, fn, make(order), **sizes)
 
 
-def servers(device: torch.device, window_us: float = 30_000.0) -> None:
+def servers(device: torch.device, out: Path | None, window_us: float = 30_000.0) -> None:
     """A naive cache and the paged engine on the same requests: what the GPU does in a window in the middle of decoding.
 
     Written to profiling-servers.json. The first trace of each is thrown away.
     """
     from benchmarks import serving
 
-    report = Report("profiling-servers", device)
+    report = Report("profiling-servers", device, out)
     model, requests = serving.llama(device.type), serving.workload()
     step = serving.naive_step(model, [prompt for prompt, _ in requests[: serving.ROWS_RESERVED]])
     report.attach(naive=watch(step, window_us) | {"rows_of_a_step": serving.ROWS_RESERVED})
@@ -372,4 +392,4 @@ def ranges_off(report: Report) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

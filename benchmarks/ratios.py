@@ -10,16 +10,16 @@ is recorded beside each), and narrower than a kernel that does its work twice. W
 before it is told.
 """
 
-import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import RESULTS, Report, Timing, compare, device_name
+from benchmarks.harness import RESULTS, Options, Report, Timing, command_line, compare, device_name
 from benchmarks.kv_cache import GPT2, SMALL
 from benchmarks.profiling import fused_softmax, unfused_softmax
 from tformer_lib import linear_attention, sparse_attention
@@ -120,14 +120,22 @@ def dtype_of(device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
-def main(words: list[str] | None = None) -> int:
+@dataclass(frozen=True)
+class GuardOptions(Options):
+    """Each kernel beside its peer."""
+
+    record: bool = False
+    """Keep what is measured as the record, instead of comparing with it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns how many became slower."""
+    return command_line(run, arguments, options=GuardOptions, topic="ratios", description=__doc__)
+
+
+def run(args: GuardOptions) -> int:
     """Measure every case, then record or compare; returns how many became slower."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--record", action="store_true", help="keep what is measured as the record")
-    args = parser.parse_args(words)
-    torch.manual_seed(0)
-    report = Report("ratios", args.device)
+    report = Report("ratios", args.device, args.out)
     record = {} if args.record else recorded(report.device)
     slower = [line for name, make in CASES.items() if (line := examine(report, name, make, record))]
     if args.record:

@@ -10,29 +10,33 @@ compiled, it makes one. The projection does thousands of operations for each num
 On a GPU the kernels of kernels/rope turn queries and keys in one pass: 8 x 4,096 tokens, 32 + 8 heads.
 """
 
-import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Report, copies_past_cache, copy_rate, matmul_rate, measure
+from benchmarks.harness import Options, Report, command_line, copies_past_cache, copy_rate, matmul_rate, measure
 from tformer_lib.rope import LAYOUTS, Rope, rotate, rotate_both, rotate_both_, turn_pairs
 
 HEADS, HEAD_DIM = 32, 128
 BATCH, TOKENS, KV_HEADS = 8, 4096, 8  # of the kernels
 
 
-def main() -> None:
+PEERS = ("copy", "step 0, compiled", "step 2, 16-byte vectors", "rotate, half, compiled")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return command_line(run, arguments, topic="rope", description=__doc__)
+
+
+def run(args: Options) -> None:
     """Measure on one device and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    args = parser.parse_args()
-    torch.manual_seed(0)
     gpu = args.device == "cuda"
     length, dtype = (8192, torch.bfloat16) if gpu else (512, torch.float32)
-    report = Report("rope", args.device)
+    report = Report("rope", args.device, args.out, peers=PEERS)
     report.note(heads=HEADS, head_dim=HEAD_DIM, length=length, dtype=str(dtype))
     measure_rotations(report, length, dtype)
     measure_angles(report, length)
@@ -48,7 +52,8 @@ def measure_rotations(report: Report, length: int, dtype: torch.dtype) -> None:
     inputs = copies_past_cache(lambda: (torch.randn(1, HEADS, length, HEAD_DIM, device=device, dtype=dtype),), device)
     moved = 2 * inputs[0][0].numel() * dtype.itemsize  # read once, written once
     for name, turn in rotations(length, device).items():
-        report.add(name, measure(turn, inputs, device=device), bytes=moved, limit=limit)
+        timing = measure(turn, inputs, device=device)
+        report.add(name, timing, case=f"{length:,} queries", contestant=name, bytes=moved, limit=limit)
 
 
 def rotations(length: int, device: torch.device) -> dict[str, Callable]:
@@ -67,7 +72,9 @@ def measure_angles(report: Report, length: int) -> None:
     """Cosines and sines of all positions: made once for all layers."""
     positions = torch.arange(length, device=report.device)
     timing = measure(Rope(HEAD_DIM), [(positions,)], device=report.device)
-    report.add("cosines and sines of all positions", timing, bytes=2 * length * HEAD_DIM // 2 * 4)
+    names = {"case": "made once", "contestant": "cosines and sines of all positions"}
+    facts = {"bytes": 2 * length * HEAD_DIM // 2 * 4, "limit": copy_rate(report.device)}
+    report.add(names["contestant"], timing, peer="copy", **names, **facts)
 
 
 def measure_projection(report: Report, length: int, dtype: torch.dtype) -> None:
@@ -77,7 +84,8 @@ def measure_projection(report: Report, length: int, dtype: torch.dtype) -> None:
     weight = torch.randn(width, width, device=device, dtype=dtype)
     timing = measure(torch.nn.functional.linear, [(hidden, weight)], device=device)
     limit = matmul_rate(device, dtype)
-    report.add("projection that makes q", timing, flops=2 * length * width * width, limit=limit)
+    names = {"case": f"{length:,} queries", "contestant": "projection that makes q"}
+    report.add(names["contestant"], timing, flops=2 * length * width * width, limit=limit, **names)
 
 
 def measure_kernels(report: Report) -> None:
@@ -104,8 +112,10 @@ def measure_kernels(report: Report) -> None:
             middle = sorted(turns, key=lambda t: t.median)[1]
             medians = [1e3 * t.median for t in turns]
             passes = 1.5 if "norm, backward" in name else 1  # x, dout and dx instead of x and out
-            row = f"{name}; {layout_name}"
-            report.add(row, middle, bytes=passes * moved, limit=limit, milliseconds_of_turns=medians)
+            row, names = f"{name}; {layout_name}", {"case": layout_name, "contestant": name}
+            work = {"bytes": passes * moved, "limit": limit, "milliseconds_of_turns": medians}
+            peer = None if name == "copy of both" else f"copy of both; {layout_name}"
+            report.add(row, middle, peer=peer, **names, **work)
 
 
 def both_sides(cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> dict[str, Callable]:
@@ -137,4 +147,4 @@ def both_sides(cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> dict[str, Call
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,6 @@ A topic joins by a function that returns its cases by name, and a row in TOPICS.
 ``<results>/<topic>-sanitizer.json``, the full output of a case that fails to the screen.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -19,16 +18,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from tyro.conf import Positional
 
 from benchmarks.flash_attention import edited
 from benchmarks.harness import RESULTS, command, device_name, environment
+from tformer_lib import command_line as commands
 from tformer_lib import flash_attention as flash
+from tformer_lib.checkpoint import write_atomically
 from tformer_lib.flash_attention import kernels, reference
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -294,20 +298,45 @@ def as_hoped(result: dict) -> bool:
     return result["clean"] if result["expected"] == "clean" else not result["summary"].startswith("no summary")
 
 
-def main() -> None:
-    """Run one case (what the tool watches), or all of them under every tool."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("topic", choices=TOPICS)
-    parser.add_argument("--run", help="run this case alone, with no tool")
-    parser.add_argument("--tools", nargs="+", default=TOOLS, choices=(*TOOLS, "initcheck"))
-    parser.add_argument("--cases", nargs="+", help="only these")
-    parser.add_argument("--jobs", type=int, default=8, help="processes at a time")
-    parser.add_argument("--seconds", type=float, default=300.0, help="the most that one case may take")
-    options = parser.parse_args()
+@dataclass(frozen=True)
+class SanitizeOptions:
+    """Every CUDA kernel of a topic under compute-sanitizer."""
+
+    topic: Annotated[str, Positional]
+    """Whose kernels: flash_attention, paged_attention, rope or sparse_attention."""
+    run: str | None = None
+    """Run this case alone, with no tool."""
+    tools: tuple[Literal["memcheck", "racecheck", "synccheck", "initcheck"], ...] = TOOLS
+    """What watches."""
+    cases: tuple[str, ...] = ()
+    """Only these; by default all."""
+    jobs: int = 8
+    """Processes at a time."""
+    seconds: float = 300.0
+    """The most that one case may take."""
+
+    def __post_init__(self):
+        if self.topic not in TOPICS:
+            raise ValueError(f"there is no topic {self.topic!r}; there are {', '.join(TOPICS)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+
+    def run() -> int:
+        program = "python -m benchmarks.sanitize"
+        return sanitize(commands.parse(SanitizeOptions, arguments, program=program, description=__doc__))
+
+    return commands.run(run)
+
+
+def sanitize(options: SanitizeOptions) -> int:
+    """Run one case (what the tool watches), or all of them under every tool; returns the exit status."""
     torch.manual_seed(0)
     cases = TOPICS[options.topic]()
     if options.run:
-        return cases[options.run]()
+        cases[options.run]()
+        return 0
     cases = {name: run for name, run in cases.items() if name in (options.cases or cases)}
     with ThreadPoolExecutor(options.jobs) as pool:
         results = list(pool.map(lambda pair: check(options.topic, options.seconds, *pair), pairs(cases, options.tools)))
@@ -321,9 +350,9 @@ def main() -> None:
     folder = Path(os.environ.get("TFORMER_RESULTS") or RESULTS / device_name(device))
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"topic": options.topic, **environment(device), "command": command(), "results": results}
-    (folder / f"{options.topic}-sanitizer.json").write_text(json.dumps(facts, indent=1) + "\n")
-    sys.exit(0 if all(map(as_hoped, results)) else 1)
+    write_atomically(folder / f"{options.topic}-sanitizer.json", (json.dumps(facts, indent=1) + "\n").encode())
+    return 0 if all(map(as_hoped, results)) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

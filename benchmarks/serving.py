@@ -20,7 +20,6 @@ length as likely, and in the part "skewed" every order of magnitude as likely, w
 The last two run in processes of their own. A batch's tokens count if they were asked for.
 """
 
-import argparse
 import json
 import math
 import os
@@ -28,7 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -36,7 +36,7 @@ from statistics import median, quantiles
 
 import torch
 
-from benchmarks.harness import Report, Timing, synchronize
+from benchmarks.harness import Options, Report, Timing, command_line, synchronize
 from tformer_lib import pretrained
 from tformer_lib.generation import changing_shapes, generate, prefill
 from tformer_lib.kv_cache import CacheShape, GrowingCache
@@ -68,19 +68,35 @@ SECONDS = {"engine": 120, "skewed": 80, "transformers": 80, "contiguous": 80, "s
 """How long each part may take."""
 
 
-def main() -> None:
+PEERS = ("static", "sequential", "engine")
+MANY_STEPS = "a run of many steps; the bound of a step stands beside the decode steps"
+
+
+@dataclass(frozen=True)
+class ServingOptions(Options):
+    """Continuous batching beside a static batch."""
+
+    parts: tuple[str, ...] = ()
+    """Which parts to run; by default all that fit the device."""
+    part: str | None = None
+    """One part, in this process, its result written to the file --out: what the parts' own processes are asked."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return command_line(run, arguments, options=ServingOptions, topic="serving", description=__doc__)
+
+
+def run(args: ServingOptions) -> None:
     """Run each part in a process of its own; one that fails is recorded, and the others go on."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, help="which parts to run; all that fit the device")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    for part in (*args.parts, *([args.part] if args.part else [])):
+        if part not in PARTS:
+            raise ValueError(f"there is no part {part!r}; there are {', '.join(PARTS)}")
     if args.part:
         result = PARTS[args.part](args.device)
         args.out.write_text(json.dumps(result))
         return
-    report = Report("serving", args.device)
+    report = Report("serving", args.device, args.out, peers=PEERS)
     if args.device == "cuda":
         report.note(requests=REQUESTS, kv_memory_bytes=MEMORY, rows_reserved_at_full_length=ROWS_RESERVED)
     parts = args.parts or (["stories"] if args.device == "cpu" else [p for p in PARTS if p != "stories"])
@@ -283,7 +299,9 @@ def total_row(name: str, seconds: list[float], requests: list[tuple[list[int], i
     """These requests as a row; tokens that nobody asked for do not count."""
     written = sum(new for _, new in requests)
     timing = (median(seconds), min(seconds), max(seconds), len(seconds))
-    return {"name": name, "timing": timing, "tokens": written, "tokens_per_second": round(written / median(seconds))}
+    who, _, lengths = name.partition(", ")
+    names = {"name": name, "case": f"requests, {lengths or 'all lengths'}", "contestant": who, "unbounded": MANY_STEPS}
+    return {**names, "timing": timing, "tokens": written, "tokens_per_second": round(written / median(seconds))}
 
 
 def decode_times(log: list[Step]) -> list[tuple[Step, float]]:
@@ -306,8 +324,9 @@ def decode_rows(name: str, log: list[Step], model: Decoder) -> list[dict]:
         extra = {"steps": len(chosen), "share_of_total_bound": round(bound / sum(times), 4)}
         extra["mean_rows"] = round(sum(s.samples for s, _ in chosen) / len(chosen), 1)
         timing = (median(times), p10, p90, len(times))
-        row = {"name": f"{name}, decode steps, {what}", "timing": timing, "bytes": median(moved), "limit": BANDWIDTH}
-        rows.append({**row, **extra})
+        row = {"name": f"{name}, decode steps, {what}", "case": f"decode steps, {what}", "contestant": name}
+        row["alone"] = "the static batch never has as many rows" if what.startswith("of 128") else None
+        rows.append({**row, "timing": timing, "bytes": median(moved), "limit": BANDWIDTH, **extra})
     return rows
 
 
@@ -419,4 +438,4 @@ PARTS: dict[str, Callable[[str], dict]] = {
 
 if __name__ == "__main__":
     os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")  # the parts compile the same blocks
-    main()
+    sys.exit(main())

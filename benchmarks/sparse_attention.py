@@ -12,14 +12,14 @@ flash kernel, in turns. Their limit is the rate of a matrix product, over the pa
 pairs).
 """
 
-import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import Report, Timing, matmul_rate, measure
+from benchmarks.harness import Options, Report, Timing, command_line, matmul_rate, measure
 from benchmarks.linear_attention import make, peak_bytes
 from tformer_lib import sparse_attention
 from tformer_lib.attention import attend
@@ -33,12 +33,21 @@ CHOSEN_TOKENS, CHOSEN_HEADS, CHOSEN_BLOCKS = 65536, 4, 64
 TURNS = 3
 
 
-def main() -> None:
+PEERS = ("dense causal, fused", "causal", f"window of {WINDOW}")
+"""Of what a CPU measures."""
+
+KERNEL_PEERS = ("FlexAttention", "our flash kernel", "dense, our flash kernel", "step 2", "step 1", "chosen blocks")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return command_line(run, arguments, topic="sparse_attention", description=__doc__)
+
+
+def run(args: Options) -> None:
     """The claim at 16,384 tokens, then the growth with the length and the patterns side by side."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    device = torch.device(parser.parse_args().device)
-    report = Report("sparse_attention", device)
+    device = torch.device(args.device)
+    report = Report("sparse_attention", device, args.out, peers=KERNEL_PEERS if device.type == "cuda" else PEERS)
     if device.type == "cuda":
         kernels(report)
         return
@@ -85,17 +94,26 @@ def time_lengths(report: Report, device: torch.device, rate: float) -> dict[str,
         live = int(sparse_attention.sliding_window(WINDOW).layout(N, block=BLOCK).sum())
         dense = measure(fused, inputs, device=device, seconds=0.3, min_calls=3)
         sparse = measure(window, inputs, device=device, seconds=0.3, min_calls=3)
-        report.add(f"dense causal, fused, N = {N:,}", dense, flops=2 * N * N * HEAD_DIM, limit=rate, tokens=N)
-        flops = 4 * live * BLOCK**2 * HEAD_DIM
-        report.add(f"window of {WINDOW}, N = {N:,}", sparse, flops=flops, limit=rate, tokens=N, live_blocks=live)
+        facts = {"case": f"N = {N:,}", "limit": rate, "tokens": N}
+        row = f"dense causal, fused, N = {N:,}"
+        report.add(row, dense, contestant="dense causal, fused", flops=2 * N * N * HEAD_DIM, **facts)
+        facts |= {"flops": 4 * live * BLOCK**2 * HEAD_DIM, "live_blocks": live}
+        report.add(f"window of {WINDOW}, N = {N:,}", sparse, contestant=f"window of {WINDOW}", **facts)
         compiled = measure(twin, inputs, device=device, seconds=0.3, min_calls=3)
-        report.add(f"window of {WINDOW}, C++ twin, N = {N:,}", compiled, flops=flops, limit=rate, tokens=N)
+        name = f"window of {WINDOW}, C++ twin"
+        report.add(f"{name}, N = {N:,}", compiled, contestant=name, **facts)
         for name, timing in zip(seconds, (dense, sparse, compiled), strict=True):
             seconds[name].append(timing.median)
     make_plan = sparse_attention.plan.__wrapped__
     pattern = sparse_attention.sliding_window(WINDOW)
     planned = measure(make_plan, [(pattern, TOKENS, TOKENS, BLOCK, device)], device=device, min_calls=3)
-    report.add(f"making the plan, once, N = {TOKENS:,}", planned, tokens=TOKENS)
+    names = {"case": f"N = {TOKENS:,}", "contestant": "making the plan, once"}
+    peer, why = (
+        f"window of {WINDOW}, N = {TOKENS:,}",
+        "a list is made on a host: neither arithmetic nor bandwidth decides",
+    )
+    row = f"making the plan, once, N = {TOKENS:,}"
+    report.add(row, planned, peer=peer, unbounded=why, tokens=TOKENS, **names)
     return seconds
 
 
@@ -128,7 +146,9 @@ def patterns(report: Report, device: torch.device, rate: float) -> None:
         live = int(pattern.layout(N, block=BLOCK).sum())
         form = lambda q, k, v, p=pattern: sparse_attention.attend(q, k, v, pattern=p, block=BLOCK)  # noqa: E731
         timing = measure(form, inputs, device=device, seconds=0.3, min_calls=3)
-        report.add(name, timing, flops=4 * live * BLOCK**2 * HEAD_DIM, limit=rate, tokens=N, live_blocks=live)
+        facts = {"case": f"patterns at {N:,} tokens", "contestant": name, "tokens": N, "live_blocks": live}
+        alone = "it is what the patterns are compared with" if name == "causal" else None
+        report.add(name, timing, flops=4 * live * BLOCK**2 * HEAD_DIM, limit=rate, alone=alone, **facts)
 
 
 # On a GPU.
@@ -136,7 +156,6 @@ def patterns(report: Report, device: torch.device, rate: float) -> None:
 
 def kernels(report: Report) -> None:
     """The kernels beside their peers, over patterns, windows of growing width, and chosen blocks."""
-    torch.manual_seed(0)
     rate = matmul_rate(report.device, torch.bfloat16)
     report.note(
         heads=KERNEL_HEADS, head_dim=KERNEL_HEAD_DIM, tokens=TOKENS, dtype="bfloat16", matmul_flops_per_second=rate
@@ -217,8 +236,9 @@ def measure_pattern(report: Report, rate: float, name: str, pattern: Pattern, fl
     for contestant, (timing, turns) in in_turns(contestants).items():
         products = 5 if contestant.endswith("backward") else 2
         flops = 2 * products * pairs * KERNEL_HEAD_DIM
-        row = f"{name}: {contestant}"
-        report.add(row, timing, flops=flops, limit=rate, live_share=share, milliseconds_of_turns=turns)
+        who, way = contestant.rsplit(", ", 1)
+        names = {"name": f"{name}: {contestant}", "case": f"{name}, {way}", "contestant": who}
+        report.add(timing=timing, flops=flops, limit=rate, live_share=share, milliseconds_of_turns=turns, **names)
 
 
 def measure_growth(report: Report, rate: float) -> None:
@@ -235,8 +255,18 @@ def measure_growth(report: Report, rate: float) -> None:
             timing, turns = found[way]
             times[way].append(timing.median)
             flops = 2 * products * KERNEL_HEADS * live * 128 * 64 * KERNEL_HEAD_DIM
-            row = f"window {width}: {way}"
-            report.add(row, timing, flops=flops, limit=rate, live_blocks=live, milliseconds_of_turns=turns)
+            peer = None if width == WINDOW else f"window {WINDOW}: {way}"
+            report.add(
+                timing=timing,
+                case=f"window {width}",
+                contestant=way,
+                peer=peer,
+                alone=None if peer else "it is what the wider windows are compared with",
+                flops=flops,
+                limit=rate,
+                live_blocks=live,
+                milliseconds_of_turns=turns,
+            )
     lines = {way: straight_line(work, [1e6 * t for t in ts]) for way, ts in times.items()}
     report.note(microseconds_per_live_block={way: line[0] for way, line in lines.items()})
     report.note(microseconds_at_no_blocks={way: line[1] for way, line in lines.items()})
@@ -267,8 +297,10 @@ def measure_chosen(report: Report, rate: float) -> None:
         keys = CHOSEN_BLOCKS * 64 if contestant.startswith("chosen") else CHOSEN_TOKENS
         products = 5 if contestant.endswith("backward") else 2
         flops = 2 * products * CHOSEN_HEADS * CHOSEN_TOKENS * keys * KERNEL_HEAD_DIM
+        who, way = contestant.rsplit(", ", 1)
         row = f"{CHOSEN_TOKENS:,} tokens: {contestant}"
-        report.add(row, timing, flops=flops, limit=rate, heads=CHOSEN_HEADS, milliseconds_of_turns=turns)
+        names = {"case": f"{CHOSEN_TOKENS:,} tokens, {way}", "contestant": who}
+        report.add(row, timing, flops=flops, limit=rate, heads=CHOSEN_HEADS, milliseconds_of_turns=turns, **names)
         seconds[contestant] = timing.median
     work = CHOSEN_TOKENS / (CHOSEN_BLOCKS * 64)
     for way in ("forward", "backward"):
@@ -277,4 +309,4 @@ def measure_chosen(report: Report, rate: float) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

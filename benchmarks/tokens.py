@@ -5,19 +5,20 @@ have bytes for the merges; the plain algorithm costs M times the latter. Encodin
 the char-rnn Shakespeare if it is in the data folder or can be downloaded, and stories otherwise.
 """
 
-import argparse
 import math
 import sys
 import time
+from collections.abc import Sequence
 
 import tiktoken
 
-from benchmarks.harness import Report, Timing, measure
+from benchmarks.harness import Options, Report, Timing, command_line, measure
 from tformer_lib import stories, tokens
 
 SIZES = [512, 1024, 2048, 4096]
 PLAIN_SIZES = [280, 300]
 CURVE = [257, 300, 400, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192]
+ON_A_HOST = "comparisons and look-ups on a host: neither arithmetic nor bandwidth decides"
 OFTEN = {"seconds": 1.0, "warmup": 0.0, "min_calls": 3}
 
 
@@ -44,25 +45,37 @@ def first_tokens(learned: tokens.BPE, size: int) -> tiktoken.Encoding:
     return tokens.BPE(vocab, learned.merges, specials, learned.pattern).encoding
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cpu", help="only cpu: tokens are made on the CPU")
-    if parser.parse_args().device != "cpu":
-        sys.exit(print("tokens are made on the CPU: nothing to measure here"))
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return command_line(run, arguments, topic="tokens", description=__doc__)
+
+
+def run(args: Options) -> None:
+    """Training, encoding, and how much a vocabulary compresses; on the CPU, where tokens are made."""
+    if args.device != "cpu":
+        print("tokens are made on the CPU: nothing to measure here")
+        return
     name, text = corpus()
-    report = Report("tokens" if name == "shakespeare" else "tokens_stories")  # the chapter shows the former
+    topic = "tokens" if name == "shakespeare" else "tokens_stories"  # the chapter shows the former
+    report = Report(topic, "cpu", args.out)
     report.note(text=name, text_bytes=len(text.encode()))
     for size in SIZES:
-        report.add(f"train_bpe, {size} tokens", measure(lambda: tokens.train_bpe(text, size), **OFTEN), vocab_size=size)  # noqa: B023
+        timing = measure(lambda: tokens.train_bpe(text, size), **OFTEN)  # noqa: B023
+        facts = {"case": f"{size:,} tokens", "contestant": "train_bpe", "unbounded": ON_A_HOST, "vocab_size": size}
+        report.add(f"train_bpe, {size} tokens", timing, alone="the plain algorithm would take minutes", **facts)
     for size in PLAIN_SIZES:
         begin = time.perf_counter()  # once and unwarmed: it takes seconds, so that a first call's extra is nothing
         tokens.train_bpe_plain(text, size)
         timing = Timing(*3 * [time.perf_counter() - begin], 1)
-        report.add(f"train_bpe_plain, {size} tokens", timing, vocab_size=size)
+        facts = {"case": f"{size:,} tokens", "contestant": "train_bpe_plain", "unbounded": ON_A_HOST}
+        peer = f"train_bpe, {SIZES[0]} tokens"
+        report.add(f"train_bpe_plain, {size} tokens", timing, peer=peer, vocab_size=size, **facts)
     for encoding in (tokens.train_bpe(text, 4096).encoding, tokens.gpt2()):
         timing = measure(lambda: encoding.encode_ordinary(text), **OFTEN)  # noqa: B023
         rate = round(len(text.encode()) / timing.median / 1e6, 2)
-        report.add(f"encode, {encoding.n_vocab} tokens, {rate} MB/s", timing, megabytes_per_second=rate)
+        facts = {"case": f"encode with {encoding.n_vocab:,} tokens", "contestant": "tiktoken", "unbounded": ON_A_HOST}
+        alone, row = "it is tiktoken itself", f"encode, {encoding.n_vocab} tokens, {rate} MB/s"
+        report.add(row, timing, alone=alone, megabytes_per_second=rate, **facts)
     report.note(
         compression={"vocab_size": CURVE, "bytes_per_token": [round(ratio, 4) for ratio in compression(text)]},
         gpt2_bytes_per_token=round(len(text.encode()) / len(tokens.gpt2().encode_ordinary(text)), 4),
@@ -78,4 +91,4 @@ def entropy_of_characters(text: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,18 +9,18 @@ utilisation.
 A step is all of it: forward, backward, clipping, AdamW. The windows are on the device already.
 """
 
-import argparse
 import json
+import sys
 import tarfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks.harness import Report, matmul_rate, measure
+from benchmarks.harness import Options, Report, command_line, matmul_rate, measure
 from tformer_lib import training
 from tformer_lib.training import Run, TrainingConfig
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
@@ -49,25 +49,34 @@ SHAPES = {
 VOCABULARY = {"shakespeare-char": 65, "shakespeare-char-cpu": 65, "quick": 1024}
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class TrainingOptions(Options):
     """Measure the speed of a step, or train a recipe."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--recipe", help="train this preset to its end instead, and keep its log")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="with --recipe: fields to change")
-    parser.add_argument(
-        "--pack", action="store_true", help="with --recipe: pack the run's files into one .tar.gz beside the log"
-    )
-    parser.add_argument("--name", help="with --recipe: what to call the log, instead of training-<preset>")
-    parser.add_argument("--out", help="the folder to write to, instead of benchmarks/results/<device>/")
-    arguments = parser.parse_args()
-    if arguments.recipe:
-        train_recipe(arguments)
+
+    recipe: str | None = None
+    """Train this preset to its end instead, and keep its log."""
+    set: tuple[str, ...] = ()
+    """With --recipe: fields to change, as FIELD=VALUE."""
+    pack: bool = False
+    """With --recipe: pack the run's files into one .tar.gz beside the log."""
+    name: str | None = None
+    """With --recipe: what to call the log, instead of training-<preset>."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return command_line(run, arguments, options=TrainingOptions, topic="training", description=__doc__)
+
+
+def run(asked: TrainingOptions) -> None:
+    """Measure the speed of a step, or train a recipe."""
+    if asked.recipe:
+        train_recipe(asked)
     else:
-        measure_steps(torch.device(arguments.device), arguments.out)
+        measure_steps(torch.device(asked.device), asked.out)
 
 
-def measure_steps(device: torch.device, out: str | None) -> None:
+def measure_steps(device: torch.device, out: Path | None) -> None:
     """Tokens per second of each shape, and the share of the matrix-product rate."""
     report = Report("training", device, out)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -82,8 +91,10 @@ def measure_steps(device: torch.device, out: str | None) -> None:
         step, parameters = make_step(config, device)
         timing = measure(step, [random_windows(config, device) for _ in range(4)], device=device, seconds=4)
         report.add(
-            f"{name}: a step of {tokens:,} tokens",
-            timing,
+            timing=timing,
+            case=name,
+            contestant=f"a step of {tokens:,} tokens",
+            alone="no other trainer was measured",
             flops=flops * tokens,
             limit=limit,
             tokens_per_second=round(tokens / timing.median),
@@ -119,7 +130,7 @@ def random_windows(config: TrainingConfig, device: torch.device) -> tuple[torch.
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def train_recipe(arguments: argparse.Namespace) -> None:
+def train_recipe(arguments: TrainingOptions) -> None:
     """Train a preset, and write its configuration, its log and its best validation loss as one JSON."""
     name = arguments.name or f"training-{arguments.recipe}"
     report = Report(name, arguments.device, arguments.out)
@@ -141,13 +152,18 @@ def train_recipe(arguments: argparse.Namespace) -> None:
         pack(run.out, report.out / f"{name}.tar.gz")
 
 
-def recipe_config(arguments: argparse.Namespace, name: str) -> TrainingConfig:
+def recipe_config(arguments: TrainingOptions, name: str) -> TrainingConfig:
     """The preset with the changes that the arguments ask for."""
     values = asdict(training.preset(arguments.recipe, out=f"runs/{name}", device=arguments.device))
     for change in arguments.set:
-        field, _, value = change.partition("=")
+        field, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes FIELD=VALUE, got {change!r}")
         where = values["model"] if field.startswith("model.") else values
-        where[field.removeprefix("model.")] = json.loads(value)
+        try:
+            where[field.removeprefix("model.")] = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"--set {change}: the value must be JSON ({error})") from error
     return training.config_from_dict(values)
 
 
@@ -160,4 +176,4 @@ def pack(folder: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from benchmarks import harness, ratios
+from tformer_lib import teaching
 from tformer_lib.attention import attend, attend_sdpa
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = sorted(RESULTS.glob("*/*.json"))
+COMMANDS = sorted({p.stem for p in (ROOT / "benchmarks").glob("*.py")} - {"__init__", "harness"})
 
 
 def extension(name: str):
@@ -80,7 +82,7 @@ def test_scripts_of_the_profilers_know_their_targets(script):
     named = re.findall(rf"^#   benchmarks/{script} (\w+)", path.read_text(), flags=re.MULTILINE)
     assert "paged_attention" in named
     for topic in named:
-        assert '"--nvtx"' in (ROOT / "benchmarks" / f"{topic}.py").read_text(), f"{topic} has no --nvtx"
+        assert "nvtx: bool" in (ROOT / "benchmarks" / f"{topic}.py").read_text(), f"{topic} has no --nvtx"
 
 
 @pytest.mark.parametrize("topic", ["kv_cache", "paged_attention", "profiling", "flash_attention"])
@@ -180,15 +182,99 @@ def test_the_page_has_every_row_of_every_file():
             assert f"`{file.stem}`" in page
             assert record["command"] in page
             for row in results.timed_rows(record):
-                assert f"| {row['name']} | " in page, f"{file.stem} has {row['name']}"
+                start = f"| {row['case']} | {row['contestant']} | "
+                assert start in page, f"{file.stem} has {row['name']}"
+                cells = page.partition(start)[2].partition("\n")[0].rstrip(" |").split(" | ")
+                assert len(cells) == 5, (file.stem, row["name"], cells)  # time, spread, rate, limit, peer
+                assert cells[-1], f"{file.stem}: {row['name']} stands beside nothing"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_every_recorded_row_has_a_peer_and_a_limit_or_says_why_not(file):
+    record = json.loads(file.read_text())
+    rows = extension("results").timed_rows(record) if isinstance(record, dict) else []
+    names = [row["name"] for row in rows]
+    assert len(set(names)) == len(names)
+    peers = {row["peer"] for row in rows}
+    assert peers <= {*names, None}
+    for row in rows:
+        assert row["contestant"], row["name"]
+        assert row["peer"] or row["alone"] or row["name"] in peers, f"{row['name']} has no peer and does not say why"
+        assert row["peer"] != row["name"]
+        assert row["limit"] or row["unbounded"], f"{row['name']} has no limit and does not say why"
+        assert not (row["alone"] and row["peer"]), row["name"]
+
+
+def test_the_summary_has_every_file_that_holds_times():
+    results = extension("results")
+    summary, page = results.summary(RESULTS), results.sections(RESULTS)
+    files = [file for file in FILES if isinstance(record := json.loads(file.read_text()), dict) and "command" in record]
+    timed = [file for file in files if results.timed_rows(json.loads(file.read_text()))]
+    assert len(summary.splitlines()) == 2 + len(timed)
+    for file in timed:
+        assert f"(#{results.anchor(file)})" in summary
+        assert f"({results.anchor(file)})=" in page
 
 
 def test_a_row_stands_beside_its_peer():
     results = extension("results")
-    rows = {"step 4": {"name": "step 4", "seconds": 1.0}, "theirs": {"name": "theirs", "seconds": 2.0}}
-    rows["step 4"]["extra"] = {"peer": "theirs"}
-    assert results.beside({"topic": "x"}, rows["step 4"], rows) == "2.00 times as fast as theirs"
-    assert results.beside({"topic": "x"}, rows["theirs"], rows) == ""
+    report = harness.Report("x", peers=("theirs", "ours"))
+    report.add(timing=harness.Timing(1.0, 1.0, 1.0, 3), case="8 x 8", contestant="ours", flops=1, limit=2)
+    report.add("8 x 8: theirs", harness.Timing(2.0, 2.0, 2.0, 3), flops=1, limit=2)
+    report.add("8 x 8: ours, changed", harness.Timing(4.0, 4.0, 4.0, 3), peer="8 x 8: ours", flops=1, limit=2)
+    report.add("other: ours", harness.Timing(4.0, 4.0, 4.0, 3), peer="8 x 8: ours", flops=1, limit=2)
+    report.add("lone: ours", harness.Timing(1.0, 1.0, 1.0, 3), alone="nobody else can", unbounded="it waits")
+    rows = {row["name"]: row for row in report.as_dict()["rows"]}
+    assert {name: results.beside(row, rows) for name, row in rows.items()} == {
+        "8 x 8: ours": "2.00 times as fast as theirs",
+        "8 x 8: theirs": "takes 2.00 times as long as ours",
+        "8 x 8: ours, changed": "takes 4.00 times as long as ours",
+        "other: ours": "takes 4.00 times as long as 8 x 8: ours",
+        "lone: ours": "nobody else can",
+    }
+    assert results.share(rows["lone: ours"]) == "it waits"
+    assert report.missing() == []
+    report.add("lone: other", harness.Timing(1.0, 1.0, 1.0, 3))
+    report.add("nameless", harness.Timing(1.0, 1.0, 1.0, 3), limit=1, flops=1)
+    assert report.missing() == [("nameless", "peer"), ("lone: other", "limit")]
+
+
+@pytest.mark.parametrize(
+    ("commit", "told"),
+    [
+        ("abc123", "commit abc123"),
+        ("abc123+changes", "commit abc123 with changes that were not committed"),
+        (None, "of an unrecorded commit"),
+    ],
+)
+def test_where_a_record_comes_from_is_told_whole(commit, told):
+    record = {"device": "a CPU", "command": "python -m benchmarks.x", "commit": commit, "date": "2026-11-22T23"}
+    assert extension("results").provenance(record) == f"*a CPU (), 2026-11-22, {told}:* `python -m benchmarks.x`"
+
+
+@pytest.mark.parametrize("topic", [file.stem for file in FILES if file.parent.name == "nvidia-h200"])
+def test_the_command_that_would_make_a_missing_file_exists(topic):
+    with pytest.raises(FileNotFoundError, match="make them with python -m benchmarks") as refusal:
+        teaching.results("no-such-device", topic)
+    module = re.search(r"python -m benchmarks\.([\w-]+)", str(refusal.value))[1]
+    assert module in COMMANDS
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_the_command_of_a_record_exists(file):
+    record = json.loads(file.read_text())
+    if isinstance(record, dict) and "command" in record:
+        assert re.match(r"python -m benchmarks\.(\w+)", record["command"])[1] in COMMANDS
+
+
+@pytest.mark.parametrize("topic", COMMANDS)
+def test_benchmarks_refuse_in_one_line(topic, capsys):
+    module = importlib.import_module(f"benchmarks.{topic}")
+    for arguments in (["--nonsense"], ["--device", "tpu"]):
+        assert module.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

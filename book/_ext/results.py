@@ -1,14 +1,15 @@
 """Fill the page of results when the book is built, from the files under ``benchmarks/results/``.
 
-``{{ results }}`` in ``book/results.md`` becomes a section a topic, with a table for each file: every row's time with
-its spread, its rate, its share of the limit, and how it compares with its peer; what else a file holds is folded.
-Nothing on the page is written by hand, so it cannot fall behind the files.
+``{{ summary }}`` in ``book/results.md`` becomes a table with a row for each file, and ``{{ results }}`` a section a
+topic, with a table for each file: every row's time with its spread, its rate, its share of the limit, and how it
+compares with its peer; what else a file holds is folded. Nothing on the page is written by hand, so it cannot fall
+behind the files.
 """
 
 import json
-import re
 import sys
 from pathlib import Path
+from statistics import median
 
 from sphinx.application import Sphinx
 
@@ -19,46 +20,57 @@ from tools.chapters import load
 TITLES = {"rope": "RoPE", "kv_cache": "The KV cache", "ratios": "The guard: each kernel beside its peer"}
 """Topic -> heading, where it is not the topic's words."""
 
-PEERS = (
-    ("attention", r"^attend,", "attend_sdpa,"),
-    ("flash_attention", r": (step [34].*|sdpa flash|backward.cu.*)$", ": sdpa cudnn"),
-    ("flash_attention", r": (step [12].*)$", ": sdpa efficient"),
-    ("flash_attention", r": (naive|C\+\+ twin.*)$", ": sdpa"),
-    ("kv_cache", r"^(cached|recorded), context", "uncached, context"),
-    ("kv_cache", r"^(?!.*context|transformers).*$", "transformers generate, default cache, cuDNN off"),
-    ("kv_cache", r"^(?!.*context|transformers).*$", "uncached"),
-    ("linear_attention", r"^(linear, chunked|softmax, written out)", "softmax, fused"),
-    ("sparse_attention", r"^window of 512", "dense causal, fused"),
-    ("sparse_attention", r"^(?!dense|window of).*$", "causal"),
-    ("grouped_query_attention", r"copied$", "grouped"),
-    ("rope", r"^rotate.*$", "copy"),
-    ("profiling", r"^unfused softmax$", "fused softmax"),
-    ("profiling", r"^attention, keys (copied|viewed)$", "attention, keys in order"),
-    ("profiling", r"^decode step, CUDA graph", "decode step, eager"),
-)
-"""(topic, what a row's name holds, what its peer's name holds instead). A row's own ``extra["peer"]`` goes before."""
-
+DEVICES = {"cpu": "a CPU", "nvidia-h200": "an NVIDIA H200"}
+"""Folder -> what it is called."""
 
 PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("", 1.0))
 """Of rates."""
 
 
 def fill(app: Sphinx, page: str, source: list[str]) -> None:
-    """Replace the mark on the page of results."""
+    """Replace the marks on the page of results."""
     if page == "results":
-        root = Path(app.srcdir).resolve().parent
-        source[0] = source[0].replace("{{ results }}", sections(root / "benchmarks" / "results"))
+        folder = Path(app.srcdir).resolve().parent / "benchmarks" / "results"
+        source[0] = source[0].replace("{{ summary }}", summary(folder)).replace("{{ results }}", sections(folder))
+
+
+def records_of(folder: Path) -> list[tuple[Path, dict]]:
+    """Every file of results with what it holds, in the order of the chapters."""
+    records = [(file, json.loads(file.read_text(encoding="utf-8"))) for file in sorted(folder.glob("*/*.json"))]
+    records = [(file, record) for file, record in records if isinstance(record, dict) and "command" in record]
+    order = list(dict.fromkeys(module for chapter in load().chapters for module in chapter.modules))
+    place = lambda topic: (order.index(topic) if topic in order else 99, topic)  # noqa: E731
+    return sorted(records, key=lambda pair: place(topic_of(pair[0])))
+
+
+def summary(folder: Path) -> str:
+    """A row for each file that holds times: how many, the most of a limit, and how rows compare with their peers."""
+    lines = [summary_row(file, record) for file, record in records_of(folder) if timed_rows(record)]
+    return table(("topic", "device", "rows", "most of a limit", "beside the peers"), lines)
+
+
+def summary_row(file: Path, record: dict) -> tuple[str, ...]:
+    """The row of one file; what is itself a peer by the script's list counts for neither figure."""
+    rows = {row["name"]: row for row in timed_rows(record)}
+    ours = [row for row in rows.values() if row["contestant"] not in record.get("peers", [])] or list(rows.values())
+    best = max((row for row in ours if row.get("share") is not None), key=lambda row: row["share"], default=None)
+    most = "" if best is None else f"{best['share']:.0%}: {best['name']}"
+    ratios = sorted(rows[row["peer"]]["seconds"] / row["seconds"] for row in ours if row["peer"] in rows)
+    told = "" if not ratios else f"{ratios[0]:.2g} to {ratios[-1]:.2g} times as fast, half of them {median(ratios):.2g}"
+    link = f"[`{file.stem}`](#{anchor(file)})"
+    return link, DEVICES.get(file.parent.name, file.parent.name), str(len(rows)), most, told
+
+
+def anchor(file: Path) -> str:
+    """The name of a file's section, to link to."""
+    return f"results-{file.parent.name}-{file.stem}".replace("_", "-").replace(".", "-").lower()
 
 
 def sections(folder: Path) -> str:
     """A section for each topic, with all its files."""
-    files = sorted(folder.glob("*/*.json"))
-    records = [(file, json.loads(file.read_text(encoding="utf-8"))) for file in files]
-    records = [(file, record) for file, record in records if isinstance(record, dict) and "command" in record]
-    order = list(dict.fromkeys(module for chapter in load().chapters for module in chapter.modules))
-    topics = sorted({topic_of(file) for file, _ in records}, key=lambda t: (order.index(t) if t in order else 99, t))
+    records = records_of(folder)
     parts = []
-    for topic in topics:
+    for topic in dict.fromkeys(topic_of(file) for file, _ in records):
         parts.append(f"## {TITLES.get(topic, topic.replace('_', ' ').capitalize())}")
         parts += [part for file, record in records if topic_of(file) == topic for part in (heading(file), body(record))]
     return "\n\n".join(parts)
@@ -71,8 +83,8 @@ def topic_of(file: Path) -> str:
 
 def heading(file: Path) -> str:
     """The device and the file's name."""
-    device = {"cpu": "On a CPU", "nvidia-h200": "On an NVIDIA H200"}.get(file.parent.name, f"On {file.parent.name}")
-    return f"### {device}: `{file.stem}`"
+    device = DEVICES.get(file.parent.name, file.parent.name)
+    return f"({anchor(file)})=\n### On {device}: `{file.stem}`"
 
 
 def body(record: dict) -> str:
@@ -90,9 +102,16 @@ def body(record: dict) -> str:
 def provenance(record: dict) -> str:
     """One line: device, versions, date, commit, command."""
     versions = ", ".join(f"{name} {value}" for name, value in record.get("versions", {}).items() if value)
-    commit = f", commit {record['commit'].removesuffix('+changes')}" if record.get("commit") else ""
     date = str(record.get("date", ""))[:10]
-    return f"*{record.get('device', '')} ({versions}), {date}{commit}:* `{record['command']}`"
+    return f"*{record.get('device', '')} ({versions}), {date}, {commit(record)}:* `{record['command']}`"
+
+
+def commit(record: dict) -> str:
+    """The commit that was measured, and whether the files differed from it."""
+    if not record.get("commit"):
+        return "of an unrecorded commit"
+    name, changed, _ = str(record["commit"]).partition("+changes")
+    return f"commit {name}" + (" with changes that were not committed" if changed else "")
 
 
 def timed_rows(record: dict) -> list[dict]:
@@ -105,44 +124,20 @@ def rows_table(record: dict) -> str:
     """Every row with its spread, its rate, its share of the limit, and its peer."""
     rows = {row["name"]: row for row in timed_rows(record)}
     lines = [
-        (name, time(row["seconds"]), spread(row), rate(row), share(row), beside(record, row, rows))
-        for name, row in rows.items()
+        (row["case"], row["contestant"], time(row["seconds"]), spread(row), rate(row), share(row), beside(row, rows))
+        for row in rows.values()
     ]
-    head = ("what", "time", "spread", "rate", "of the limit", "beside its peer")
-    filled = [i for i in range(len(head)) if any(line[i] for line in lines)]
-    return table(tuple(head[i] for i in filled), [tuple(line[i] for i in filled) for line in lines])
+    return table(("case", "contestant", "time", "spread", "rate", "of the limit", "beside its peer"), lines)
 
 
-def beside(record: dict, row: dict, rows: dict[str, dict]) -> str:
-    """How the row's time compares with its peer's."""
-    peer = peer_of(str(record.get("topic", "")).partition("-")[0], row, rows)
-    if peer is None:
-        return ""
-    ratio = rows[peer]["seconds"] / row["seconds"]
+def beside(row: dict, rows: dict[str, dict]) -> str:
+    """How the row's time compares with its peer's, or why it has none."""
+    if row.get("peer") not in rows:
+        return row.get("alone") or "is the peer"
+    peer = rows[row["peer"]]
+    ratio = peer["seconds"] / row["seconds"]
     told = f"{ratio:.2f} times as fast as" if ratio >= 1 else f"takes {1 / ratio:.2f} times as long as"
-    return f"{told} {short_peer(peer, row['name'])}"
-
-
-def short_peer(peer: str, name: str) -> str:
-    """The peer's name without the beginning or the end that it shares with the row's, cut at commas and colons."""
-    mine, its = re.split(r"(?<=[,:]) ", name), re.split(r"(?<=[,:]) ", peer)
-    while len(its) > 1 and mine and its[0] == mine[0]:
-        mine, its = mine[1:], its[1:]
-    while len(its) > 1 and mine and its[-1] == mine[-1]:
-        mine, its = mine[:-1], its[:-1]
-    return " ".join(its).rstrip(",:")
-
-
-def peer_of(topic: str, row: dict, rows: dict[str, dict]) -> str | None:
-    """The name of the row to compare with, if there is one."""
-    named = row.get("extra", {}).get("peer")
-    if named in rows and named != row["name"]:
-        return named
-    for its_topic, pattern, replacement in PEERS:
-        peer = re.sub(pattern, lambda found, r=replacement: r, row["name"], count=1)
-        if topic == its_topic and re.search(pattern, row["name"]) and peer in rows and peer != row["name"]:
-            return peer
-    return None
+    return f"{told} {peer['contestant'] if peer['case'] == row['case'] else peer['name']}"
 
 
 def time(seconds: float) -> str:
@@ -171,8 +166,8 @@ def rate(row: dict) -> str:
 
 
 def share(row: dict) -> str:
-    """The share of the limit."""
-    return "" if row.get("share") is None else f"{row['share']:.1%}"
+    """The share of the limit, or why there is none."""
+    return row.get("unbounded") or "" if row.get("share") is None else f"{row['share']:.1%}"
 
 
 def flat(facts: dict, before: str = "") -> list[tuple[str, object]]:

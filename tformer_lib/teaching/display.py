@@ -84,11 +84,11 @@ def table_cell(text: str) -> str:
 
 
 def results(device: str, topic: str) -> dict:
-    """What ``python -m benchmarks.<topic>`` measured on ``device``; says the hardware, the versions and the command.
+    """What a script of ``benchmarks/`` measured on ``device``; says the hardware, the versions and the command.
 
     Args:
         device: the folder under ``benchmarks/results/``: ``"cpu"``, ``"nvidia-h200"``.
-        topic: the topic's word.
+        topic: the file's name without its ending: the topic's word, and what more there is after a hyphen.
 
     Raises:
         FileNotFoundError: nothing was recorded there.
@@ -98,7 +98,7 @@ def results(device: str, topic: str) -> dict:
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "nothing"
         raise FileNotFoundError(
             f"no results for {topic!r} on {device!r} (recorded there: {known}); "
-            f"make them with python -m benchmarks.{topic}"
+            f"make them with python -m benchmarks.{topic.partition('-')[0]}, whose --help says how"
         )
     record = json.loads(path.read_text(encoding="utf-8"))
     show_markdown(provenance(record))
