@@ -669,6 +669,33 @@ def test_wrong_choices_are_refused_by_name(change, message):
 
 
 @needs_hopper
+@pytest.mark.parametrize("step", [1, 2])
+def test_numbers_past_2_to_the_31_are_attended(step):
+    heads, T = 132, 2**17  # 2.2e9 numbers of q; all heads share one of k and v
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GB of free GPU memory")
+    q = torch.randn(1, heads, T, 128, dtype=torch.bfloat16, device="cuda")
+    k, v = (torch.randn(1, 1, T, 128, dtype=torch.bfloat16, device="cuda") for _ in "kv")
+    pattern = sp.sliding_window(100)
+    out = sp.attend(q, k, v, pattern=pattern, step=step)
+    last = sp.attend(q[:, -1:, -1000:], k, v, pattern=pattern, step=0)
+    torch.testing.assert_close(out[:, -1:, -1000:], last, atol=2e-2, rtol=2e-2)
+
+
+@needs_hopper
+def test_deterministic_algorithms_are_kept_to():
+    q, k, v = (x.to("cuda", torch.bfloat16).requires_grad_() for x in make(700, head_dim=64, value_dim=64))
+    torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS asks for a setting of the environment
+    try:
+        with pytest.warns(UserWarning, match="its blocks add to dq in any order"):
+            grads = [torch.autograd.grad(sp.attend(q, k, v, pattern=sp.causal()).sum(), (q, k, v)) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_hopper
 @pytest.mark.parametrize("seed", range(24))
 def test_shapes_drawn_afresh_are_the_float64_formula(seed):
     """Lengths to 4,099, head_dim to 256, ratios of heads, cut and transposed inputs, any pattern; both steps."""

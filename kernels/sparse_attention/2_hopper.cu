@@ -61,6 +61,9 @@ struct Shared {
     int64_t work[2];
     Note<ENTRIES> notes[NOTES];
     alignas(128) uint64_t words[NOTES][ENTRIES][TILE];
+
+    __device__ uint64_t* q_full() { return reinterpret_cast<uint64_t*>(&barriers.q_full); }  // of the one buffer of Q
+    __device__ uint64_t* q_empty() { return reinterpret_cast<uint64_t*>(&barriers.q_empty); }
 };
 
 // Hands pieces of work from the producer to the consumers.
@@ -147,12 +150,12 @@ struct Producer {
         const int count = (list.count + ENTRIES - 1) / ENTRIES;
         if (count == 0) return;
         const int head = int(work.h), batch = int(work.b), kv = head / int(a.heads / a.kv_heads);
-        wait(&shared.barriers.q_empty, q_parity ^ 1);
+        wait(shared.q_empty(), q_parity ^ 1);
         q_parity ^= 1;
-        arrive_and_expect(&shared.barriers.q_full, Sh::Q_BYTES);
+        arrive_and_expect(shared.q_full(), Sh::Q_BYTES);
 #pragma unroll
         for (int box = 0; box < Sh::BOXES; ++box)
-            load_box(buffers.Q + box * Sh::ROWS * ROW_BYTES, &plan.q, &shared.barriers.q_full, box * BOX_COLUMNS,
+            load_box(buffers.Q + box * Sh::ROWS * ROW_BYTES, &plan.q, shared.q_full(), box * BOX_COLUMNS,
                      work.tile * TILE, head, batch);
         for (int i = 0; i <= count; ++i) {  // K(i), then V(i - 1); from the last tile of keys to the first
             if (i < count) load_keys(list, count - 1 - i, kv, batch);

@@ -56,8 +56,7 @@ def attend(
     if mask is not None and name not in (AUTO, "0"):
         raise ValueError(f"step {name} cannot do this: a mask beside the pattern needs step 0")
     traced = torch.compiler.is_compiling()  # step 0 makes its plan from the pattern: no graph can hold that
-    by_blocks = name == "0" or (name == AUTO and not has_kernel(q, v))
-    if mask is not None or (by_blocks and not traced):
+    if mask is not None or (not traced and (name == "0" or (name == AUTO and not has_kernel(q, v)))):
         pattern = pattern & Band(None, 0) if causal else pattern
         return attend_blocks(q, k, v, pattern, mask, scale, block, sinks)
     return torch.ops.tformer_lab.sparse_attention(q, k, v, sinks, None, pattern.handle, bool(causal), scale, name)[0]
@@ -106,8 +105,10 @@ def attend_chosen(
 
 
 def has_kernel(q: Tensor, v: Tensor) -> bool:
-    """Whether a kernel can do it; where a GPU's usual dtypes cannot have one, the ladder says why."""
-    return q.is_cuda and (q.dtype in HALVES or refusal("1", q, v) is None)
+    """Whether a kernel can do it; the ladder warns where a GPU is left with PyTorch on 16-bit numbers."""
+    if not q.is_cuda or q.dtype not in HALVES:
+        return False
+    return LADDER.choose(AUTO, q.device, lambda step: refusal(step, q, v)) != "0"
 
 
 def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
