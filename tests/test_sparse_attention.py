@@ -4,6 +4,7 @@ import copy
 import random
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from draws import draws
@@ -483,6 +484,42 @@ def test_the_transposed_lists_of_a_choice_are_its_mask(T, S, causal):
     chosen = draw_chosen(T, S, heads=2, n=3, seed=T + causal, batch=2)
     lists = transpose_chosen(chosen, T, S)
     assert torch.equal(mask_of_lists(lists, S, T, 2).mT, mask_of_chosen(chosen, T, S, 2, False))
+
+
+@pytest.mark.parametrize(("T", "S"), [(300, 300), (128, 1000), (1, 64), (130, 517)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_are_chosen_by_the_means_own_blocks_first(T, S, causal):
+    q, k, _ = make(T, S)
+    chosen = sp.choose_blocks(q, k, 4, causal=causal)
+    tiles, blocks = sp.blocks_in(T, 128), sp.blocks_in(S, 64)
+    assert chosen.shape == (2, 2, tiles, min(4, blocks))
+    for b, h, t in np.ndindex(2, 2, tiles):
+        rows = slice(t * 128, min(T, t * 128 + 128))
+        mean = q[b, 2 * h : 2 * h + 2, rows].mean((0, 1))
+        scores = [float(mean @ k[b, h, j * 64 : j * 64 + 64].mean(0)) for j in range(blocks)]
+        first, last = rows.start + S - T, rows.stop - 1 + S - T
+        if causal:
+            own = range(first // 64, last // 64 + 1)
+            scores = [1e9 if j in own else s if j * 64 <= last else -1e9 for j, s in enumerate(scores)]
+        best = sorted(range(blocks), key=lambda j: -scores[j])[: min(4, blocks)]
+        expected = sorted(j for j in best if scores[j] > -1e9)
+        assert sorted(j for j in chosen[b, h, t].tolist() if j >= 0) == expected
+
+
+def test_a_needle_is_found_by_the_choice_that_a_fixed_window_of_the_same_budget_misses():
+    torch.manual_seed(0)
+    S, needle = 4096, 777
+    q, k, v = (0.1 * torch.randn(1, 1, S, 32) for _ in "qkv")
+    direction = 2 * torch.randn(32)
+    q[:, :, -128:] += direction  # the last tile asks for what one block holds
+    k[:, :, needle // 64 * 64 : needle // 64 * 64 + 64] += direction
+    v[:, :, needle // 64 * 64 : needle // 64 * 64 + 64] += 10.0
+    truth = dense_attend(q, k, v, causal=True)[:, :, -1]
+    chosen = sp.choose_blocks(q, k, 8, causal=True)
+    found = sp.attend_chosen(q, k, v, chosen, causal=True)[:, :, -1]
+    window = sp.attend(q, k, v, pattern=sp.sliding_window(8 * 64))[:, :, -1]
+    assert (found - truth).abs().max() < 0.05 * truth.abs().max()
+    assert (window - truth).abs().max() > 0.5 * truth.abs().max()
 
 
 def rough_attention(q, k, v, mask, scale, sinks):

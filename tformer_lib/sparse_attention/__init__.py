@@ -28,7 +28,7 @@ step   source               what it is                                        ru
 chose itself. Gradients come from ``backward.cu`` on a Hopper GPU, from ``cpu.cpp`` for its own step, else from step 0.
 """
 
-from tformer_lib.sparse_attention.attention import attend, attend_chosen
+from tformer_lib.sparse_attention.attention import attend, attend_chosen, choose_blocks
 from tformer_lib.sparse_attention.blocks import attend_blocks, attend_piece, in_blocks, narrow
 from tformer_lib.sparse_attention.lists import Lists, pattern_lists
 from tformer_lib.sparse_attention.patterns import (
@@ -87,6 +87,7 @@ __all__ = [
     "bucket_size",
     "candidate_blocks",
     "causal",
+    "choose_blocks",
     "dilated",
     "documents",
     "draw_blocks",

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tformer_lib.contract import check_inputs
 from tformer_lib.ladder import AUTO, HALVES
-from tformer_lib.sparse_attention.blocks import attend_blocks
+from tformer_lib.sparse_attention.blocks import attend_blocks, in_blocks
 from tformer_lib.sparse_attention.kernels import LADDER, refusal
 from tformer_lib.sparse_attention.lists import BLOCK as KERNEL_BLOCK
 from tformer_lib.sparse_attention.lists import TILE
@@ -102,6 +102,51 @@ def attend_chosen(
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     options = (-1, bool(causal), scale, LADDER.name(step))
     return torch.ops.tformer_lab.sparse_attention(q, k, v, sinks, chosen, *options)[0]
+
+
+@torch.no_grad()
+def choose_blocks(q: Tensor, k: Tensor, count: int, *, causal: bool = False) -> Tensor:
+    """For each tile of 128 queries the blocks of 64 keys whose mean key the tile's mean query likes best.
+
+    A choice by means is that of Mixture of Block Attention (Lu et al. 2025, arXiv:2502.13189), there for each query. No
+    gradient passes: what is chosen is not differentiable.
+
+    Args:
+        q: (batch, heads, T, head_dim).
+        k: (batch, kv_heads, S, head_dim). The heads that share a kv head choose together.
+        count: blocks to choose; under ``causal`` the two that hold the tile's own positions are always among them.
+        causal: choose no block that begins after the tile's last query. The last query stands at the last key.
+
+    Returns:
+        (batch, kv_heads, ceil(T / 128), min(count, blocks)) indices for :func:`attend_chosen`, -1 where none is left.
+
+    Raises:
+        ValueError: if count is too small.
+    """
+    least = 2 if causal else 1
+    if count < least:
+        raise ValueError(f"count must be at least {least}, got {count}")
+    T, S = q.shape[2], k.shape[2]
+    q = q.unflatten(1, (k.shape[1], -1)).float().mean(2)  # (batch, kv_heads, T, head_dim)
+    scores = block_means(q, TILE) @ block_means(k.float(), KERNEL_BLOCK).mT  # (batch, kv_heads, tiles, blocks)
+    if causal:
+        first = (
+            torch.arange(scores.shape[2], device=q.device)[:, None] * TILE + S - T
+        )  # position of a tile's first query
+        last = (first + TILE - 1).clamp(max=S - 1)
+        begin = torch.arange(scores.shape[3], device=q.device) * KERNEL_BLOCK
+        scores = scores.masked_fill((begin + KERNEL_BLOCK > first) & (begin <= last), torch.inf)
+        scores = scores.masked_fill(begin > last, -torch.inf)
+    best = scores.topk(min(count, scores.shape[3]), dim=-1)
+    return best.indices.masked_fill(best.values == -torch.inf, -1)
+
+
+def block_means(x: Tensor, block: int) -> Tensor:
+    """(batch, heads, length, d) -> (batch, heads, blocks, d), the mean of each block; the last may be shorter."""
+    padded = in_blocks(x, block)  # (batch, heads, blocks, block, d), zeros at the end
+    sizes = torch.full((padded.shape[2], 1), float(block), device=x.device)
+    sizes[-1:] = x.shape[2] - (padded.shape[2] - 1) * block
+    return padded.sum(3) / sizes
 
 
 def has_kernel(q: Tensor, v: Tensor) -> bool:
