@@ -22,8 +22,12 @@ RUN if id ubuntu; then userdel ubuntu; fi \
  && install --directory --owner=learner --group=learner /home/learner/course
 USER learner
 WORKDIR /home/learner/course
+
+# Everything is installed before the course is copied, so that a change of the course does not install PyTorch again. The
+# install is editable: an empty package stands in for the one that is copied over it.
+COPY --chown=learner:learner pyproject.toml Makefile README.md LICENSE ./
+RUN mkdir tformer_lib kernels && touch tformer_lib/__init__.py && PIP_NO_CACHE_DIR=1 make setup TORCH=${TORCH}
 COPY --chown=learner:learner . .
-RUN PIP_NO_CACHE_DIR=1 make setup TORCH=${TORCH}
 
 EXPOSE 8888
 CMD [".venv/bin/jupyter", "lab", "--ip=0.0.0.0", "--port=8888", "--no-browser"]

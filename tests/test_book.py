@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -294,6 +295,11 @@ def test_container_installs_and_serves_the_course():
     words = [line.split(maxsplit=1)[0] for line in steps.splitlines() if line.strip()]
     assert set(words) <= {"ARG", "FROM", "RUN", "COPY", "WORKDIR", "USER", "ENV", "EXPOSE", "CMD"}
     assert "make setup" in steps
+    before, _, after = steps.partition("make setup")
+    assert re.findall(r"^COPY .*", before, re.MULTILINE) == [
+        "COPY --chown=learner:learner pyproject.toml Makefile README.md LICENSE ./"
+    ], "a change of the course would install everything again"
+    assert re.findall(r"^COPY .*", after, re.MULTILINE) == ["COPY --chown=learner:learner . ."]
     assert "USER root" not in steps.split("CMD")[0].splitlines()[-1]
     command = json.loads(re.search(r"^CMD (\[.*\])$", steps, re.MULTILINE)[1])
     assert "lab" in command
@@ -307,6 +313,13 @@ def test_workflow_calls_the_commands_of_the_readme(name):
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
     commands = " ".join(step.get("run", "") for step in steps)
+    if name == "test":
+        assert commands == ".ci/run"
+        script = ROOT / ".ci" / "run"
+        assert os.access(script, os.X_OK)
+        assert subprocess.run(["bash", "-n", script]).returncode == 0
+        commands = script.read_text()
+        assert re.findall(r"^make .*", commands, re.MULTILINE) == ["make lint", "make test", "make book"]
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     called = set(re.findall(r"\bmake ([a-z]+)", commands))
     assert called

@@ -2,6 +2,9 @@
 
 import ast
 import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -114,6 +117,39 @@ def test_imports_point_down(module):
     for other in library_imports(module):
         assert floor(other) <= floor(module), f"{module} imports {other}, which stands above it"
         assert module not in library_imports(other), f"{module} and {other} import each other"
+
+
+def declared(*extras: str) -> set[str]:
+    """The distributions that pyproject.toml asks for, with those of some extras, in lower case."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = project["dependencies"] + [name for extra in extras for name in project["optional-dependencies"][extra]]
+    return {re.match(r"[\w.-]+", name)[0].lower() for name in asked}
+
+
+OWN = {"tformer_lib", "benchmarks", "tools", "tests", "book"}
+FOLDERS = {"tformer_lib": (), "benchmarks": ("test",), "book": (), "tools": ("test",), "tests": ("test",)}
+"""Folder -> the extras that its files may import from. (A benchmark's peers are what the tests' oracles are.)"""
+
+
+OPTIONAL = {"fla", "vllm", "flashinfer", "triton"}
+"""Peers of a benchmark on a GPU, which it leaves out where they are missing."""
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_what_is_imported_is_declared(folder):
+    distributions, asked = packages_distributions(), declared(*FOLDERS[folder])
+    files = [path for path in (ROOT / folder).rglob("*.py") if "_build" not in path.parts]
+    local = {path.stem for path in files} | {path.parent.name for path in files} | OWN | set(sys.stdlib_module_names)
+    for path in files:
+        for name in {name.partition(".")[0] for name in imports(path)} - local - OPTIONAL:
+            owners = {owner.lower() for owner in distributions.get(name, [])}
+            assert owners & asked, f"{path.relative_to(ROOT)} imports {name}, which pyproject.toml does not ask for"
+
+
+def test_the_extra_for_profiling_has_its_name():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(project["optional-dependencies"]) >= {"test", "profiling"}
+    assert "profile" not in project["optional-dependencies"]
 
 
 @pytest.mark.parametrize("module", MODULES)
