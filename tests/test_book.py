@@ -314,7 +314,7 @@ def test_workflow_calls_the_commands_of_the_readme(name):
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
     commands = " ".join(step.get("run", "") for step in steps)
     if name == "test":
-        assert commands == ".ci/run"
+        assert commands.split() == [".ci/run"]
         script = ROOT / ".ci" / "run"
         assert os.access(script, os.X_OK)
         assert subprocess.run(["bash", "-n", script]).returncode == 0
