@@ -4,6 +4,7 @@ import os
 import sys
 
 import pytest
+import torch
 from draws import register_profiles
 from hypothesis import settings
 
@@ -18,3 +19,12 @@ def compile_anew():
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
         dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread for a file whose tensors are tiny: more would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -19,6 +19,8 @@ from tformer_lib import jit, sparse_attention
 from tformer_lib.kv_cache import CacheShape, GrowingCache, PreallocatedCache
 from tformer_lib.paged_attention import PagedKVCache
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
@@ -186,15 +188,6 @@ CACHES |= {"paged": partial(PagedKVCache, blocks=24, block_size=4)}
 HERE = [(form, device) for form in FORMS for device in DEVICES if form.exists and device in form.devices]
 IDS = [f"{form.name}-{device}" for form, device in HERE]
 over_forms = pytest.mark.parametrize(("form", "device"), HERE, ids=IDS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 LENGTHS = [(1, 1), (1, 7), (7, 7), (7, 33), (33, 7), (1, 257), (33, 33), (33, 257), (257, 257)]

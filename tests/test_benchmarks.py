@@ -110,7 +110,7 @@ def test_noise_of_a_constant_is_small():
 
 
 @pytest.fixture
-def guard(tmp_path, monkeypatch):
+def guard(tmp_path, monkeypatch, one_thread):
     """The guard with one small case, whose record and results stay in the test's folder."""
     q, k, v = torch.randn(3, 1, 2, 192, 32)
     plain = lambda: attend(q, k, v, causal=True)  # noqa: E731
@@ -119,10 +119,7 @@ def guard(tmp_path, monkeypatch):
     monkeypatch.setattr(ratios, "CASES", case)
     monkeypatch.setattr(ratios, "RESULTS", tmp_path)
     monkeypatch.setenv("TFORMER_RESULTS", str(tmp_path / "cpu"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine, threads wait for one another
-    yield kernel
-    torch.set_num_threads(threads)
+    return kernel
 
 
 def test_a_slowed_kernel_is_caught(guard, capsys):

@@ -20,38 +20,14 @@ NEW = {"a": b"new a" * 2000, "b": b"new b", "c": b"new c"}
 
 DRIVER = """
 # Kill a child at its count-th call of a system function, or half way through a write, while it replaces three files.
-import json, os, signal, sys
+import json, os, sys
 from pathlib import Path
+sys.path.insert(0, "tests")
+from deaths import die_at
 from tformer_lib import checkpoint
 
 folder, old, new = Path(sys.argv[1]), *(json.loads(x) for x in sys.argv[2:4])
 old, new = ({k: v.encode() for k, v in x.items()} for x in (old, new))
-
-def die_at(what, count):
-    calls = [0]
-    def now():
-        calls[0] += 1
-        return calls[0] == count
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
-    def wrap(function):
-        return lambda *a, **k: (die() if now() else None, function(*a, **k))[1]
-    if what == "write":
-        class Torn:
-            def __init__(self, file): self.file = file
-            def __enter__(self): return self
-            def __exit__(self, *_): self.file.close()
-            def __getattr__(self, name): return getattr(self.file, name)
-            def write(self, data):
-                if now():
-                    self.file.write(data[: len(data) // 2]); self.file.flush(); die()
-                return self.file.write(data)
-        checkpoint.open = lambda *a, **k: Torn(open(*a, **k))
-    elif what == "unlink":
-        Path.unlink = wrap(Path.unlink)
-    else:
-        setattr(os, what, wrap(getattr(os, what)))
-
 states = []
 for what, most in (("write", 5), ("fsync", 9), ("replace", 5), ("unlink", 4)):
     for count in range(1, most):

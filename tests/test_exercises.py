@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import os
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import exercise_answers as answers
@@ -190,6 +193,18 @@ def test_record_that_cannot_be_written_stops_nothing(toy, tmp_path, monkeypatch,
     monkeypatch.setenv("TFORMER_PROGRESS", str(tmp_path / "no" / "such" / "folder" / "progress.json"))
     exercises.check(toy, lambda x: x + x)
     assert capsys.readouterr().out == "passed: Twice\n"
+
+
+def test_kernels_that_note_at_the_same_time_lose_nothing(tmp_path):
+    code = "import sys; from tformer_lib.teaching.exercises import record\n"
+    code += "for i in range(20): record.add(f'{sys.argv[1]}.{i}')"
+    environ = {**os.environ, "TFORMER_PROGRESS": str(tmp_path / "progress.json")}
+    root = Path(__file__).parent.parent
+    notes = [subprocess.Popen([sys.executable, "-c", code, name], env=environ, cwd=root) for name in "abc"]
+    assert [note.wait(120) for note in notes] == [0, 0, 0]
+    names = json.loads((tmp_path / "progress.json").read_text())["passed"]
+    assert sorted(names) == sorted(f"{name}.{i}" for name in "abc" for i in range(20))
+    assert [file.name for file in tmp_path.iterdir()] == ["progress.json"]
 
 
 def test_test_runs_keep_nothing(toy, tmp_path, monkeypatch):

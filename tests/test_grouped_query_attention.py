@@ -25,16 +25,9 @@ from tformer_lib.rope import Rope
 from tformer_lib.training import next_token_loss
 from tformer_lib.transformer import Decoder, ModelConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KV_HEADS = [8, 4, 2, 1]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def qkv(kv_heads, T=5, S=33, dtype=torch.float64):

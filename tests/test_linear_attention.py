@@ -15,6 +15,8 @@ from tformer_lib import jit
 from tformer_lib import linear_attention as la
 from tformer_lib.linear_attention import kernels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D = 8
 MAPS = {
     "elu+1": la.elu_plus_one,
@@ -23,15 +25,6 @@ MAPS = {
     "favor+": la.RandomFeatures(D, 32, seed=3),
 }
 over_maps = pytest.mark.parametrize("name", MAPS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def naive_weights(name, q, k):

@@ -31,16 +31,9 @@ from tformer_lib.paged_attention import (
 from tformer_lib.rope import Rope
 from tformer_lib.transformer import Decoder, ModelConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 F64 = torch.float64
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- the allocator and the tables under any sequence of operations

@@ -17,16 +17,9 @@ from tformer_lib import sparse_attention as sp
 from tformer_lib.attention import attend as dense_attend
 from tformer_lib.sparse_attention.lists import NONE, transpose_chosen
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTH = 96  # what the patterns below cover
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(T=50, S=None, heads=4, kv_heads=2, batch=2, seed=0, dtype=torch.float64, head_dim=8, value_dim=8):

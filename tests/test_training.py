@@ -291,36 +291,13 @@ DRIVER = """
 import json, os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
-from tformer_lib import checkpoint, training
+sys.path.insert(0, "tests")
+from deaths import die_at
+from tformer_lib import training
 from tformer_lib.training import Run
 
 config = training.config_from_dict(json.loads(sys.argv[1]))
 out, rounds = config.out, json.loads(sys.argv[2])
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def die_at(what, count):
-    # Kill this process at its count-th call of a system function, or half way through writing a file.
-    calls = [0]
-    def now():
-        calls[0] += 1
-        return calls[0] == count
-    def wrap(function):
-        return lambda *a, **k: (die() if now() else None, function(*a, **k))[1]
-    if what == "write":
-        class Torn:
-            def __init__(self, file): self.file = file
-            def __enter__(self): return self
-            def __exit__(self, *_): self.file.close()
-            def __getattr__(self, name): return getattr(self.file, name)
-            def write(self, data):
-                if now():
-                    self.file.write(data[: len(data) // 2]); self.file.flush(); die()
-                return self.file.write(data)
-        checkpoint.open = lambda *a, **k: Torn(open(*a, **k))
-    else:
-        setattr(os, what, wrap(getattr(os, what)))
 
 def child(what, count):
     if what:

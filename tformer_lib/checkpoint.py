@@ -125,18 +125,22 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Keep a folder for whoever is inside, until the block ends or the process dies; its files are not locked.
 
+    Args:
+        folder: it must exist.
+        wait: until whoever is inside leaves.
+
     Raises:
-        BlockingIOError: somebody else is inside, in this process or another.
+        BlockingIOError: somebody else is inside, in this process or another, and ``wait`` is off.
     """
     if fcntl is None:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise BlockingIOError(f"{folder} is in use: another process is writing to it") from None

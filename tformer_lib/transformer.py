@@ -209,8 +209,8 @@ class Block(nn.Module):
             MultiHeadAttention,
             config.width,
             config.heads,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
+            kv_heads=config.number_of_kv_heads,
+            head_dim=config.size_of_head,
             bias=config.bias,
             attend=attend,
         )

@@ -233,6 +233,31 @@ def write_values(ax: Axes, matrix: np.ndarray, form: str, image: ScalarMappable)
             ax.text(column, row, format(value, form), ha="center", va="center", color=colour, fontsize=8.5)
 
 
+def log2_axis(
+    ax: Axes,
+    ticks: Sequence[float],
+    labels: Sequence[str] | None = None,
+    *,
+    log_y: bool = False,
+    minor: bool = False,
+) -> None:
+    """A horizontal axis in powers of two with a tick at each of these values: lengths, sizes, counts that double.
+
+    Args:
+        ax: what is drawn on already.
+        ticks: where the ticks are.
+        labels: of the ticks; by default the values, with commas between thousands.
+        log_y: make the vertical axis logarithmic too, to base 10.
+        minor: leave the small ticks between.
+    """
+    ax.set_xscale("log", base=2)
+    if log_y:
+        ax.set_yscale("log")
+    ax.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks] if labels is None else labels)
+    if not minor:
+        ax.minorticks_off()
+
+
 def lines(ax: Axes, x: Sequence, ys: dict[str, Sequence], *, markers: bool = True, **options) -> list[Line2D]:
     """Draw one line per entry of ``ys``, each with a colour, a dash and a marker of its own, and a legend.
 

@@ -7,8 +7,9 @@ unable to write it, never stops a notebook.
 
 import json
 import os
-import tempfile
 from pathlib import Path
+
+from tformer_lib.checkpoint import locked, write_atomically
 
 
 def path() -> Path | None:
@@ -33,22 +34,11 @@ def passed() -> set[str]:
 
 def add(name: str) -> None:
     """Note that an exercise was passed; quietly does nothing where the file cannot be written."""
-    file, done = path(), passed()
-    if file is None or name in done:
+    file = path()
+    if file is None or name in passed():
         return
     try:
-        write_atomically(file, json.dumps({"passed": sorted(done | {name})}, indent=1) + "\n")
+        with locked(file.parent, wait=True):  # another chapter's kernel may be noting its own
+            write_atomically(file, (json.dumps({"passed": sorted(passed() | {name})}, indent=1) + "\n").encode())
     except OSError:
         return
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write beside the file, then rename: a reader sees the old record or the new one, never half of one."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(text)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -344,9 +344,7 @@ def busy(lengths: Sequence[int], shares: dict[str, Sequence[float]]) -> None:
     """
     _, ax = style.figure(height=3.2)
     style.lines(ax, lengths, shares)
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
-    ax.minorticks_off()
+    style.log2_axis(ax, lengths)
     ax.yaxis.set_major_formatter("{x:.0%}")
     ax.set(xlabel="tokens", ylabel="multiprocessor time with work", ylim=(0, 1.05))
     ax.legend(loc="lower right")

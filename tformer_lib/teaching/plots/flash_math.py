@@ -94,10 +94,7 @@ def traffic(
     for name, size in chips.items():
         ax.vlines(size, least * 0.4, standard, color=style.INK, linewidth=0.8)
         ax.text(size * 1.08, standard * 0.4, name, fontsize=9)
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.set_xticks(list(memory)[::2], [f"{n // 1024}k" for n in memory][::2])
-    ax.minorticks_off()
+    style.log2_axis(ax, list(memory)[::2], [f"{n // 1024}k" for n in memory][::2], log_y=True)
     ax.set(xlabel="numbers M that fit into fast memory", ylabel="numbers moved", ylim=(least * 0.4, standard * 30))
     ax.legend(loc="upper right", fontsize=9)
     style.show()
@@ -114,10 +111,7 @@ def errors(sizes: Sequence[float], curves: dict[str, Sequence[float]]) -> None:
             arrow = {"arrowstyle": "-", "color": style.PALETTE[i]}
             point, place = (sizes[end], values[end]), (sizes[end], values[end] / 6)
             ax.annotate(f"{name}: NaN beyond", point, place, ha="center", fontsize=9, arrowprops=arrow)
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.set_xticks(list(sizes), [f"{s:g}" for s in sizes])
-    ax.minorticks_off()
+    style.log2_axis(ax, sizes, [f"{s:g}" for s in sizes], log_y=True)
     ax.set(xlabel="standard deviation of the scores", ylabel="largest error against float64")
     style.show()
 
@@ -131,10 +125,7 @@ def memory(lengths: Sequence[int], measured: dict[str, Sequence[float]], model: 
     for i, (name, values) in enumerate(model.items()):
         look = {"color": style.PALETTE[i], "linestyle": style.DASHES[i]}
         ax.plot(lengths, np.array(values) / 2**20, label=name, **look)
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.set_xticks(list(lengths), [f"{n:,}" for n in lengths])
-    ax.minorticks_off()
+    style.log2_axis(ax, lengths, log_y=True)
     ax.set(xlabel="tokens N", ylabel="peak MiB")
     ax.legend(fontsize=9)
     style.show()

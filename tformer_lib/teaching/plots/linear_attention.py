@@ -61,9 +61,7 @@ def feature_error(features: Sequence[int], errors: dict[str, Sequence[float]]) -
     first = next(iter(errors.values()))[0]
     ax.plot(features, [first * (features[0] / m) ** 0.5 for m in features], color=style.GREY, linewidth=1.0)
     ax.text(features[-1], first * (features[0] / features[-1]) ** 0.5, " ∝ 1/√features", va="center", fontsize=9)
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.set_xticks(list(features), [str(m) for m in features])
+    style.log2_axis(ax, features, [str(m) for m in features], log_y=True, minor=True)
     ax.set(xlabel="features", ylabel="relative error of a weight", xlim=(None, 2.6 * features[-1]))
     style.show()
 
@@ -86,10 +84,7 @@ def growth(lengths: Sequence[int], panels: dict[str, dict[str, Sequence[float]]]
             x = lengths[: len(values)]
             look = {"color": style.PALETTE[i], "linestyle": style.DASHES[i], "marker": style.MARKERS[i]}
             ax.plot(x, values, label=f"{name}: slope {slope(x, values):.2f}", **look)
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        ax.set_xticks(list(lengths)[::2], [f"{n:,}" for n in lengths][::2])
-        ax.minorticks_off()
+        style.log2_axis(ax, list(lengths)[::2], log_y=True)
         ax.set(xlabel="tokens N", ylabel=label)
         low, high = ax.get_ylim()
         ax.set_ylim(low, high * 12)  # room for the legend
@@ -114,8 +109,7 @@ def recall(pairs: Sequence[int], accuracies: dict[str, Sequence[float]], chance:
     style.lines(ax, pairs, accuracies)
     ax.axhline(chance, color=style.GREY, linewidth=1.0)
     ax.text(pairs[-1], chance + 0.015, "chance", fontsize=9, ha="right")
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(list(pairs), [str(n) for n in pairs])
+    style.log2_axis(ax, pairs, [str(n) for n in pairs], minor=True)
     ax.set(xlabel="pairs to remember", ylabel="share recalled", ylim=(0, 1.04))
     ax.legend(loc="lower left", fontsize=9)
     style.show()

@@ -64,10 +64,7 @@ def used_share(lengths: Sequence[int], shares: dict[str, Sequence[float]]) -> No
     """The share of the T x T scores that each mask keeps, over T."""
     _, ax = style.figure(height=3.1, width=NARROW)
     style.lines(ax, lengths, shares)
-    ax.set_xscale("log", base=2)
-    some = list(lengths)[::2]
-    ax.set_xticks(some, [f"{n:,}" for n in some])
-    ax.minorticks_off()
+    style.log2_axis(ax, list(lengths)[::2])
     ax.set(xlabel="length T", ylabel="share of the scores kept", ylim=(0, 1))
     style.show()
 
@@ -80,9 +77,7 @@ def times(lengths: Sequence[int], seconds: dict[str, Sequence[float]]) -> None:
     last = max(ts[-1] for ts in milliseconds.values())
     quadratic = [last * (n / lengths[-1]) ** 2 for n in lengths]
     ax.plot(lengths, quadratic, color=style.GREY, linewidth=1.0, label="proportional to T²")
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.set_xticks(list(lengths), [f"{n:,}" for n in lengths])
+    style.log2_axis(ax, lengths, log_y=True, minor=True)
     ax.set(xlabel="length T", ylabel="milliseconds")
     ax.legend()
     style.show()

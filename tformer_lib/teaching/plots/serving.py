@@ -122,10 +122,7 @@ def budgets(names: Sequence[int], worst: Sequence[float], first: Sequence[float]
         "all requests done": [1e3 * value for value in total],
     }
     style.lines(ax, names, series)
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.set_xticks(list(names), [f"{name:,}" for name in names])
-    ax.minorticks_off()
+    style.log2_axis(ax, names, log_y=True)
     ax.set(xlabel="tokens that a step may compute", ylabel="ms, by the bound", ylim=(0.4, 6e3))
     ax.legend(loc="upper right", ncols=1)
     style.show()

@@ -54,10 +54,7 @@ def growth(lengths: Sequence[int], panels: dict[str, dict[str, Sequence[float]]]
     _, axes = style.figure(1, len(panels), height=3.6, squeeze=False)
     for ax, (label, curves) in zip(axes.flat, panels.items(), strict=True):
         style.lines(ax, lengths, curves)
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        ax.set_xticks(list(lengths), [f"{n:,}" for n in lengths])
-        ax.minorticks_off()
+        style.log2_axis(ax, lengths, log_y=True)
         ax.set(xlabel="tokens N", ylabel=label)
         low, high = ax.get_ylim()
         ax.set_ylim(low, high * 6)  # room for the legend

@@ -51,9 +51,7 @@ def steps(merges: Sequence[int], work: dict[str, Sequence[float]]) -> None:
     """Counted steps of the two trainers, summed up to each number of merges."""
     _, ax = style.figure(height=3.0)
     style.lines(ax, merges, work)
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.set_xticks(list(merges), [f"{n:,}" for n in merges])
+    style.log2_axis(ax, merges, log_y=True, minor=True)
     ax.set(xlabel="merges learned", ylabel="symbols visited")
     style.show()
 
@@ -92,10 +90,7 @@ def compression(curves: dict[str, tuple[Sequence[int], Sequence[float]]], single
         look = {"color": style.PALETTE[i], "linestyle": style.DASHES[i], "marker": style.MARKERS[i]}
         ax.plot(sizes, ratios, label=name, **look)
     ax.plot(*single[1:], color=style.INK, marker="*", markersize=11, linestyle="none", label=single[0])
-    ax.set_xscale("log", base=2)
-    ticks = [256, 512, 1024, 2048, 4096, 8192, 50257]
-    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    ax.minorticks_off()
+    style.log2_axis(ax, [256, 512, 1024, 2048, 4096, 8192, 50257])
     ax.set(xlabel="vocabulary size", ylabel="bytes per token", ylim=(0, None))
     ax.legend()
     style.show()
@@ -107,10 +102,7 @@ def cost(sizes: Sequence[int], costs: dict[str, Sequence[float]]) -> None:
     for line in style.lines(ax, sizes, costs):
         x, y = min(line.get_xydata(), key=lambda point: point[1])
         ax.plot(x, y, "o", markersize=14, fillstyle="none", color=line.get_color())
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.set_xticks(list(sizes), [f"{n:,}" for n in sizes])
-    ax.minorticks_off()
+    style.log2_axis(ax, sizes, log_y=True)
     ax.set(xlabel="vocabulary size", ylabel="million multiply-adds\nper byte of text")
     style.show()
 
