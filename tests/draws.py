@@ -14,3 +14,8 @@ def register_profiles() -> None:
 def draws(count: int, **options) -> settings:
     """The settings of a test that draws ``count`` examples in an ordinary run, however slow the machine is."""
     return settings(max_examples=count * settings().max_examples // ORDINARY, deadline=None, **options)
+
+
+def is_deep() -> bool:
+    """Whether what an ordinary run samples is to be tried in full."""
+    return settings().max_examples > ORDINARY

@@ -4,7 +4,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from tformer_lib import attention, masks
-from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_finite, require_shape
+from tformer_lib.teaching.exercises.engine import (
+    INVERTED,
+    exercise,
+    require,
+    require_close,
+    require_finite,
+    require_shape,
+)
 
 
 @exercise(
@@ -89,15 +96,17 @@ def check_simple(fn):
 )
 def check_attend(fn):
     q, k, v = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 6, 16), torch.randn(2, 3, 6, 16)
-    everything = torch.ones(4, 6, dtype=torch.bool)
+    everything, window = torch.ones(4, 6, dtype=torch.bool), masks.sliding_window(4, 6, window=2)
+    found = fn(q, k, v, window)
+    require_shape(found, (2, 3, 4, 16))
+    upside_down = close(found, attention.attend(q, k, v, mask=~window))
+    require(not upside_down, f"the mask {INVERTED}")
     found = fn(q, k, v, everything)
     require_shape(found, (2, 3, 4, 16))
     diagnose(found, q, k, v)
     require_close(found, attention.attend(q, k, v), "with nothing masked, the result is not softmax(q k^T / sqrt(d)) v")
-    window = masks.sliding_window(4, 6, window=2)
     found = fn(q, k, v, window)
     hidden_first = attention.attend(q, k, v, mask=window)
-    require(not close(found, attention.attend(q, k, v, mask=~window)), "the mask is read upside down: True may look")
     hidden_last = (attention.scaled_scores(q, k).softmax(-1) * window) @ v
     require(not close(found, hidden_last), "hidden keys still count in the softmax's sum: mask before it, not after")
     no_score = (attention.scaled_scores(q, k) * window).softmax(-1) @ v
@@ -109,6 +118,9 @@ def check_attend(fn):
     require_finite(found, "the result of a query that may look at nothing")
     require((found[:, :, 0] == 0).all(), "a query that may look at nothing should get zeros, and gets something else")
     require_close(found, attention.attend(q, k, v, mask=blind), "beside a blind query, the others change")
+    found, expected = fn(300 * q, k, v, window), attention.attend(300 * q, k, v, mask=window)
+    require_finite(found, "with scores in the thousands, whose exponentials overflow, the result")
+    require_close(found, expected, "with scores in the thousands, the result differs", tolerance=1e-3)
 
 
 def diagnose(found, q, k, v) -> None:
@@ -141,17 +153,18 @@ def close(a, b) -> bool:
     ),
 )
 def check_split_heads(fn):
-    batch, T, heads, head_dim = 2, 5, 3, 4
-    x = torch.arange(batch * T * heads * head_dim, dtype=torch.float32).view(batch, T, heads * head_dim)
-    found = fn(x, heads)
-    require_shape(found, (batch, heads, T, head_dim))
-    mixed = x.view(batch, heads, T, head_dim)
-    require(not torch.equal(found, mixed), "view alone mixes tokens: row 1 of head 0 holds a part of token 0")
-    strided = x.unflatten(-1, (head_dim, heads)).permute(0, 3, 1, 2)
-    require(not torch.equal(found, strided), "a head is head_dim neighbouring numbers, and yours takes every third")
-    for b, h, t in torch.cartesian_prod(torch.arange(batch), torch.arange(heads), torch.arange(T)).tolist():
-        expected = x[b, t, h * head_dim : (h + 1) * head_dim]
-        require(torch.equal(found[b, h, t], expected), f"head {h} of token {t} in row {b} holds others' numbers")
+    for batch, T, heads, head_dim in ((2, 5, 3, 4), (1, 3, 2, 6)):
+        x = torch.arange(batch * T * heads * head_dim, dtype=torch.float32).view(batch, T, heads * head_dim)
+        found = fn(x, heads)
+        require_shape(found, (batch, heads, T, head_dim))
+        mixed = x.view(batch, heads, T, head_dim)
+        require(not torch.equal(found, mixed), "view alone mixes tokens: row 1 of head 0 holds a part of token 0")
+        strided = x.unflatten(-1, (head_dim, heads)).permute(0, 3, 1, 2)
+        apart = f"a head is head_dim neighbouring numbers, and yours takes numbers that stand {heads} apart"
+        require(not torch.equal(found, strided), apart)
+        for b, h, t in torch.cartesian_prod(torch.arange(batch), torch.arange(heads), torch.arange(T)).tolist():
+            expected = x[b, t, h * head_dim : (h + 1) * head_dim]
+            require(torch.equal(found[b, h, t], expected), f"head {h} of token {t} in row {b} holds others' numbers")
 
 
 @exercise(
@@ -219,11 +232,13 @@ def check_cost(fn):
 def check_backward(fn):
     everything = torch.ones(5, 7, dtype=torch.bool)
     data = draw()
+    window = masks.sliding_window(5, 7, window=2)
+    pairs = zip(by_hand(fn, *data, window, 0.25), true_gradients(*data, ~window, 0.25), strict=True)
+    require(not all(close(x, other) for x, other in pairs), f"the mask {INVERTED}")
     found, expected = by_hand(fn, *data, everything, 0.25), true_gradients(*data, everything, 0.25)
     name_the_mistake(found, data, expected)
     compare(found, expected, "with nothing masked")
     compare(by_hand(fn, *data, everything, 0.7), true_gradients(*data, everything, 0.7), "with a scale of 0.7")
-    window = masks.sliding_window(5, 7, window=2)
     found = by_hand(fn, *data, window, 0.25)
     for name, tensor in zip(("dk", "dv"), found[1:], strict=True):
         leak = f"key 0 is hidden from every query, and still it gets a gradient in {name}: hide it before the softmax"

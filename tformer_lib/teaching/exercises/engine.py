@@ -30,6 +30,9 @@ from tformer_lib.teaching.exercises import record
 FOLDER = Path(__file__).parent
 PACKAGE = __name__.rpartition(".")[0]
 
+INVERTED = "is inverted: True means that a query may look, and here it hides"
+"""What to say of a mask whose every entry is the other way round; the message begins with the mask."""
+
 LONGEST = 400
 """Characters of a message; a longer one is cut."""
 

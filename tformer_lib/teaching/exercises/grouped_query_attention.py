@@ -59,10 +59,19 @@ def check_scores(fn):
         place = f"with {heads} heads and {kv_heads} kv heads"
         scaled = found.shape == wanted.shape and torch.allclose(found, wanted / q.shape[-1] ** 0.5, atol=1e-4)
         require(not scaled, "the scores are divided by sqrt(head_dim); they were asked for unscaled")
-        require_close(found, wanted, f"{place}, a query meets the keys of another group", name=f"{place}, the scores")
+        require_close(found, wanted, f"{place}, {whose_keys(heads, kv_heads)}", name=f"{place}, the scores")
         largest = max(q.numel(), wanted.numel())
         message = f"{place}, a tensor of {sizes.largest:,} numbers is made; the scores are {wanted.numel():,}: "
         require(kv_heads == heads or sizes.largest <= largest, message + "the keys are copied for each query head")
+
+
+def whose_keys(heads: int, kv_heads: int) -> str:
+    """What is wrong with scores that are not a query's with its keys, in groups only where there are some."""
+    if kv_heads == 1:
+        return "a query does not meet the keys of the one kv head, or meets them out of order"
+    if kv_heads == heads:
+        return "a query meets the keys of another head, or its own out of order"
+    return "a query meets the keys of another group, or its own out of order"
 
 
 @exercise(
@@ -163,7 +172,7 @@ def rotated_scores(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor, head_dim: 
     ),
 )
 def check_align(fn):
-    for heads, kv_heads, head_dim, width in ((4, 2, 6, 20), (6, 2, 4, 15), (3, 1, 8, 30)):
+    for heads, kv_heads, head_dim, width in ((4, 2, 6, 20), (6, 3, 4, 15), (6, 2, 4, 15), (3, 1, 8, 30)):
         weights = [torch.randn(heads * head_dim, width) for _ in range(3)] + [torch.randn(width, heads * head_dim)]
         given = [w.clone() for w in weights]
         found = fn(*given, kv_heads, head_dim)

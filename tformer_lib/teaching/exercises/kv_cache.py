@@ -7,7 +7,14 @@ import torch
 from tformer_lib import masks
 from tformer_lib.attention import attend
 from tformer_lib.kv_cache import CacheShape, RingCache
-from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_dtype, require_shape
+from tformer_lib.teaching.exercises.engine import (
+    INVERTED,
+    exercise,
+    require,
+    require_close,
+    require_dtype,
+    require_shape,
+)
 
 
 @exercise(
@@ -114,6 +121,8 @@ def check_visible(fn):
         name = f"the mask for lengths {lengths}, T = {T}, S = {S}"
         require_shape(mask, (len(lengths), 1, T, S), name)
         require_dtype(mask, torch.bool, name)
+        wanted = torch.arange(S) <= torch.tensor(lengths)[:, None, None] + torch.arange(T)[:, None]  # (batch, T, S)
+        require(not torch.equal(mask[:, 0], ~wanted), f"{name} {INVERTED}")
         for b, length in enumerate(lengths):
             for t in range(T):
                 seen = mask[b, 0, t].nonzero().flatten().tolist()

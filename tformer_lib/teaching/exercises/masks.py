@@ -4,7 +4,7 @@ import torch
 
 from tformer_lib import masks
 from tformer_lib.attention import attend
-from tformer_lib.teaching.exercises.engine import exercise, require, require_dtype, require_shape
+from tformer_lib.teaching.exercises.engine import INVERTED, exercise, require, require_dtype, require_shape
 
 
 def require_mask(found, expected: torch.Tensor, name: str) -> None:
@@ -12,7 +12,7 @@ def require_mask(found, expected: torch.Tensor, name: str) -> None:
     require_shape(found, expected.shape, name)
     require_dtype(found, torch.bool, name)
     if found.numel() and torch.equal(found, ~expected):
-        require(False, f"{name} is inverted: True means that a query may look, and here it hides")
+        require(False, f"{name} {INVERTED}")
     for t, s in (found != expected).nonzero().tolist()[:1]:
         verb = "attends to" if found[t, s] else "does not see"
         require(False, f"{name}: row {t} {verb} position {s}, {reason(expected.shape, t, s, bool(found[t, s]))}")
@@ -70,6 +70,9 @@ def check_packed(fn):
     ids = torch.tensor([[0, 0, 0, 1, 1, 2], [4, 4, 4, 4, 4, 4], [3, 3, 1, 1, 1, 0]])
     found = fn(ids)
     require_shape(found, (3, 1, 6, 6), "the mask, with one dimension of size 1 for the heads,")
+    wanted = masks.document(ids) & masks.causal(6)
+    upside_down = isinstance(found, torch.Tensor) and found.dtype == torch.bool and torch.equal(found, ~wanted)
+    require(not upside_down, f"the mask {INVERTED}")
     for b, names in enumerate(ids.tolist()):
         for t, s in torch.cartesian_prod(torch.arange(6), torch.arange(6)).tolist():
             if names[t] != names[s]:
@@ -111,6 +114,7 @@ def suspects() -> dict:
         "attention that is one position too generous": (lambda x: attention_on(x, one_ahead(len(x))), True),
         "a model that normalises over the length of the sequence": (lambda x: (x - x.mean(0)) / x.std(0), True),
         "a model that sees only the sign of the next token": (lambda x: x + sign_of_next(x), True),
+        "a model that looks ahead from tokens that are not zero": (lambda x: x + (x != 0) * x.mean(0), True),
         "a model that sees the token before it": (lambda x: x.roll(1, 0) * (steps(x) > 1), False),
         "a model that ignores its input": (torch.ones_like, False),
     }

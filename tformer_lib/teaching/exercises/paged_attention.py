@@ -42,22 +42,24 @@ def check_slots(fn):
     ),
 )
 def check_append(fn):
-    for length, shared in ((0, False), (4, False), (3, False), (6, True), (8, True), (5, False)):
-        blocks = [5, 2][: -(-length // 4)]
+    cases = [(length, shared, 4) for length, shared in ((0, False), (4, False), (3, False), (6, True), (8, True))]
+    for length, shared, size in (*cases, (5, False, 4), (4, True, 3), (6, False, 3), (8, True, 3), (4, False, 8)):
+        blocks = [5, 2, 7][: -(-length // size)]
         holders = [0] * 8
         for block in blocks:
             holders[block] = 2 if shared else 1
         empty = [b for b in range(8) if holders[b] == 0]
         before = list(blocks), list(holders), len(empty)
-        copies = fn(blocks, length, holders, empty, 4)
-        judge_append(before, blocks, length, holders, empty, copies, shared)
+        copies = fn(blocks, length, holders, empty, size)
+        judge_append(before, blocks, length, holders, empty, copies, shared, size)
 
 
-def judge_append(before, blocks, length, holders, empty, copies, shared) -> None:
+def judge_append(before, blocks, length, holders, empty, copies, shared, size) -> None:
     """Hold what is there after an append against what was there before it."""
     old_blocks, old_holders, old_empty = before
     state = f"length {length}, blocks {old_blocks}, {'shared' if shared else 'held by this sequence alone'}"
-    full = length % 4 == 0
+    state += "" if size == 4 else f", {size} tokens in a block"
+    full = length % size == 0
     copied = [tuple(pair) for pair in copies] if copies is not None else None
     require(copied is not None, f"{state}: return the list of copies, an empty one where there is none")
     taken = old_empty - len(empty)
@@ -193,8 +195,11 @@ def check_lru(fn):
     for step in story:
         play(pool, model, step)
     draw = random.Random(0)
-    for _ in range(300):
-        play(pool, model, draw_step(draw, model))
+    for blocks in (3, 5, 1):
+        pool, model = fn(blocks), Model(blocks)
+        for _ in range(300):
+            play(pool, model, draw_step(draw, model))
+    require_constant_time(fn)
 
 
 class Model:
@@ -202,6 +207,30 @@ class Model:
 
     def __init__(self, blocks):
         self.empty, self.cached, self.used = blocks, OrderedDict(), []
+
+
+class Key(str):
+    """A key that counts how often it is compared with another."""
+
+    compared = 0
+
+    def __eq__(self, other):
+        Key.compared += 1
+        return super().__eq__(other)
+
+    __hash__ = str.__hash__
+
+
+def require_constant_time(fn) -> None:
+    """Fail if a key is looked for among all the others."""
+    pool = fn(400)
+    for block in [pool.take() for _ in range(400)]:
+        pool.free(block, Key(f"key {block}"))
+    Key.compared = 0
+    found = pool.find(Key("key 200"))
+    require(found == 200, f"of 400 blocks cached under their numbers, find('key 200') gives {found}")
+    words = f"find() compared a key with {Key.compared} others"
+    require(Key.compared <= 10, f"{words}: in constant time, a dictionary finds it at once")
 
 
 def draw_step(draw, model):

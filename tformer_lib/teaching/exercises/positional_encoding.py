@@ -43,9 +43,8 @@ def check_sinusoidal(fn):
     ),
 )
 def check_shift(fn):
-    width = 12
-    table = positional_encoding.sinusoidal(400, width).double()
-    for shift in (0, 1, 5, 40, -3):
+    for shift, width in ((0, 12), (1, 12), (5, 12), (40, 12), (-3, 12), (2, 6)):
+        table = positional_encoding.sinusoidal(400, width).double()
         matrix = fn(shift, width)
         require_shape(matrix, (width, width), f"the map for shift {shift}")
         matrix = matrix.double()

@@ -61,7 +61,7 @@ def check_worth(fn: Callable) -> None:
             {"attention": 10.0, "feed-forward": 1.5},
             "feed-forward",
         ),
-        ({"attention": 5.0, "feed-forward": 4.0}, {"attention": 1.1, "feed-forward": 4.0}, "feed-forward"),
+        ({"attention": 9.0, "feed-forward": 4.0}, {"attention": 1.1, "feed-forward": 4.0}, "feed-forward"),
         ({"prefill": 1.0, "decode": 99.0}, {"prefill": 1000.0, "decode": 1.05}, "decode"),
         ({"a": 4.0, "b": 4.0, "c": 1.0}, {"a": 2.0, "b": 3.0, "c": 50.0}, "b"),
     )
@@ -96,6 +96,7 @@ def check_busy(fn: Callable) -> None:
         (make((0, 10, 0), (2, 4, 1), (5, 6, 1)), 0, 10, 1.0, "short kernels beside a long one"),
         (make((0, 4, 0), (9, 20, 0)), 2, 10, 0.375, "kernels that begin before the window and end after it"),
         (make((6, 8, 0), (0, 4, 0)), 0, 10, 0.6, "intervals that are not in order"),
+        (make((1, 5, 0)), 0, 8, 0.5, "a window of another length"),
         ([], 0, 10, 0.0, "an idle device"),
     )
     for intervals, start, end, expected, name in cases:
@@ -157,8 +158,14 @@ def check_slower(fn: Callable) -> None:
         (disturbed, peers, False, "one single call was disturbed"),
         (double(peers), [*peers[:-1], 40.0], True, "our kernel is slower, and one call of the peer was disturbed"),
     )
-    for ours, others, expected, name in cases:
-        found = fn(list(ours), list(others), 1.0, 1.5)
+    cases = [(*case, 1.0, 1.5) for case in cases]
+    cases += [
+        (double(peers), peers, False, "our kernel always took twice as long as its peer", 2.0, 1.5),
+        (double(peers), peers, False, "twice as long, and a tolerance of three times", 1.0, 3.0),
+        (double(peers), peers, True, "half as long in the record, and twice as long now", 0.5, 3.0),
+    ]
+    for ours, others, expected, name, recorded, tolerance in cases:
+        found = fn(list(ours), list(others), recorded, tolerance)
         require(found in (True, False), f"return True or False; this is {found!r}")
         word = "is no alarm" if not expected else "should raise an alarm"
         require(bool(found) == expected, f"{name}: that {word}, and the answer is {found}")

@@ -75,7 +75,13 @@ def check_positions(fn):
     ),
 )
 def check_convert(fn):
-    heads, head_dim, width = 3, 8, 10
+    check_converted(fn, heads=3, head_dim=8)
+    check_converted(fn, heads=2, head_dim=6)
+
+
+def check_converted(fn, heads: int, head_dim: int) -> None:
+    """Hold a learner's conversion of a random weight against the library's, and its scores against the scores."""
+    width = 10
     weight = torch.randn(heads * head_dim, width)
     converted = fn(weight, heads)
     require_shape(converted, weight.shape, "the converted weight")

@@ -101,6 +101,7 @@ def check_chunk(fn):
         (0, [4, 4], 8, [4, 4]),
         (8, [3], 8, [0]),
         (2, [1, 1, 1, 9], 8, [1, 1, 1, 3]),
+        (0, [3, 1, 9], 8, [3, 1, 4]),
         (5, [], 8, []),
     )
     for writing, lacking, budget, expected in cases:
@@ -158,19 +159,22 @@ def check_next_request(fn):
         found = fn(list(waiting), 4, 10)
         require(found in range(len(waiting)), f"return a place in the list, 0 to {len(waiting) - 1}, got {found!r}")
         require(found == expected, f"waiting (arrival, priority) {waiting}: place {found} was taken, {why}: {expected}")
+    for patience in (10, 5):
+        check_patience(fn, patience)
+
+
+def check_patience(fn, patience: int) -> None:
+    """Fail if an unimportant request starves, or is served before its time, beside an important one at every step."""
     waiting, served = [(0, 0)], None
     for now in range(1, 400):  # a new important request at every step, one place a step
         waiting.append((now, 3))
-        taken = waiting.pop(fn(list(waiting), now, 10))
+        taken = waiting.pop(fn(list(waiting), now, patience))
         if taken == (0, 0):
             served = now
             break
-    require(
-        served is not None, "with an important request at every step, the unimportant one waited 400 steps: it starves"
-    )
-    require(
-        served >= 10, f"the unimportant request went first at step {served}, before its patience of 10 steps was over"
-    )
-    require(
-        served <= 60, f"the unimportant request waited {served} steps; 40 are enough for 3 priorities at 10 steps each"
-    )
+    starves = "with an important request at every step, the unimportant one waited 400 steps: it starves"
+    require(served is not None, starves)
+    early = f"went first at step {served}, before its patience of {patience} steps was over"
+    require(served >= patience, f"the unimportant request {early}")
+    enough = f"{4 * patience} are enough for 3 priorities at {patience} steps each"
+    require(served <= 5 * patience, f"the unimportant request waited {served} steps; {enough}")

@@ -4,13 +4,21 @@ import torch
 
 from tformer_lib import sparse_attention as sp
 from tformer_lib.attention import attend
-from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_dtype, require_shape
+from tformer_lib.teaching.exercises.engine import (
+    INVERTED,
+    exercise,
+    require,
+    require_close,
+    require_dtype,
+    require_shape,
+)
 
 
 def require_mask(found, expected: torch.Tensor, name: str) -> None:
     """Fail unless ``found`` is the boolean mask, saying of the first wrong pair what is wrong."""
     require_shape(found, expected.shape, name)
     require_dtype(found, torch.bool, name)
+    require(not torch.equal(found, ~expected), f"{name} {INVERTED}")
     for t, s in (found != expected).nonzero().tolist()[:1]:
         if found[t, s]:
             why = "the future leaks" if s > t else "and must not"
@@ -57,12 +65,22 @@ def check_layout(fn):
         found = fn(mask, block)
         require_shape(found, (rows, columns), name)
         require_dtype(found, torch.bool, name)
+        live, dead = layout_of(mask, block), layout_of(~mask, block)
+        require(torch.equal(found, live) or not torch.equal(found, dead), f"the mask {INVERTED}")
+        words = f"{name} is inverted: True means that the block must be computed"
+        require(torch.equal(found, live) or not torch.equal(found, ~live), words)
         for r in range(rows):
             for c in range(columns):
                 tile = mask[r * block : (r + 1) * block, c * block : (c + 1) * block]
                 allowed, live = int(tile.sum()), bool(found[r, c])
                 words = f"{name}: block ({r}, {c}) holds {allowed} allowed pairs of {tile.numel()}"
                 require(live == (allowed > 0), f"{words}, and you call it {'live' if live else 'dead'}")
+
+
+def layout_of(mask: torch.Tensor, block: int) -> torch.Tensor:
+    """Which blocks of a mask (T, S) hold an allowed pair."""
+    rows = [torch.stack([tile.any() for tile in part.split(block, 1)]) for part in mask.split(block, 0)]
+    return torch.stack(rows)
 
 
 @exercise(
@@ -77,10 +95,11 @@ def check_layout(fn):
 def check_window(fn):
     from tformer_lib.teaching.exercises.linear_attention import LargestTensor
 
-    for T, window in ((12, 4), (10, 4), (7, 1), (5, 9), (16, 3)):
-        q, k, v = (torch.randn(T, 4) for _ in range(3))
+    for T, window, loud in ((12, 4, 1), (10, 4, 1), (7, 1, 1), (5, 9, 1), (16, 3, 1), (12, 4, 1000)):
+        q, k, v = loud * torch.randn(T, 6), torch.randn(T, 6), torch.randn(T, 6)
         found = fn(q, k, v, window)
-        require_shape(found, (T, 4), f"the output for T = {T}, window = {window}")
+        require_shape(found, (T, 6), f"the output for T = {T}, window = {window}")
+        require(loud == 1 or found.isfinite().all(), "with scores in the thousands, whose exponentials overflow: NaN")
         mask = sp.sliding_window(window).mask(T)
         expected = attend(q[None, None], k[None, None], v[None, None], mask=mask)[0, 0]
         require_close(found, expected, f"the output for T = {T}, window = {window} is not that of the mask")
@@ -112,8 +131,18 @@ def check_layers(fn):
     for mask, expected in cases:
         found = fn(mask)
         right = found == expected and type(found) is type(expected)
+        require(right or found != layers_of(~mask), f"the mask {INVERTED}")
         row = f"a causal mask of {len(mask)} tokens with {int(mask.sum())} pairs"
         require(right, f"{row} needs {expected} layers, and you say {found}" if expected else no_way(row, found))
+
+
+def layers_of(mask: torch.Tensor) -> int | None:
+    """How many layers of a mask connect all that causality allows; None if no number does."""
+    full = sp.causal().mask(len(mask))
+    for layers in range(1, len(mask) + 1):
+        if not (full & ~sp.receptive_field(mask, layers)).any():
+            return layers
+    return None
 
 
 def no_way(row: str, found) -> str:
@@ -142,6 +171,22 @@ def draw_blocks(T: int, S: int, block: int, share: float = 0.5):
     table[1, S - 1] = True
     table[T:], table[:, S:] = True, True
     return live, lambda i, j: table[i, j]
+
+
+def what_is_inverted(found, q, k, v, live, allows, block: int) -> str | None:
+    """Which of the two masks is read the other way round, if one is and the result is what comes of it."""
+    T, S = len(q), len(k)
+    no = lambda i, j: ~allows(i, j)  # noqa: E731
+    for what, mask in (
+        ("what `allows` says", seen_pairs(live, no, T, S, block)),
+        ("the layout", seen_pairs(~live, allows, T, S, block)),
+        ("each mask, the layout and `allows`,", seen_pairs(~live, no, T, S, block)),
+    ):
+        other = by_the_table(q, k, v, mask)
+        is_same_shape = isinstance(found, torch.Tensor) and found.shape == other.shape
+        if is_same_shape and torch.allclose(found.detach().double(), other, rtol=1e-3, atol=1e-3):
+            return what
+    return None
 
 
 def say_which_query(found, q, k, v, live, allows, block: int, case: str) -> None:
@@ -192,6 +237,9 @@ def check_blocks(fn):
         q, k, v = torch.randn(T, 6), torch.randn(S, 6), torch.randn(S, 3)
         live, allows = draw_blocks(T, S, block)
         sees = seen_pairs(live, allows, T, S, block).any(1)
+        found = fn(q, k, v, live.clone(), allows, block)
+        what = what_is_inverted(found, q, k, v, live, allows, block)
+        require(what is None, f"{what} {INVERTED}")
         total = fn(q, k, torch.ones(S, 1), live.clone(), allows, block)
         require_shape(total, (T, 1), f"{case}, values (S, 1): the output")
         for t in (total[:, 0] - 1).abs().gt(1e-3).logical_and(sees).nonzero().flatten().tolist()[:1]:

@@ -336,6 +336,21 @@ def explain_update(moved, n, step) -> None:
         0.65 * factor < values.mean() < 1.25 * factor,
         f"{what} has singular values near {values.mean():.2f}; they should be near {factor:.0f}: {why}",
     )
+    wanted = factor * after_five_rounds(n)
+    off = (values - wanted).abs().max().item()
+    require(
+        off < 0.1 * factor,
+        f"{what} has singular values that differ by up to {off:.2f} from those of X_5 (bfloat16 alone makes it 0.05): "
+        "are there five rounds, and are the three coefficients right?",
+    )
+
+
+def after_five_rounds(n):
+    """What becomes of the singular values of n: a s + b s^3 + c s^5, five times, from s over the norm of n."""
+    s = torch.linalg.svdvals(n) / n.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return s
 
 
 def explain_size(fn, settings) -> None:

@@ -97,7 +97,15 @@ def check_parameters(fn):
     from tformer_lib.transformer import Block
 
     modern = {"norm": "rmsnorm", "feed_forward": "swiglu", "positions": "rope", "bias": False}
-    for choices in ({}, {"head_dim": 8}, modern, {**modern, "kv_heads": 1}, {"feed_forward_width": 40, "kv_heads": 2}):
+    for choices in (
+        {},
+        {"head_dim": 8},
+        modern,
+        {**modern, "kv_heads": 1},
+        {"feed_forward_width": 40, "kv_heads": 2},
+        {"bias": False},
+        {"norm": "rmsnorm"},
+    ):
         config = ModelConfig(vocab_size=10, width=48, heads=4, layers=1, **choices)
         expected = count_parameters(Block(config))
         found = fn(config)
@@ -118,13 +126,14 @@ def check_parameters(fn):
     ),
 )
 def check_beam(fn):
-    for case in range(6):
-        table = torch.randn(3, 4, 4).mul(2).log_softmax(-1)  # step, previous token, next token
+    for case in range(12):
+        steps, start, end = 3 + case % 2, case % 3, (case + 1) % 3 if case % 4 == 3 else 3
+        table = torch.randn(steps, 4, 4).mul(2).log_softmax(-1)  # step, previous token, next token
         log_probs = lambda prefix, table=table: table[len(prefix) - 1, prefix[-1]]  # noqa: E731
-        for beams in (1, 2, 64):
-            found = fn(log_probs, 0, 3, beams, 3)
+        for beams in (1, 2, 3, 64):
+            found = fn(log_probs, start, end, beams, steps)
             require(isinstance(found, list), "return the tokens after the start token, as a list")
-            best = beam_search(log_probs, 0, 3, beams, 3)
+            best = beam_search(log_probs, start, end, beams, steps)
             require(
                 found == best,
                 f"with {beams} beams the best output of case {case} is {best} "
