@@ -710,7 +710,7 @@ def test_the_operator_compiles_as_one_graph(rule):
 def steps_here():
     """The kernels that can run here, each with its device."""
     steps = [("cpu", "cpu")] if jit.can_build_cpp() else []
-    return steps + [(step, "cuda") for step in ("1", "2", "3") if torch.cuda.is_available()]
+    return steps + [(step, "cuda") for step in ("1", "2", "3", "4") if torch.cuda.is_available()]
 
 
 @draws(60)
@@ -752,12 +752,12 @@ def test_the_kernels_equal_the_float64_sum(rule, dtype, T, dims, heads, layout, 
     for step, device in steps_here():
         on_device = [x.to(device) for x in inputs]
         given = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-        if kernels.refusal(step, on_device[0], given.get("beta")):
+        if kernels.refusal(step, on_device[0], on_device[2], given.get("beta")):
             continue
         found = kernels.launch(step, *on_device, **given, length=T)
         for name, a, b in zip(("out", "state"), found, truth, strict=False):
             error = (a.double().cpu() - b).norm() / b.norm()
-            eps = torch.finfo(dtype).eps if name == "out" or step in "23" else 1e-7
+            eps = torch.finfo(dtype).eps if name == "out" or step in "234" else 1e-7
             assert error < 2 * eps + 1e-5, f"step {step}, {name}: error {error:.1e}"
 
 
@@ -777,7 +777,7 @@ def is_float(x):
 def test_the_kernels_gradients_are_those_of_step_0(rule):
     run, tensors = operator_call(rule, dtype=torch.float32)
     for step, device in steps_here():
-        if step in "23":
+        if step in "234":
             continue  # they take halves; benchmarks and contract tests hold them to float64
         grads = []
         for name, place in (("0", "cpu"), (step, device)):
@@ -837,7 +837,7 @@ def test_a_mask_that_depends_on_the_query_is_refused():
         (lambda q, k, v: la.delta_attend(q, k, v, beta=torch.ones(2, 3, 7, 1)), r"broadcast to .*\(2, 2, 7, 1\)"),
         (lambda q, k, v: la.delta_attend(q[:, :, :3], k, v, beta=torch.ones(1, 1, 1, 1)), "got 3 and 7"),
         (lambda q, k, v: la.GatedState().attend(q, k, v), "needs log_decay, or beta"),
-        (lambda q, k, v: la.attend(q, k, v, causal=True, step=9), "step must be one of 0, cpu, 1, 2, 3, got 9"),
+        (lambda q, k, v: la.attend(q, k, v, causal=True, step=9), "step must be one of 0, cpu, 1, 2, 3, 4, got 9"),
         (lambda q, k, v: la.attend(q, k, v, causal=True, step=2), "step 2 cannot do this: .*head_dim|runs on cuda"),
         (lambda q, k, v: la.attend(q, k, v, causal=True, feature_map=la.taylor, step=2), "step 2 cannot do this"),
         (

@@ -1,6 +1,6 @@
 // Step 2: the plain sum, the weighted mean and the decaying state, chunk by chunk on tensor cores (sm_80 and later).
-#include "segments.cuh"
 #include "resources.cuh"
+#include "segments.cuh"
 
 namespace linear {
 namespace {
@@ -38,8 +38,7 @@ extern "C" const char* forward(const Arguments* a, void* stream) {
             if (const char* error = launch(states_kernel<Half, Sh, RULE>, states * rest * slices, Sh::THREADS,
                                            StatesLayout<Sh, RULE>::BYTES, stream, *a))
                 return error;
-            const int64_t parts = ((a->value_dim + a->normalise) * a->head_dim / 4 + SCAN_THREADS - 1) / SCAN_THREADS;
-            if (const char* error = launch(scan_kernel<RULE>, states * parts, SCAN_THREADS, 0, stream, *a)) return error;
+            if (const char* error = launch_scan<Sh::D, RULE>(*a, stream)) return error;
         }
         return launch(attend_kernel<Half, Sh, RULE>, a->sequences * a->heads * a->segment_count * slices, Sh::THREADS,
                       Layout<Sh, RULE>::BYTES, stream, *a);

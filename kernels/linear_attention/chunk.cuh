@@ -237,13 +237,15 @@ __device__ void absorb(State<Sh>& S, uint32_t K, const float* since, float* sum,
 
 // --- the state in memory: (value rows, head_dim) float32 -------------------------------------------------------------
 
+// A warp's rows begin at `first_row`.
+
 template <class Sh, class Visit>
 __device__ void visit_state(int64_t rows, int64_t columns, int first_row, const Visit& visit) {
 #pragma unroll
     for (int m = 0; m < Sh::M; ++m)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int row = first_row + (warp() * Sh::M + m) * 16 + r * 8 + row_in_tile();
+            const int row = first_row + m * 16 + r * 8 + row_in_tile();
             if (row >= rows) continue;
 #pragma unroll
             for (int j = 0; j < Sh::STATE_TILES; ++j) {
@@ -277,11 +279,13 @@ struct Gates {
     float gate[2] = {}, beta[2] = {};
 
     __device__ void fetch(const Arguments& a, const Sequence& s, int64_t kv, int token) {
-        if (RULE < DECAY || warp() != 0) return;
+        if constexpr (RULE >= DECAY) {
+            if (warp() != 0) return;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            gate[e] = gate_of(a, s, kv, token + 2 * lane() + e);
-            if constexpr (RULE == DELTA) beta[e] = beta_of(a, s, kv, token + 2 * lane() + e);
+            for (int e = 0; e < 2; ++e) {
+                gate[e] = gate_of(a, s, kv, token + 2 * lane() + e);
+                if constexpr (RULE == DELTA) beta[e] = beta_of(a, s, kv, token + 2 * lane() + e);
+            }
         }
     }
 

@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) states_kernel(const _
     if (w.last == w.chunks() || (transition && w.segment == 0)) return;  // nobody asks for it
     const Sequence& s = w.sequence;
     const int first_value = (transition ? w.slice - value_slices : w.slice) * Sh::VALUES;
+    const int first_row = first_value + warp() * Sh::M * 16;
     const int values_left = transition ? 0 : int(a.value_dim) - first_value;
     const Rows<Half> K(a.k, s, w.kv), V(a.v, s, w.kv);
     const int64_t all_chunks = (a.length + CHUNK - 1) / CHUNK;
@@ -103,11 +104,11 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) states_kernel(const _
                 for (int j = 0; j < Sh::STATE_TILES; ++j)
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
-                        const int row = first_value + (warp() * Sh::M + m) * 16 + e / 2 * 8 + row_in_tile();
+                        const int row = first_row + m * 16 + e / 2 * 8 + row_in_tile();
                         S[m][j][e] = row == j * 8 + column_in_tile() + e % 2 ? 1.0f : 0.0f;
                     }
     const float* const start = w.segment == 0 ? first_state(a, w) : nullptr;
-    if (start != nullptr) load_state<Sh>(S, a.value_dim, a.head_dim, start, first_value);
+    if (start != nullptr) load_state<Sh>(S, a.value_dim, a.head_dim, start, first_row);
     float decay = 0.0f;
     if (RULE == MEAN) load_sum<Sh>(sum, a, start);
     Gates<RULE> gates;
@@ -139,11 +140,11 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) states_kernel(const _
     }
     const int64_t slot = slot_of(a, w.state, w.segment);
     if (transition) {
-        store_state<Sh>(S, a.head_dim, a.head_dim, a.transitions + slot * a.head_dim * a.head_dim, first_value);
+        store_state<Sh>(S, a.head_dim, a.head_dim, a.transitions + slot * a.head_dim * a.head_dim, first_row);
         return;
     }
     float* const to = a.segments + slot * state_size(a);
-    store_state<Sh>(S, a.value_dim, a.head_dim, to, first_value);
+    store_state<Sh>(S, a.value_dim, a.head_dim, to, first_row);
     if (RULE >= DECAY && w.slice == 0 && threadIdx.x == 0) a.segment_decay[slot] = decay;
     if (RULE == MEAN && w.slice == 0) store_sum<Sh>(sum, a, to);
 }
@@ -175,6 +176,56 @@ __global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(const __grid_constan
         run = make_float4(fmaf(run.x, kept, own.x), fmaf(run.y, kept, own.y), fmaf(run.z, kept, own.z),
                           fmaf(run.w, kept, own.w));
         here = run;
+    }
+}
+
+constexpr int SCAN_ROWS = 8;
+
+// SCAN_ROWS rows of a state (value columns), a thread a column. Transitions and states are transposed: row . M^T.
+template <int D>
+__global__ void __launch_bounds__(D) matrix_scan_kernel(const __grid_constant__ Arguments a) {
+    __shared__ __align__(16) float run[SCAN_ROWS][D];
+    const int64_t parts = (a.value_dim + SCAN_ROWS - 1) / SCAN_ROWS, state = blockIdx.x / parts;
+    const int first = int(blockIdx.x % parts) * SCAN_ROWS, column = threadIdx.x, width = int(a.head_dim);
+    const int rows = min(SCAN_ROWS, int(a.value_dim) - first);
+    const bool here = column < width;
+    const int64_t at = int64_t(first) * width + column;
+    const int used = segments_of(a, state);
+    for (int segment = 0; segment + 1 < used; ++segment) {
+        const int64_t slot = slot_of(a, state, segment);
+        float* const own = a.segments + slot * state_size(a) + at;
+        float next[SCAN_ROWS] = {};
+        if (segment > 0) {
+            const float* const M = a.transitions + slot * width * width + column;
+            __syncthreads();
+#pragma unroll 4
+            for (int l = 0; l < width; l += 4) {
+                float m[4];
+#pragma unroll
+                for (int e = 0; e < 4; ++e) m[e] = here ? M[(l + e) * width] : 0.0f;
+#pragma unroll
+                for (int r = 0; r < SCAN_ROWS; ++r) {
+                    const float4 x = *reinterpret_cast<const float4*>(&run[r][l]);
+                    next[r] = fmaf(x.x, m[0], fmaf(x.y, m[1], fmaf(x.z, m[2], fmaf(x.w, m[3], next[r]))));
+                }
+            }
+            __syncthreads();
+        }
+        for (int r = 0; r < rows; ++r)
+            if (here) own[int64_t(r) * width] = next[r] += own[int64_t(r) * width];
+        for (int r = 0; r < SCAN_ROWS; ++r) run[r][column] = next[r];
+    }
+}
+
+template <int D, Rule RULE>
+const char* launch_scan(const Arguments& a, void* stream) {
+    const int64_t states = a.sequences * a.kv_heads;
+    if constexpr (RULE == DELTA) {
+        const int64_t parts = (a.value_dim + SCAN_ROWS - 1) / SCAN_ROWS;
+        return launch(matrix_scan_kernel<D>, states * parts, D, 0, stream, a);
+    } else {
+        const int64_t parts = ((a.value_dim + a.normalise) * a.head_dim / 4 + SCAN_THREADS - 1) / SCAN_THREADS;
+        return launch(scan_kernel<RULE>, states * parts, SCAN_THREADS, 0, stream, a);
     }
 }
 
@@ -225,10 +276,12 @@ __device__ void score(uint8_t* P, float* denominators, uint32_t Q, uint32_t K, c
                         const int column = (first + j) * 16 + half * 8 + column_in_tile() + e;
                         const float kept = RULE >= DECAY ? fast_exp2(since[row] - since[column]) : 1.0f;
                         p[e] = column <= row ? C[j][half][2 * r + e] * (scale * kept) : 0.0f;
-                        total += p[e];
                     }
                     const int at = place<CHUNK>(row, (first + j) * 2 + half) + lane() % 4 * 4;
-                    *reinterpret_cast<uint32_t*>(P + at) = pack<Half>(p[0], p[1]);
+                    const uint32_t word = pack<Half>(p[0], p[1]);
+                    *reinterpret_cast<uint32_t*>(P + at) = word;
+                    const float2 rounded = unpack<Half>(word);  // the weights that the values get, so that they sum to 1
+                    total += rounded.x + rounded.y;
                 }
         if constexpr (RULE == MEAN) {
             total = quad_sum(total + before[r] * scale);
@@ -246,7 +299,7 @@ __device__ inline uint32_t transposed(uint32_t word) {
 
 // Write O^T as rows of O, 16 bytes a lane: four lanes trade the words of four 8 x 8 matrices.
 template <class Half, class Sh>
-__device__ void store_output(const Columns<Sh>& O, const Rows<Half>& out, int token, int T, int first_value, int value_dim) {
+__device__ void store_output(const Columns<Sh>& O, const Rows<Half>& out, int token, int T, int first_row, int value_dim) {
     constexpr int TOGETHER = 2 / Sh::M;  // tiles of tokens
     const int t = lane() % 4;
 #pragma unroll
@@ -263,7 +316,7 @@ __device__ void store_output(const Columns<Sh>& O, const Rows<Half>& out, int to
                 }
         quad_transpose(words);
         const int row = token + (j + t / (2 * Sh::M)) * 8 + row_in_tile();
-        const int column = first_value + warp() * Sh::M * 16 + t % (2 * Sh::M) * 8;
+        const int column = first_row + t % (2 * Sh::M) * 8;
         if (row < T && column < value_dim)
             *reinterpret_cast<uint4*>(out(row) + column) = make_uint4(words[0], words[1], words[2], words[3]);
     }
@@ -290,7 +343,7 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const _
     const Work w(a, blockIdx.x, a.heads, slices, a.segment_count);
     if (w.first == w.last && !w.ends_sequence()) return;
     const Sequence& s = w.sequence;
-    const int first_value = w.slice * Sh::VALUES;
+    const int first_value = w.slice * Sh::VALUES, first_row = first_value + warp() * Sh::M * 16;
     const Rows<Half> Q(a.q, s, w.h), K(a.k, s, w.kv), V(a.v, s, w.kv), out(a.out, s, w.h);
     const int64_t all_chunks = (a.length + CHUNK - 1) / CHUNK;
     const Half* const inverses = static_cast<const Half*>(a.inverses) + w.state * all_chunks * CHUNK * CHUNK;
@@ -310,7 +363,7 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const _
     float S[Sh::M][Sh::STATE_TILES][4] = {};
     const float* const start = first_state(a, w);
     if (w.first < w.last) start_chunk(w.first);
-    if (start != nullptr) load_state<Sh>(S, a.value_dim, a.head_dim, start, first_value);
+    if (start != nullptr) load_state<Sh>(S, a.value_dim, a.head_dim, start, first_row);
     if (RULE == MEAN) load_sum<Sh>(sum, a, start);
     Gates<RULE> gates;
     gates.fetch(a, s, w.kv, w.first * CHUNK);
@@ -351,14 +404,14 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const _
             scale_columns<Sh>(O, [&](int t) { return denominators[t] > 0.0f ? 1.0f / denominators[t] : 0.0f; });
         if (RULE == MEAN && a.denominators != nullptr && w.slice == 0 && threadIdx.x < CHUNK && token + threadIdx.x < s.T)
             a.denominators[denominator_of(a, s, w.h, token + threadIdx.x)] = denominators[threadIdx.x];
-        store_output<Half, Sh>(O, out, token, s.T, first_value, int(a.value_dim));
+        store_output<Half, Sh>(O, out, token, s.T, first_row, int(a.value_dim));
         absorb<Half, Sh, RULE>(S, k, since, sum, values);
         gates.publish(sinces + (chunk + 1) % 2 * CHUNK, betas + (chunk + 1) % 2 * CHUNK);
     }
 
     if (a.final == nullptr || !w.ends_sequence() || w.h % (a.heads / a.kv_heads) != 0) return;
     float* const to = a.final + w.state * state_size(a);
-    store_state<Sh>(S, a.value_dim, a.head_dim, to, first_value);
+    store_state<Sh>(S, a.value_dim, a.head_dim, to, first_row);
     if (RULE == MEAN && w.slice == 0) store_sum<Sh>(sum, a, to);
 }
 

@@ -1,4 +1,5 @@
-"""The gradients of what the kernels compute: three more sums for a sum, chunk after chunk for the delta rule."""
+"""The gradients of what the kernels compute: three more sums for a sum; chunks in PyTorch where gates or the delta rule
+have gradients."""
 
 from itertools import pairwise
 
@@ -6,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tformer_lib.linear_attention.delta import scan_delta
+from tformer_lib.ladder import AUTO
 from tformer_lib.linear_attention.feature_maps import FeatureMap, relu
-from tformer_lib.linear_attention.kernels import MAP_OF_CODE, launch
-from tformer_lib.linear_attention.shared import CHUNK, chunks, first_state, sum_dtype
+from tformer_lib.linear_attention.kernels import MAP_OF_CODE, choose_step, launch, refusal
+from tformer_lib.linear_attention.shared import CHUNK, sum_dtype
 
 
 class Sums:
@@ -24,7 +25,7 @@ class Sums:
     features, v gets a column of ones, and do a column of dd (in two parts, since one bfloat16 is not enough).
 
     Args:
-        step: the kernel that computes them.
+        step: the forward's.
         cu_seqlens, length: of the forward.
     """
 
@@ -32,8 +33,9 @@ class Sums:
         self.step, self.cu_seqlens, self.length = step, cu_seqlens, length
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
-        """(out, last state) of one sum."""
-        return launch(self.step, q, k, v, cu_seqlens=self.cu_seqlens, length=self.length, **options)[:2]
+        """(out, last state) of one sum, by the step of the forward if these widths suit it."""
+        step = self.step if refusal(self.step, q, v, None) is None else choose_step(AUTO, q, v, None, self.length)
+        return launch(step, q, k, v, cu_seqlens=self.cu_seqlens, length=self.length, **options)[:2]
 
     def gradients(
         self,
@@ -45,14 +47,13 @@ class Sums:
         log_decay: Tensor | None,
         initial: Tensor | None,
         out: Tensor,
-        final: Tensor,
         denominators: Tensor,
         normalised: bool,
         scale: float,
         map_code: int,
         map_scale: float,
     ) -> tuple[Tensor | None, ...]:
-        """dq, dk, dv, dlog_decay, nothing for beta, dinitial."""
+        """dq, dk, dv, nothing for log_decay and beta, dinitial."""
         group, value_dim = q.shape[1] // k.shape[1], v.shape[3]
         feature_map = MAP_OF_CODE[map_code]
         raw = (q, k)
@@ -91,42 +92,14 @@ class Sums:
         if normalised:
             row = (dwide[..., value_dim] + dwide[..., value_dim + 1]).unsqueeze(2)  # (.., 1, head_dim)
             dstate = torch.cat([dstate, row], 2)
-        dgates = None
         if log_decay is not None:
-            dgates = self.decay_gradient(q, k, dq, dk, final, dfinal, group)
             dstate = dstate * self.first_decay(gates)
         if feature_map is not None:
             dq, dk = (
                 map_gradient(x, dx, feature_map, map_scale) for x, dx in ((raw[0], dq), (to_heads(raw[1], group), dk))
             )
         dinitial = None if initial is None else from_heads(dstate * scale, group)
-        return dq, from_heads(dk, group), from_heads(dv, group), dgates, None, dinitial
-
-    def decay_gradient(
-        self, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, final: Tensor, dfinal: Tensor | None, group: int
-    ) -> Tensor:
-        """dlog_decay (batch, kv_heads, T, 1).
-
-        exp(g_t) stands in W_ij where j < t <= i. q_i·dq_i sums what the pairs (i, j) contribute over j, and k_j·dk_j
-        over i, so the sum over i >= t of q_i·dq_i - k_i·dk_i leaves just those pairs. The last state is one more query.
-        """
-        dot = lambda x, y: (x.to(sum_dtype(x)) * y).sum(-1)  # noqa: E731
-        gap = from_heads((dot(q, dq) - dot(k, dk)).unsqueeze(-1), group)  # (batch, kv_heads, T, 1)
-        after = gap.double().flip(2).cumsum(2).flip(2)
-        if self.cu_seqlens is not None:
-            after = F.pad(after, (0, 0, 0, 1))
-            after = after[:, :, :-1] - after[:, :, self.cu_seqlens[1:].long()][:, :, self.sequence_of_token(q)]
-        if dfinal is None:
-            return after
-        last = (dfinal.double() * final).sum((2, 3))[:, :, None, None]  # (sequences, kv_heads, 1, 1)
-        if self.cu_seqlens is not None:
-            last = last[self.sequence_of_token(q), :, 0].transpose(0, 1).unsqueeze(0)  # (1, kv_heads, T, 1)
-        return after + last
-
-    def sequence_of_token(self, q: Tensor) -> Tensor:
-        """(T,): which packed sequence each token belongs to."""
-        tokens = torch.arange(q.shape[2], device=q.device, dtype=torch.int32)
-        return torch.searchsorted(self.cu_seqlens[1:].contiguous(), tokens, right=True)
+        return dq, from_heads(dk, group), from_heads(dv, group), None, None, dinitial
 
     def first_decay(self, gates: Tensor) -> Tensor:
         """exp of every sequence's first log decay, (sequences, heads, 1, 1): it stands before the first state."""
@@ -193,120 +166,152 @@ def map_gradient(x: Tensor, dphi: Tensor, feature_map: FeatureMap, map_scale: fl
     return (dphi * slope * map_scale).to(dphi.dtype)
 
 
-# --- the delta rule --------------------------------------------------------------------------------------------------
+# --- by chunks -------------------------------------------------------------------------------------------------------
 
 
-def delta_gradients(
+def chunk_gradients(
     dout: Tensor,
     dfinal: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
-    beta: Tensor,
+    beta: Tensor | None,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
 ) -> tuple[Tensor | None, ...]:
-    """dq, dk, dv, dlog_decay, dbeta, dinitial of the (gated) delta rule, in PyTorch, chunk after chunk from the last.
+    """dq, dk, dv, dlog_decay, dbeta, dinitial of a decaying sum or the (gated) delta rule, in PyTorch.
 
     States are transposed, as in ``kernels.launch``.
     """
     group, dtype = q.shape[1] // k.shape[1], sum_dtype(q)
     gates = k.new_zeros(*k.shape[:3], 1) if log_decay is None else log_decay
-    by_token = [
-        q.to(dtype) * scale,
-        *(to_heads(x, group).to(dtype) for x in (k, v, beta)),
-        to_heads(gates, group).double(),
-    ]
+    by_token = [q.to(dtype) * scale, *(to_heads(x, group).to(dtype) for x in (k, v)), dout.to(dtype)]
+    by_token += [to_heads(gates, group).double(), None if beta is None else to_heads(beta, group).to(dtype)]
     first, dlast = (None if x is None else to_heads(x, group).mT.to(dtype) for x in (initial, dfinal))
     dlast = None if dlast is None else dlast / group
     starts = [0, q.shape[2]] if cu_seqlens is None else cu_seqlens.tolist()
     pieces = []
     for i, (start, stop) in enumerate(pairwise(starts)):
         row = slice(None) if cu_seqlens is None else slice(i, i + 1)
-        tokens = [x[:, :, start:stop] for x in (*by_token, dout.to(dtype))]
-        pieces.append(delta_chain(*tokens, *(None if x is None else x[row] for x in (first, dlast))))
+        tokens = [None if x is None else x[:, :, start:stop] for x in by_token]
+        pieces.append(Chunks(*tokens).gradients(*(None if x is None else x[row] for x in (first, dlast))))
     *by_token, dstates = zip(*pieces, strict=True)
-    dq, dk, dv, dbeta, dgates = (torch.cat(x, 2) for x in by_token)
-    dinitial = None if initial is None else from_heads(torch.cat(dstates).mT, group)
-    dgates = None if log_decay is None else from_heads(dgates, group)
-    return dq * scale, *(from_heads(x, group) for x in (dk, dv)), dgates, from_heads(dbeta, group), dinitial
+    dq, dk, dv, dgates, dbeta = (None if x[0] is None else torch.cat(x, 2) for x in by_token)
+    return (
+        dq * scale,
+        from_heads(dk, group),
+        from_heads(dv, group),
+        None if log_decay is None else from_heads(dgates, group),
+        None if beta is None else from_heads(dbeta, group),
+        None if initial is None else from_heads(torch.cat(dstates).mT, group),
+    )
 
 
-def delta_chain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    gates: Tensor,
-    dout: Tensor,
-    first: Tensor | None,
-    dlast: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """The gradients of ``scan_delta`` (q, k, v, beta, gates, first state), one kv head a head.
+class Chunks:
+    """One sequence of each head in chunks, all of which are worked on at once, but for the two chains of states.
+
+    With G the running sum of a chunk's gates, D_ij = exp(G_i - G_j) for j <= i, B = D k_i.k_j below the diagonal,
+    A = beta B and T = (I + A)^-1, a chunk that starts in the state S is
+
+        U = T beta (V - exp(G) K S) = U_0 - W S    O = exp(G) Q S + P U, P = D q_i.k_j    S' = exp(G_C) S + K_end^T U
+
+    where K_end is K decayed to the chunk's end. In a decaying sum U is V. Backwards, with dR the gradient of what T is
+    multiplied by,
+
+        dR = T^T (P^T dO + K_end dS') = dR_0 + Y dS'        dS = exp(G_C) dS' + (exp(G) Q)^T dO - (beta exp(G) K)^T dR
 
     Args:
-        q, k, v, beta, dout: (batch, heads, T, ...).
+        q, k, v, dout: (batch, heads, T, ...).
         gates: (batch, heads, T, 1) in float64.
-        first, dlast: the state before and the gradient of the state after (batch, heads, head_dim, value_dim), or None.
+        beta: (batch, heads, T, 1), or None for the decaying sum.
     """
-    cuts = list(chunks(k.shape[2], CHUNK))
-    state = first_state(first, k, v.shape[3])
-    states = []
-    for now in cuts:
-        states.append(state)
-        _, state = scan_delta(
-            q[:, :, now], k[:, :, now], v[:, :, now], beta[:, :, now], gates[:, :, now], state, chunk=CHUNK
-        )
-    dstate = torch.zeros_like(state) if dlast is None else dlast
-    grads = []
-    for now, state in zip(reversed(cuts), reversed(states), strict=True):
-        *found, dstate = delta_chunk(*(x[:, :, now] for x in (q, k, v, beta, gates, dout)), state, dstate)
-        grads.append(found)
-    if not grads:
-        return *(torch.zeros_like(x) for x in (q, k, v, beta, gates)), dstate
-    return *(torch.cat(x[::-1], 2) for x in zip(*grads, strict=True)), dstate
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, gates: Tensor, beta: Tensor | None):
+        self.T = q.shape[2]
+        self.q, self.k, self.v, self.dout, gates = (in_chunks(x) for x in (q, k, v, dout, gates))
+        self.beta = None if beta is None else in_chunks(beta)
+        G = gates.cumsum(3)
+        kept, end, total = (x.exp().to(k.dtype) for x in (G, G[..., -1:, :] - G, G[..., -1:, :]))
+        self.kept, self.end, self.total = kept, end, total  # (batch, heads, chunks, C, 1), the same, (.., 1, 1)
+        below = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).tril()
+        self.D = torch.where(below, G - G.mT, -torch.inf).exp().to(k.dtype)
+        self.P = self.D * (self.q @ self.k.mT)
+        self.k_end = end * self.k
+        if beta is not None:
+            self.B = (self.D * (self.k @ self.k.mT)).tril(-1)
+            self.k_read = self.beta * kept * self.k
+            self.U_0, self.W = self.solve(torch.cat([self.beta * self.v, self.k_read], -1), v.shape[3])
+            self.dR_0, self.Y = self.solve(torch.cat([self.P.mT @ self.dout, self.k_end], -1), v.shape[3], back=True)
+
+    def solve(self, right: Tensor, width: int, *, back: bool = False) -> tuple[Tensor, Tensor]:
+        """T times a right side, or T^T times it, cut after ``width`` columns."""
+        A = self.beta * self.B
+        solved = torch.linalg.solve_triangular(A.mT if back else A, right, upper=back, unitriangular=True)
+        return solved[..., :width], solved[..., width:]
+
+    def states(self, first: Tensor | None) -> Tensor:
+        """The state before each chunk: (batch, heads, chunks, head_dim, value_dim)."""
+        added = self.k_end.mT @ (self.v if self.beta is None else self.U_0)
+        state = torch.zeros_like(added[:, :, 0]) if first is None else first
+        found = []
+        for i in range(added.shape[2]):
+            found.append(state)
+            erased = 0.0 if self.beta is None else self.k_end[:, :, i].mT @ (self.W[:, :, i] @ state)
+            state = self.total[:, :, i] * state + added[:, :, i] - erased
+        return torch.stack(found, 2)
+
+    def state_gradients(self, dlast: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The gradient of the state after each chunk, and of the first state."""
+        added = (self.kept * self.q).mT @ self.dout
+        if self.beta is not None:
+            added = added - self.k_read.mT @ self.dR_0
+        dstate = torch.zeros_like(added[:, :, 0]) if dlast is None else dlast
+        found = []
+        for i in reversed(range(added.shape[2])):
+            found.append(dstate)
+            erased = 0.0 if self.beta is None else self.k_read[:, :, i].mT @ (self.Y[:, :, i] @ dstate)
+            dstate = self.total[:, :, i] * dstate + added[:, :, i] - erased
+        return torch.stack(found[::-1], 2), dstate
+
+    def gradients(self, first: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
+        """dq, dk, dv, dgates, dbeta, and the gradient of the first state (batch, heads, head_dim, value_dim)."""
+        if self.T == 0:
+            dfirst = torch.zeros_like(self.q[:, :, 0].mT @ self.v[:, :, 0]) if dlast is None else dlast
+            nothing = (self.q, self.k, self.v, self.kept.double(), self.beta)
+            return *(None if x is None else x.flatten(2, 3)[:, :, :0] for x in nothing), dfirst
+        S = self.states(first)
+        dS, dfirst = self.state_gradients(dlast)
+        U = self.v if self.beta is None else self.U_0 - self.W @ S
+        dP = (self.dout @ U.mT).tril()
+        dk_end = U @ dS.mT  # (batch, heads, chunks, C, head_dim)
+        DdP = self.D * dP
+        dq = self.kept * (self.dout @ S.mT) + DdP @ self.k
+        dk = DdP.mT @ self.q + self.end * dk_end
+        pairs = dP * self.P  # what exp(G_i - G_j) contributes
+        to_end = (self.k_end * dk_end).sum(-1, keepdim=True)
+        dG = (self.kept * self.dout * (self.q @ S)).sum(-1, keepdim=True) - to_end
+        if self.beta is None:
+            dv, dbeta = self.P.mT @ self.dout + self.k_end @ dS, None
+        else:
+            dR, read = self.dR_0 + self.Y @ dS, self.k @ S
+            dA = -(dR @ U.mT).tril(-1)
+            dB, dread = self.beta * dA, -self.beta * self.kept * dR
+            DdB = self.D * dB
+            dk = dk + dread @ S.mT + DdB @ self.k + DdB.mT @ self.k
+            dv = self.beta * dR
+            dbeta = ((self.v - self.kept * read) * dR).sum(-1, keepdim=True) + (dA * self.B).sum(-1, keepdim=True)
+            pairs = pairs + dB * self.B
+            dG = dG + (dread * read).sum(-1, keepdim=True)
+        dG = dG + pairs.sum(-1, keepdim=True) - pairs.mT.sum(-1, keepdim=True)
+        at_end = to_end.sum(3, keepdim=True) + (self.total * S * dS).sum((3, 4), keepdim=True)
+        dgates = dG.double().flip(3).cumsum(3).flip(3) + at_end
+        found = (dq, dk, dv, dgates, dbeta)
+        return *(None if x is None else x.flatten(2, 3)[:, :, : self.T] for x in found), dfirst
 
 
-def delta_chunk(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gates: Tensor, dout: Tensor, S: Tensor, dS: Tensor
-) -> tuple[Tensor, ...]:
-    """One chunk's gradients of (q, k, v, beta, gates, state before), given dout and that of the state after, dS.
-
-    With D_ij = exp(G_i - G_j) for j <= i, B = D k_i.k_j below the diagonal, A = beta B, T = (I + A)^-1, the forward is
-
-        U = T R, R = beta (V - exp(G) K S)      O = exp(G) Q S + P U, P = D q_i.k_j      S' = exp(G_C) S + K_end^T U
-
-    where K_end is K decayed to the chunk's end.
-    """
-    G = gates.cumsum(2)
-    kept, end, total = (x.exp().to(k.dtype) for x in (G, G[:, :, -1:] - G, G[:, :, -1:]))  # (batch, heads, C, 1), .., 1
-    C = k.shape[2]
-    below = torch.ones(C, C, dtype=torch.bool, device=k.device).tril()
-    D = torch.where(below, G - G.mT, -torch.inf).exp().to(k.dtype)
-    B, P = (D * (k @ k.mT)).tril(-1), D * (q @ k.mT)
-    read = k @ S  # (batch, heads, C, value_dim)
-    wanted = v - kept * read
-    U = torch.linalg.solve_triangular(beta * B, beta * wanted, upper=False, unitriangular=True)
-
-    dU = P.mT @ dout + (end * k) @ dS
-    dR = torch.linalg.solve_triangular((beta * B).mT, dU, upper=True, unitriangular=True)
-    dA = -(dR @ U.mT).tril(-1)
-    dP = (dout @ U.mT).tril()
-    dB, dread = beta * dA, -beta * kept * dR
-    dk_end = U @ dS.mT  # (batch, heads, C, head_dim)
-    DdP, DdB = D * dP, D * dB
-    dq = kept * (dout @ S.mT) + DdP @ k
-    dk = DdP.mT @ q + end * dk_end + dread @ S.mT + DdB @ k + DdB.mT @ k
-    dbeta = (wanted * dR).sum(-1, keepdim=True) + (dA * B).sum(-1, keepdim=True)
-
-    pairs = dP * P + dB * B  # what exp(G_i - G_j) contributes
-    to_end = (end * k * dk_end).sum(-1, keepdim=True)
-    dG = (kept * dout * (q @ S)).sum(-1, keepdim=True) + (dread * read).sum(-1, keepdim=True) - to_end
-    dG = dG + pairs.sum(-1, keepdim=True) - pairs.mT.sum(-1, keepdim=True)
-    dG_last = to_end.sum(2, keepdim=True) + (total * S * dS).sum((2, 3), keepdim=True)
-    dG = torch.cat([dG[:, :, :-1], dG[:, :, -1:] + dG_last], 2)
-    dgates = dG.double().flip(2).cumsum(2).flip(2)
-    dS = total * dS + (kept * q).mT @ dout + k.mT @ dread
-    return dq, dk, beta * dR, dbeta, dgates, dS
+def in_chunks(x: Tensor) -> Tensor:
+    """(batch, heads, T, width) -> (batch, heads, chunks, CHUNK, width), at least one chunk, padded with zeros."""
+    T = x.shape[2]
+    return F.pad(x, (0, 0, 0, -T % CHUNK if T else CHUNK)).unflatten(2, (-1, CHUNK))

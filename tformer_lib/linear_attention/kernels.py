@@ -8,6 +8,7 @@ cpu    cpu.cpp          the same chunks in vectorised C++                       
 1      1_recurrent.cu   one token after another, no tensor cores; decoding       a GPU, f32 bf16 f16
 2      2_chunked.cu     chunks on tensor cores: sum, mean, decaying sum          sm_80 on, bf16 f16
 3      3_delta.cu       chunks on tensor cores: delta rule, gated delta rule     sm_80 on, bf16 f16
+4      4_hopper.cu      the chunks of 2 and 3 by wgmma, warp specialisation      sm_90, bf16 f16
 ====== ================ ======================================================== ==========================
 
 The kernels keep a state transposed: (sequences, kv_heads, value_dim, head_dim), with one more row, the sum of the keys,
@@ -27,6 +28,7 @@ from tformer_lib.ladder import (
     Ladder,
     loadable,
     refusal_of_dtype,
+    refusal_of_hopper,
     refusal_of_place,
     refusal_of_tensor_cores,
 )
@@ -36,15 +38,16 @@ from tformer_lib.linear_attention.feature_maps import FeatureMap, elu_plus_one, 
 from tformer_lib.linear_attention.shared import CHUNK, by_kv_head, by_sequence, first_state, sum_dtype
 from tformer_lib.linear_attention.sums import finish, scan_chunks
 
-STEPS = ("0", "cpu", "1", "2", "3")
-LADDER = Ladder("linear_attention", steps=STEPS, fastest={"cpu": ("cpu", "0"), "cuda": ("3", "2", "1", "0")})
+STEPS = ("0", "cpu", "1", "2", "3", "4")
+LADDER = Ladder("linear_attention", steps=STEPS, fastest={"cpu": ("cpu", "0"), "cuda": ("4", "3", "2", "1", "0")})
 FEW = Ladder("linear_attention", steps=STEPS, fastest={"cpu": ("cpu", "0"), "cuda": ("1", "0")})
 FEW_TOKENS = 8  # up to so many tokens a sequence, token after token is faster than a chunk of 64
 MOST_HEAD_DIM = 256
 MAPS: dict[FeatureMap | None, int] = {None: 0, elu_plus_one: 1, relu: 2}
 """``enum Map`` of kernels/linear_attention/arguments.h: the feature maps that the kernels know."""
 MAP_OF_CODE = {code: feature_map for feature_map, code in MAPS.items()}
-BLOCKS_PER_MULTIPROCESSOR = 2  # of step 2 and 3, see their shapes
+CHUNK_STEPS = ("2", "3", "4")
+BLOCKS_PER_MULTIPROCESSOR = {"2": 2, "3": 2, "4": 1}  # see their shapes
 LEAST_SEGMENT = 8  # chunks: a shorter segment's state costs more than the wait that it saves
 
 
@@ -141,18 +144,20 @@ def launch(
         if x is not None:
             held.append(x.contiguous())
             setattr(a, name, held[-1].data_ptr())
-    if step in ("2", "3"):
-        held += bring_scratch(a, q, states, segment_count, delta=beta is not None)
+    if step in CHUNK_STEPS:
+        held += bring_scratch(step, a, q, states, segment_count, delta=beta is not None)
     LADDER.launch(step, "forward", a, q.device)
     return out, final, denominators
 
 
-def bring_scratch(a: Arguments, q: Tensor, states: int, segment_count: int | None, *, delta: bool) -> list[Tensor]:
+def bring_scratch(
+    step: str, a: Arguments, q: Tensor, states: int, segment_count: int | None, *, delta: bool
+) -> list[Tensor]:
     """Choose the segments, and allocate what the kernels of a step hand to one another."""
     chunks = -(-a.length // CHUNK)
-    tile = 64 if delta or a.head_dim != 128 else 128  # value columns of a block
-    blocks = a.sequences * a.heads * -(-a.value_dim // tile)
-    segment_count = segments(blocks, chunks, q.device) if segment_count is None else min(segment_count, chunks)
+    wide = step == "4" or (step == "2" and 64 < a.head_dim <= 128)
+    blocks = a.sequences * a.heads * -(-a.value_dim // (128 if wide else 64))  # of so many value columns
+    segment_count = segments(step, blocks, chunks, q.device) if segment_count is None else min(segment_count, chunks)
     a.segment_chunks = -(-chunks // segment_count)
     a.segment_count = -(-chunks // a.segment_chunks)
     slots = states * (a.segment_count - 1)
@@ -165,16 +170,16 @@ def bring_scratch(a: Arguments, q: Tensor, states: int, segment_count: int | Non
     return scratch
 
 
-def segments(blocks: int, chunks: int, device: torch.device) -> int:
+def segments(step: str, blocks: int, chunks: int, device: torch.device) -> int:
     """Into how many segments to cut sequences of so many chunks, where one segment of all gives so many blocks."""
-    wanted = BLOCKS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = BLOCKS_PER_MULTIPROCESSOR[step] * torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(wanted // blocks, chunks // LEAST_SEGMENT))
 
 
 # --- which step ------------------------------------------------------------------------------------------------------
 
 
-def refusal(step: str, q: Tensor, beta: Tensor | None) -> str | None:
+def refusal(step: str, q: Tensor, v: Tensor, beta: Tensor | None) -> str | None:
     """Why ``step`` cannot do this, or None if it can."""
     if step == "0":
         return None
@@ -188,15 +193,22 @@ def refusal(step: str, q: Tensor, beta: Tensor | None) -> str | None:
         return f"16-byte loads need a head_dim that is a multiple of 8, got {q.shape[3]}"
     if step == "1":
         return None
-    if (step == "3") != (beta is not None):
+    if step in ("2", "3") and (step == "3") != (beta is not None):
         return f"step {step} is {'the delta rule, which needs beta' if step == '3' else 'without the delta rule'}"
-    return refusal_of_tensor_cores(q.dtype, q.device)
+    return refusal_of_tensor_cores(q.dtype, q.device) or (refusal_of_step_4(q, v) if step == "4" else None)
 
 
-def choose_step(step: str, q: Tensor, beta: Tensor | None, length: int) -> str:
+def refusal_of_step_4(q: Tensor, v: Tensor) -> str | None:
+    """Why two warpgroups of 64 value columns each, with a head_dim padded to 128, cannot do this, or would idle."""
+    if not 64 < q.shape[3] <= 128 or v.shape[3] <= 64:
+        return f"it is for a head_dim of 65 to 128 and a value_dim over 64, got {q.shape[3]} and {v.shape[3]}"
+    return refusal_of_hopper(q.device)
+
+
+def choose_step(step: str, q: Tensor, v: Tensor, beta: Tensor | None, length: int) -> str:
     """The step that was asked for, or the fastest that can do it."""
     ladder = FEW if length <= FEW_TOKENS else LADDER
-    return ladder.choose(step, q.device, lambda name: refusal(name, q, beta))
+    return ladder.choose(step, q.device, lambda name: refusal(name, q, v, beta))
 
 
 # --- step 0 ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from tformer_lib.ladder import KERNEL_DTYPES
 from tformer_lib.linear_attention.decay import FORGET
 from tformer_lib.linear_attention.feature_maps import FeatureMap
-from tformer_lib.linear_attention.gradients import Sums, delta_gradients
+from tformer_lib.linear_attention.gradients import Sums, chunk_gradients
 from tformer_lib.linear_attention.kernels import LADDER, MAPS, MOST_HEAD_DIM, choose_step, launch
 from tformer_lib.linear_attention.shared import check_state, sum_dtype
 
@@ -30,7 +30,7 @@ def linear_attention_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator behind the public forms: (out, last states, denominators), see ``launch``."""
     return launch(
-        choose_step(step, q, beta, length),
+        choose_step(step, q, v, beta, length),
         q,
         k,
         v,
@@ -73,7 +73,6 @@ def linear_attention_backward_op(
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     out: Tensor,
-    final: Tensor,
     denominators: Tensor,
     length: int,
     scale: float,
@@ -81,14 +80,18 @@ def linear_attention_backward_op(
     map_scale: float,
     normalised: bool,
     step: str,
+    gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v, log_decay, beta and the first states; what was not given has an empty one."""
-    if beta is None:
+    """The gradients of q, k, v, log_decay, beta and the first states; what was not given has an empty one.
+
+    ``gate_gradient``: whether log_decay needs one; without, three sums are enough.
+    """
+    if beta is None and not gate_gradient:
         sums = Sums(choose_backward(step, q, v, normalised, length), cu_seqlens, length)
         options = (normalised, scale, map_code, map_scale)
-        grads = sums.gradients(dout, dfinal, q, k, v, log_decay, initial, out, final, denominators, *options)
+        grads = sums.gradients(dout, dfinal, q, k, v, log_decay, initial, out, denominators, *options)
     else:
-        grads = delta_gradients(dout, dfinal, q, k, v, log_decay, beta, initial, cu_seqlens, scale)
+        grads = chunk_gradients(dout, dfinal, q, k, v, log_decay, beta, initial, cu_seqlens, scale)
     inputs = (q, k, v, log_decay, beta, initial)
     return tuple(contiguous_like(grad, x, q) for grad, x in zip(grads, inputs, strict=True))
 
@@ -111,20 +114,21 @@ def linear_attention_backward_fake(dout, dfinal, q, k, v, log_decay, beta, initi
 def choose_backward(step: str, q: Tensor, v: Tensor, normalised: bool, length: int) -> str:
     """The step that computes the gradients of a sum: the forward's, where values are no wider than features may be."""
     width = v.shape[3] + 8 * normalised
-    return "0" if step == "0" or width % 8 or width > MOST_HEAD_DIM else choose_step(step, q, None, length)
+    return "0" if step == "0" or width % 8 or width > MOST_HEAD_DIM else choose_step(step, q, v, None, length)
 
 
 def save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Keep the inputs and outputs; nothing of size T x T, and no state but the first and the last."""
+    """Keep the inputs and the output; nothing of size T x T, and no state but the first."""
     *tensors, ctx.length, ctx.scale, ctx.map_code, ctx.map_scale, ctx.normalised, ctx.step = inputs
-    ctx.save_for_backward(*tensors, *output)
+    out, _, denominators = output
+    ctx.save_for_backward(*tensors, out, denominators)
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
 def backward(ctx, dout: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple:
     """The gradients of the operator's inputs."""
-    *inputs, cu_seqlens, out, final, denominators = ctx.saved_tensors
+    *inputs, cu_seqlens, out, denominators = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     grads = torch.ops.tformer_lab.linear_attention_backward(
         dout,
@@ -132,9 +136,8 @@ def backward(ctx, dout: Tensor | None, dfinal: Tensor | None, _: Tensor | None) 
         *inputs,
         cu_seqlens,
         out,
-        final,
         denominators,
-        *(ctx.length, ctx.scale, ctx.map_code, ctx.map_scale, ctx.normalised, ctx.step),
+        *(ctx.length, ctx.scale, ctx.map_code, ctx.map_scale, ctx.normalised, ctx.step, ctx.needs_input_grad[3]),
     )
     return *(None if x is None else grad for x, grad in zip(inputs, grads, strict=True)), *(None for _ in range(7))
 

@@ -1,0 +1,491 @@
+// Step 4: the chunks of steps 2 and 3 on Hopper (sm_90a): wgmma, and a producer that feeds two consumer warpgroups.
+//
+//   producer (4 warps)    copies Q, K, V (and T) of chunk after chunk, three in flight; maps features, sums gates and keys
+//   consumer warpgroup    64 value columns: S^T in registers, 64 x head_dim float32
+//
+//   a chunk of a consumer          left side                 right side, from shared memory
+//     P   = Q K^T, half of it      Q, shared memory          K            32 of the 64 keys; the other warpgroup has the rest
+//     X^T = S^T K^T  (delta)       S^T packed, registers     K
+//     O^T = S^T Q^T                S^T packed, registers     Q
+//     U^T = R^T T^T  (delta)       R^T packed, registers     T
+//     O^T += U^T P^T               U^T packed, registers     P, after the warpgroups have met once
+//     S^T += U^T K                 U^T packed, registers     K
+//
+// The products are those of chunk.cuh; a warp's tile of accumulators has the same layout.
+#include "common/tma.cuh"
+#include "inverse.cuh"
+#include "resources.cuh"
+#include "segments.cuh"
+#include "wgmma.cuh"
+
+namespace linear {
+namespace {
+
+constexpr int WARPGROUP = 128, GROUPS = 2, THREADS = (1 + GROUPS) * WARPGROUP;
+constexpr int STAGES = 3;        // chunks on their way or in use
+constexpr int GROUP_VALUES = 64, VALUES = GROUPS * GROUP_VALUES;
+constexpr int BOX_BYTES = CHUNK * 128;  // 64 rows of 64 halves: what one descriptor walks along
+constexpr int KEEPERS = 1, PRODUCERS = 2;  // hardware barriers
+
+// One warp's share of a consumer warpgroup, as chunk.cuh sees it.
+template <int D>
+using Warp = Shape<D, 1, 4, 1>;
+
+struct StageNumbers {
+    float since[CHUNK], beta[CHUNK], before[CHUNK];  // before: q . (the sum of all keys before the chunk)
+};
+
+template <int D, Rule RULE, bool OUTPUTS>
+struct HopperLayout {
+    static constexpr int KEY_BYTES = CHUNK * D * 2, VALUE_BYTES = CHUNK * VALUES * 2;
+    static constexpr int Q = 0, K = OUTPUTS ? KEY_BYTES : 0, V = K + KEY_BYTES, T = V + VALUE_BYTES;
+    static constexpr int STAGE = T + (RULE == DELTA ? BOX_BYTES : 0);
+    static constexpr int P = STAGES * STAGE;
+    static constexpr int NUMBERS = P + (OUTPUTS ? 2 * BOX_BYTES : 0);
+    static constexpr int PARTS = NUMBERS + STAGES * int(sizeof(StageNumbers));  // the denominators' halves, twice
+    static constexpr int SUMS = PARTS + 2 * GROUPS * CHUNK * int(sizeof(float));
+    static constexpr int BARRIERS = SUMS + 2 * 4 * D * int(sizeof(float));
+    static constexpr int BYTES = BARRIERS + 2 * STAGES * int(sizeof(uint64_t)) + 1024;  // aligned to 1,024 by hand
+};
+
+// Where 16-byte chunk `chunk` of row `row` of a tile of boxes lies.
+__device__ inline int boxed(int row, int chunk) { return chunk / 8 * BOX_BYTES + place<64>(row, chunk % 8); }
+
+// --- the producer ----------------------------------------------------------------------------------------------------
+
+// A thread has 8 columns of every ROWS-th row of a tile of D columns.
+template <int D>
+struct Share {
+    static constexpr int CHUNKS = D / VECTOR, ROWS = WARPGROUP / CHUNKS, COUNT = CHUNK / ROWS;
+    int chunk = threadIdx.x % CHUNKS, top = threadIdx.x / CHUNKS;
+
+    template <class Half>
+    __device__ void start(uint32_t tile, const Half* source, int64_t step, int rows, int columns) const {
+        const Half* pointer = source + top * step + chunk * VECTOR;
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const bool valid = top + i * ROWS < rows && chunk * VECTOR < columns;
+            copy_async(tile + boxed(top + i * ROWS, chunk), valid ? pointer : source, valid);
+            pointer += ROWS * step;
+        }
+    }
+    __device__ uint4& at(uint8_t* tile, int i) const {
+        return *reinterpret_cast<uint4*>(tile + boxed(top + i * ROWS, chunk));
+    }
+};
+
+template <class Half, int D>
+__device__ void map_share(const Share<D>& share, uint8_t* tile, const Arguments& a, int rows) {
+    if (share.chunk * VECTOR >= a.head_dim) return;
+#pragma unroll
+    for (int i = 0; i < Share<D>::COUNT; ++i) {
+        if (share.top + i * Share<D>::ROWS >= rows) continue;
+        uint4& words = share.at(tile, i);
+        uint32_t w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+        for (uint32_t& word : w) {
+            const float2 x = unpack<Half>(word);
+            word = pack<Half>(mapped(x.x, a.map, a.map_scale), mapped(x.y, a.map, a.map_scale));
+        }
+        words = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+}
+
+// The sum of the keys, for normalised outputs: a thread keeps its 8 columns of it.
+template <class Half, int D>
+struct KeySum {
+    float z[VECTOR];
+
+    __device__ void load(const Share<D>& share, const Arguments& a, const float* state) {
+#pragma unroll
+        for (int e = 0; e < VECTOR; ++e) {
+            const int column = share.chunk * VECTOR + e;
+            z[e] = state != nullptr && column < a.head_dim ? state[a.value_dim * a.head_dim + column] : 0.0f;
+        }
+    }
+
+    __device__ void store(const Share<D>& share, const Arguments& a, float* state) const {
+        if (share.top == 0)
+#pragma unroll
+            for (int e = 0; e < VECTOR; ++e) {
+                const int column = share.chunk * VECTOR + e;
+                if (column < a.head_dim) state[a.value_dim * a.head_dim + column] = z[e];
+            }
+    }
+
+    __device__ static void widen_all(float (&x)[VECTOR], const uint4& words) {
+        const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const float2 pair = unpack<Half>(w[e]);
+            x[2 * e] = pair.x, x[2 * e + 1] = pair.y;
+        }
+    }
+
+    // before[row] = q . z; a row's threads are neighbours.
+    __device__ void read(const Share<D>& share, uint8_t* Q, float* before) const {
+        constexpr int CHUNKS = Share<D>::CHUNKS;
+#pragma unroll
+        for (int i = 0; i < Share<D>::COUNT; ++i) {
+            float q[VECTOR], sum = 0.0f;
+            widen_all(q, share.at(Q, i));
+#pragma unroll
+            for (int e = 0; e < VECTOR; ++e) sum = fmaf(q[e], z[e], sum);
+#pragma unroll
+            for (int step = 1; step < CHUNKS; step *= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+            if (share.chunk == 0) before[share.top + i * Share<D>::ROWS] = sum;
+        }
+    }
+
+    // z += the chunk's keys. `sums`: D floats a warp, another place in turns, so that one meeting a chunk is enough.
+    __device__ void absorb(const Share<D>& share, uint8_t* K, float* sums) {
+        float own[VECTOR] = {};
+#pragma unroll
+        for (int i = 0; i < Share<D>::COUNT; ++i) {
+            float k[VECTOR];
+            widen_all(k, share.at(K, i));
+#pragma unroll
+            for (int e = 0; e < VECTOR; ++e) own[e] += k[e];
+        }
+#pragma unroll
+        for (int e = 0; e < VECTOR; ++e)
+#pragma unroll
+            for (int step = Share<D>::CHUNKS; step < WARP; step *= 2) own[e] += __shfl_xor_sync(0xffffffff, own[e], step);
+        if (lane() < Share<D>::CHUNKS)
+#pragma unroll
+            for (int e = 0; e < VECTOR; ++e) sums[warp() * D + share.chunk * VECTOR + e] = own[e];
+        meet(PRODUCERS, WARPGROUP);
+#pragma unroll
+        for (int e = 0; e < VECTOR; ++e)
+            for (int w = 0; w < 4; ++w) z[e] += sums[w * D + share.chunk * VECTOR + e];
+    }
+};
+
+// --- a consumer ------------------------------------------------------------------------------------------------------
+
+// Descriptors of the 16 columns from 16 k on of a tile of boxes: its rows are the product's rows or columns.
+__device__ inline uint64_t columns_of(uint32_t tile, int k) { return k_major(tile + k / 4 * BOX_BYTES + k % 4 * 32); }
+
+template <class Half, int D>
+struct Consumer {
+    using Sh = Warp<D>;
+    const int group = threadIdx.x / WARPGROUP - 1, row = warp() % 4 * 16;  // of the group's 64
+    float S[1][Sh::STATE_TILES][4] = {};
+
+    __device__ void pack_state(uint32_t (&A)[Sh::STATE_STEPS][4], float shrink) const {
+#pragma unroll
+        for (int k = 0; k < Sh::STATE_STEPS; ++k) pack_pair<Half>(A[k], S[0], k, shrink);
+    }
+
+    // C^T = S^T X^T, started.
+    __device__ void start_read(float (&C)[TOKEN_TILES][4], const uint32_t (&A)[Sh::STATE_STEPS][4], uint32_t X) const {
+#pragma unroll
+        for (int k = 0; k < Sh::STATE_STEPS; ++k) multiply_64<Half>(C, A[k], columns_of(X, k), k > 0);
+        commit_products();
+    }
+
+    // C^T += U^T L^T, or = it, for a tile L of 64 x 64, started.
+    __device__ void start_square(float (&C)[TOKEN_TILES][4], const uint32_t (&U)[STEPS][4], uint32_t L, bool add) const {
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k) multiply_64<Half>(C, U[k], columns_of(L, k), add || k > 0);
+        commit_products();
+    }
+
+    // S^T += U^T K, started.
+    __device__ void start_absorb(const uint32_t (&U)[STEPS][4], uint32_t K) {
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k) multiply_registers<Half>(S[0], U[k], n_major(K + k * 16 * 128, BOX_BYTES), true);
+        commit_products();
+    }
+
+    __device__ void load_values(uint32_t (&U)[STEPS][4], uint32_t V) const {
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k)
+            ldmatrix_transposed(U[k], V + group * BOX_BYTES + place<64>(k * 16 + n_row(), row / 8 + n_chunk()));
+    }
+
+    // This group's half of P, masked and decayed, to shared memory; with MEAN the sums of its rows, too.
+    template <Rule RULE>
+    __device__ void store_scores(const float (&C)[4][4], uint8_t* P, float* part, const float* since, float scale) const {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int token = row + r * 8 + row_in_tile();
+            float total = 0.0f;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                float p[2];
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const int column = group * 32 + j * 8 + column_in_tile() + e;
+                    const float kept = RULE >= DECAY ? fast_exp2(since[token] - since[column]) : 1.0f;
+                    p[e] = column <= token ? C[j][2 * r + e] * (scale * kept) : 0.0f;
+                }
+                const uint32_t word = pack<Half>(p[0], p[1]);
+                *reinterpret_cast<uint32_t*>(P + place<64>(token, group * 4 + j) + lane() % 4 * 4) = word;
+                const float2 rounded = unpack<Half>(word);
+                total += rounded.x + rounded.y;
+            }
+            if constexpr (RULE == MEAN) {
+                total = quad_sum(total);
+                if (lane() % 4 == 0) part[token] = total;
+            }
+        }
+    }
+
+    // R^T = beta (V^T - exp(since) X^T), packed.
+    __device__ void correct(uint32_t (&R)[STEPS][4], const float (&X)[TOKEN_TILES][4], const StageNumbers& n, float grow) const {
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int token = 16 * k + half * 8 + column_in_tile();
+                const float2 beta = *reinterpret_cast<const float2*>(n.beta + token);
+                const float2 since = *reinterpret_cast<const float2*>(n.since + token);
+                const float first = beta.x * grow * fast_exp2(since.x), second = beta.y * grow * fast_exp2(since.y);
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    uint32_t& word = R[k][2 * half + r];  // holds V^T
+                    const float2 v = unpack<Half>(word);
+                    const float(&x)[4] = X[2 * k + half];
+                    word = pack<Half>(fmaf(beta.x, v.x, -first * x[2 * r]), fmaf(beta.y, v.y, -second * x[2 * r + 1]));
+                }
+            }
+    }
+
+    // U^T and S^T decayed to the chunk's end.
+    __device__ void decay_to_end(uint32_t (&U)[STEPS][4], const float* since) {
+        const float end = since[CHUNK - 1], kept = fast_exp2(end);
+#pragma unroll
+        for (int j = 0; j < Sh::STATE_TILES; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) S[0][j][e] *= kept;
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float2 s = *reinterpret_cast<const float2*>(since + 16 * k + half * 8 + column_in_tile());
+                const float first = fast_exp2(end - s.x), second = fast_exp2(end - s.y);
+#pragma unroll
+                for (int r = 0; r < 2; ++r) U[k][2 * half + r] = scaled<Half>(U[k][2 * half + r], first, second);
+            }
+    }
+};
+
+template <int COUNT>
+__device__ inline void pin_words(uint32_t (&w)[COUNT][4]) {
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) asm volatile("" : "+r"(w[k][0]), "+r"(w[k][1]), "+r"(w[k][2]), "+r"(w[k][3])::"memory");
+}
+
+// One block: some value columns of a head's segment. OUTPUTS: (3), else (1) of segments.cuh, in which the blocks behind
+// those of the values compute the delta rule's transitions.
+template <class Half, int D, Rule RULE, bool OUTPUTS>
+__global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constant__ Arguments a) {
+    using At = HopperLayout<D, RULE, OUTPUTS>;
+    using Sh = Warp<D>;
+    extern __shared__ uint8_t unaligned[];
+    uint8_t* const shared = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
+    StageNumbers* const numbers = reinterpret_cast<StageNumbers*>(shared + At::NUMBERS);
+    float* const parts = reinterpret_cast<float*>(shared + At::PARTS);
+    uint64_t *const full = reinterpret_cast<uint64_t*>(shared + At::BARRIERS), *const empty = full + STAGES;
+
+    const int value_slices = int((a.value_dim + VALUES - 1) / VALUES);
+    const int slices = value_slices + (RULE == DELTA && !OUTPUTS ? int((a.head_dim + VALUES - 1) / VALUES) : 0);
+    const Work w(a, blockIdx.x, OUTPUTS ? a.heads : a.kv_heads, slices, OUTPUTS ? a.segment_count : a.segment_count - 1);
+    const bool transition = w.slice >= value_slices;
+    if (OUTPUTS ? w.first == w.last && !w.ends_sequence() : w.last == w.chunks() || (transition && w.segment == 0)) return;
+    const Sequence& s = w.sequence;
+    const int first_value = (transition ? w.slice - value_slices : w.slice) * VALUES;
+    const int64_t slot = OUTPUTS ? 0 : slot_of(a, w.state, w.segment);
+    const bool writes_final = OUTPUTS && a.final != nullptr && w.ends_sequence() && w.h % (a.heads / a.kv_heads) == 0;
+    float* const to = OUTPUTS ? a.final + w.state * state_size(a) : a.segments + slot * state_size(a);
+    const float* const start = transition || (!OUTPUTS && w.segment > 0) ? nullptr : first_state(a, w);
+
+    if (threadIdx.x == 0)
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(&full[i], WARPGROUP);
+            barrier_init(&empty[i], GROUPS * 4);
+        }
+    __syncthreads();
+
+    if (threadIdx.x < WARPGROUP) {  // the producer
+        give_registers<RULE == DELTA ? 72 : 88>();
+        const Rows<Half> Q(a.q, s, w.h), K(a.k, s, w.kv), V(a.v, s, w.kv);
+        const int64_t all_chunks = (a.length + CHUNK - 1) / CHUNK;
+        const Half* const inverses = static_cast<const Half*>(a.inverses) + w.state * all_chunks * CHUNK * CHUNK;
+        const Share<D> keys;
+        const Share<VALUES> values;
+        const Share<CHUNK> square;
+        KeySum<Half, D> sum;
+        if constexpr (RULE == MEAN) sum.load(keys, a, start);
+        Gates<RULE> gates, next;
+        float decay = 0.0f;
+        const auto finish = [&](int chunk) {
+            const int i = chunk - w.first, stage = i % STAGES;
+            uint8_t *const q = shared + stage * At::STAGE + At::Q, *const k = shared + stage * At::STAGE + At::K;
+            if (a.map != IDENTITY) {
+                if (OUTPUTS) map_share<Half>(keys, q, a, s.T - chunk * CHUNK);
+                map_share<Half>(keys, k, a, s.T - chunk * CHUNK);
+            }
+            if constexpr (RULE == MEAN) {
+                if (OUTPUTS) sum.read(keys, q, numbers[stage].before);
+                sum.absorb(keys, k, reinterpret_cast<float*>(shared + At::SUMS) + i % 2 * 4 * D);
+            }
+            gates.publish(numbers[stage].since, numbers[stage].beta);
+            if (RULE >= DECAY && threadIdx.x == WARP - 1) decay += numbers[stage].since[CHUNK - 1];  // its own
+            show_to_async();
+            arrive(&full[stage]);
+        };
+        for (int chunk = w.first; chunk < w.last; ++chunk) {
+            const int i = chunk - w.first, stage = i % STAGES, token = chunk * CHUNK;
+            if (i >= STAGES) wait(&empty[stage], i / STAGES - 1 & 1);
+            const uint32_t tile = shared_address(shared) + stage * At::STAGE;
+            if (OUTPUTS) keys.start(tile + At::Q, Q(token), Q.step, s.T - token, int(a.head_dim));
+            keys.start(tile + At::K, K(token), K.step, s.T - token, int(a.head_dim));
+            values.start(tile + At::V, V(token) + (transition ? 0 : first_value), V.step, s.T - token,
+                         transition ? 0 : int(a.value_dim) - first_value);
+            if constexpr (RULE == DELTA)
+                square.start(tile + At::T, inverses + int64_t(chunk) * CHUNK * CHUNK, CHUNK, CHUNK, CHUNK);
+            commit_copies();
+            next.fetch(a, s, w.kv, token);
+            if (i > 0) {
+                wait_copies<1>();
+                finish(chunk - 1);
+            }
+            gates = next;
+        }
+        wait_copies<0>();
+        if (w.first < w.last) finish(w.last - 1);
+        if (RULE == MEAN && w.slice == 0 && (!OUTPUTS || writes_final)) sum.store(keys, a, to);
+        if (!OUTPUTS && RULE >= DECAY && w.slice == 0 && threadIdx.x == WARP - 1) a.segment_decay[slot] = decay;
+        return;
+    }
+
+    take_registers<RULE == DELTA ? 216 : 208>();
+    Consumer<Half, D> c;
+    const int first_row = first_value + c.group * GROUP_VALUES + c.row;
+    const Rows<Half> out(a.out, s, w.h);
+    if (start != nullptr) load_state<Sh>(c.S, a.value_dim, a.head_dim, start, first_row);
+    if (RULE == DELTA && transition)
+#pragma unroll
+        for (int j = 0; j < Sh::STATE_TILES; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                c.S[0][j][e] = first_row + e / 2 * 8 + row_in_tile() == j * 8 + column_in_tile() + e % 2 ? 1.0f : 0.0f;
+
+    for (int chunk = w.first; chunk < w.last; ++chunk) {
+        const int i = chunk - w.first, stage = i % STAGES, token = chunk * CHUNK;
+        const uint32_t tile = shared_address(shared) + stage * At::STAGE;
+        const uint32_t q = tile + At::Q, k = tile + At::K, v = tile + At::V;
+        uint8_t* const P = shared + At::P + i % 2 * BOX_BYTES;
+        float* const part = parts + i % 2 * GROUPS * CHUNK;
+        const StageNumbers& n = numbers[stage];
+        const float shrink = shrink_of<Half, Sh>(c.S), grow = 1.0f / shrink;
+        uint32_t A[Sh::STATE_STEPS][4], U[STEPS][4];
+        float scores[4][4], X[TOKEN_TILES][4], O[1][TOKEN_TILES][4];
+        if (OUTPUTS || RULE == DELTA) c.pack_state(A, shrink);
+
+        wait(&full[stage], i / STAGES & 1);
+        products_begin();
+        if (OUTPUTS) {
+#pragma unroll
+            for (int step = 0; step < Sh::STATE_STEPS; ++step)
+                multiply_32<Half>(scores, columns_of(q, step), columns_of(k + c.group * 32 * 128, step), step > 0);
+            commit_products();
+        }
+        if (RULE == DELTA) c.start_read(X, A, k);
+        if (OUTPUTS) c.start_read(O[0], A, q);
+        c.load_values(U, v);
+        if (OUTPUTS) {
+            wait_products<RULE == DELTA ? 2 : 1>();
+            pin(scores);
+            c.template store_scores<RULE>(scores, P, part + c.group * CHUNK, n.since, a.scale);
+            show_to_async();
+        }
+        if constexpr (RULE == DELTA) {
+            wait_products<OUTPUTS ? 1 : 0>();
+            pin(X);
+            c.correct(U, X, n, grow);
+            pin_words(U);
+            products_begin();
+            c.start_square(X, U, tile + At::T, false);
+            wait_products<0>();
+            pin(X);
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) pack_pair<Half>(U[step], X, step, 1.0f);
+        }
+        if (OUTPUTS) {
+            wait_products<0>();
+            pin(O[0]);
+            scale_columns<Sh>(O, [&](int t) { return a.scale * grow * (RULE >= DECAY ? fast_exp2(n.since[t]) : 1.0f); });
+            meet(KEEPERS, GROUPS * WARPGROUP);  // both halves of P are there
+            products_begin();
+            c.start_square(O[0], U, shared_address(P), true);
+        }
+        uint32_t decayed[STEPS][4];
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) decayed[step][e] = U[step][e];
+        if (RULE >= DECAY) c.decay_to_end(decayed, n.since);
+        products_begin();
+        c.start_absorb(decayed, k);
+        if (OUTPUTS) {
+            wait_products<1>();
+            pin(O[0]);
+            if constexpr (RULE == MEAN) {
+                const auto total = [&](int t) { return n.before[t] * a.scale + part[t] + part[CHUNK + t]; };
+                scale_columns<Sh>(O, [&](int t) { return total(t) > 0.0f ? 1.0f / total(t) : 0.0f; });
+                const int t = threadIdx.x - WARPGROUP;
+                if (a.denominators != nullptr && w.slice == 0 && t < CHUNK && token + t < s.T)
+                    a.denominators[denominator_of(a, s, w.h, token + t)] = total(t);
+            }
+            store_output<Half, Sh>(O, out, token, s.T, first_row, int(a.value_dim));
+        }
+        wait_products<0>();
+        pin(c.S[0]);
+        __syncwarp();
+        if (lane() == 0) arrive(&empty[stage]);
+    }
+    if (transition) store_state<Sh>(c.S, a.head_dim, a.head_dim, a.transitions + slot * a.head_dim * a.head_dim, first_row);
+    else if (!OUTPUTS || writes_final) store_state<Sh>(c.S, a.value_dim, a.head_dim, to, first_row);
+}
+
+template <class Run>
+const char* with_types(const Arguments& a, const Run& run) {
+    const auto with_rule = [&]<class Half>() {
+        if (a.beta.data != nullptr) return run.template operator()<Half, DELTA>();
+        if (a.log_decay.data != nullptr) return run.template operator()<Half, DECAY>();
+        return a.normalise ? run.template operator()<Half, MEAN>() : run.template operator()<Half, SUM>();
+    };
+    return a.dtype == BFLOAT16 ? with_rule.template operator()<Bf16>() : with_rule.template operator()<Fp16>();
+}
+
+constexpr int WIDTH = 128;  // of head_dim, padded; at 64 a warpgroup's products are too short to hide one another
+
+}  // namespace
+
+extern "C" const char* forward(const Arguments* a, void* stream) {
+    return with_types(*a, [&]<class Half, Rule RULE>() -> const char* {
+        const int64_t slices = (a->value_dim + VALUES - 1) / VALUES, states = a->sequences * a->kv_heads;
+        if (RULE == DELTA)
+            if (const char* error = launch_inverses<Half, WIDTH>(*a, stream)) return error;
+        if (a->segment_count > 1) {
+            const int64_t all = slices + (RULE == DELTA ? (a->head_dim + VALUES - 1) / VALUES : 0);
+            if (const char* error = launch(hopper_kernel<Half, WIDTH, RULE, false>, states * (a->segment_count - 1) * all,
+                                           THREADS, HopperLayout<WIDTH, RULE, false>::BYTES, stream, *a))
+                return error;
+            if (const char* error = launch_scan<WIDTH, RULE>(*a, stream)) return error;
+        }
+        return launch(hopper_kernel<Half, WIDTH, RULE, true>, a->sequences * a->heads * a->segment_count * slices, THREADS,
+                      HopperLayout<WIDTH, RULE, true>::BYTES, stream, *a);
+    });
+}
+
+extern "C" const char* resources(const Arguments* a, Resources* out) {
+    return with_types(*a, [&]<class Half, Rule RULE>() {
+        return measure_resources(hopper_kernel<Half, WIDTH, RULE, true>, THREADS, HopperLayout<WIDTH, RULE, true>::BYTES, out);
+    });
+}
+
+}  // namespace linear
