@@ -5,6 +5,10 @@
 The theory: softmax attention takes 4·N²·d operations (half of that if the future is skipped), and N² numbers if it is
 written out; chunked linear attention takes 4·N·C·d + 4·N·d² operations for chunks of C, and O(N·d) numbers. On
 logarithmic axes the slopes are 2 and 1. Decoding from a state takes 4·d² operations a token, whatever came before.
+
+On a GPU the products of a chunk are fast, and memory is the limit: a forward reads q, k and v and writes the output
+once, so the limit beside each row is a device copy's rate. Softmax attention is held to the same bytes, to show by how
+much its N² operations take it away from them. flash-linear-attention stands beside, where it is installed.
 """
 
 import math
@@ -16,13 +20,21 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness import Options, Report, command_line, copy_rate, matmul_rate, measure
+from benchmarks.harness import Options, Report, Timing, command_line, copy_rate, matmul_rate, measure
 from tformer_lib import linear_attention
 from tformer_lib.attention import attend
+from tformer_lib.flash_attention import flash_attention
 
 HEAD_DIM = 64
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 WRITTEN_OUT = 8192  # the longest text whose N² scores are written out
+
+GPU_TOKENS, GPU_HEADS, GPU_HEAD_DIM = 32768, 16, 128
+GPU_LENGTHS = (2048, 8192, 32768)
+CROSSOVER = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+DECODED = 8  # sequences; of 131,072 keys their caches are 8.6 GB
+GPU_SECONDS = 0.1  # of each measurement, after as long a warm-up
+FLA, SOFTMAX = "sum, flash-linear-attention", "softmax, our flash kernel"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(args: Options) -> None:
     """Time and memory over the length, and the time of a decoded token over the length before it."""
     device = torch.device(args.device)
+    if device.type == "cuda":
+        on_gpu(Report("linear_attention", device, args.out, peers=(FLA, SOFTMAX, "sum", "linear")))
+        return
     report = Report("linear_attention", device, args.out, peers=("softmax, fused", "linear, chunked"))
     rate = matmul_rate(device, torch.float32)
     report.note(head_dim=HEAD_DIM, chunk=linear_attention.CHUNK, matmul_flops_per_second=rate, lengths=list(LENGTHS))
@@ -52,6 +67,7 @@ def forms() -> dict[str, Callable]:
         "softmax, written out": lambda q, k, v: attend(q, k, v, causal=True),
         "softmax, fused": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
         "linear, chunked": lambda q, k, v: linear_attention.attend(q, k, v, causal=True),
+        "linear, C++ twin": lambda q, k, v: linear_attention.attend(q, k, v, causal=True, step="cpu"),
     }
 
 
@@ -112,6 +128,148 @@ def decode(report: Report, device: torch.device) -> None:
 def make(N: int, device: torch.device) -> tuple[Tensor, ...]:
     """q, k and v of one head: (1, 1, N, HEAD_DIM) each."""
     return tuple(torch.randn(3, 1, 1, N, HEAD_DIM, device=device).unbind(0))
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def on_gpu(report: Report) -> None:
+    """Every member at 32,768 tokens, the errors, the crossover with softmax attention, decoding."""
+    device, limit = report.device, copy_rate(report.device)
+    report.note(heads=GPU_HEADS, head_dim=GPU_HEAD_DIM, tokens=GPU_TOKENS, copy_bytes_per_second=limit)
+    with torch.no_grad():
+        report.note(relative_error=errors(device))
+    for N in GPU_LENGTHS:
+        time_members(report, N, limit)
+    for N in CROSSOVER:
+        cross(report, N, limit)
+    decode_on_gpu(report, limit)
+    report.finish()
+
+
+def draw(N: int, device: torch.device, *, batch: int | None = None, tokens_first: bool = False) -> dict[str, Tensor]:
+    """q, k, v in bfloat16, unit keys, and the numbers a token of the gated members, in float32.
+
+    Args:
+        batch: None is as many sequences as make up GPU_TOKENS, at least one.
+        tokens_first: (batch, N, heads, ..) in memory, as flash-linear-attention has it.
+    """
+    batch = max(1, GPU_TOKENS // N) if batch is None else batch
+    shape = (batch, N, GPU_HEADS, GPU_HEAD_DIM) if tokens_first else (batch, GPU_HEADS, N, GPU_HEAD_DIM)
+    x = {name: torch.randn(shape, device=device, dtype=torch.bfloat16) for name in "qkv"}
+    x["unit_k"] = F.normalize(x["k"].float(), dim=-1).bfloat16()
+    x["log_decay"] = F.logsigmoid(torch.randn(*shape[:3], 1, device=device))
+    x["retention"] = linear_attention.retention_log_decay(GPU_HEADS).to(device, torch.float32)
+    x["beta"] = torch.rand(*shape[:3], 1, device=device)
+    return x
+
+
+def members() -> dict[str, Callable]:
+    """The members of the family, as functions of what ``draw`` gives."""
+    la = linear_attention
+    return {
+        "sum": lambda x: la.operator.run(x["q"], x["k"], x["v"], scale=GPU_HEAD_DIM**-0.5)[0],
+        "normalised, elu + 1": lambda x: la.attend(x["q"], x["k"], x["v"], causal=True),
+        "retention": lambda x: la.gated_attend(x["q"], x["k"], x["v"], log_decay=x["retention"]),
+        "decay by token": lambda x: la.gated_attend(x["q"], x["k"], x["v"], log_decay=x["log_decay"]),
+        "delta rule": lambda x: la.delta_attend(x["q"], x["unit_k"], x["v"], beta=x["beta"]),
+        "gated delta rule": lambda x: la.delta_attend(
+            x["q"], x["unit_k"], x["v"], beta=x["beta"], log_decay=x["log_decay"]
+        ),
+    }
+
+
+def errors(device: torch.device, N: int = 4096) -> dict[str, float]:
+    """|out - truth| / |truth| of each member against step 0 in float64."""
+    x = draw(N, device, batch=1)
+    wide = {name: value.double() for name, value in x.items()}
+    found = {}
+    for name, form in members().items():
+        truth = form(wide)
+        found[name] = round(((form(x).double() - truth).norm() / truth.norm()).item(), 6)
+    return found
+
+
+def time_members(report: Report, N: int, limit: float) -> None:
+    """Forwards and gradients of every member, beside softmax attention and flash-linear-attention."""
+    device, moved = report.device, 4 * GPU_TOKENS * GPU_HEADS * GPU_HEAD_DIM * 2  # bytes of q, k, v and the output
+    forms = members() | {SOFTMAX: lambda x: flash_attention(x["q"], x["k"], x["v"], causal=True)}
+    contestants = {name: (form, False) for name, form in forms.items()}
+    contestants["sum, tokens first in memory"] = (lambda x: forms["sum"](heads_first(x)), True)
+    if theirs := flash_linear_attention():
+        contestants[FLA] = (theirs, True)
+    for name, (form, tokens_first) in contestants.items():
+        x = draw(N, device, tokens_first=tokens_first)
+        work = {"limit": limit, "tokens": N, "contestant": name}
+        with torch.no_grad():
+            timing = measure(form, [(x,)], device=device, seconds=GPU_SECONDS)
+        report.add(timing=timing, case=f"forward, N = {N:,}", bytes=moved, **work)
+        timing = time_gradient(form, x, device)
+        report.add(timing=timing, case=f"gradient, N = {N:,}", bytes=2 * moved, **work)
+
+
+def heads_first(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """q, k and v of (batch, N, heads, d) as views of (batch, heads, N, d)."""
+    return x | {name: x[name].transpose(1, 2) for name in "qkv"}
+
+
+def flash_linear_attention() -> Callable | None:
+    """flash-linear-attention's sum over (batch, N, heads, head_dim), or None where it is not installed."""
+    try:
+        from fla.ops.linear_attn import chunk_linear_attn
+    except ImportError:
+        return None
+    return lambda x: chunk_linear_attn(x["q"], x["k"], x["v"], normalize=False)[0]
+
+
+def time_gradient(form: Callable, x: dict[str, Tensor], device: torch.device) -> Timing:
+    """The time of a backward pass to q, k and v, not to gates and step sizes."""
+    names = ("q", "k", "unit_k", "v")
+    x = {name: value.detach().requires_grad_(name in names) for name, value in x.items()}
+    out = form(x)
+    dout = torch.randn_like(out)
+    leaves = [x[name] for name in names]
+    call = lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True, allow_unused=True)  # noqa: E731
+    return measure(call, device=device, seconds=GPU_SECONDS, min_calls=3)
+
+
+def cross(report: Report, N: int, limit: float) -> None:
+    """Linear and softmax attention at one length, forward and backward."""
+    x, device = draw(N, report.device), report.device
+    forms = {
+        "linear": members()["normalised, elu + 1"],
+        SOFTMAX: lambda x: flash_attention(x["q"], x["k"], x["v"], causal=True),
+    }
+    moved = 4 * x["q"].nbytes
+    for name, form in forms.items():
+        with torch.no_grad():
+            timing = measure(form, [(x,)], device=device, seconds=GPU_SECONDS, min_calls=3)
+        work = {"limit": limit, "tokens": N, "contestant": name}
+        report.add(timing=timing, case=f"crossover, N = {N:,}", bytes=moved, **work)
+        timing = time_gradient(form, x, device)
+        report.add(timing=timing, case=f"crossover, gradient, N = {N:,}", bytes=2 * moved, **work)
+
+
+def decode_on_gpu(report: Report, limit: float) -> None:
+    """One more token for each of DECODED sequences: from a state, and from a cache of so many keys."""
+    device = report.device
+    token = draw(1, device, batch=DECODED)
+    q, k, v = token["q"], token["k"], token["v"]
+    state = torch.randn(DECODED, GPU_HEADS, GPU_HEAD_DIM, GPU_HEAD_DIM + 1, device=device).abs()
+    options = {"feature_map": linear_attention.elu_plus_one, "normalised": True, "initial_state": state}
+    case = f"one token for each of {DECODED} sequences"
+    with torch.no_grad():
+        step = lambda: linear_attention.operator.run(q, k, v, **options)  # noqa: E731
+        timing = measure(step, device=device, seconds=GPU_SECONDS)
+        peer = f"{case}: from {CROSSOVER[-1]:,} keys"
+        work = {"case": case, "limit": limit, "sequences": DECODED}
+        report.add(timing=timing, contestant="from a state", bytes=2 * state.nbytes, peer=peer, **work)
+        for N in CROSSOVER:
+            old = torch.randn(2, DECODED, GPU_HEADS, N, GPU_HEAD_DIM, device=device, dtype=torch.bfloat16)
+            step = lambda old=old: flash_attention(q, old[0], old[1], causal=True)  # noqa: E731
+            timing = measure(step, device=device, seconds=GPU_SECONDS)
+            peer = f"{case}: from a state"
+            report.add(timing=timing, contestant=f"from {N:,} keys", bytes=old.nbytes, peer=peer, tokens=N, **work)
 
 
 def slope(x, y) -> float:
