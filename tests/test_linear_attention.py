@@ -778,7 +778,7 @@ def test_the_kernels_gradients_are_those_of_step_0(rule):
     run, tensors = operator_call(rule, dtype=torch.float32)
     for step, device in steps_here():
         if step in "234":
-            continue  # they take halves; benchmarks and contract tests hold them to float64
+            continue  # they take halves: the next test
         grads = []
         for name, place in (("0", "cpu"), (step, device)):
             leaves = [x.detach().to(place).requires_grad_() for x in tensors]
@@ -786,6 +786,37 @@ def test_the_kernels_gradients_are_those_of_step_0(rule):
             grads.append([g.cpu() for g in torch.autograd.grad(out.square().sum() + state.sum(), leaves)])
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_gradients_on_a_gpu_equal_those_in_float64(rule, width):
+    """Inputs of 16 bits, so that tensor cores compute them: sums by the forward's kernel, the others by chunks."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    q, k, v = draw(2, 4, 333, width), draw(2, 2, 333, width), draw(2, 2, 333, width)
+    options = {"scale": width**-0.5}
+    if rule == "mean":
+        options |= {"normalised": True, "feature_map": la.elu_plus_one, "map_scale": width**-0.25, "scale": 1.0}
+    if "delta" in rule:
+        k = F.normalize(k, dim=-1)
+        options["beta"] = draw(2, 2, 333, 1).sigmoid()
+    if rule in ("decay", "gated delta"):
+        options["log_decay"] = F.logsigmoid(draw(2, 2, 333, 1))
+    q, k, v = (x.bfloat16().double() for x in (q, k, v))
+    dout = draw(2, 4, 333, width).bfloat16().double()
+    grads = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.bfloat16)):
+        leaves = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
+        given = {name: x.to(device).requires_grad_() if is_float(x) else x for name, x in options.items()}
+        step = 0 if device == "cpu" else None
+        out, _ = la.operator.run(*leaves, **given, step=step)
+        wanted = [*leaves, *(x for x in given.values() if isinstance(x, torch.Tensor))]
+        grads.append([g.double().cpu() for g in torch.autograd.grad(out, wanted, dout.to(device, dtype))])
+    for expected, found in zip(*grads, strict=True):
+        error = (found - expected).norm() / expected.norm()
+        assert error < 4 * torch.finfo(torch.bfloat16).eps, f"error {error:.1e}"
 
 
 class CallsOfOperator(torch.overrides.TorchFunctionMode):
