@@ -247,8 +247,56 @@ def run_chosen() -> None:
     torch.cuda.synchronize()
 
 
+# --- linear attention ----------------------------------------------------------------------------------------------
+
+
+def linear_cases() -> dict[str, Callable]:
+    """Every step, and the gradients with the chains of the chunks."""
+    return {f"step {step}": partial(run_linear, step) for step in (1, 2, 3, 4)} | {"gradients": run_linear_gradients}
+
+
+def linear_inputs(d: int, T: int, *, delta: bool, gated: bool) -> dict[str, torch.Tensor]:
+    """Two heads to a kv head; numbers a token where a member of the family has them."""
+    x = {name: from_cpu(1, heads, T, d, dtype=torch.bfloat16) for name, heads in (("q", 2), ("k", 1), ("v", 1))}
+    x["k"] = torch.nn.functional.normalize(x["k"], dim=-1)
+    if delta:
+        x["beta"] = torch.rand(1, 1, T, 1).cuda()
+    return x | ({"log_decay": -torch.rand(1, 1, T, 1).cuda()} if gated else {})
+
+
+def run_linear(step: int) -> None:
+    """An odd length in one segment and in several, states in and out, from the end, packed, mapped and normalised."""
+    from tformer_lib.linear_attention.kernels import launch
+
+    starts = torch.tensor([0, 70, 70, 203], dtype=torch.int32).cuda()
+    deltas = {2: (False,), 3: (True,)}.get(step, (False, True))
+    for d, delta, gated in itertools.product((128,) if step == 4 else (40, 128, 256), deltas, (False, True)):
+        x = linear_inputs(d, 203, delta=delta, gated=gated)
+        initial = torch.rand(3, 1, d, d).cuda()
+        for count in (1, 3):
+            launch(str(step), **x, initial=initial[:1], segment_count=count)
+            launch(str(step), **x, initial=initial, cu_seqlens=starts, length=133, segment_count=count)
+            if not delta:
+                launch(str(step), **x, segment_count=count, reverse=True)
+            if not delta and not gated:
+                launch(str(step), **x, segment_count=count, normalised=True, map_code=1, map_scale=0.3)
+    torch.cuda.synchronize()
+
+
+def run_linear_gradients() -> None:
+    """Of every member."""
+    from tformer_lib.linear_attention.operator import run
+
+    for d, delta, gated in itertools.product((64, 128), (False, True), (False, True)):
+        x = {name: t.requires_grad_() for name, t in linear_inputs(d, 203, delta=delta, gated=gated).items()}
+        out, _ = run(**x, scale=d**-0.5)
+        torch.autograd.grad(out, list(x.values()), torch.ones_like(out))
+    torch.cuda.synchronize()
+
+
 TOPICS = {
     "flash_attention": flash_cases,
+    "linear_attention": linear_cases,
     "paged_attention": paged_cases,
     "rope": rope_cases,
     "sparse_attention": sparse_cases,
@@ -303,7 +351,7 @@ class SanitizeOptions:
     """Every CUDA kernel of a topic under compute-sanitizer."""
 
     topic: Annotated[str, Positional]
-    """Whose kernels: flash_attention, paged_attention, rope or sparse_attention."""
+    """Whose kernels: flash_attention, linear_attention, paged_attention, rope or sparse_attention."""
     run: str | None = None
     """Run this case alone, with no tool."""
     tools: tuple[Literal["memcheck", "racecheck", "synccheck", "initcheck"], ...] = TOOLS
