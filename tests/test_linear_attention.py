@@ -686,6 +686,15 @@ def test_the_operators_gradients(rule, packed, started):
     assert torch.autograd.gradcheck(run, [x.requires_grad_() for x in tensors], fast_mode=True)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_operators_gradients_under_fixed_decays(packed):
+    """Without a gradient of the gates three sums are enough, two of them from the last token to the first."""
+    run, tensors = operator_call("decay", packed=packed)
+    *leaves, gates, initial = tensors
+    fixed = lambda q, k, v, initial: run(q, k, v, gates, initial)  # noqa: E731
+    assert torch.autograd.gradcheck(fixed, [x.requires_grad_() for x in (*leaves, initial)], fast_mode=True)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_the_operator_is_registered_rightly(rule):
     run, tensors = operator_call(rule, dtype=torch.float32)

@@ -7,6 +7,11 @@
 // G is the running sum of g and T = (I + A)^-1 with A_ij = beta_i exp(G_i - G_j) k_i . k_j below the diagonal (the UT
 // transform of Yang et al. 2024, with gates as in Yang et al. 2025). U known, the chunk is that of a decaying sum.
 //
+// Ledger (H200, bfloat16, 32,768 tokens, 16 heads, d 128)
+//   predicted   two more products a chunk than the decaying sum, and T: 1.5 times its time, 0.50 ms at 4 x 8,192
+//   measured    gated delta rule 0.492 ms at 16 x 2,048, 0.678 at 4 x 8,192, 0.962 at 1 x 32,768
+//   limit       as in step 2; where sequences are few, (1) computes a matrix beside each segment's state
+//
 //   (0) T of every chunk, all chunks at once           inverse_kernel
 //   (1) the state and the transition of every segment   states_kernel
 //   (2) each segment's first state                      matrix_scan_kernel

@@ -11,6 +11,15 @@
 //     O^T += U^T P^T               U^T packed, registers     P, after the warpgroups have met once
 //     S^T += U^T K                 U^T packed, registers     K
 //
+// Ledger (H200, bfloat16, 32,768 tokens, 16 heads, d 128; figures in benchmarks/results/nvidia-h200/linear_attention.json)
+//   hypothesis  wgmma reads a tile once for 64 value columns, not 32, and without an instruction for each fragment; a
+//               producer keeps two chunks in flight, so that the memory is the limit
+//   predicted   sum 0.18 ms at 4 x 8,192 and 0.205 at 1 x 32,768; gated delta rule 0.30
+//   measured    sum 0.195 and 0.210 (0.150 at 16 x 2,048, 83 % of a copy's rate); decay 0.289 and 0.292; gated delta rule
+//               0.500 and 0.727, of which T takes 0.114, and at 1 x 32,768 the scan over the segments 0.101
+//   limit       where a sum is normalised, 4 warps of the producer take longer over a chunk than the consumers: 0.33, with a
+//               feature map 0.72, so that step 2 is taken there
+//
 // The products are those of chunk.cuh; a warp's tile of accumulators has the same layout.
 #include "common/tma.cuh"
 #include "inverse.cuh"

@@ -30,7 +30,7 @@ def linear_attention_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator behind the public forms: (out, last states, denominators), see ``launch``."""
     return launch(
-        choose_step(step, q, v, beta, length),
+        choose_step(step, q, v, beta, length, mapped=map_code != 0),
         q,
         k,
         v,
