@@ -1,13 +1,17 @@
-"""Every CUDA kernel of a topic under compute-sanitizer: ``python -m benchmarks.sanitize flash_attention``.
+"""Every kernel of a topic under a sanitizer: ``python -m benchmarks.sanitize flash_attention [--device cpu]``.
 
-Three tools watch each kernel on small odd shapes, one process for each pair: ``memcheck`` (reads and writes outside of
-an allocation; torch's caching allocator is off, so that every tensor is an allocation of its own), ``racecheck``
-(shared memory read or written by two threads with nothing that orders them) and ``synccheck`` (barriers used wrongly).
-Two controls show that the tools see these kernels at all: a launch whose lse has too few elements, and a kernel without
-one of its barriers. They must fail.
+On a GPU it is compute-sanitizer. Three tools watch each kernel on small odd shapes, one process for each pair:
+``memcheck`` (reads and writes outside of an allocation; torch's caching allocator is off, so that every tensor is an
+allocation of its own), ``racecheck`` (shared memory read or written by two threads with nothing that orders them) and
+``synccheck`` (barriers used wrongly). Two controls show that the tools see these kernels at all: a launch whose lse has
+too few elements, and a kernel without one of its barriers. They must fail.
 
-A topic joins by a function that returns its cases by name, and a row in TOPICS. The summary goes to
-``<results>/<topic>-sanitizer.json``, the full output of a case that fails to the screen.
+On a CPU the C++ twin is built with the compiler's address sanitizer, whose library is loaded before Python, and answers
+random calls of the public doors, right and wrong (``benchmarks.doors``). A kernel that reads or writes outside of a
+tensor ends the process. The control is the same launch with a short lse.
+
+A topic joins by a function that returns its cases by name, and a row in TOPICS; on a CPU by its doors. The summary goes
+to ``<results>/<topic>-sanitizer.json``, the full output of a case that fails to the screen.
 """
 
 import itertools
@@ -23,22 +27,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Annotated, Literal
 
 import torch
 from tyro.conf import Positional
 
+from benchmarks import doors
 from benchmarks.flash_attention import edited
 from benchmarks.harness import RESULTS, command, device_name, environment
 from tformer_lib import command_line as commands
 from tformer_lib import flash_attention as flash
+from tformer_lib import jit
 from tformer_lib.checkpoint import write_atomically
 from tformer_lib.flash_attention import kernels, reference
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
-FOUND = 9  # exit status of compute-sanitizer where the tool found something
+FOUND = 9  # exit status of a tool that found something
 GRADIENT_WIDTHS = {"backward": (40, 64, 128), "backward_tensor_core": (40, 128, 256), "backward_tiled": (40, 256)}
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?).*")
+ADDRESS = re.compile(r"ERROR: AddressSanitizer: [\w-]+|\d[\d,]* calls: .*")
 
 
 def from_cpu(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -92,14 +100,16 @@ def run_flash_backward(name: str) -> None:
     torch.cuda.synchronize()
 
 
-def write_past_lse() -> None:
-    """Step 1 with an lse of half the elements: memcheck must find the writes past its end."""
-    q, k, v = (from_cpu(1, 1, 2048, 64, dtype=torch.float32) for _ in range(3))
+def write_past_lse(step: str = "1", device: str = "cuda") -> None:
+    """A launch with an lse of half the elements: the tool must find the writes past its end."""
+    q, k, v = (torch.randn(1, 1, 2048, 64).to(device) for _ in range(3))
     out, lse = reference.empty_outputs(q)
+    short = lse[..., :1024].clone()
     arguments = kernels.describe(q, k, v, flash.Options(1.0))
-    arguments.out, arguments.lse = kernels.matrix(out), lse[..., :1024].clone().data_ptr()
-    flash.LADDER.launch("1", "forward", arguments, q.device)
-    torch.cuda.synchronize()
+    arguments.out, arguments.lse = kernels.matrix(out), short.data_ptr()
+    flash.LADDER.launch(step, "forward", arguments, q.device)
+    if q.is_cuda:
+        torch.cuda.synchronize()
 
 
 def leave_out_a_barrier() -> None:
@@ -294,6 +304,42 @@ def run_linear_gradients() -> None:
     torch.cuda.synchronize()
 
 
+# --- the doors of the C++ twins ------------------------------------------------------------------------------------
+
+
+def door_cases(topic: str, calls: int) -> dict[str, Callable]:
+    """Every door of a topic, and the control."""
+    cases = {f"door: {name}": partial(knock, draw, calls) for name, draw in doors.DOORS.get(topic, {}).items()}
+    return cases | {"control: lse too short": partial(write_past_lse, "cpu", "cpu")}
+
+
+def knock(draw: Callable[[Random], doors.Call], calls: int) -> None:
+    """So many random calls by the C++ twin; an AssertionError ends them at the first that is answered wrongly."""
+    refused = 0
+    for seed in range(calls):
+        call = draw(Random(seed))
+        call.check("cpu")
+        refused += call.refused
+    print(f"{calls:,} calls: {calls - refused:,} answered, {refused:,} refused")
+
+
+def watch_addresses() -> None:
+    """Build the C++ twins with the address sanitizer, whose library this process has loaded before all others."""
+    os.environ.pop("LD_PRELOAD", None)  # this process has it; the compiler need not be watched
+    jit.CPP_FLAGS += ["-fsanitize=address", "-fno-omit-frame-pointer"]
+
+
+def address_sanitizer() -> str:
+    """The libraries to load first: the compiler's sanitizer, and the C++ library whose exceptions it must know."""
+    found = []
+    for name in ("libasan.so", "libstdc++.so.6"):
+        words = [jit.compiler(), f"-print-file-name={name}"]
+        found.append(subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip())
+    if not all(map(os.path.isabs, found)):
+        sys.exit(f"{jit.compiler()} has no address sanitizer: install libasan, or set CXX to a g++ that has it")
+    return " ".join(found)
+
+
 TOPICS = {
     "flash_attention": flash_cases,
     "linear_attention": linear_cases,
@@ -309,16 +355,26 @@ CONTROLS = {"control: lse too short": "memcheck", "control: a barrier left out":
 
 def pairs(cases: dict[str, Callable], tools: list[str]) -> list[tuple[str, str]]:
     """(tool, case) of everything to run; a control has one tool."""
-    return [(t, c) for t, c in itertools.product(tools, cases) if t == CONTROLS.get(c, t)]
+    return [(t, c) for t, c in itertools.product(tools, cases) if t in ("address", CONTROLS.get(c, t))]
 
 
-def check(topic: str, seconds: float, tool: str, case: str) -> dict:
+def under(tool: str, topic: str, case: str, calls: int) -> tuple[list[str], dict[str, str]]:
+    """The command that runs a case under a tool, and the environment that it needs."""
+    words = ["python", "-m", "benchmarks.sanitize", topic, "--run", case]
+    if tool == "address":
+        options = f"detect_leaks=0:exitcode={FOUND}"
+        words += ["--device", "cpu", "--calls", str(calls)]
+        return words, {"LD_PRELOAD": address_sanitizer(), "ASAN_OPTIONS": options}
+    watched = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND)]
+    return watched + words, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+def check(topic: str, seconds: float, calls: int, tool: str, case: str) -> dict:
     """Run one case under one tool in a process of its own, and read the summary."""
-    words = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), "python", "-m", "benchmarks.sanitize"]
-    words += [topic, "--run", case]
+    words, more = under(tool, topic, case, calls)
     start = time.perf_counter()
     real = [sys.executable if word == "python" else word for word in words]
-    environ = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environ = os.environ | more
     child = subprocess.Popen(
         real, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, start_new_session=True
     )
@@ -327,12 +383,12 @@ def check(topic: str, seconds: float, tool: str, case: str) -> dict:
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)  # the tool and what it watches
         output, status = child.communicate()[0], None
-    found = SUMMARY.search(output)
+    found = (ADDRESS if tool == "address" else SUMMARY).search(output)
     ending = f"in {seconds:.0f} s" if status is None else f"and exit status {status}"
     return {
         "case": case,
         "tool": tool,
-        "clean": status == 0 and found is not None and found[1] == "0",
+        "clean": status == 0 and found is not None and (tool == "address" or found[1] == "0"),
         "expected": "errors" if case in CONTROLS else "clean",
         "summary": found[0] if found else f"no summary {ending}",
         "seconds": round(time.perf_counter() - start, 1),
@@ -348,14 +404,18 @@ def as_hoped(result: dict) -> bool:
 
 @dataclass(frozen=True)
 class SanitizeOptions:
-    """Every CUDA kernel of a topic under compute-sanitizer."""
+    """Every kernel of a topic under a sanitizer."""
 
     topic: Annotated[str, Positional]
     """Whose kernels: flash_attention, linear_attention, paged_attention, rope or sparse_attention."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """CUDA kernels under compute-sanitizer, or the C++ twin under an address sanitizer."""
+    calls: int = 3000
+    """On a CPU: random calls of each door."""
     run: str | None = None
     """Run this case alone, with no tool."""
     tools: tuple[Literal["memcheck", "racecheck", "synccheck", "initcheck"], ...] = TOOLS
-    """What watches."""
+    """What watches on a GPU."""
     cases: tuple[str, ...] = ()
     """Only these; by default all."""
     jobs: int = 8
@@ -381,20 +441,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def sanitize(options: SanitizeOptions) -> int:
     """Run one case (what the tool watches), or all of them under every tool; returns the exit status."""
     torch.manual_seed(0)
-    cases = TOPICS[options.topic]()
+    on_cpu = options.device == "cpu"
+    cases = door_cases(options.topic, options.calls) if on_cpu else TOPICS[options.topic]()
     if options.run:
+        if on_cpu:
+            watch_addresses()
         cases[options.run]()
         return 0
     cases = {name: run for name, run in cases.items() if name in (options.cases or cases)}
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda pair: check(options.topic, options.seconds, *pair), pairs(cases, options.tools)))
+        run = partial(check, options.topic, options.seconds, options.calls)
+        results = list(pool.map(lambda pair: run(*pair), pairs(cases, ["address"] if on_cpu else options.tools)))
     for result in results:
         verdict = "as it should be" if as_hoped(result) else "NOT as it should be"
         print(f"{result['tool']:<10} {result['case']:<28} {result['summary']:<60} {verdict}  {result['seconds']} s")
         output = result.pop("output")
         if not as_hoped(result):
             print("\n".join(output.splitlines()[:60]))
-    device = torch.device("cuda")
+    device = torch.device(options.device)
     folder = Path(os.environ.get("TFORMER_RESULTS") or RESULTS / device_name(device))
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"topic": options.topic, **environment(device), "command": command(), "results": results}

@@ -534,7 +534,7 @@ WRONG_READS = {
     "int64 lengths": ({"lengths": torch.tensor([8, 3])}, r"lengths must be torch.int32 of shape \(2,\)"),
     "lengths of three rows": ({"lengths": int32([8, 3, 1])}, r"lengths must be torch.int32 of shape \(2,\)"),
     "starts": ({"query_starts": int32([0, 2])}, r"query_starts must be torch.int32 of shape \(3,\)"),
-    "window": ({"window": 0}, "window must be at least 1, got 0"),
+    "window": ({"window": 0}, "window must be a whole number of keys, at least 1, got 0"),
     "block id": (
         {"block_tables": int32([[0, 1], [7, 0]])},
         "row 1 names block 7 at place 0, the pool has blocks 0 to 4",
@@ -547,11 +547,12 @@ WRONG_READS = {
 }
 
 
+@pytest.mark.parametrize("checked", [False, True])  # on a CPU every call is checked
 @pytest.mark.parametrize("case", WRONG_READS)
-def test_wrong_reads_are_refused_by_name(case):
+def test_wrong_reads_are_refused_by_name(case, checked):
     change, match = WRONG_READS[case]
     with pytest.raises(ValueError, match=match):
-        paged_attention(**(good() | change), checked=True)
+        paged_attention(**(good() | change), checked=checked)
 
 
 def test_checked_mode_lets_good_indices_pass():

@@ -42,6 +42,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tformer_lib import jit
 
@@ -174,6 +175,30 @@ def refusal_of_hopper(device: torch.device) -> str | None:
     """Why TMA and wgmma cannot be used."""
     capability = torch.cuda.get_device_capability(device)
     return None if capability == (9, 0) else f"wgmma is of compute capability 9.0 alone, this GPU has {capability}"
+
+
+def wants_gradients(*tensors: Tensor) -> bool:
+    """Whether a derivative is asked for, backward or forward: a kernel that is called directly gives none."""
+    return has_tangent(*tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether a forward-mode derivative (``torch.func.jvp``, ``torch.autograd.forward_ad``) is on its way."""
+    is_on = forward_ad._current_level >= 0
+    return is_on and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def check_no_tangent(topic: str, *tensors: Tensor) -> None:
+    """Refuse a forward-mode derivative, which an operator of ``torch.library`` would drop without a word.
+
+    Raises:
+        NotImplementedError: one of the tensors has a tangent.
+    """
+    if not torch.compiler.is_compiling() and has_tangent(*tensors):
+        raise NotImplementedError(
+            f"{topic} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): use the backward "
+            "mode, or attention.attend, which is plain PyTorch and has both"
+        )
 
 
 # --- numbers and memory --------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from torch import Tensor
 
 from tformer_lib.contract import check_inputs
 from tformer_lib.flash_attention import operators  # noqa: F401 (registers torch.ops.tformer_lab.flash_attention)
+from tformer_lib.flash_attention.checks import check_options, check_packed
 from tformer_lib.flash_attention.kernels import LADDER
+from tformer_lib.ladder import check_no_tangent
 
 
 def flash_attention(
@@ -43,6 +45,7 @@ def flash_attention(
 
     Raises:
         ValueError: the inputs break the contract, or the step cannot do what is asked.
+        NotImplementedError: a forward-mode derivative is asked for, which no step has.
         tformer_lib.jit.BuildError: the step's kernel cannot be built here; the message says what to install.
 
     A kernel reads q, k and v where they lie, by their strides. The tensor-core steps load 16 bytes at a time: a tensor
@@ -50,6 +53,7 @@ def flash_attention(
     """
     check_inputs(q, k, v, mask)
     check_options(q, v, window)
+    check_no_tangent("flash attention", q, k, v)
     out, lse = torch.ops.tformer_lab.flash_attention(
         q,
         k,
@@ -83,6 +87,7 @@ def flash_attention_varlen(
     step: int | str | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
+    checked: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of several sequences packed end to end, each over its own keys alone.
 
@@ -93,6 +98,7 @@ def flash_attention_varlen(
         cu_seqlens_k: (batch + 1,) int32, the same of the keys. A sequence may be empty.
         max_seqlen_q, max_seqlen_k: the longest lengths; read from the tensors if not given, which waits for the GPU.
             What these four say is checked on a CPU; on a GPU that would wait for it, so there they are believed.
+        checked: check them on a GPU too.
 
     Returns:
         out (total_q, heads, head_dim), and with ``return_lse`` lse (heads, total_q). The other arguments, and what is
@@ -102,6 +108,7 @@ def flash_attention_varlen(
     q4, k4, v4 = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (total, heads, d) -> (1, heads, total, d)
     check_inputs(q4, k4, v4)
     check_options(q4, v4, window)
+    check_no_tangent("flash attention", q, k, v)
     out, lse = torch.ops.tformer_lab.flash_attention(
         q4,
         k4,
@@ -116,36 +123,10 @@ def flash_attention_varlen(
         float(q.shape[-1] ** -0.5 if scale is None else scale),
         LADDER.name(step),
         is_deterministic(deterministic),
+        checked,
     )
     out, lse = out[0].transpose(0, 1), lse[0]  # (total_q, heads, d), (heads, total_q)
     return (out, lse) if return_lse else out
-
-
-def check_options(q: Tensor, v: Tensor, window: int | None) -> None:
-    """Refuse what no step can do."""
-    if v.shape[-1] != q.shape[-1]:
-        raise ValueError(f"v must have q's head_dim {q.shape[-1]}, got {v.shape[-1]}")
-    if isinstance(window, float):
-        raise ValueError(f"window must be a whole number of keys, got {window}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 (the query itself), got {window}")
-
-
-def check_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
-    """Refuse packed inputs of the wrong shape; what cu_seqlens hold is not read, since that waits for the GPU."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 3:
-            raise ValueError(f"{name} must have 3 dimensions (total, heads, head_dim), got shape {tuple(x.shape)}")
-    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if x.dim() != 1 or x.dtype != torch.int32 or x.shape[0] < 1:
-            raise ValueError(f"{name} must be (batch + 1,) int32, got {tuple(x.shape)} of {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(
-            f"cu_seqlens_q and cu_seqlens_k must agree in length, got {cu_seqlens_q.shape[0]} and "
-            f"{cu_seqlens_k.shape[0]}"
-        )
 
 
 def longest(cu_seqlens: Tensor) -> int:

@@ -1,12 +1,11 @@
 """The operators behind the public door: torch.compile, autograd and the profiler see these."""
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from tformer_lib import profiling
 from tformer_lib.flash_attention import kernels, reference
+from tformer_lib.flash_attention.checks import check_gradients, check_operands
 from tformer_lib.flash_attention.kernels import GRADIENTS, LADDER, refusal
 from tformer_lib.flash_attention.options import Options, Packing
 from tformer_lib.ladder import AUTO
@@ -27,13 +26,12 @@ def flash_attention_op(
     scale: float,
     step: str,
     deterministic: bool,
+    checked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The operator behind both public functions; it sees one batch row where sequences are packed."""
     options = Options(scale, causal, window, deterministic)
     packing = pack(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    if packing is not None and q.device.type == "cpu":
-        check_packing("q", cu_seqlens_q, q.shape[2], max_seqlen_q)
-        check_packing("k", cu_seqlens_k, k.shape[2], max_seqlen_k)
+    check_operands(q, k, v, mask, window, packing, checked)
     chosen = LADDER.choose(step, q.device, lambda name: refusal(name, q, mask))
     if chosen != "0":
         return kernels.run_forward(chosen, q, k, v, options, packing)
@@ -78,6 +76,8 @@ def flash_attention_backward_op(
     """The gradients of q, k and v."""
     options = Options(scale, causal, window, deterministic)
     packing = pack(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    check_operands(q, k, v, mask, window, packing, False)
+    check_gradients(q, dout, dlse, out, lse)
     chosen = choose_backward(step, q, mask)
     given = (dout, dlse, q, k, v, out, lse, options)
     if chosen != "0":
@@ -103,28 +103,9 @@ def choose_backward(step: str, q: Tensor, mask: Tensor | None) -> str:
     return LADDER.first(names, q.device, lambda name: refusal(name, q, mask))
 
 
-def check_packing(name: str, cu_seqlens: Tensor, total: int, most: int) -> None:
-    """Refuse numbers that would send a kernel past the ends of its tensors. Reads them: for a CPU alone.
-
-    Args:
-        name: "q" or "k".
-        cu_seqlens: (batch + 1,) int32.
-        total: tokens that are packed.
-        most: what the caller says is the longest sequence.
-    """
-    starts = cu_seqlens.tolist()
-    if starts[0] != 0 or starts[-1] != total:
-        raise ValueError(f"cu_seqlens_{name} must go from 0 to {total}, got {starts[0]} to {starts[-1]}")
-    lengths = [stop - start for start, stop in pairwise(starts)]
-    if min(lengths, default=0) < 0:
-        raise ValueError(f"cu_seqlens_{name} must not fall, got {starts}")
-    if max(lengths, default=0) > most:
-        raise ValueError(f"max_seqlen_{name} is {most}, the longest sequence has {max(lengths)} tokens")
-
-
 def save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     """Keep what the gradients need: the inputs, out and lse; nothing of size T x S."""
-    q, k, v, mask, cu_seqlens_q, cu_seqlens_k, *options = inputs
+    q, k, v, mask, cu_seqlens_q, cu_seqlens_k, *options, _ = inputs  # the last one says whether they are checked
     ctx.save_for_backward(q, k, v, *output, mask, cu_seqlens_q, cu_seqlens_k)
     ctx.options = options
     ctx.set_materialize_grads(False)
@@ -137,7 +118,7 @@ def backward(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple:
     dq, dk, dv = torch.ops.tformer_lab.flash_attention_backward(
         dout, dlse, q, k, v, out, lse, mask, cu_seqlens_q, cu_seqlens_k, *ctx.options
     )
-    return dq, dk, dv, *(None for _ in range(3 + len(ctx.options)))
+    return dq, dk, dv, *(None for _ in range(4 + len(ctx.options)))
 
 
 def flops(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, products: int) -> int:

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from tformer_lib.paged_attention.checks import check_indices, check_paged
 from tformer_lib.paged_attention.kernels import DECODE
 from tformer_lib.paged_attention.operators import is_traced
 from tformer_lib.paged_attention.options import Options, Places, Rows, WriteOptions
@@ -23,6 +22,7 @@ def write_cache(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     step: int | str | None = None,
+    checked: bool = False,
 ) -> None:
     """Put new keys and values into their slots of the pools, in place.
 
@@ -30,17 +30,20 @@ def write_cache(
         k, v: (tokens, kv_heads, head_dim), any strides with adjacent columns.
         k_pool, v_pool: (blocks, kv_heads, block_size, head_dim), any strides with adjacent columns.
         slots: (tokens,) int64, block * block_size + offset; -1 for a token that is not to be stored. On a GPU, where
-            looking would wait for it, they are believed.
-        cos, sin: (tokens, rotary_dim / 2) float32: the keys are turned by these angles on the way, as ``rope`` does.
+            looking would wait for it, they are believed unless ``checked``.
+        cos, sin: (tokens, rotary_dim / 2) float32: the first rotary_dim columns of each key are turned by these angles
+            on the way, as ``rope`` does.
         layout: of RoPE's pairs, "half" or "interleaved".
         k_scale, v_scale: a pool of float8 holds x / scale, cut off at the largest float8.
         step: which implementation; the best that the device runs if not given, 0 is PyTorch.
+        checked: look for slots past the pool on a GPU too, which waits for it; on a CPU they are always looked for.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; the message names what was expected and what came.
+        ValueError: shapes, dtypes or devices do not fit, or a slot is past the pool; the message names what was
+            expected and what came.
     """
     places = Places(slots, cos, sin)
-    options = WriteOptions(layout, float(k_scale), float(v_scale), DECODE.name(step))
+    options = WriteOptions(layout, float(k_scale), float(v_scale), DECODE.name(step), checked)
     if is_traced(k):
         torch.ops.tformer_lab.write_cache(k, v, k_pool, v_pool, *places, *options)
     else:
@@ -81,7 +84,8 @@ def paged_attention(
         window: a query sees itself and the ``window - 1`` keys before it.
         k_scale, v_scale: what the numbers in the pools are multiplied by.
         step: which implementation; the best that the device runs if not given, 0 is PyTorch.
-        checked: look for block ids out of range and for lengths past the table first, which waits for the device.
+        checked: look for block ids out of range, lengths past the table and starts that cut no rows on a GPU too, which
+            waits for it; on a CPU they are always looked for.
         return_lse: return the log-sum-exp of every query's scores too.
 
     Returns:
@@ -89,13 +93,10 @@ def paged_attention(
         without head_dim, float32 (float64 for float64), -inf for such a query.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or a checked index is wrong: the message names the row.
+        ValueError: shapes, dtypes or devices do not fit, or an index is out of range: the message names the row.
     """
     rows = Rows(block_tables, lengths, query_starts, max_queries)
-    options = attention_options(q, scale, window, k_scale, v_scale, step)
-    if checked:
-        check_paged(q, k_pool, v_pool, rows, options)
-        check_indices(k_pool, rows, q.shape[0])
+    options = attention_options(q, scale, window, k_scale, v_scale, step, checked)
     if is_traced(q):
         out, lse = torch.ops.tformer_lab.paged_attention(q, k_pool, v_pool, *rows, *options)
     else:
@@ -103,10 +104,10 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
-def attention_options(q: Tensor, scale, window, k_scale, v_scale, step) -> Options:
+def attention_options(q: Tensor, scale, window, k_scale, v_scale, step, checked) -> Options:
     """The options of a call, with what was not given filled in."""
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    return Options(scale, window, float(k_scale), float(v_scale), DECODE.name(step))
+    scale = float(max(1, q.shape[-1]) ** -0.5 if scale is None else scale)
+    return Options(scale, window, float(k_scale), float(v_scale), DECODE.name(step), checked)
 
 
 def plan_attention(
@@ -123,6 +124,7 @@ def plan_attention(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     step: int | str | None = None,
+    checked: bool = False,
 ) -> AttentionPlan:
     """Check and choose once for all layers of a pass, whose queries and pools are laid out alike::
 
@@ -133,7 +135,7 @@ def plan_attention(
     their numbers may change on a GPU between runs, as they do when a CUDA graph is replayed.
     """
     rows = Rows(block_tables, lengths, query_starts, max_queries)
-    return make_plan(q, k_pool, v_pool, rows, attention_options(q, scale, window, k_scale, v_scale, step))
+    return make_plan(q, k_pool, v_pool, rows, attention_options(q, scale, window, k_scale, v_scale, step, checked))
 
 
 def plan_write(
@@ -149,7 +151,8 @@ def plan_write(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     step: int | str | None = None,
+    checked: bool = False,
 ) -> WritePlan:
     """The same for :func:`write_cache`: ``plan.run(k, v, k_pool, v_pool)`` at every layer."""
-    options = WriteOptions(layout, float(k_scale), float(v_scale), DECODE.name(step))
+    options = WriteOptions(layout, float(k_scale), float(v_scale), DECODE.name(step), checked)
     return make_write_plan(k, v, k_pool, v_pool, Places(slots, cos, sin), options)

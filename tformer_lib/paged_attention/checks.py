@@ -1,16 +1,19 @@
-"""What the operators refuse: tensors that do not fit, and numbers that would send a kernel out of the pools."""
+"""What the operators refuse: tensors that do not fit, and numbers that would send a kernel out of the pools.
 
-from itertools import pairwise
+Shapes are looked at on every device. Numbers are looked at on a CPU, where that costs microseconds; on a GPU it would
+wait for the device, so there they are looked at where ``checked`` says so.
+"""
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tformer_lib.contract import check_heads
+from tformer_lib.contract import ATTENTION_DTYPES, check_heads
 from tformer_lib.ladder import FP8
-from tformer_lib.paged_attention.blocks import blocks_for
-from tformer_lib.paged_attention.options import Options, Places, Rows
+from tformer_lib.paged_attention.options import Options, Places, Rows, WriteOptions
+from tformer_lib.rope import LAYOUTS
 
-POOL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, FP8)
+POOL_DTYPES = (*ATTENTION_DTYPES, FP8)
 
 
 def check_pools(k_pool: Tensor, v_pool: Tensor) -> None:
@@ -19,6 +22,8 @@ def check_pools(k_pool: Tensor, v_pool: Tensor) -> None:
         if pool.dim() != 4:
             shape = tuple(pool.shape)
             raise ValueError(f"{name} must have shape (blocks, kv_heads, block_size, head_dim), got {shape}")
+        if 0 in pool.shape[1:]:
+            raise ValueError(f"{name} must have at least 1 kv head, slot and column, got shape {tuple(pool.shape)}")
         if pool.dtype not in POOL_DTYPES:
             raise ValueError(f"{name} must be float64, float32, bfloat16, float16 or float8_e4m3fn, got {pool.dtype}")
     for what in ("shape", "dtype", "device"):
@@ -27,7 +32,9 @@ def check_pools(k_pool: Tensor, v_pool: Tensor) -> None:
 
 
 def check_dtype(name: str, x: Tensor, pool: Tensor) -> None:
-    """Refuse numbers that are not in the pool's dtype; a pool of float8 takes any."""
+    """Refuse numbers that are not in the pool's dtype; a pool of float8 takes those of any attention."""
+    if x.dtype not in ATTENTION_DTYPES:
+        raise ValueError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if pool.dtype != FP8 and x.dtype != pool.dtype:
         raise ValueError(f"the pools hold {pool.dtype}, {name} came in {x.dtype}")
 
@@ -42,7 +49,7 @@ def check_integers(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int | 
         raise ValueError(f"the pools are on {device}, {name} came on {x.device}")
 
 
-def check_write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, places: Places) -> None:
+def check_write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, places: Places, options: WriteOptions) -> None:
     """Refuse what :func:`write_cache` cannot store. Looks at shapes alone: nothing waits for the device."""
     slots, cos, sin = places
     check_pools(k_pool, v_pool)
@@ -56,14 +63,29 @@ def check_write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, places: Pl
     check_integers("slots", slots, torch.int64, (k.shape[0],), k_pool.device)
     if (cos is None) != (sin is None):
         raise ValueError("cos and sin must be given together")
+    if options.layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {options.layout!r}")
+    if cos is not None:
+        check_angles(cos, sin, k)
+
+
+def check_angles(cos: Tensor, sin: Tensor, k: Tensor) -> None:
+    """Refuse angles that are not (tokens, rotary_dim / 2) for a rotary_dim that k's heads have."""
+    tokens, _, head_dim = k.shape
     for name, x in (("cos", cos), ("sin", sin)):
-        if x is not None and (x.dim() != 2 or x.shape[0] != k.shape[0] or x.dtype != torch.float32):
+        if x.dim() != 2 or x.shape[0] != tokens or x.dtype != torch.float32:
             came = f"{x.dtype} of shape {tuple(x.shape)}"
-            raise ValueError(f"{name} must be float32 of shape ({k.shape[0]}, rotary_dim / 2), got {came}")
+            raise ValueError(f"{name} must be float32 of shape ({tokens}, rotary_dim / 2), got {came}")
+        if x.device != k.device:
+            raise ValueError(f"k is on {k.device}, {name} came on {x.device}")
+    if cos.shape != sin.shape:
+        raise ValueError(f"cos and sin must agree in shape, got {tuple(cos.shape)} and {tuple(sin.shape)}")
+    if 2 * cos.shape[1] > head_dim:
+        raise ValueError(f"cos turns {2 * cos.shape[1]} columns, a head has {head_dim}")
 
 
 def check_slots(slots: Tensor, pool: Tensor) -> None:
-    """Refuse a slot past the pool, into which a kernel would write all the same. Reads the slots: for a CPU alone."""
+    """Refuse a slot past the pool, into which a kernel would write all the same. Waits for a GPU."""
     room = pool.shape[0] * pool.shape[2]
     if slots.numel() and (most := int(slots.max())) >= room:
         raise ValueError(f"slots hold {most}, the pool has slots 0 to {room - 1}")
@@ -71,7 +93,7 @@ def check_slots(slots: Tensor, pool: Tensor) -> None:
 
 def check_paged(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, options: Options) -> None:
     """Refuse what :func:`paged_attention` cannot read. Looks at shapes alone: nothing waits for the device."""
-    block_tables, lengths, query_starts, _ = rows
+    block_tables, lengths, query_starts, max_queries = rows
     check_pools(k_pool, v_pool)
     if q.dim() != 3 or q.shape[2] != k_pool.shape[3]:
         raise ValueError(f"q must have shape (queries, heads, {k_pool.shape[3]}), got {tuple(q.shape)}")
@@ -79,13 +101,15 @@ def check_paged(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, options: 
     check_dtype("q", q, k_pool)
     if q.device != k_pool.device:
         raise ValueError(f"the pools are on {k_pool.device}, q came on {q.device}")
-    batch = q.shape[0] if query_starts is None else lengths.shape[0]
+    batch = q.shape[0] if query_starts is None else lengths.numel()
     check_integers("lengths", lengths, torch.int32, (batch,), k_pool.device)
     check_integers("block_tables", block_tables, torch.int32, (batch, "max_blocks"), k_pool.device)
     if query_starts is not None:
         check_integers("query_starts", query_starts, torch.int32, (batch + 1,), k_pool.device)
-    if options.window is not None and options.window < 1:
-        raise ValueError(f"window must be at least 1, got {options.window}")
+    if options.window is not None and not (isinstance(options.window, int) and options.window >= 1):
+        raise ValueError(f"window must be a whole number of keys, at least 1, got {options.window}")
+    if max_queries is not None and max_queries < 0:
+        raise ValueError(f"max_queries must be at least 0, got {max_queries}")
 
 
 def check_indices(pool: Tensor, rows: Rows, total: int) -> None:
@@ -96,21 +120,30 @@ def check_indices(pool: Tensor, rows: Rows, total: int) -> None:
         rows: as :func:`paged_attention` takes them.
         total: how many queries there are.
     """
-    block_tables, lengths, query_starts, _ = rows
-    blocks, _, block_size, _ = pool.shape
-    room = block_tables.shape[1] * block_size
-    for row, (table, length) in enumerate(zip(block_tables.tolist(), lengths.tolist(), strict=True)):
-        if not 0 <= length <= room:
-            raise ValueError(f"row {row} has length {length}, its table has room for 0 to {room} tokens")
-        for place, block in enumerate(table[: blocks_for(length, block_size)]):
-            if not 0 <= block < blocks:
-                have = f"the pool has blocks 0 to {blocks - 1}"
-                raise ValueError(f"row {row} names block {block} at place {place}, {have}")
-    if query_starts is None:
-        return
-    starts = query_starts.tolist()
+    tables, lengths = rows.block_tables.cpu().numpy(), rows.lengths.cpu().numpy()
+    (blocks, _, block_size, _), room = pool.shape, tables.shape[1] * pool.shape[2]
+    is_long = (lengths < 0) | (lengths > room)
+    if is_long.any():
+        row = is_long.argmax()
+        raise ValueError(f"row {row} has length {lengths[row]}, its table has room for 0 to {room} tokens")
+    starts = np.arange(0, room, block_size)  # of each block of a table: the first token that it would hold
+    is_wrong = ((tables < 0) | (tables >= blocks)) & (starts < lengths[:, None])  # (batch, max_blocks)
+    if is_wrong.any():
+        row, place = np.argwhere(is_wrong)[0]
+        have = f"the pool has blocks 0 to {blocks - 1}"
+        raise ValueError(f"row {row} names block {tables[row, place]} at place {place}, {have}")
+    if rows.query_starts is not None:
+        check_starts(rows.query_starts.cpu().numpy().astype(np.int64), total, rows.max_queries)
+
+
+def check_starts(starts: np.ndarray, total: int, max_queries: int | None) -> None:
+    """Refuse query_starts (batch + 1,) that do not cut ``total`` queries into rows of at most ``max_queries``."""
     if starts[0] != 0 or starts[-1] != total:
         raise ValueError(f"query_starts must go from 0 to {total}, got {starts[0]} to {starts[-1]}")
-    for row, (start, stop) in enumerate(pairwise(starts)):
-        if stop < start:
-            raise ValueError(f"query_starts must not fall, row {row} goes from {start} to {stop}")
+    counts = starts[1:] - starts[:-1]
+    if (counts < 0).any():
+        row = (counts < 0).argmax()
+        raise ValueError(f"query_starts must not fall, row {row} goes from {starts[row]} to {starts[row + 1]}")
+    if max_queries is not None and (counts > max_queries).any():
+        row = (counts > max_queries).argmax()
+        raise ValueError(f"max_queries is {max_queries}, row {row} has {counts[row]} queries")

@@ -14,6 +14,7 @@ from tformer_lib.ladder import (
     refusal_of_place,
     refusal_of_tensor_cores,
     stream_of,
+    wants_gradients,
 )
 from tformer_lib.paged_attention.options import Options, Rows
 
@@ -60,7 +61,7 @@ def refusal(step: str, q: Tensor, k_pool: Tensor, v_pool: Tensor, one_query: boo
 
 def refusal_of_memory(*tensors: Tensor) -> str | None:
     """Why no kernel can take these tensors, the pools among them."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if wants_gradients(*tensors):
         return "kernels have no gradients: call it under torch.no_grad()"
     if any(x.dim() == 4 and x.stride(3) != 1 for x in tensors):
         return "the columns of the pools must be adjacent"

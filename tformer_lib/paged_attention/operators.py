@@ -22,10 +22,11 @@ def paged_attention_op(
     k_scale: float,
     v_scale: float,
     step: str,
+    checked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What torch.compile sees of :func:`paged_attention`."""
     rows = Rows(block_tables, lengths, query_starts, max_queries)
-    options = Options(scale, window, k_scale, v_scale, step)
+    options = Options(scale, window, k_scale, v_scale, step, checked)
     return make_plan(q, k_pool, v_pool, rows, options).call(q, k_pool, v_pool, True)
 
 
@@ -48,9 +49,10 @@ def write_cache_op(
     k_scale: float,
     v_scale: float,
     step: str,
+    checked: bool = False,
 ) -> None:
     """What torch.compile sees of :func:`write_cache`."""
-    options = WriteOptions(layout, k_scale, v_scale, step)
+    options = WriteOptions(layout, k_scale, v_scale, step, checked)
     make_write_plan(k, v, k_pool, v_pool, Places(slots, cos, sin), options).call(k, v, k_pool, v_pool)
 
 

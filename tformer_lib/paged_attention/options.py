@@ -18,6 +18,8 @@ class Options(NamedTuple):
     """What the keys in the pool are multiplied by."""
     v_scale: float = 1.0
     step: str = AUTO
+    checked: bool = False
+    """Whether the numbers in tables, lengths and starts are looked at on a GPU too."""
 
 
 class Rows(NamedTuple):
@@ -48,6 +50,8 @@ class WriteOptions(NamedTuple):
     """What is stored in a pool of float8 is divided by this."""
     v_scale: float = 1.0
     step: str = AUTO
+    checked: bool = False
+    """Whether the slots are looked at on a GPU too."""
 
 
 class Places(NamedTuple):

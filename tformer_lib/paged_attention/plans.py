@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tformer_lib import jit
-from tformer_lib.ladder import DTYPE_CODES, Kernel, loadable
-from tformer_lib.paged_attention.checks import check_paged, check_slots, check_write
+from tformer_lib.ladder import DTYPE_CODES, Kernel, loadable, wants_gradients
+from tformer_lib.paged_attention.checks import check_indices, check_paged, check_slots, check_write
 from tformer_lib.paged_attention.kernels import (
     ARGUMENTS,
     DECODE_HEAD_DIMS,
@@ -73,11 +73,10 @@ def layout_of(x: Tensor | None) -> tuple | None:
 
 def facts_of(*tensors: Tensor) -> tuple:
     """What a call depends on, of tensors whose addresses come later: layouts, alignment, and who asks for gradients."""
-    address, wants = 0, False
+    address = 0
     for x in tensors:
         address |= x.data_ptr()
-        wants |= x.requires_grad
-    return (*map(layout_of, tensors), address & 15, wants and torch.is_grad_enabled())
+    return (*map(layout_of, tensors), address & 15, wants_gradients(*tensors))
 
 
 def check_facts(planned: tuple, *tensors: Tensor) -> None:
@@ -147,7 +146,7 @@ class AttentionPlan:
 
 
 def make_plan(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, options: Options) -> AttentionPlan:
-    """The plan of a call; what depends on layouts alone is looked up."""
+    """The plan of a call; what depends on layouts alone is looked up. On a CPU all that is indexed by is checked."""
     facts = facts_of(q, k_pool, v_pool)
     layouts = (layout_of(rows.block_tables), layout_of(rows.lengths), layout_of(rows.query_starts), rows.max_queries)
     key = (facts, layouts, options, jit.kernels_folder())
@@ -155,6 +154,8 @@ def make_plan(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, options: Op
     if shared is None:
         check_paged(q, k_pool, v_pool, rows, options)
         shared = keep_call(key, attention_call(q, k_pool, v_pool, rows, options))
+    if options.checked or shared.device.type == "cpu":
+        check_indices(k_pool, rows, q.shape[0])
     return AttentionPlan(shared, facts, rows.loadable(), options)
 
 
@@ -241,9 +242,9 @@ def make_write_plan(
     key = (facts, *map(layout_of, places), options, jit.kernels_folder())
     shared = _calls.get(key)
     if shared is None:
-        check_write(k, v, k_pool, v_pool, places)
+        check_write(k, v, k_pool, v_pool, places, options)
         shared = keep_call(key, write_call(k, v, k_pool, v_pool, places, options))
-    if shared.device.type == "cpu":
+    if options.checked or shared.device.type == "cpu":
         check_slots(places.slots, k_pool)
     return WritePlan(shared, facts, places.loadable(), options)
 

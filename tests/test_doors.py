@@ -1,0 +1,199 @@
+"""Every door of the kernels under random calls, right and wrong: what is wrong is refused, what is odd is answered.
+
+A kernel that indexes by an unchecked number reads or writes memory of others, which a test sees only by luck. So the
+calls are drawn twice: here without a sanitizer, which finds doors that answer what they should refuse, and by
+``python -m benchmarks.sanitize <topic> --device cpu`` with one.
+"""
+
+import pytest
+import torch
+from draws import draws
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import doors
+from tformer_lib import attention, jit
+from tformer_lib.flash_attention import flash_attention, flash_attention_varlen
+from tformer_lib.paged_attention import paged_attention, plan_attention
+
+DOORS = {name: draw for topic in doors.DOORS.values() for name, draw in topic.items()}
+needs_cpu_twin = pytest.mark.skipif(not jit.can_build_cpp(), reason="needs a C++ compiler and ninja")
+every_step = pytest.mark.parametrize("step", [0, pytest.param("cpu", marks=needs_cpu_twin)])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The tensors are tiny: threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@every_step
+@pytest.mark.parametrize("door", DOORS)
+@draws(100)
+@given(random=st.randoms())
+def test_wrong_calls_are_refused_and_odd_ones_answered(door, step, random):
+    DOORS[door](random).check(step)
+
+
+TABLES = {name: (draw, wrong) for name, draw, wrong in (
+    ("paged_attention", doors.paged_call, doors.PAGED_WRONG), ("write_cache", doors.write_call, doors.WRITE_WRONG),
+    ("flash_attention", doors.flash_call, doors.FLASH_WRONG), ("varlen", doors.varlen_call, doors.VARLEN_WRONG),
+)}  # fmt: skip
+
+
+@every_step
+@pytest.mark.parametrize(("door", "what"), [(door, what) for door, (_, wrong) in TABLES.items() for what in wrong])
+def test_each_kind_of_wrong_call_is_refused(door, what, step):
+    draw, wrong = TABLES[door]
+    made = 0
+    for seed in range(200):
+        call = draw(doors.Random(seed))
+        if call.what != "nothing":
+            continue
+        change = wrong[what](call.arguments, doors.Random(seed))
+        if change is None:
+            continue
+        call.arguments.update(change)
+        call.what, call.refused, made = what, True, made + 1
+        call.check(step)
+        if made == 5:
+            break
+    assert made, "no call could be made wrong in this way"
+
+
+# ---- the operators, for who calls them without the public door
+
+
+def operands():
+    """q, k and v of two heads to a kv head."""
+    return torch.randn(1, 4, 5, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
+
+
+DENSE = (None, None, None, 5, 6, True, 0, 0.5)
+
+
+@pytest.mark.parametrize("step", ["0", "auto"])
+@pytest.mark.parametrize(
+    ("place", "change", "match"),
+    [
+        (0, lambda x: x[..., :4], "q has head_dim 4, k has head_dim 8"),
+        (1, lambda x: x[:, :, :3], "k and v must agree in batch, kv_heads and length"),
+        (2, lambda x: x.double(), "q, k and v must share a dtype"),
+        (2, lambda x: x[..., :7], "v must have q's head_dim 8, got 7"),
+        (0, lambda x: x[:, :3], "q has 3 heads, which 2 kv heads do not divide"),
+        (0, lambda x: x[0], "q must have 4 dimensions"),
+    ],
+)
+def test_the_operator_of_flash_attention_checks_what_it_indexes_by(step, place, change, match):
+    given = list(operands())
+    given[place] = change(given[place])
+    with pytest.raises(ValueError, match=match):
+        torch.ops.tformer_lab.flash_attention(*given, *DENSE, step, False)
+
+
+@pytest.mark.parametrize("step", ["0", "auto"])
+def test_the_operator_of_the_gradients_checks_what_it_indexes_by(step):
+    q, k, v = operands()
+    out, lse = torch.ops.tformer_lab.flash_attention(q, k, v, *DENSE, step, False)
+    good = {"dout": torch.ones_like(out), "dlse": torch.ones_like(lse), "out": out, "lse": lse}
+
+    def run(**changes):
+        x = good | changes
+        given = (x["dout"], x["dlse"], q, k, v, x["out"], x["lse"])
+        return torch.ops.tformer_lab.flash_attention_backward(*given, *DENSE, step, False)
+
+    run()
+    for name, x in good.items():
+        for wrong in (x[:, :, :3], x.double(), x[:, :2], x[0]):
+            with pytest.raises(ValueError, match=f"{name} must be torch.float32 of shape"):
+                run(**{name: wrong})
+    spread = {name: doors.spread(x) for name, x in good.items()}
+    for ours, theirs in zip(run(**spread), run(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+# ---- forward-mode derivatives
+
+
+def dual(function, tangent, *tensors):
+    """The tangent of what a function returns, in forward mode."""
+    with torch.autograd.forward_ad.dual_level():
+        first = torch.autograd.forward_ad.make_dual(tensors[0], tangent)
+        return torch.autograd.forward_ad.unpack_dual(function(first, *tensors[1:])).tangent
+
+
+@pytest.mark.parametrize("step", [None, 0])
+def test_flash_attention_refuses_a_forward_mode_derivative_in_words(step):
+    q, k, v = operands()
+    starts = torch.tensor([0, 6], dtype=torch.int32)
+    for which in range(3):
+        given = [q, k, v]
+        tangents = [torch.zeros_like(x) for x in given]
+        tangents[which] += 1
+
+        def function(x, which=which, given=given):
+            return flash_attention(*given[:which], x, *given[which + 1 :], step=step)
+
+        with pytest.raises(NotImplementedError, match="flash attention has no forward-mode derivative"):
+            dual(function, tangents[which], given[which])
+        with pytest.raises(NotImplementedError, match="flash attention has no forward-mode derivative"):
+            torch.func.jvp(function, (given[which],), (tangents[which],))
+    packed = [x[0].transpose(0, 1) for x in (k, k, v)]
+    with pytest.raises(NotImplementedError, match="flash attention has no forward-mode derivative"):
+        dual(lambda x: flash_attention_varlen(x, *packed[1:], starts, starts, step=step), packed[0], packed[0])
+
+
+def test_attend_which_the_refusal_names_has_one():
+    q, k, v = (x.double() for x in operands())
+    direction = torch.randn_like(q)
+    found = dual(lambda x: attention.attend(x, k, v, causal=True), direction, q)
+    step = 1e-6
+    difference = attention.attend(q + step * direction, k, v, causal=True) - attention.attend(
+        q - step * direction, k, v, causal=True
+    )
+    torch.testing.assert_close(found, difference / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+def test_paged_attention_has_a_forward_mode_derivative_by_step_0():
+    call = doors.paged_call(doors.Random(3))
+    while call.what != "nothing" or call.arguments["q"].numel() == 0:
+        call = doors.paged_call(
+            doors.Random(call.arguments["q"].shape[0] + len(call.what) + torch.randint(999, ()).item())
+        )
+    rest = {
+        name: x.double() if name in ("k_pool", "v_pool") else x for name, x in call.arguments.items() if name != "q"
+    }
+    q = call.arguments["q"].double()
+    direction = torch.randn_like(q)
+    found = dual(lambda x: paged_attention(x, **rest), direction, q)
+    step = 1e-6
+    ahead, behind = (paged_attention(q + sign * step * direction, **rest) for sign in (1, -1))
+    torch.testing.assert_close(found, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_of_gradients_are_refused():
+    q, k, v = (x.requires_grad_() for x in operands())
+    (dq,) = torch.autograd.grad(flash_attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no autograd formula|not require grad|does not require"):
+        torch.autograd.grad(dq.sum(), k)
+
+
+# ---- plans
+
+
+def test_a_plan_checks_what_is_indexed_by_once_for_its_layers():
+    call = doors.paged_call(doors.Random(0))
+    good = {
+        **call.arguments,
+        "q": torch.zeros(1, 2, 8),
+        "k_pool": torch.zeros(2, 1, 4, 8),
+        "v_pool": torch.zeros(2, 1, 4, 8),
+    }
+    good = {name: good[name] for name in ("q", "k_pool", "v_pool")}
+    tables, lengths = torch.tensor([[1, 5]], dtype=torch.int32), torch.tensor([5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="row 0 names block 5 at place 1"):
+        plan_attention(**good, block_tables=tables, lengths=lengths)
+    plan_attention(**good, block_tables=tables, lengths=lengths - 1).run(**good)
