@@ -52,7 +52,7 @@ def measure_rotations(report: Report, length: int, dtype: torch.dtype) -> None:
     inputs = copies_past_cache(lambda: (torch.randn(1, HEADS, length, HEAD_DIM, device=device, dtype=dtype),), device)
     moved = 2 * inputs[0][0].numel() * dtype.itemsize  # read once, written once
     for name, turn in rotations(length, device).items():
-        timing = measure(turn, inputs, device=device)
+        timing = measure(turn, inputs, device=device, ahead=True)
         report.add(name, timing, case=f"{length:,} queries", contestant=name, bytes=moved, limit=limit)
 
 
@@ -71,7 +71,7 @@ def rotations(length: int, device: torch.device) -> dict[str, Callable]:
 def measure_angles(report: Report, length: int) -> None:
     """Cosines and sines of all positions: made once for all layers."""
     positions = torch.arange(length, device=report.device)
-    timing = measure(Rope(HEAD_DIM), [(positions,)], device=report.device)
+    timing = measure(Rope(HEAD_DIM), [(positions,)], device=report.device, ahead=True)
     names = {"case": "made once", "contestant": "cosines and sines of all positions"}
     facts = {"bytes": 2 * length * HEAD_DIM // 2 * 4, "limit": copy_rate(report.device)}
     report.add(names["contestant"], timing, peer="copy", **names, **facts)
@@ -106,7 +106,7 @@ def measure_kernels(report: Report) -> None:
         timings = {name: [] for name in contestants}
         for _ in range(3):
             for name, turn in contestants.items():
-                timings[name].append(measure(turn, inputs, device=device, seconds=0.1))
+                timings[name].append(measure(turn, inputs, device=device, seconds=0.05, warmup=0.02, ahead=True))
         limit = moved / sorted(timings["copy of both"], key=lambda t: t.median)[1].median
         for name, turns in timings.items():
             middle = sorted(turns, key=lambda t: t.median)[1]

@@ -1,6 +1,7 @@
 """Sparse attention: patterns by brute force, blocks that miss nothing, attention equal to dense under the same mask."""
 
 import copy
+import gc
 import random
 from functools import partial
 
@@ -667,16 +668,28 @@ def test_the_kernel_is_the_default_in_graphs_on_streams_and_in_models():
     assert any("sparse" in event.key and "forward_kernel" in event.key for event in profile.key_averages())
 
 
-def test_a_copied_pattern_is_its_own_and_a_lost_one_is_named():
+def test_a_pattern_that_nobody_holds_lives_until_its_gradients():
+    q, k, v = (x.requires_grad_() for x in make(100))
+    handle_and_options = (sp.sliding_window(7).handle, False, 0.3, "0")
+    with pytest.raises(ValueError, match="no pattern has the handle"):
+        torch.ops.tformer_lab.sparse_attention(q, k, v, None, None, *handle_and_options)
+    held = sp.sliding_window(7)
+    out = torch.ops.tformer_lab.sparse_attention(q, k, v, None, None, held.handle, False, 0.3, "0")[0]
+    del held
+    gc.collect()
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    truth = rough_attention(q, k, v, sp.sliding_window(7).mask(100), 0.3, None)
+    for found, expected in zip(grads, torch.autograd.grad(truth.sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_a_copied_pattern_is_its_own():
     pattern = sp.sliding_window(5)
     other = copy.deepcopy(pattern)
     assert other == pattern
     assert other.handle != pattern.handle
     assert sp.patterns.pattern_of(other.handle) is other
-    lost = other.handle
-    del other
-    with pytest.raises(ValueError, match=f"no pattern has the handle {lost}"):
-        sp.patterns.pattern_of(lost)
+    assert sp.patterns.pattern_of(pattern.handle) is pattern
 
 
 @pytest.mark.parametrize(

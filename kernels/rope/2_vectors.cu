@@ -8,16 +8,20 @@
 //   lo, column          0    8   16   24   32   40   48   56
 //   hi, column         64   72   80   88   96  104  112  120
 //
-// A block has THREADS / lanes slots, each a token and a head to begin with; a slot then walks over the heads in steps of
-// `head_slots`. Where a token's heads are neighbours in memory (batch, T, heads, head_dim), several slots share a token, so
-// that a warp reads on without a gap; else each slot has a token of its own, whose neighbours are the next tokens.
+// A block has THREADS / lanes slots, each a token and a head to begin with; a slot then walks over the heads in steps
+// of `head_slots`. Where a token's heads are neighbours in memory (batch, T, heads, head_dim), several slots share a token,
+// so that a warp reads on without a gap; else each slot has a token of its own, whose neighbours are the next tokens.
 //
 // Ledger (H200, bfloat16, 8 x 4,096 tokens, 32 + 8 heads, head_dim 128; benchmarks/results/nvidia-h200/rope.json)
 //   floor       671 MB, 0.156 ms at the 4.30 TB/s of a copy
 //   hypothesis  what a copy does, with 16 multiply-adds for 64 bytes, costs what a copy costs
 //   predicted   95 % of the copy: cosines and sines add 2 MB that stay in the L2 cache, and 40 heads use each of them
-//   measured    0.174 ms, 3.86 TB/s, 93 % of the copy in the same run (0.161 ms); heads last 0.175; torch.compile 0.199, 0.296
-//   tried       loading 2, 4 and 8 heads ahead: 0.180, 0.194, 0.270. Their registers keep other warps out, which hide more
+//   measured    0.172 ms, 3.89 TB/s, 93.5 % of the copy in the same run (0.161 ms); heads last 0.171; a slice of the joint
+//               projection 0.171; in place 0.173. torch.compile 0.198, heads last 0.296
+//   tried       loading 2, 4 and 8 heads ahead: 0.180, 0.194, 0.270. Their registers keep other warps out, which hide more.
+//               Blocks for 4 to 20 heads instead of 40: 0.174 to 0.187, heads last 0.200 to 0.270. Streaming loads and stores:
+//               no difference. Rows through shared memory by the copy engine, boxes of 8 KB: 0.185 to 0.207, heads last 0.177
+//               to 0.194, though memory then sees longer runs. What is left to a copy's 0.161 is not explained
 #include <algorithm>
 
 #include "angles.cuh"
@@ -27,24 +31,58 @@ namespace rope {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int AHEAD = 1;  // heads whose vectors are loaded before the first is turned
+constexpr int VECTOR_BYTES = 16;
 
+// 16 bytes of numbers, as they are loaded and stored.
 template <class Number>
-struct alignas(16) Vector {
-    static constexpr int N = 16 / sizeof(Number);
-    Number x[N];
+struct Vector {
+    static constexpr int N = VECTOR_BYTES / sizeof(Number);
+    uint4 words;
+
+    __device__ void widen(float (&x)[2 * N], int at) const {
+        const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float2 pair = unpack<Number>(w[i]);
+            x[at + 2 * i] = pair.x, x[at + 2 * i + 1] = pair.y;
+        }
+    }
+    __device__ void narrow(const float (&x)[2 * N], int at) {
+        const auto word = [&](int i) { return pack<Number>(x[at + 2 * i], x[at + 2 * i + 1]); };
+        words = make_uint4(word(0), word(1), word(2), word(3));
+    }
+};
+
+template <>
+struct Vector<float> {
+    static constexpr int N = 4;
+    uint4 words;
+
+    __device__ void widen(float (&x)[2 * N], int at) const {
+        x[at] = __uint_as_float(words.x), x[at + 1] = __uint_as_float(words.y);
+        x[at + 2] = __uint_as_float(words.z), x[at + 3] = __uint_as_float(words.w);
+    }
+    __device__ void narrow(const float (&x)[2 * N], int at) {
+        words = make_uint4(__float_as_uint(x[at]), __float_as_uint(x[at + 1]), __float_as_uint(x[at + 2]),
+                           __float_as_uint(x[at + 3]));
+    }
 };
 
 template <class Number>
 __device__ Vector<Number> load(const Number* p) {
-    Vector<Number> v;
-    reinterpret_cast<uint4&>(v) = *reinterpret_cast<const uint4*>(p);
-    return v;
+    return {*reinterpret_cast<const uint4*>(p)};
 }
+
 template <class Number>
 __device__ void store(Number* p, const Vector<Number>& v) {
-    *reinterpret_cast<uint4*>(p) = reinterpret_cast<const uint4&>(v);
+    *reinterpret_cast<uint4*>(p) = v.words;
 }
+
+// Neighbouring numbers of a table, loaded at most 16 bytes at a time.
+template <int LENGTH>
+struct alignas(LENGTH < 4 ? LENGTH * 4 : 16) Run {
+    float x[LENGTH];
+};
 
 // How the work is cut, as the host decides.
 struct Plan {
@@ -54,7 +92,10 @@ struct Plan {
     int vectors;        // pairs of vectors in a row; lanes past them have nothing to do
     int turning;        // the first of them turn
     int head_slots;     // slots of a block that share a token
-    int token_step, head_step;  // slot = token * token_step + head * head_step
+    bool heads_first;   // whether slots count through the heads of a token before the next token
+
+    __device__ int token_step() const { return heads_first ? head_slots : 1; }
+    __device__ int head_step() const { return heads_first ? 1 : tokens; }
 };
 
 // The two vectors of a thread: the same columns in every row.
@@ -74,8 +115,22 @@ struct Columns {
 
     __device__ void load_turns(const Arguments& a, Token token) {
         const int pairs[2] = {INTERLEAVED ? lo / 2 : lo, hi / 2};  // where each run begins
+        if (a.positions.data != nullptr) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) turn[i] = turn_of(a, token, pairs[i / RUN] + i % RUN);
+            for (int i = 0; i < N; ++i) turn[i] = turn_of(a, token, pairs[i / RUN] + i % RUN);
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < N; i += RUN) {
+            const Run<RUN> cosines = run_of(a.cos, token, pairs[i / RUN]), sines = run_of(a.sin, token, pairs[i / RUN]);
+#pragma unroll
+            for (int j = 0; j < RUN; ++j) turn[i + j] = {cosines.x[j], a.sign * sines.x[j]};
+        }
+    }
+
+    static __device__ Run<RUN> run_of(const Table& table, Token token, int pair) {
+        const float* const row = static_cast<const float*>(table.data) + token.batch * table.batch + token.row * table.row;
+        return *reinterpret_cast<const Run<RUN>*>(row + pair);
     }
 
     __device__ void apply(float (&x)[2 * N]) const {
@@ -88,16 +143,10 @@ struct Columns {
         }
     }
 
-    // x[0 .. N - 1] is lo, the rest hi.
-    __device__ void widen_both(float (&x)[2 * N], const Vector<Number>& from_lo, const Vector<Number>& from_hi) const {
-#pragma unroll
-        for (int i = 0; i < N; ++i) x[i] = widen(from_lo.x[i]), x[N + i] = widen(from_hi.x[i]);
-    }
-
-    __device__ void write(Number* row, const float (&x)[2 * N]) const {
+    __device__ void write(Number* row, const float (&x)[2 * N]) const {  // x[0 .. N - 1] is lo, the rest hi
         Vector<Number> to_lo, to_hi;
-#pragma unroll
-        for (int i = 0; i < N; ++i) to_lo.x[i] = narrow<Number>(x[i]), to_hi.x[i] = narrow<Number>(x[N + i]);
+        to_lo.narrow(x, 0);
+        to_hi.narrow(x, N);
         store(row + lo, to_lo);
         store(row + hi, to_hi);
     }
@@ -118,8 +167,8 @@ struct Slot {
     __device__ explicit Slot(const Plan& plan) {
         const int slot = threadIdx.x / plan.lanes;
         lane = threadIdx.x % plan.lanes;
-        token = slot / plan.token_step % plan.tokens;
-        head = slot / plan.head_step % plan.head_slots;
+        token = slot / plan.token_step() % plan.tokens;
+        head = slot / plan.head_step() % plan.head_slots;
     }
 };
 
@@ -129,6 +178,14 @@ __device__ float sum_of_products(const float (&x)[N], const float (&y)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) sum += x[i] * y[i];
     return sum;
+}
+
+// x r w with r = 1 / rms(x), over the lanes of a row.
+template <int N>
+__device__ void normalise(float (&x)[N], const float (&w)[N], const Arguments& a, int lanes) {
+    const float r = rsqrtf(sum_over(sum_of_products(x, x), lanes) / float(a.head_dim) + a.eps);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] *= r * w[i];
 }
 
 // Turn every head of one side of this thread's token. All lanes of a warp go through the same loops, for the norm's sums.
@@ -142,34 +199,22 @@ __device__ void turn_heads(const Arguments& a, const Plan& plan, const Side& sid
     Number* const to = Head{side, 0}.row<Number>(side.out, token);
     float w[NORM ? 2 * N : 1];
     if constexpr (NORM) columns.weights(w, side, active && norm);
-    for (int64_t first = 0; first < side.heads; first += AHEAD * plan.head_slots) {
-        Vector<Number> lo[AHEAD] = {}, hi[AHEAD] = {};
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            const int64_t head = first + i * plan.head_slots + slot.head;
-            if (!active || head >= side.heads) continue;
-            lo[i] = load(from + head * side.x.head + columns.lo);
-            hi[i] = load(from + head * side.x.head + columns.hi);
-        }
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            const int64_t head = first + i * plan.head_slots + slot.head;
-            float x[2 * N];
-            columns.widen_both(x, lo[i], hi[i]);
-            if constexpr (NORM)
-                if (norm) {
-                    const float r = rsqrtf(sum_over(sum_of_products(x, x), plan.lanes) / float(a.head_dim) + a.eps);
-#pragma unroll
-                    for (int j = 0; j < 2 * N; ++j) x[j] *= r * w[j];
-                }
-            columns.apply(x);
-            if (active && head < side.heads) columns.write(to + head * side.out.head, x);
-        }
+    for (int first = 0; first < side.heads; first += plan.head_slots) {
+        const int64_t head = first + slot.head;
+        const bool valid = active && head < side.heads;
+        Vector<Number> lo = {}, hi = {};
+        if (valid) lo = load(from + head * side.x.head + columns.lo), hi = load(from + head * side.x.head + columns.hi);
+        float x[2 * N];
+        lo.widen(x, 0), hi.widen(x, N);
+        if constexpr (NORM)
+            if (norm) normalise(x, w, a, plan.lanes);
+        columns.apply(x);
+        if (valid) columns.write(to + head * side.out.head, x);
     }
 }
 
 template <class Number, bool INTERLEAVED, bool NORM>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, NORM ? 3 : 4)
     forward_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Plan plan) {
     const Slot slot(plan);
     Columns<Number, INTERLEAVED> columns(a, plan, slot.lane);
@@ -206,8 +251,7 @@ __device__ void norm_gradients(const Arguments& a, const Plan& plan, const Side&
             dlo = load(dout + columns.lo), dhi = load(dout + columns.hi);
         }
         float x[2 * N], g[2 * N];
-        columns.widen_both(x, lo, hi);
-        columns.widen_both(g, dlo, dhi);
+        lo.widen(x, 0), hi.widen(x, N), dlo.widen(g, 0), dhi.widen(g, N);
         columns.apply(g);
         const float r = rsqrtf(sum_over(sum_of_products(x, x), plan.lanes) / float(a.head_dim) + a.eps);
         float along = 0.0f;
@@ -269,21 +313,20 @@ __global__ void __launch_bounds__(THREADS)
 template <class Number>
 Plan make_plan(const Arguments& a) {
     constexpr int N = Vector<Number>::N;
-    const int64_t tokens = a.batch * a.tokens, heads = std::max(a.q.heads, a.k.heads);
+    const int64_t heads = std::max(a.q.heads, a.k.heads);
     Plan plan;
     plan.vectors = int(a.head_dim / (2 * N)), plan.turning = int(a.rotary_dim / (2 * N));
     for (plan.lanes = 1; plan.lanes < plan.vectors;) plan.lanes *= 2;
+    plan.heads_first = a.q.x.head < a.q.x.row;
     const int slots = THREADS / plan.lanes;
-    const bool heads_are_neighbours = a.q.x.head < a.q.x.row;
-    const auto tiles_by = [&](int head_slots) { return (tokens + slots / head_slots - 1) / (slots / head_slots); };
+    const auto cut = [&](int head_slots) {
+        plan.head_slots = head_slots, plan.tokens = slots / head_slots;
+        plan.tiles = (a.batch * a.tokens + plan.tokens - 1) / plan.tokens;
+    };
     // Few tokens are spread over as many blocks as there are; a warp of neighbouring heads reads 1 KB without a gap.
-    plan.head_slots = heads_are_neighbours ? std::min(slots, 8) : 1;
-    while (plan.head_slots < slots && plan.head_slots < heads && tiles_by(plan.head_slots) < 2 * multiprocessors())
-        plan.head_slots *= 2;
-    plan.tokens = slots / plan.head_slots;
-    plan.tiles = tiles_by(plan.head_slots);
-    plan.token_step = heads_are_neighbours ? plan.head_slots : 1;
-    plan.head_step = heads_are_neighbours ? 1 : plan.tokens;
+    cut(plan.heads_first ? std::min(slots, 8) : 1);
+    while (plan.head_slots < slots && plan.head_slots < heads && plan.tiles < 2 * multiprocessors())
+        cut(2 * plan.head_slots);
     return plan;
 }
 

@@ -18,7 +18,9 @@
 //               that the dense kernel reaches
 //   hypothesis  ten entries are enough to hide the loads of K and V and the stores of dK and dV badly: they add a fifth
 //   predicted   0.50 ms with the kernels before and after, which pass over 300 MB (0.08 ms)
-//   measured    0.629 (flash with `window` 0.628); BigBird of 7.7 % 0.956; a window of 8,192 at 527 TFLOP/s
+//   measured    0.60 (flash with `window` 0.60, FlexAttention 0.74), of which 0.47 here and 0.13 before and after; BigBird of
+//               7.7 % 0.93 (1.60); a window of 8,192 at 527 TFLOP/s. Chosen blocks 7.1 times faster than dense, for 16 times
+//               less work: a tile of 128 keys is two blocks, and a list that chose one of them computes both
 //   loses       a tile of keys that everybody sees is the work of one block: 0.79 ms with 4 global tokens beside the window
 #include "common/launch.cuh"
 #include "common/softmax.cuh"
@@ -82,33 +84,39 @@ __device__ inline List list_of_head(const Arguments& a, const Work& work, int64_
 
 // --- before: lse in base 2, and delta --------------------------------------------------------------------------------
 
-constexpr int PREPARE_THREADS = 128;
+constexpr int PREPARE_THREADS = 256;
 
-// delta = rowsum(dout out) - dlse. Rows past the end and rows that see nothing get lse = inf, which makes their P zero.
+// The product of two pairs of halves.
 template <class Half>
+__device__ float dot(uint32_t x, uint32_t y) {
+    const float2 a = unpack<Half>(x), b = unpack<Half>(y);
+    return a.x * b.x + a.y * b.y;
+}
+
+// delta = rowsum(dout out) - dlse. Rows past the end and rows that see nothing get lse = inf, which makes their P zero. A lane
+// takes 16 bytes of a row, D / 8 lanes a row.
+template <class Half, class Sh>
 __global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_constant__ Arguments a) {
+    constexpr int CHUNK = 8, LANES = Sh::D / CHUNK, ROWS = PREPARE_THREADS / LANES;
     const int64_t blocks = query_blocks(a), index = blockIdx.x, bh = index / blocks, b = bh / a.heads, h = bh % a.heads;
     float* const lse = a.statistics + index * STATISTICS;
-    const int lane = threadIdx.x % WARP;
-    for (int i = threadIdx.x / WARP; i < BLOCK; i += PREPARE_THREADS / WARP) {
+    const int column = threadIdx.x % LANES * CHUNK;
+#pragma unroll
+    for (int i = threadIdx.x / LANES; i < BLOCK; i += ROWS) {
         const int64_t row = index % blocks * BLOCK + i;
-        float sum = 0.0f, row_lse = -INFINITY;
-        if (row < a.queries) {
-            const Half* const out = row_of<Half>(a.out, b, h, row);
-            const Half* const dout = row_of<Half>(a.dout, b, h, row);
-            for (int column = 2 * lane; column < a.head_dim; column += 2 * WARP) {
-                const float2 x = unpack<Half>(*reinterpret_cast<const uint32_t*>(out + column));
-                const float2 y = unpack<Half>(*reinterpret_cast<const uint32_t*>(dout + column));
-                sum += x.x * y.x + x.y * y.y;
-            }
-            for (int offset = WARP / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffff, sum, offset);
-            row_lse = a.lse[bh * a.queries + row];
-            if (a.dlse != nullptr && row_lse != -INFINITY) sum -= a.dlse[bh * a.queries + row];
+        const bool valid = row < a.queries;
+        float sum = 0.0f;
+        if (valid && column < a.head_dim) {
+            const uint4 x = *reinterpret_cast<const uint4*>(row_of<Half>(a.out, b, h, row) + column);
+            const uint4 y = *reinterpret_cast<const uint4*>(row_of<Half>(a.dout, b, h, row) + column);
+            sum = dot<Half>(x.x, y.x) + dot<Half>(x.y, y.y) + dot<Half>(x.z, y.z) + dot<Half>(x.w, y.w);
         }
-        if (lane == 0) {
-            lse[i] = row_lse == -INFINITY ? INFINITY : row_lse * LOG2E;
-            lse[BLOCK + i] = row_lse == -INFINITY ? 0.0f : sum;
-        }
+        for (int offset = LANES / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffff, sum, offset);
+        if (column > 0) continue;
+        const float row_lse = valid ? a.lse[bh * a.queries + row] : -INFINITY;
+        if (a.dlse != nullptr && row_lse != -INFINITY) sum -= a.dlse[bh * a.queries + row];
+        lse[i] = row_lse == -INFINITY ? INFINITY : row_lse * LOG2E;
+        lse[BLOCK + i] = row_lse == -INFINITY ? 0.0f : sum;
     }
 }
 
@@ -435,7 +443,7 @@ const char* run_backward(const Arguments& a, void* stream) {
     if (const char* error = make_maps<Sh>(maps, a)) return error;
     const int64_t row_blocks = a.batch * a.heads * ((a.queries + BLOCK - 1) / BLOCK);
     const int64_t key_tiles = a.batch * a.kv_heads * ((a.keys + TILE - 1) / TILE);
-    if (const char* error = launch(prepare_kernel<Half>, row_blocks, PREPARE_THREADS, 0, stream, a)) return error;
+    if (const char* error = launch(prepare_kernel<Half, Sh>, row_blocks, PREPARE_THREADS, 0, stream, a)) return error;
     if (const char* error = launch(backward_kernel<Half, Sh>, key_tiles, THREADS, Sh::SHARED_BYTES, stream, maps, a))
         return error;
     return launch(round_dq_kernel<Half, Sh>, row_blocks * Sh::PARTS, WARPGROUP, 0, stream, a);

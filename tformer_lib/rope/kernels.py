@@ -11,6 +11,7 @@ from tformer_lib.ladder import (
     Ladder,
     accumulation_dtype,
     is_aligned,
+    loadable,
     refusal_of_dtype,
     refusal_of_place,
 )
@@ -275,7 +276,7 @@ class Angles:
         self.tabled = positions is None
         self.factor = factor
         if self.tabled:
-            self.cos, self.sin = (adjacent(t.float()) for t in (cos, sin))
+            self.cos, self.sin = (loadable(t.float(), aligned=True) for t in (cos, sin))
             self.pairs = cos.shape[-1]
         else:
             self.positions, self.frequencies = positions.long(), frequencies.float().contiguous()
@@ -293,11 +294,6 @@ class Angles:
         else:
             arguments.positions, arguments.frequencies = table(self.positions, 1), self.frequencies.data_ptr()
             arguments.factor = self.factor
-
-
-def adjacent(x: Tensor) -> Tensor:
-    """``x`` itself where its last dimension has no gaps, else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def table(x: Tensor, dims: int) -> Table:

@@ -1,5 +1,6 @@
 """Patterns: which pairs of positions may meet, and the plan that turns a pattern into lists of live blocks."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,7 @@ Span = tuple[Tensor, Tensor]  # the first and the last position of each block, i
 
 _handles = count()
 _patterns: WeakValueDictionary[int, "Pattern"] = WeakValueDictionary()
+_recent: deque["Pattern"] = deque(maxlen=1024)  # what a forward pass used, kept until its gradients have been computed
 
 
 # Patterns.
@@ -80,14 +82,16 @@ class Pattern:
 
 
 def pattern_of(handle: int) -> Pattern:
-    """The pattern with this handle, which lives as long as somebody holds it.
+    """The pattern with this handle, which lives while somebody holds it, and through the next thousand calls.
 
     Raises:
         ValueError: there is none.
     """
-    if handle not in _patterns:
+    pattern = _patterns.get(handle)
+    if pattern is None:
         raise ValueError(f"no pattern has the handle {handle}: it must live until the gradients have been computed")
-    return _patterns[handle]
+    _recent.append(pattern)
+    return pattern
 
 
 @dataclass(frozen=True)
