@@ -509,12 +509,15 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, with '+changes' where the tree differs from it; None outside a checkout."""
+    """The commit that is checked out, with '+changes' where the tree differs from it.
+
+    Outside a checkout, such as in a copy of the files on another machine, ``TFORMER_COMMIT`` names it; else None.
+    """
     root = Path(__file__).parent
     run = lambda *words: subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)  # noqa: E731
     head = run("rev-parse", "--short=12", "HEAD")
     if head.returncode:
-        return None
+        return os.environ.get("TFORMER_COMMIT") or None
     return head.stdout.strip() + ("+changes" if run("status", "--porcelain", "-uno").stdout.strip() else "")
 
 

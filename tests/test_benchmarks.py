@@ -377,3 +377,13 @@ def test_an_invented_figure_is_found():
     assert not is_backed("812.5", "TFLOP/s", "", {8.1261e14, 812.5})
     assert is_backed("3.7", "times faster", "faster: 3.7", set())
     assert not is_backed("3.7", "times faster", "13.7 and 3.75 and 3,7", {3.76})
+
+
+def test_a_copy_outside_a_checkout_names_its_commit_by_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "__file__", str(tmp_path / "benchmarks" / "harness.py"))
+    (tmp_path / "benchmarks").mkdir()
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("TFORMER_COMMIT", raising=False)
+    assert harness.commit() is None
+    monkeypatch.setenv("TFORMER_COMMIT", "0123456789ab")
+    assert harness.commit() == "0123456789ab"
