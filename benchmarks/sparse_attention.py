@@ -198,7 +198,7 @@ def in_turns(contestants: dict[str, Callable]) -> dict[str, tuple[Timing, list[f
     timings: dict[str, list[Timing]] = {name: [] for name in contestants}
     for _ in range(TURNS):
         for name, call in contestants.items():
-            timings[name].append(measure(call, device="cuda", seconds=0.04, warmup=0.01, ahead=True))
+            timings[name].append(measure(call, device="cuda", seconds=0.02, warmup=0.01, ahead=True))
     middle = {name: sorted(turns, key=lambda t: t.median)[TURNS // 2] for name, turns in timings.items()}
     return {name: (middle[name], [1e3 * t.median for t in turns]) for name, turns in timings.items()}
 
