@@ -45,6 +45,22 @@ struct Arguments {
     int32_t reverse;              // from the last token to the first, as gradients need it
 };
 
+// A chain of states over the chunks of each head, as the gradients need it:
+//
+//   S' = kept S + L^T (U - R S) + L2^T U2
+//
+// All matrices are (states, chunks, 64, width), one after another, of the inputs' type; `right` may be null (R = 0), and so
+// may `left2` and `values2`.
+struct Chain {
+    const void *right, *left, *values, *left2, *values2;
+    const float* kept;    // (states, chunks)
+    const float* first;   // (states, value_dim, head_dim), transposed, or null for zeros
+    float* states;        // (states, chunks, value_dim, head_dim): the state before each chunk
+    float* last;          // (states, value_dim, head_dim)
+    int64_t count, chunks, head_dim, value_dim;
+    int32_t dtype, reverse;  // from the last chunk to the first
+};
+
 // What a launch will use, for the ladder's chart.
 struct Resources {
     int32_t threads, registers, spilled_bytes, shared_bytes, blocks_per_multiprocessor;

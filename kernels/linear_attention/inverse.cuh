@@ -50,10 +50,16 @@ __device__ inline void substitute(float (*D)[BLOCK_PADDED], const float* A, int 
 #pragma unroll
     for (int i = 0; i < BLOCK; ++i) {
         const float* const row = A + (block * BLOCK + i) * PADDED + block * BLOCK;
-        float sum = i == column ? -1.0f : 0.0f;
+        float sum[4] = {i == column ? -1.0f : 0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-        for (int l = 0; l < i; ++l) sum = fmaf(row[l], x[l], sum);
-        x[i] = -sum;
+        for (int l = 0; l < i; l += 4) {
+            const float4 a = *reinterpret_cast<const float4*>(row + l);
+            sum[0] = fmaf(a.x, x[l], sum[0]);
+            if (l + 1 < i) sum[1] = fmaf(a.y, x[l + 1], sum[1]);
+            if (l + 2 < i) sum[2] = fmaf(a.z, x[l + 2], sum[2]);
+            if (l + 3 < i) sum[3] = fmaf(a.w, x[l + 3], sum[3]);
+        }
+        x[i] = -((sum[0] + sum[1]) + (sum[2] + sum[3]));
         D[i][column] = x[i];
     }
 }

@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(const __grid_constan
     }
 }
 
-constexpr int SCAN_ROWS = 8;
+constexpr int SCAN_ROWS = 8, AHEAD = 32;
 
 // SCAN_ROWS rows of a state (value columns), a thread a column. Transitions and states are transposed: row . M^T.
 template <int D>
@@ -198,16 +198,17 @@ __global__ void __launch_bounds__(D) matrix_scan_kernel(const __grid_constant__ 
         if (segment > 0) {
             const float* const M = a.transitions + slot * width * width + column;
             __syncthreads();
-#pragma unroll 4
-            for (int l = 0; l < width; l += 4) {
-                float m[4];
+            for (int l = 0; l < width; l += AHEAD) {
+                float m[AHEAD];  // all of them on their way before the first is used
 #pragma unroll
-                for (int e = 0; e < 4; ++e) m[e] = here ? M[(l + e) * width] : 0.0f;
+                for (int e = 0; e < AHEAD; ++e) m[e] = here && l + e < width ? M[(l + e) * width] : 0.0f;
 #pragma unroll
-                for (int r = 0; r < SCAN_ROWS; ++r) {
-                    const float4 x = *reinterpret_cast<const float4*>(&run[r][l]);
-                    next[r] = fmaf(x.x, m[0], fmaf(x.y, m[1], fmaf(x.z, m[2], fmaf(x.w, m[3], next[r]))));
-                }
+                for (int e = 0; e < AHEAD; e += 4)
+#pragma unroll
+                    for (int r = 0; r < SCAN_ROWS; ++r) {
+                        const float4 x = *reinterpret_cast<const float4*>(&run[r][l + e]);
+                        next[r] = fmaf(x.x, m[e], fmaf(x.y, m[e + 1], fmaf(x.z, m[e + 2], fmaf(x.w, m[e + 3], next[r]))));
+                    }
             }
             __syncthreads();
         }

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from tformer_lib.ladder import AUTO
 from tformer_lib.linear_attention.feature_maps import FeatureMap, relu
-from tformer_lib.linear_attention.kernels import MAP_OF_CODE, choose_step, launch, refusal
+from tformer_lib.linear_attention.kernels import MAP_OF_CODE, choose_step, launch, refusal, refusal_of_chain, run_chain
 from tformer_lib.linear_attention.shared import CHUNK, sum_dtype
 
 
@@ -196,7 +196,7 @@ def chunk_gradients(
     for i, (start, stop) in enumerate(pairwise(starts)):
         row = slice(None) if cu_seqlens is None else slice(i, i + 1)
         tokens = [None if x is None else x[:, :, start:stop] for x in by_token]
-        pieces.append(Chunks(*tokens).gradients(*(None if x is None else x[row] for x in (first, dlast))))
+        pieces.append(Chunks(*tokens, q.dtype).gradients(*(None if x is None else x[row] for x in (first, dlast))))
     *by_token, dstates = zip(*pieces, strict=True)
     dq, dk, dv, dgates, dbeta = (None if x[0] is None else torch.cat(x, 2) for x in by_token)
     return (
@@ -226,10 +226,14 @@ class Chunks:
         q, k, v, dout: (batch, heads, T, ...).
         gates: (batch, heads, T, 1) in float64.
         beta: (batch, heads, T, 1), or None for the decaying sum.
+        narrow: the dtype of the operator's inputs, in which a kernel may multiply.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, gates: Tensor, beta: Tensor | None):
-        self.T = q.shape[2]
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, gates: Tensor, beta: Tensor | None, narrow: torch.dtype
+    ):
+        self.T, self.narrow = q.shape[2], narrow
+        self.by_kernel = refusal_of_chain(q.shape[3], v.shape[3], narrow, q.device) is None
         self.q, self.k, self.v, self.dout, gates = (in_chunks(x) for x in (q, k, v, dout, gates))
         self.beta = None if beta is None else in_chunks(beta)
         G = gates.cumsum(3)
@@ -253,27 +257,40 @@ class Chunks:
 
     def states(self, first: Tensor | None) -> Tensor:
         """The state before each chunk: (batch, heads, chunks, head_dim, value_dim)."""
-        added = self.k_end.mT @ (self.v if self.beta is None else self.U_0)
-        state = torch.zeros_like(added[:, :, 0]) if first is None else first
-        found = []
-        for i in range(added.shape[2]):
-            found.append(state)
-            erased = 0.0 if self.beta is None else self.k_end[:, :, i].mT @ (self.W[:, :, i] @ state)
-            state = self.total[:, :, i] * state + added[:, :, i] - erased
-        return torch.stack(found, 2)
+        plain = self.beta is None
+        right, values = (None, self.v) if plain else (self.W, self.U_0)
+        return self.chain(right, self.k_end, values, None, None, first)[0]
 
     def state_gradients(self, dlast: Tensor | None) -> tuple[Tensor, Tensor]:
         """The gradient of the state after each chunk, and of the first state."""
-        added = (self.kept * self.q).mT @ self.dout
-        if self.beta is not None:
-            added = added - self.k_read.mT @ self.dR_0
-        dstate = torch.zeros_like(added[:, :, 0]) if dlast is None else dlast
-        found = []
-        for i in reversed(range(added.shape[2])):
-            found.append(dstate)
-            erased = 0.0 if self.beta is None else self.k_read[:, :, i].mT @ (self.Y[:, :, i] @ dstate)
-            dstate = self.total[:, :, i] * dstate + added[:, :, i] - erased
-        return torch.stack(found[::-1], 2), dstate
+        read = self.kept * self.q
+        if self.beta is None:
+            return self.chain(None, read, self.dout, None, None, dlast, reverse=True)
+        return self.chain(self.Y, self.k_read, -self.dR_0, read, self.dout, dlast, reverse=True)
+
+    def chain(
+        self,
+        right: Tensor | None,
+        left: Tensor,
+        values: Tensor,
+        left2: Tensor | None,
+        values2: Tensor | None,
+        first: Tensor | None,
+        *,
+        reverse: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """The states before the chunks of S' = exp(G_C) S + L^T (U - R S) + L2^T U2, and the last one."""
+        if self.by_kernel:
+            narrow = [None if x is None else x.to(self.narrow) for x in (right, left, values, left2, values2)]
+            return run_chain(*narrow, self.total, first, reverse=reverse)
+        added = left.mT @ values if left2 is None else left.mT @ values + left2.mT @ values2
+        state = torch.zeros_like(added[:, :, 0]) if first is None else first
+        found, order = [], range(added.shape[2])
+        for i in reversed(order) if reverse else order:
+            found.append(state)
+            erased = 0.0 if right is None else left[:, :, i].mT @ (right[:, :, i] @ state)
+            state = self.total[:, :, i] * state + added[:, :, i] - erased
+        return torch.stack(found[::-1] if reverse else found, 2), state
 
     def gradients(self, first: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
         """dq, dk, dv, dgates, dbeta, and the gradient of the first state (batch, heads, head_dim, value_dim)."""

@@ -44,6 +44,7 @@ FEW = Ladder("linear_attention", steps=STEPS, fastest={"cpu": ("cpu", "0"), "cud
 MAPPED = Ladder("linear_attention", steps=STEPS, fastest={"cpu": ("cpu", "0"), "cuda": ("2", "1", "0")})
 FEW_TOKENS = 8  # up to so many tokens a sequence, token after token is faster than a chunk of 64
 MOST_HEAD_DIM = 256
+MOST_CHAIN_DIM = 128
 MAPS: dict[FeatureMap | None, int] = {None: 0, elu_plus_one: 1, relu: 2}
 """``enum Map`` of kernels/linear_attention/arguments.h: the feature maps that the kernels know."""
 MAP_OF_CODE = {code: feature_map for feature_map, code in MAPS.items()}
@@ -175,6 +176,63 @@ def segments(step: str, blocks: int, chunks: int, device: torch.device) -> int:
     """Into how many segments to cut sequences of so many chunks, where one segment of all gives so many blocks."""
     wanted = BLOCKS_PER_MULTIPROCESSOR[step] * torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(wanted // blocks, chunks // LEAST_SEGMENT))
+
+
+class Chain(ctypes.Structure):
+    """``linear::Chain`` of kernels/linear_attention/arguments.h, in the same order."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("right", "left", "values", "left2", "values2")),
+        *((name, ctypes.c_void_p) for name in ("kept", "first", "states", "last")),
+        *((name, ctypes.c_int64) for name in ("count", "chunks", "head_dim", "value_dim")),
+        *((name, ctypes.c_int32) for name in ("dtype", "reverse")),
+    ]
+
+
+def refusal_of_chain(head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why chain.cu cannot be used."""
+    if device.type != "cuda":
+        return f"it runs on cuda, and q is on {device.type}"
+    if head_dim > MOST_CHAIN_DIM or head_dim % 8 or value_dim % 8:
+        return f"head_dim is at most {MOST_CHAIN_DIM}, all widths multiples of 8, got {head_dim} and {value_dim}"
+    return refusal_of_tensor_cores(dtype, device)
+
+
+def run_chain(
+    right: Tensor | None,
+    left: Tensor,
+    values: Tensor,
+    left2: Tensor | None,
+    values2: Tensor | None,
+    kept: Tensor,
+    first: Tensor | None,
+    *,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """States S' = kept S + L^T (U - R S) + L2^T U2 over the chunks of each head, by chain.cu.
+
+    Args:
+        right, left, left2: (batch, heads, chunks, 64, head_dim), of 16 bits; right and the second pair may be None.
+        values, values2: (batch, heads, chunks, 64, value_dim).
+        kept: (batch, heads, chunks, 1, 1) float32.
+        first: (batch, heads, head_dim, value_dim), or None for zeros.
+        reverse: from the last chunk to the first.
+
+    Returns:
+        The state before each chunk (batch, heads, chunks, head_dim, value_dim), and the last, in float32.
+    """
+    batch, heads, count, _, head_dim = left.shape
+    value_dim, device = values.shape[4], left.device
+    matrices = [None if x is None else x.contiguous() for x in (right, left, values, left2, values2)]
+    kept = kept.float().contiguous()
+    first = None if first is None else first.mT.float().contiguous()
+    states = torch.empty(batch, heads, count, value_dim, head_dim, dtype=torch.float32, device=device)
+    last = torch.empty(batch, heads, value_dim, head_dim, dtype=torch.float32, device=device)
+    pointers = [None if x is None else x.data_ptr() for x in (*matrices, kept, first, states, last)]
+    a = Chain(*pointers, batch * heads, count, head_dim, value_dim, DTYPE_CODES[left.dtype], reverse)
+    if batch * heads:
+        LADDER.launch("chain", "chain", a, device)
+    return states.mT, last.mT
 
 
 # --- which step ------------------------------------------------------------------------------------------------------
