@@ -127,7 +127,13 @@ def declared(*extras: str) -> set[str]:
 
 
 OWN = {"tformer_lib", "benchmarks", "tools", "tests", "book"}
-FOLDERS = {"tformer_lib": (), "benchmarks": ("test",), "book": (), "tools": ("test",), "tests": ("test",)}
+FOLDERS = {
+    "tformer_lib": ("serve",),
+    "benchmarks": ("test",),
+    "book": (),
+    "tools": ("test",),
+    "tests": ("test", "serve"),
+}
 """Folder -> the extras that its files may import from. (A benchmark's peers are what the tests' oracles are.)"""
 
 

@@ -212,6 +212,28 @@ def test_a_seeded_request_does_not_depend_on_its_neighbours(seeds, more, ahead):
         assert request.new_tokens == alone(prompt, max_new_tokens=12, **wish)
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_log_probabilities_are_the_models_own_for_those_who_ask(ahead):
+    rules = [{"logprobs": 0}, {"logprobs": 3, "temperature": 2.0, "repetition_penalty": 1.5}, {}, {"logprobs": 50}]
+    engine = Engine(MODEL, blocks=12, block_size=4, seats=4, budget=6, ahead=ahead, prefix_cache=False)
+    made = [engine.add([i, 2, 3, 4, 5], {"max_new_tokens": 16, **wish}) for i, wish in enumerate(rules)]
+    engine.run()
+    assert engine.scheduler.preemptions > 0
+    for request, wish in zip(made, rules, strict=True):
+        wanted = {key: value for key, value in wish.items() if key != "logprobs"}
+        assert request.new_tokens == alone(request.prompt, max_new_tokens=16, **wanted)
+        if "logprobs" not in wish:
+            assert request.logprobs == []
+            continue
+        with torch.no_grad():
+            right = MODEL(torch.tensor([request.tokens]))[0, request.prompt_length - 1 : -1].log_softmax(-1)
+        for entry, token, row in zip(request.logprobs, request.new_tokens, right, strict=True):
+            assert entry.chosen == pytest.approx(row[token].item(), abs=1e-9)
+            values, tokens = row.topk(min(wish["logprobs"], VOCAB))
+            assert [token for token, _ in entry.top] == tokens.tolist()
+            assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-9)
+
+
 def test_sampled_requests_survive_a_preemption():
     rules = {"temperature": 1.5, "repetition_penalty": 1.3, "max_new_tokens": 20}
     engine = Engine(MODEL, blocks=12, block_size=4, seats=6, budget=32, prefix_cache=False)
@@ -770,6 +792,9 @@ def test_the_stream_yields_what_generate_returns_and_stops_when_nobody_listens()
         ([1.5], {}, "a prompt must be a text or a list of tokens"),
         (["1"], {}, "a prompt must be a text or a list of tokens"),
         ([1], {"stop_tokens": 3}, "stop_tokens must be a list of tokens"),
+        ([1], {"logprobs": -1}, "logprobs must be at least 0, got -1"),
+        ([1], {"logprobs": True}, "logprobs must be a whole number, got True"),
+        ([1], {5: 1}, "unknown parameters: 5"),
         ([1], [3], "params must be Params or a dict"),
         (None, {}, "a prompt must be a text or a list of tokens"),
     ],

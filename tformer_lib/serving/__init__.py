@@ -19,9 +19,11 @@ and is computed again later.
 - :class:`Engine` joins them, one step ahead on a GPU: step n + 1 is launched before the tokens of step n are read.
 - :class:`TextStream` makes text of tokens as they come.
 
-Each has a room: ``request``, ``scheduler``, ``runner``, ``engine``; ``__main__`` is the command.
+Each has a room: ``request``, ``scheduler``, ``runner``, ``engine``. The others are ``turns`` (one thread at a time),
+``protocol`` and ``server`` (OpenAI's API over HTTP, with the extra ``serve``), and ``command``:
 
-``python -m tformer_lib.serving --prompt "Once upon a time"`` serves from the command line.
+    python -m tformer_lib.serving --prompt "Once upon a time"
+    python -m tformer_lib.serving serve --model stories
 """
 
 from tformer_lib.serving.engine import (
@@ -34,7 +36,7 @@ from tformer_lib.serving.engine import (
     check_servable,
     graph_sizes,
 )
-from tformer_lib.serving.request import Params, Piece, Request, TextStream, overlap
+from tformer_lib.serving.request import LogProbabilities, Params, Piece, Request, TextStream, overlap
 from tformer_lib.serving.runner import (
     SAMPLED,
     Inputs,
@@ -54,6 +56,7 @@ __all__ = [
     "JoinedAttention",
     "LLM",
     "Launched",
+    "LogProbabilities",
     "PackedLayer",
     "PackedPass",
     "Params",

@@ -1,13 +1,16 @@
-"""The command line: complete prompts."""
+"""The command line: complete prompts, or serve them over HTTP."""
 
 import json
+import os
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 from tformer_lib import command_line, pretrained
-from tformer_lib.serving.engine import DEFAULT_MEMORY, LLM, blocks_that_fit
+from tformer_lib.serving.engine import DEFAULT_MEMORY, LLM, blocks_that_fit, check_counts
 from tformer_lib.serving.request import Params, Request
 from tformer_lib.tokens import Encoding
 from tformer_lib.training import pick_device
@@ -17,12 +20,17 @@ HELP = """Serve a model to many requests at once.
 
   python -m tformer_lib.serving --prompt "Once upon a time"       write on, as it comes
   python -m tformer_lib.serving --prompts requests.jsonl          a line of JSON for each request
+  python -m tformer_lib.serving serve --model stories             over HTTP, as OpenAI's clients ask
+
+Where no command is named, it is "complete".
 """
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What an engine is made of."""
+    """What both commands need."""
 
     model: str = "stories"
     """A model of the library, or the folder of one that was trained here."""
@@ -74,14 +82,66 @@ class Complete(EngineOptions):
 
     def asked(self, encoding: Encoding) -> dict:
         """The parameters of a request that says nothing itself."""
-        names = [field.name for field in fields(Params) if field.name != "stop_tokens"]
-        return {"stop_tokens": [encoding.eot_token], **{name: getattr(self, name) for name in names}}
+        given = {field.name: getattr(self, field.name) for field in fields(Params) if hasattr(self, field.name)}
+        return {"stop_tokens": [encoding.eot_token], **given}
 
     def requests(self) -> list[dict]:
         """What each request says itself: its prompt, and in a file its parameters."""
         if bool(self.prompt) == (self.prompts is not None):
             raise ValueError("either --prompt or --prompts must be given")
         return read_lines(self.prompts) if self.prompts else [{"prompt": text} for text in self.prompt]
+
+
+@dataclass(frozen=True)
+class Serve(EngineOptions):
+    """Answer OpenAI's completions and chat completions over HTTP, until Ctrl-C, which finishes what has begun."""
+
+    host: str = "127.0.0.1"
+    """The address to listen at; others than the loopback are reached from outside."""
+    port: int = 8000
+    """The port to listen at; 0 takes a free one."""
+    name: str | None = None
+    """What clients call the model; by default its name or folder's."""
+    api_key: str | None = None
+    """What clients must send; by default what TFORMER_API_KEY holds, or nothing."""
+    max_body: int = 2**20
+    """Bytes of a request's body."""
+    max_queue: int = 256
+    """Texts that may wait for a seat; more are refused."""
+    timeout: float = 300.0
+    """Seconds that a request may take."""
+    grace: int = 30
+    """Seconds that a shutdown waits for what has begun."""
+
+
+def serve(command: Serve) -> int:
+    """Listen until Ctrl-C or SIGTERM; returns the exit status."""
+    try:
+        import uvicorn
+
+        from tformer_lib.serving.server import Limits, Server
+    except ImportError as error:
+        raise ImportError(f"{error}; pip install 'tformer-lab[serve]' brings what a server needs") from None
+    check_counts(1, max_body=command.max_body)
+    check_counts(0, max_queue=command.max_queue, grace=command.grace)
+    if not 0 < command.timeout < float("inf") or not 0 <= command.port < 2**16:
+        raise ValueError(f"timeout must be above 0 and port from 0 to 65535, got {command.timeout} and {command.port}")
+    key = command.api_key or os.environ.get("TFORMER_API_KEY") or None
+    limits = Limits(command.max_body, command.max_queue, command.timeout)
+    name = command.name or Path(command.model).resolve().name
+    server = Server(command.open().engine, name, api_key=key, limits=limits)
+    options = {"log_level": "warning", "access_log": False, "server_header": False}
+    config = uvicorn.Config(server.app, timeout_graceful_shutdown=command.grace, **options)
+    family = socket.AF_INET6 if ":" in command.host else socket.AF_INET
+    with socket.create_server((command.host, command.port), family=family, backlog=2048) as listening:
+        address = f"[{command.host}]" if ":" in command.host else command.host
+        if command.host not in LOOPBACK and key is None:
+            print(
+                "warning: anybody who reaches this address may use the model; --api-key asks for a key", file=sys.stderr
+            )
+        print(f"serving {name} on http://{address}:{listening.getsockname()[1]}/v1", flush=True)
+        uvicorn.Server(config).run(sockets=[listening])
+    return 0
 
 
 def complete(command: Complete) -> int:
@@ -136,7 +196,14 @@ def read_lines(path: Path) -> list[dict]:
 
 def run_command(arguments: Sequence[str]) -> int:
     """Do what the command line asks for; returns the exit status."""
-    return complete(command_line.parse(Complete, arguments, program=PROGRAM, description=HELP))
+    import tyro  # here, so that the library works where there is no tyro
+
+    commands = Annotated[Complete, tyro.conf.subcommand("complete")] | Annotated[Serve, tyro.conf.subcommand("serve")]
+    words = list(arguments)
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
+        words = ["complete", *words]
+    command = command_line.parse(commands, words, program=PROGRAM, description=HELP)
+    return serve(command) if isinstance(command, Serve) else complete(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

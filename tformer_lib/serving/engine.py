@@ -15,7 +15,7 @@ from tformer_lib import profiling
 from tformer_lib.generation import check_memory, check_number
 from tformer_lib.kv_cache import CacheShape
 from tformer_lib.paged_attention import BLOCK_SIZE, BlockAllocator, blocks_for
-from tformer_lib.serving.request import Params, Piece, Request, TextStream
+from tformer_lib.serving.request import LogProbabilities, Params, Piece, Request, TextStream
 from tformer_lib.serving.runner import NONE, Inputs, Launched, Runner
 from tformer_lib.serving.scheduler import Row, Scheduler
 from tformer_lib.serving.turns import Turns
@@ -280,18 +280,22 @@ class Engine:
         if launched.arrived is not None:
             with profiling.range("wait"):
                 launched.arrived.synchronize()
+        reports = iter(() if launched.logprobs is None else launched.logprobs.tolist())
         for request, token in zip(launched.requests, launched.tokens.tolist(), strict=True):
             request.pending -= 1
+            logprobs = None if request.params.logprobs is None else reported(next(reports), request.params.logprobs)
             if request.finish_reason is None:  # else it ended while this token was on its way
-                pieces.append(self._accept(request, token))
+                pieces.append(self._accept(request, token, logprobs))
         step.finished = time.perf_counter()
         self.log.append(step)
 
-    def _accept(self, request: Request, token: int) -> Piece:
+    def _accept(self, request: Request, token: int, logprobs: LogProbabilities | None) -> Piece:
         """A token has come back: it becomes text, and may be the last."""
         if token == NONE:
             return self._end(request, "error", error="the logits after its tokens are not finite")
         request.tokens.append(token)
+        if logprobs is not None:
+            request.logprobs.append(logprobs)
         stopped, text = token in request.stop_tokens, ""
         if request.stream is not None:
             try:
@@ -316,7 +320,8 @@ class Engine:
     def _tell(self, request: Request, token: int | None, text: str) -> Piece:
         """Hand a piece to the request, and to the one who listens to it."""
         request.text += text
-        piece = Piece(request, token, text)
+        logprobs = request.logprobs[-1] if request.logprobs and token is not None else None
+        piece = Piece(request, token, text, logprobs, request.finish_reason)
         if request.listener is not None:
             try:
                 request.listener(piece)
@@ -340,6 +345,15 @@ class Engine:
                 self._end(request, "error", error=error)
             self.allocator.reset()
 
+    def cancel_soon(self, request: Request) -> None:
+        """:meth:`cancel` it at the end of the step that is under way, or of the next; any thread may call, none waits.
+
+        Raises:
+            ValueError: the request is another engine's.
+        """
+        self._check_ours(request)
+        self.leaving.append(request)
+
     def cancel(self, request: Request) -> None:
         """End a request now. Its blocks are free at once: the device does things in order, so what is written into them
         next is written after what is under way. Cancelling twice, or what has ended, does nothing.
@@ -347,18 +361,27 @@ class Engine:
         Raises:
             ValueError: the request is another engine's.
         """
-        if request.table is not None and request.table.allocator is not self.allocator:
-            raise ValueError(f"{request} is another engine's")
+        self._check_ours(request)
         with self.turns:
             if self.is_stepping:  # a generator that was thrown away is closed by whoever collects the garbage
                 self.leaving.append(request)
             elif request.finish_reason is None:
                 self._end(request, "cancelled")
 
+    def _check_ours(self, request: Request) -> None:
+        if request.table is not None and request.table.allocator is not self.allocator:
+            raise ValueError(f"{request} is another engine's")
+
     def run(self) -> None:
         """Step until nothing is left to do."""
         while self.busy:
             self.step()
+
+
+def reported(row: list[float], count: int) -> LogProbabilities:
+    """One row of ``Launched.logprobs``, of which this request asked for the ``count`` likeliest."""
+    k = len(row) // 2
+    return LogProbabilities(row[0], [(int(row[1 + k + i]), row[1 + i]) for i in range(min(count, k))])
 
 
 def graph_sizes(seats: int) -> list[int]:
@@ -436,7 +459,7 @@ class LLM:
         """
         inbox: deque[Piece] = deque()
         requests = self._add_all(prompts, params, inbox.append)
-        inbox.extendleft(Piece(request, None, "") for request in reversed(requests) if request.table is None)
+        inbox.extendleft(last_of(request) for request in reversed(requests) if request.table is None)
         try:
             lasting = True
             while lasting:
@@ -481,6 +504,11 @@ class LLM:
         finally:
             for request in requests:
                 self.engine.cancel(request)
+
+
+def last_of(request: Request) -> Piece:
+    """All that is ever heard of a request that was never let in."""
+    return Piece(request, None, "", finish_reason=request.finish_reason)
 
 
 def refused(id, error: str) -> Request:

@@ -25,6 +25,8 @@ class Params(Sampling):
     """The text ends with the first of these, which is its last token."""
     stop: Sequence[str] = ()
     """The text ends before the first of these strings."""
+    logprobs: int | None = None
+    """Report the log-probabilities of each token and of so many of the likeliest, by the model alone; None: of none."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -36,6 +38,8 @@ class Params(Sampling):
         stop = tuple(self.stop) if isinstance(self.stop, Iterable) and not isinstance(self.stop, str) else ("",)
         if not all(map(is_text, stop)):
             raise ValueError(f"stop must be a list of strings, none of them empty, got {self.stop!r}")
+        if self.logprobs is not None and check_number("logprobs", self.logprobs, numbers.Integral) < 0:
+            raise ValueError(f"logprobs must be at least 0, got {self.logprobs}")
         for name, value in (
             ("max_new_tokens", new),
             ("stop_tokens", tuple(stops_of(self.stop_tokens))),
@@ -55,7 +59,7 @@ class Params(Sampling):
         if not isinstance(given, (dict, type(None))):
             raise ValueError(f"params must be Params or a dict, got {given!r}")
         given, known = dict(given or {}), [field.name for field in fields(cls)]
-        if unknown := sorted(set(given) - set(known)):
+        if unknown := sorted(map(str, set(given) - set(known))):
             raise ValueError(f"unknown parameters: {', '.join(unknown)}; there are {', '.join(known)}")
         return cls(**given)
 
@@ -79,6 +83,7 @@ class Request:
         listener: called with each :class:`Piece` as it comes, by the thread that steps the engine.
         tokens: the prompt and all new tokens that have come back.
         text: what is certain of the new tokens' text, if the engine has an encoding.
+        logprobs: what ``Params.logprobs`` asked for, of each new token.
         finish_reason: "length", "stop", "cancelled" or "error"; None while it lasts.
         error: why it was refused, or what ended it.
         table: its blocks; ``table.length`` tokens have been computed or are being so.
@@ -90,6 +95,7 @@ class Request:
         self.id, self.params, self.arrival, self.listener = id, params, -1, listener
         self.tokens, self.prompt_length = list(prompt), len(prompt)
         self.text, self.finish_reason, self.error = "", None, None
+        self.logprobs: list[LogProbabilities] = []
         self.table: BlockTable | None = None
         self.stream: TextStream | None = None
         self.seat, self.pending, self.reused, self.preemptions = -1, 0, 0, 0
@@ -124,6 +130,14 @@ class Request:
         return f"Request({self.id!r}, prompt={self.prompt_length}, new={written}, finish_reason={self.finish_reason!r})"
 
 
+class LogProbabilities(NamedTuple):
+    """What the model thought of a token when it was chosen: natural logarithms, temperature and rules left out."""
+
+    chosen: float
+    top: list[tuple[int, float]]
+    """The likeliest tokens and theirs."""
+
+
 class Piece(NamedTuple):
     """What one step wrote for one request."""
 
@@ -132,6 +146,9 @@ class Piece(NamedTuple):
     """None where the request ended without one: refused, cancelled, or with an error."""
     text: str
     """Whole characters; later pieces may be needed for this token's."""
+    logprobs: LogProbabilities | None = None
+    finish_reason: str | None = None
+    """Its request's, where this is the last piece of it."""
 
 
 class TextStream:

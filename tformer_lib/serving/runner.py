@@ -176,6 +176,8 @@ class Launched(NamedTuple):
     tokens: Tensor
     """(requests,) int64 on the host, once ``arrived`` says so."""
     arrived: "torch.cuda.Event | None"
+    logprobs: Tensor | None = None
+    """(requests that asked, 1 + 2 k) float64 on the host: the chosen token's, those of the k likeliest, and these."""
 
 
 class Runner:
@@ -229,7 +231,8 @@ class Runner:
         with profiling.range("sampling"):
             tokens = self.choose(logits, requests, seats)
         self.last_tokens[seats] = tokens.clamp_min(0)  # a step ahead reads it before anybody has looked
-        return Launched(requests, *self._send_back(tokens))
+        logprobs = self._log_probabilities(logits, tokens, requests)
+        return Launched(requests, *self._send_back(tokens), logprobs)
 
     def as_current(self) -> AbstractContextManager:
         """The model's device as the current one, which each thread has for itself."""
@@ -347,6 +350,20 @@ class Runner:
         if rules.repetition_penalty != 1:
             self.seen[seats, tokens] = True
         return tokens
+
+    def _log_probabilities(self, logits: Tensor, tokens: Tensor, requests: list[Request]) -> Tensor | None:
+        """What is reported of the chosen tokens, for the rows that asked: see :class:`Launched`."""
+        places = [place for place, request in enumerate(requests) if request.params.logprobs is not None]
+        if not places:
+            return None
+        index = torch.tensor(places, device=self.device)
+        k = min(max(requests[place].params.logprobs for place in places), logits.shape[1])
+        logprobs = logits[index].double().log_softmax(-1)
+        chosen = logprobs.gather(1, tokens[index, None].clamp_min(0))
+        top, which = logprobs.topk(k)
+        reported = torch.cat([chosen, top, which.double()], dim=1)
+        host = torch.empty(reported.shape, dtype=reported.dtype, pin_memory=self.device.type == "cuda")
+        return host.copy_(reported, non_blocking=True)
 
     def _seen_by(self, requests: list[Request], seats: Tensor, vocab_size: int) -> Tensor:
         """(rows, vocab_size) boolean: the tokens of each row so far. Those that just sat down bring theirs along."""
