@@ -326,7 +326,7 @@ def knock(draw: Callable[[Random], doors.Call], calls: int) -> None:
 def watch_addresses() -> None:
     """Build the C++ twins with the address sanitizer, whose library this process has loaded before all others."""
     os.environ.pop("LD_PRELOAD", None)  # this process has it; the compiler need not be watched
-    jit.CPP_FLAGS += ["-fsanitize=address", "-fno-omit-frame-pointer"]
+    jit.CPP_FLAGS += ["-fsanitize=address", "-fno-omit-frame-pointer", "-O1"]  # -O3 would compile for minutes
 
 
 def address_sanitizer() -> str:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import doors
-from tformer_lib import attention, jit
+from tformer_lib import attention, jit, linear_attention, rope, sparse_attention
 from tformer_lib.flash_attention import flash_attention, flash_attention_varlen
 from tformer_lib.paged_attention import paged_attention, plan_attention
 
@@ -144,6 +144,28 @@ def test_flash_attention_refuses_a_forward_mode_derivative_in_words(step):
     packed = [x[0].transpose(0, 1) for x in (k, k, v)]
     with pytest.raises(NotImplementedError, match="flash attention has no forward-mode derivative"):
         dual(lambda x: flash_attention_varlen(x, *packed[1:], starts, starts, step=step), packed[0], packed[0])
+
+
+def other_operators():
+    """Functions of q whose operators a forward-mode derivative must not enter, by name."""
+    k, v, angles = torch.randn(1, 2, 70, 8), torch.randn(1, 2, 70, 8), torch.rand(70, 4)
+    chosen = torch.zeros(1, 2, 1, 1, dtype=torch.int64)
+    pattern = sparse_attention.sliding_window(9)
+    return {
+        "linear attention": lambda q: linear_attention.attend(q, k, v, causal=True, step="cpu"),
+        "sparse attention": lambda q: sparse_attention.attend(q, k, v, pattern=pattern, step="cpu"),
+        "attend_chosen": lambda q: sparse_attention.attend_chosen(q, k, v, chosen),
+        "RoPE in place": lambda q: rope.rotate_both_(q, None, angles, angles),
+    }
+
+
+@needs_cpu_twin
+@pytest.mark.parametrize("name", other_operators())
+def test_no_other_operator_drops_a_forward_mode_derivative(name):
+    q = torch.randn(1, 4, 70, 8)
+    other_operators()[name](q.clone())
+    with pytest.raises(NotImplementedError, match=f"{name} has no forward-mode derivative"):
+        dual(other_operators()[name], torch.ones_like(q), q)
 
 
 def test_attend_which_the_refusal_names_has_one():

@@ -182,22 +182,27 @@ def wants_gradients(*tensors: Tensor) -> bool:
     return has_tangent(*tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
-def has_tangent(*tensors: Tensor) -> bool:
+def has_tangent(*tensors: Tensor | None) -> bool:
     """Whether a forward-mode derivative (``torch.func.jvp``, ``torch.autograd.forward_ad``) is on its way."""
     is_on = forward_ad._current_level >= 0
-    return is_on and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return is_on and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
-def check_no_tangent(topic: str, *tensors: Tensor) -> None:
+def check_no_tangent(operator: str, *tensors: Tensor | None, instead: str) -> None:
     """Refuse a forward-mode derivative, which an operator of ``torch.library`` would drop without a word.
+
+    Args:
+        operator: what is refused, in words.
+        tensors: its inputs.
+        instead: plain PyTorch that has such a derivative.
 
     Raises:
         NotImplementedError: one of the tensors has a tangent.
     """
     if not torch.compiler.is_compiling() and has_tangent(*tensors):
         raise NotImplementedError(
-            f"{topic} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): use the backward "
-            "mode, or attention.attend, which is plain PyTorch and has both"
+            f"{operator} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): use the backward "
+            f"mode, or plain PyTorch, which has both: {instead}"
         )
 
 

@@ -53,7 +53,7 @@ def flash_attention(
     """
     check_inputs(q, k, v, mask)
     check_options(q, v, window)
-    check_no_tangent("flash attention", q, k, v)
+    check_no_tangent("flash attention", q, k, v, instead="attention.attend")
     out, lse = torch.ops.tformer_lab.flash_attention(
         q,
         k,
@@ -108,7 +108,7 @@ def flash_attention_varlen(
     q4, k4, v4 = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (total, heads, d) -> (1, heads, total, d)
     check_inputs(q4, k4, v4)
     check_options(q4, v4, window)
-    check_no_tangent("flash attention", q, k, v)
+    check_no_tangent("flash attention", q, k, v, instead="attention.attend")
     out, lse = torch.ops.tformer_lab.flash_attention(
         q4,
         k4,

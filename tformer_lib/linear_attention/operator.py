@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tformer_lib.ladder import KERNEL_DTYPES
+from tformer_lib.ladder import KERNEL_DTYPES, check_no_tangent
 from tformer_lib.linear_attention.decay import FORGET
 from tformer_lib.linear_attention.feature_maps import FeatureMap
 from tformer_lib.linear_attention.gradients import Sums, chunk_gradients
@@ -179,6 +179,8 @@ def run(
         feature_map: one of ``MAPS``, applied to q and k times ``map_scale``.
         step: of the ladder; the fastest that can do it if None.
     """
+    inputs = (q, k, v, log_decay, beta, initial_state)
+    check_no_tangent("this step of linear attention", *inputs, instead="the forms without a step, on a CPU")
     head_dim, value_dim = q.shape[3], v.shape[3]
     if feature_map is not None and head_dim % 8:  # a kernel's padding would be mapped too
         q, k = (feature_map(x.to(sum_dtype(x)) * map_scale).to(x.dtype) for x in (q, k))

@@ -10,6 +10,7 @@ from tformer_lib.ladder import (
     KERNEL_DTYPES,
     Ladder,
     accumulation_dtype,
+    check_no_tangent,
     is_aligned,
     loadable,
     refusal_of_dtype,
@@ -81,6 +82,7 @@ def rotate_both(
             formula(q, cos, sin, layout, q_weight, norm_eps),
             None if k is None else formula(k, cos, sin, layout, k_weight, norm_eps),
         )
+    check_no_tangent("this step of RoPE", q, k, cos, sin, q_weight, k_weight, instead="rotate with step=0")
     turned = torch.ops.tformer_lab.rope(
         q, k, cos, sin, None, None, 1.0, q_weight, k_weight, norm_eps, layout, False, name
     )
@@ -115,6 +117,7 @@ def rotate_at_positions(
     if takes_formula(name, q, frequencies, frequencies):
         cos, sin = angles_at(positions, frequencies, factor)
         return rotate_both(q, k, cos, sin, layout, q_weight=q_weight, k_weight=k_weight, norm_eps=norm_eps, step=step)
+    check_no_tangent("this step of RoPE", q, k, frequencies, q_weight, k_weight, instead="rotate with step=0")
     turned = torch.ops.tformer_lab.rope(
         q, k, None, None, positions, frequencies, factor, q_weight, k_weight, norm_eps, layout, False, name
     )
@@ -135,6 +138,7 @@ def rotate_both_(
 ) -> None:
     """Turn queries and keys in place; no gradient passes. Arguments as in :func:`rotate_both`."""
     check_both(q, k, cos, sin, layout, q_weight, k_weight, norm_eps)
+    check_no_tangent("RoPE in place", q, k, cos, sin, q_weight, k_weight, instead="rotate with step=0")
     torch.ops.tformer_lab.rope_(q, k, cos, sin, q_weight, k_weight, norm_eps, layout, LADDER.name(step))
 
 

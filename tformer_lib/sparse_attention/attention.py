@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tformer_lib.contract import check_inputs
-from tformer_lib.ladder import AUTO, HALVES
+from tformer_lib.ladder import AUTO, HALVES, check_no_tangent
 from tformer_lib.sparse_attention.blocks import attend_blocks, in_blocks
 from tformer_lib.sparse_attention.kernels import LADDER, refusal
 from tformer_lib.sparse_attention.lists import BLOCK as KERNEL_BLOCK
@@ -59,6 +59,7 @@ def attend(
     if mask is not None or (not traced and (name == "0" or (name == AUTO and not has_kernel(q, v)))):
         pattern = pattern & Band(None, 0) if causal else pattern
         return attend_blocks(q, k, v, pattern, mask, scale, block, sinks)
+    check_no_tangent("this step of sparse attention", q, k, v, sinks, instead="step=0")
     return torch.ops.tformer_lab.sparse_attention(q, k, v, sinks, None, pattern.handle, bool(causal), scale, name)[0]
 
 
@@ -100,6 +101,7 @@ def attend_chosen(
     if heads not in (1, q.shape[1]):
         chosen = chosen.repeat_interleave(q.shape[1] // heads, dim=1)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    check_no_tangent("attend_chosen", q, k, v, sinks, instead="attention.attend under the mask of the chosen blocks")
     options = (-1, bool(causal), scale, LADDER.name(step))
     return torch.ops.tformer_lab.sparse_attention(q, k, v, sinks, chosen, *options)[0]
 
