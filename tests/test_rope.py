@@ -598,3 +598,15 @@ def test_what_does_not_fit_together_is_refused(change, message):
     given = {"q": q, "k": k, "cos": cos, "sin": sin, **change}
     with pytest.raises(ValueError, match=message):
         rotate_both(**given)
+
+
+def test_the_operators_refuse_what_the_doors_do():
+    q, k, cos, sin, *_ = drawn(9)
+    options = (None, None, 1.0, None, None, None, "half", False, "0")
+    with pytest.raises(ValueError, match="5 tokens, but there are angles for 4"):
+        torch.ops.tformer_lab.rope(q, k, cos[:, 1:], sin[:, 1:], *options)
+    with pytest.raises(ValueError, match="5 tokens, but there are angles for 4"):
+        torch.ops.tformer_lab.rope_(q, k, cos[:, 1:], sin[:, 1:], None, None, None, "half", "0")
+    positions, frequencies = torch.arange(4), torch.ones(16)
+    with pytest.raises(ValueError, match="5 tokens, but there are angles for 4"):
+        torch.ops.tformer_lab.rope(q, k, None, None, positions, frequencies, *options[2:])

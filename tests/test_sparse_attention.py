@@ -692,6 +692,21 @@ def test_a_copied_pattern_is_its_own():
     assert sp.patterns.pattern_of(pattern.handle) is pattern
 
 
+def test_the_operators_refuse_what_the_doors_do():
+    q, k, v = make(150)
+    out, lse = torch.zeros(2, 4, 150, 8, dtype=torch.float64), torch.zeros(2, 4, 150, dtype=torch.float64)
+    options, handle = (True, 0.3, "0"), sp.everything()
+    forward, backward = torch.ops.tformer_lab.sparse_attention, torch.ops.tformer_lab.sparse_attention_backward
+    with pytest.raises(ValueError, match="q has head_dim 8, k has head_dim 7"):
+        forward(q, k[..., :7], v, None, None, handle.handle, *options)
+    with pytest.raises(ValueError, match="takes a choice of 1 or 4 heads, got 2"):
+        forward(q, k, v, None, torch.zeros(1, 2, 2, 1, dtype=torch.long), -1, *options)
+    with pytest.raises(ValueError, match=r"dout must be \(2, 4, 150, 8\) on cpu, got \(2, 4, 149, 8\)"):
+        backward(out[:, :, 1:], None, q, k, v, out, lse, None, handle.handle, *options)
+    with pytest.raises(ValueError, match=r"lse must be \(2, 4, 150\) on cpu, got \(2, 4, 149\)"):
+        backward(out, None, q, k, v, out, lse[..., 1:], None, handle.handle, *options)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -699,6 +714,9 @@ def test_a_copied_pattern_is_its_own():
         ({"chosen": torch.zeros(1, 1, 3, 2, dtype=torch.long)}, "must have 2 tiles of 128 queries, got 3"),
         ({"chosen": torch.zeros(1, 3, 2, 2, dtype=torch.long)}, "must have 1 or 2 or 4 heads, got 3"),
         ({"chosen": torch.zeros(1, 1, 2, 5, dtype=torch.long)}, "must have at most 3 blocks, got 5"),
+        ({"chosen": torch.full((1, 1, 2, 2), 3)}, "must hold blocks 0 to 2, or -1 for none, got 3"),
+        ({"chosen": torch.full((1, 1, 2, 2), -2)}, "must hold blocks 0 to 2, or -1 for none, got -2"),
+        ({"chosen": torch.ones(1, 1, 2, 2, dtype=torch.long)}, "a block at most once in a list"),
         ({"sinks": torch.zeros(3)}, r"sinks must be \(4,\) on cpu, got \(3,\)"),
         ({"step": 2}, "step 2 cannot do this: it runs on cuda"),
         ({"step": "cuda"}, "step must be one of"),
@@ -706,7 +724,7 @@ def test_a_copied_pattern_is_its_own():
 )
 def test_wrong_choices_are_refused_by_name(change, message):
     q, k, v = make(150)
-    given = {"chosen": torch.zeros(1, 1, 2, 2, dtype=torch.long), **change}
+    given = {"chosen": torch.tensor([0, -1]).expand(1, 1, 2, 2), **change}
     with pytest.raises(ValueError, match=message):
         sp.attend_chosen(q, k, v, given.pop("chosen"), **given)
 

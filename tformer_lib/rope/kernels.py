@@ -111,7 +111,7 @@ def rotate_at_positions(
     """
     if positions.is_floating_point() or positions.dim() not in (1, 2):
         raise ValueError(f"positions must be ([batch,] T) integers, got {tuple(positions.shape)} of {positions.dtype}")
-    angles = positions[..., None].expand(*positions.shape, frequencies.shape[0])  # for their shape alone
+    angles = shape_of_angles(positions, frequencies)
     check_both(q, k, angles, angles, layout, q_weight, k_weight, norm_eps)
     name = LADDER.name(step)
     if takes_formula(name, q, frequencies, frequencies):
@@ -171,6 +171,28 @@ def check_both(
             raise ValueError("weights of a norm were given without its norm_eps")
         if weight.shape != q.shape[-1:]:
             raise ValueError(f"a norm's weight must be ({q.shape[-1]},), got {tuple(weight.shape)}")
+
+
+def shape_of_angles(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """A tensor of the shape that the angles have: ([batch,] T, pairs)."""
+    return positions[..., None].expand(*positions.shape, frequencies.shape[0])
+
+
+def check_operator(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    frequencies: Tensor | None,
+    layout: str,
+    weights: tuple[Tensor | None, Tensor | None],
+    norm_eps: float | None,
+) -> None:
+    """Refuse what a kernel would follow out of its tensors, from whoever calls the operator."""
+    if positions is not None:
+        cos = sin = shape_of_angles(positions, frequencies)
+    check_both(q, k, cos, sin, layout, *weights, norm_eps)
 
 
 def takes_formula(step: str, q: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -384,6 +406,7 @@ def rope_op(
     step: str,
 ) -> tuple[Tensor, Tensor]:
     """The operator behind the public doors. ``inverse`` turns back; without k the second result is empty."""
+    check_operator(q, k, cos, sin, positions, frequencies, layout, (q_weight, k_weight), norm_eps)
     out = rope_fake(q, k)
     sides = [(q, out[0], q_weight)] + ([] if k is None else [(k, out[1], k_weight)])
     run(step, sides, Angles(cos, sin, positions, frequencies, factor), norm_eps, layout, inverse)
@@ -409,6 +432,7 @@ def rope_inplace_op(
     step: str,
 ) -> None:
     """The same in place."""
+    check_operator(q, k, cos, sin, None, None, layout, (q_weight, k_weight), norm_eps)
     sides = [(q, q, q_weight)] + ([] if k is None else [(k, k, k_weight)])
     run(step, sides, Angles(cos, sin, None, None, 1.0), norm_eps, layout, False)
 
@@ -432,6 +456,11 @@ def rope_norm_backward_op(
     step: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, of k (empty without it) and of both weights, (2, head_dim) float32."""
+    check_operator(q, k, cos, sin, positions, frequencies, layout, (q_weight, k_weight), norm_eps)
+    if dq_out.shape != q.shape or (k is not None and dk_out.shape != k.shape):
+        raise ValueError(
+            f"a gradient must have the shape of what it is of, got {tuple(dq_out.shape)} of {tuple(q.shape)}"
+        )
     angles = Angles(cos, sin, positions, frequencies, factor)
     sides = [(q, dq_out, q_weight)] + ([] if k is None else [(k, dk_out, k_weight)])
     grads = [torch.empty_like(x) for x, _, _ in sides]

@@ -6,10 +6,11 @@ from torch import Tensor
 from tformer_lib.contract import check_inputs
 from tformer_lib.ladder import AUTO, HALVES, check_no_tangent
 from tformer_lib.sparse_attention.blocks import attend_blocks, in_blocks
+from tformer_lib.sparse_attention.checks import check_chosen, check_sinks
 from tformer_lib.sparse_attention.kernels import LADDER, refusal
 from tformer_lib.sparse_attention.lists import BLOCK as KERNEL_BLOCK
 from tformer_lib.sparse_attention.lists import TILE
-from tformer_lib.sparse_attention.patterns import BLOCK, Band, Pattern, blocks_in
+from tformer_lib.sparse_attention.patterns import BLOCK, Band, Pattern
 
 
 def attend(
@@ -92,7 +93,8 @@ def attend_chosen(
         (batch, heads, T, value_dim) in q's dtype; zeros for a query that may look at nothing.
 
     Raises:
-        ValueError: if the inputs break the contract. What ``chosen`` holds is not read.
+        ValueError: if the inputs break the contract, or, on a CPU, ``chosen`` names a block that is not there or one
+            twice. On a GPU that would wait for it, so there it is believed.
     """
     check_inputs(q, k, v)
     check_sinks(sinks, q)
@@ -156,26 +158,3 @@ def has_kernel(q: Tensor, v: Tensor) -> bool:
     if not q.is_cuda or q.dtype not in HALVES:
         return False
     return LADDER.choose(AUTO, q.device, lambda step: refusal(step, q, v)) != "0"
-
-
-def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
-    """Refuse sinks of the wrong shape or place."""
-    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
-        raise ValueError(f"sinks must be ({q.shape[1]},) on {q.device}, got {tuple(sinks.shape)} on {sinks.device}")
-
-
-def check_chosen(chosen: Tensor, q: Tensor, k: Tensor) -> None:
-    """Refuse a choice of the wrong shape, dtype or place."""
-    if chosen.dim() != 4 or chosen.is_floating_point() or chosen.dtype == torch.bool or chosen.device != q.device:
-        raise ValueError(
-            f"chosen must be (batch, heads, tiles, n) integers on {q.device}, got {tuple(chosen.shape)} of "
-            f"{chosen.dtype} on {chosen.device}"
-        )
-    tiles, blocks = blocks_in(q.shape[2], TILE), blocks_in(k.shape[2], KERNEL_BLOCK)
-    wanted = ((1, q.shape[0]), (1, k.shape[1], q.shape[1]), (tiles,), tuple(range(blocks + 1)))
-    for name, size, sizes in zip(
-        ("batch", "heads", "tiles of 128 queries", "blocks"), chosen.shape, wanted, strict=True
-    ):
-        if size not in sizes:
-            expected = " or ".join(map(str, dict.fromkeys(sizes))) if len(sizes) < 4 else f"at most {sizes[-1]}"
-            raise ValueError(f"chosen must have {expected} {name}, got {size}")

@@ -16,6 +16,7 @@ from tformer_lib.ladder import (
     refusal_of_place,
     refusal_of_tensor_cores,
 )
+from tformer_lib.sparse_attention.checks import check_gradients, check_operator
 from tformer_lib.sparse_attention.lists import (
     BLOCK,
     NONE,
@@ -329,6 +330,7 @@ def sparse_attention_op(
     step: str,
 ) -> tuple[Tensor, Tensor]:
     """The operator behind the public functions: out and lse. ``handle`` names a pattern where nothing is chosen."""
+    check_operator(q, k, v, sinks, chosen)
     lists = lists_of(q, k, chosen, handle, causal, transposed=False)
     compare = causal and chosen is not None  # a pattern's masks know already
     name = LADDER.choose(step, q.device, lambda name: refusal(name, q, v))
@@ -359,6 +361,9 @@ def sparse_attention_backward_op(
     step: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
+    check_operator(q, k, v, None, chosen)
+    check_gradients(dout, dlse, q, v, out, lse)
+    lse = lse.contiguous()
     compare = causal and chosen is not None
     wish = {"0": "0", "cpu": "cpu"}.get(step, AUTO)
     name = GRADIENTS.choose(wish, q.device, lambda name: refusal_of_order(name) or refusal(name, q, v))
