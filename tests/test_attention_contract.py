@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from tformer_lib import jit, sparse_attention
+from tformer_lib.flash_attention import RUNGS
 from tformer_lib.kv_cache import CacheShape, GrowingCache, PreallocatedCache
 from tformer_lib.paged_attention import PagedKVCache
 
@@ -157,6 +158,8 @@ FORMS = [
     flash_step(2, (torch.float32,)),
     flash_step(3, HALVES, head_dims=(16, 40, 64)),
     flash_step(4, HALVES, head_dims=(16, 40, 64), needs=partial(has_gpu, (9, 0))),
+    *(flash_step(rung, HALVES[:1], head_dims=(40, 64)) for rung in RUNGS["3"]),
+    *(flash_step(rung, HALVES[:1], head_dims=(40, 64), needs=partial(has_gpu, (9, 0))) for rung in RUNGS["4"]),
     Form("sparse", "tformer_lib.sparse_attention:attend", {"pattern": sparse_attention.everything(), "block": 16}),
     Form(
         "sparse-cpu",

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tformer_lib import jit, masks
-from tformer_lib.flash_attention import GRADIENTS, flash_attention, flash_attention_varlen
+from tformer_lib.flash_attention import GRADIENTS, RUNGS, flash_attention, flash_attention_varlen
 
 HAS_CPU_TWIN = jit.can_build_cpp()
 HAS_GPU = torch.cuda.is_available()
@@ -28,7 +28,9 @@ def backends():
         found += [("cpu", "cpu", dtype) for dtype in (torch.float32, torch.bfloat16)]
     if HAS_GPU:
         found += [(step, "cuda", torch.float32) for step in (1, 2)]
-        found += [(step, "cuda", dtype) for step in ((3, 4) if ON_HOPPER else (3,)) for dtype in HALVES]
+        tops = ("3", "4") if ON_HOPPER else ("3",)
+        found += [(int(step), "cuda", dtype) for step in tops for dtype in HALVES]
+        found += [(rung, "cuda", torch.bfloat16) for step in tops for rung in RUNGS[step]]
     return [pytest.param(*x, id=f"step{x[0]}-{x[1]}-{str(x[2])[6:]}") for x in found]
 
 

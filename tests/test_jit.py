@@ -35,6 +35,10 @@ def test_a_step_is_found_by_number_or_name(kernels):
     assert jit.find_source("small", 1).name == "1_first.cpp"
     assert jit.find_source("small", "1_first").name == "1_first.cpp"
     assert jit.find_source("small", "cpu").name == "cpu.cpp"
+    (kernels / "1a_less.cpp").write_text(SMALL % 0)
+    assert jit.find_source("small", "1a").name == "1a_less.cpp"
+    assert jit.find_source("small", 1).name == "1_first.cpp"
+    (kernels / "1a_less.cpp").unlink()
     with pytest.raises(FileNotFoundError, match=r"kernels/small has no step 7; it has: 1_first, 2_second, cpu"):
         jit.find_source("small", 7)
 

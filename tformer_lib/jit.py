@@ -145,7 +145,7 @@ def kernels_from(folder: str | Path) -> Iterator[None]:
 
 
 def find_source(topic: str, step: int | str) -> Path:
-    """The file of a step: its number is the part of the file's name before the first underscore.
+    """The file of a step: its number is the part of the file's name before the first underscore, "3" or "3a".
 
     Raises:
         FileNotFoundError: there is none; the message lists those that there are.
@@ -154,7 +154,7 @@ def find_source(topic: str, step: int | str) -> Path:
     wanted = str(step)
     for source in sources:
         number, _, name = source.stem.partition("_")
-        if wanted == source.stem or (number.isdigit() and name and wanted == number):
+        if wanted == source.stem or (number[:1].isdigit() and name and wanted == number):
             return source
     known = ", ".join(p.stem for p in sources) or "none"
     raise FileNotFoundError(f"kernels/{topic} has no step {step!r}; it has: {known}")

@@ -233,6 +233,23 @@ def loadable(x: Tensor, *, aligned: bool = False) -> Tensor:
     return x if adjacent and (not aligned or is_aligned(x)) else x.clone(memory_format=torch.contiguous_format)
 
 
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def counters(device: torch.device) -> Tensor:
+    """Two int32 zeros on a GPU, by which the blocks of a kernel deal out their work among themselves.
+
+    The kernel must leave them zeros, for they are kept from call to call, a pair for each stream. While a CUDA graph is
+    captured, each call gets its own, which the graph sets to zero.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    key = device.index, stream_of(device)
+    if key not in _counters:
+        _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
+    return _counters[key]
+
+
 # --- the call ------------------------------------------------------------------------------------------------------
 
 

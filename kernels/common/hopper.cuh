@@ -11,30 +11,34 @@
 namespace hopper {
 
 constexpr int WARPGROUP = 128, WARPS = WARPGROUP / WARP, GROUP_ROWS = 64;
-constexpr int STAGES = 2;   // buffers of K and of V
+constexpr int STAGES = 2, MOST_STAGES = 3;  // buffers of K and of V, where a shape does not say otherwise
 constexpr int CLEARED = 8;  // hardware barrier; turns take 1 to 3
 constexpr int ROW_BYTES = BOX_COLUMNS * 2;
 
-// KEYS is as wide as the registers of a consumer allow: scores KEYS / 2, P KEYS / 4 and O D / 2 of them.
-template <int D_, int GROUPS_, int KEYS_>
+// KEYS is as wide as the registers of a consumer allow: scores KEYS / 2, P KEYS / 4 and O D / 2 of them. Q_STAGES: buffers of
+// Q, with two of which the next tile of rows is there before this one is done. More STAGES let warpgroups drift apart.
+template <int D_, int GROUPS_, int KEYS_, int Q_STAGES_ = 1, int STAGES_ = hopper::STAGES>
 struct Shape {
     static constexpr int D = D_, GROUPS = GROUPS_, KEYS = KEYS_, ROWS = GROUPS * GROUP_ROWS;
+    static constexpr int Q_STAGES = Q_STAGES_, STAGES = STAGES_;
     static constexpr bool TURNS = D == 64;  // at wider d the products are long enough to hide a softmax in any order
+    static constexpr bool OVERLAP = true;   // of products and softmax inside a warpgroup
     static constexpr int THREADS = (GROUPS + 1) * WARPGROUP;
     static constexpr int BOXES = D / BOX_COLUMNS;
     static constexpr int Q_BYTES = ROWS * D * 2, TILE_BYTES = KEYS * D * 2;
-    static constexpr int SHARED_BYTES = Q_BYTES + 2 * STAGES * TILE_BYTES + 1024;  // aligned to 1,024 by hand
-    static constexpr int PRODUCER_REGISTERS = GROUPS == 2 ? 24 : 32, CONSUMER_REGISTERS = GROUPS == 2 ? 240 : 160;
+    static constexpr int SHARED_BYTES = Q_STAGES * Q_BYTES + 2 * STAGES * TILE_BYTES + 1024;  // aligned to 1,024 by hand
+    static constexpr int PRODUCER_REGISTERS = GROUPS == 2 ? 40 : 32, CONSUMER_REGISTERS = GROUPS == 2 ? 232 : 160;
     static constexpr int CONSUMER_WARPS = GROUPS * WARPS;
 };
 
 struct Barriers {
-    uint64_t q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+    uint64_t q_full[MOST_STAGES], q_empty[MOST_STAGES], k_full[MOST_STAGES], k_empty[MOST_STAGES], v_full[MOST_STAGES],
+        v_empty[MOST_STAGES];
 
     __device__ void init(int consumer_warps) {
-        barrier_init(&q_full, 1);
-        barrier_init(&q_empty, consumer_warps);
-        for (int i = 0; i < STAGES; ++i) {
+        for (int i = 0; i < MOST_STAGES; ++i) {
+            barrier_init(&q_full[i], 1);
+            barrier_init(&q_empty[i], consumer_warps);
             barrier_init(&k_full[i], 1);
             barrier_init(&v_full[i], 1);
             barrier_init(&k_empty[i], consumer_warps);
@@ -51,7 +55,8 @@ struct Buffers {
 template <class Sh>
 __device__ Buffers buffers_in(uint8_t* shared) {
     uint8_t* const Q = shared + (1024 - shared_address(shared) % 1024) % 1024;
-    return {Q, Q + Sh::Q_BYTES, Q + Sh::Q_BYTES + STAGES * Sh::TILE_BYTES};
+    uint8_t* const K = Q + Sh::Q_STAGES * Sh::Q_BYTES;
+    return {Q, K, K + Sh::STAGES * Sh::TILE_BYTES};
 }
 
 // S = Q K^T: D / 16 products, four in each box of 64 columns, 32 bytes apart in its rows. The asm keeps the compiler from
@@ -70,11 +75,10 @@ __device__ void issue_scores(float (&S)[Sh::KEYS / 8][4], uint32_t Q, uint32_t K
 
 // O += P V: KEYS / 16 products, each of 16 rows of V.
 template <class Half, class Sh>
-__device__ void issue_values(float (&O)[Sh::D / 8][4], const uint32_t (&P)[Sh::KEYS / 16][4], uint32_t V,
-                             bool accumulate) {
+__device__ void issue_values(float (&O)[Sh::D / 8][4], const uint32_t (&P)[Sh::KEYS / 16][4], uint32_t V) {
 #pragma unroll
     for (int k = 0; k < Sh::KEYS / 16; ++k)
-        multiply_registers<Half>(O, P[k], n_major(V + k * 16 * ROW_BYTES, Sh::KEYS * ROW_BYTES), accumulate || k > 0);
+        multiply_registers<Half>(O, P[k], n_major(V + k * 16 * ROW_BYTES, Sh::KEYS * ROW_BYTES), true);
     commit_products();
 }
 
@@ -86,7 +90,7 @@ struct Consumer {
     const uint32_t Q, K, V;
     const int group, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % WARPS;
     const float to_base_2;
-    Ring<STAGES> k = {}, v = {};
+    Ring<Sh::STAGES> k = {}, v = {};
     int q_parity = 0;
 
     __device__ Consumer(Barriers& barriers, const Buffers& buffers, int group, float scale)
@@ -135,7 +139,7 @@ struct Consumer {
                            const Prepare& prepare) {
         float S[Sh::KEYS / 8][4], correction[2];
         uint32_t P[Sh::KEYS / 16][4];
-        wait(&barriers.q_full, q_parity);
+        wait(barriers.q_full, q_parity);
         q_parity ^= 1;
         wait(&barriers.k_full[k.stage], k.parity);
         products_begin();
@@ -155,7 +159,7 @@ struct Consumer {
             products_begin();
             issue_scores<Half, Sh>(S, Q, K + k.stage * Sh::TILE_BYTES);
             wait(&barriers.v_full[v.stage], v.parity);
-            issue_values<Half, Sh>(O, P, V + v.stage * Sh::TILE_BYTES, true);
+            issue_values<Half, Sh>(O, P, V + v.stage * Sh::TILE_BYTES);
             pass_turn();
             wait_products<1>();
             pin(S);
@@ -170,12 +174,132 @@ struct Consumer {
 #pragma unroll
             for (int r = 0; r < 2; ++r) scale_row(O, r, correction[r]);
         }
-        release(&barriers.q_empty);
+        release(barriers.q_empty);
         wait(&barriers.v_full[v.stage], v.parity);
         products_begin();
-        issue_values<Half, Sh>(O, P, V + v.stage * Sh::TILE_BYTES, true);
+        issue_values<Half, Sh>(O, P, V + v.stage * Sh::TILE_BYTES);
         wait_products<0>();
         pin(O);
+        release(&barriers.v_empty[v.stage]);
+        v.next();
+    }
+};
+
+// A consumer warpgroup whose work is one stream of tiles of keys, which runs on across the tiles of rows. A step of it issues
+// two products and computes a softmax beside them:
+//
+//     | Q K(i+1) | P(i) V(i) |
+//                | softmax(i+1) ...  |
+//
+// Where a tile of rows ends with tile i, K(i+1) is the first tile of keys of the next one. So the softmax that begins a tile
+// of rows hides the product that ends the one before, and the tensor cores wait for nothing but the write of O.
+//
+// What `Tiles` must have, called by all threads of the warpgroup:
+//
+//   bool advance(stream)         go to the next tile of rows, or say that there is none; sets the members
+//   int count                    tiles of keys, the same for all groups; 0: nothing to see
+//   int key(int left)            the first key of the tile of keys that `left` others follow
+//   void mask(stream, S, key)    set scores that do not count to -inf
+//   void prepare(stream, key)    called before V is first read
+//   void store(stream, O, m, l, current)   write the current tile of rows, or the one before it, and have done with it
+template <class Half, class Sh>
+struct Stream : Consumer<Half, Sh> {
+    using Base = Consumer<Half, Sh>;
+    using Base::barriers, Base::k, Base::v, Base::Q, Base::K, Base::V, Base::to_base_2, Base::release, Base::wait_turn,
+        Base::pass_turn;
+    Ring<Sh::Q_STAGES> q = {};
+    float S[Sh::KEYS / 8][4], O[Sh::D / 8][4], m[2], l[2];
+    uint32_t P[Sh::KEYS / 16][4];
+
+    using Base::Base;
+
+    // Issue the scores of this tile of keys, and the values of the one before. BEGINS: this tile of keys is the first of a
+    // tile of rows, and the one before was the last of another.
+    template <bool SCORES, bool VALUES, bool BEGINS, class Tiles>
+    __device__ void step(Tiles& tiles, bool ends, int key) {
+        if constexpr (SCORES) {
+            wait(&barriers.k_full[k.stage], k.parity);
+            wait_turn();
+        }
+        products_begin();
+        if constexpr (SCORES) issue_scores<Half, Sh>(S, Q + q.stage * Sh::Q_BYTES, K + k.stage * Sh::TILE_BYTES);
+        if constexpr (!Sh::OVERLAP) wait_products<0>();
+        if constexpr (VALUES) {
+            wait(&barriers.v_full[v.stage], v.parity);
+            issue_values<Half, Sh>(O, P, V + v.stage * Sh::TILE_BYTES);
+        }
+        if constexpr (SCORES) pass_turn();
+
+        float correction[2], m_done[2], l_done[2];
+        if constexpr (BEGINS) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) m_done[r] = m[r], l_done[r] = l[r], m[r] = -INFINITY, l[r] = 0.0f;
+        }
+        if constexpr (SCORES) {
+            wait_products<VALUES && Sh::OVERLAP ? 1 : 0>();
+            pin(S);
+            leave_keys(ends);
+            tiles.mask(*this, S, key);
+#pragma unroll
+            for (int r = 0; r < 2; ++r) correction[r] = softmax_row(S, r, to_base_2, m[r], l[r]);
+        }
+        if constexpr (VALUES) {
+            wait_products<0>();
+            pin(O);
+            leave_values();
+        }
+        if constexpr (VALUES && BEGINS) tiles.store(*this, O, m_done, l_done, false);
+        if constexpr (BEGINS) clear_output();
+        if constexpr (SCORES) {
+            pack_all<Half>(P, S);
+            if constexpr (!BEGINS)
+#pragma unroll
+                for (int r = 0; r < 2; ++r) scale_row(O, r, correction[r]);
+        }
+    }
+
+    // All tiles of rows.
+    template <class Tiles>
+    __device__ void attend_all(Tiles& tiles) {
+        bool pending = false;  // P, of a last tile of keys, waits for its V
+        while (tiles.advance(*this)) {
+            int left = tiles.count;
+            if (left == 0) {
+                if (pending) step<false, true, true>(tiles, false, 0);
+                pending = false;
+                clear_output();
+                const float m[2] = {-INFINITY, -INFINITY}, l[2] = {};
+                tiles.store(*this, O, m, l, true);
+                continue;
+            }
+            wait(&barriers.q_full[q.stage], q.parity);
+            const int first = tiles.key(--left);
+            if (pending) step<true, true, true>(tiles, left == 0, first);
+            else step<true, false, true>(tiles, left == 0, first);
+            tiles.prepare(*this, first);
+            while (--left >= 0) step<true, true, false>(tiles, left == 0, tiles.key(left));
+            pending = true;
+        }
+        if (pending) step<false, true, true>(tiles, false, 0);
+    }
+
+    __device__ void clear_output() {
+#pragma unroll
+        for (int j = 0; j < Sh::D / 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) O[j][e] = 0.0f;
+    }
+
+    // The tile of keys has been read; with the last one of a tile of rows, so has Q.
+    __device__ void leave_keys(bool ends) {
+        release(&barriers.k_empty[k.stage]);
+        k.next();
+        if (!ends) return;
+        release(&barriers.q_empty[q.stage]);
+        q.next();
+    }
+
+    __device__ void leave_values() {
         release(&barriers.v_empty[v.stage]);
         v.next();
     }

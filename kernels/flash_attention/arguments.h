@@ -21,6 +21,7 @@ struct Arguments {
     float* delta;                  // scratch: rowsum(dout * out) - dlse of every row (on a GPU beside its lse, in tiles)
     float* dq_sum;                 // scratch of zeros: dq in float32, in the order that backward.cu likes
     int32_t* turn;                 // scratch of zeros, or null: who may add to a tile of dq_sum next
+    int32_t* dealt;                // step 4: two zeros that it leaves zero; tiles of rows handed out, blocks that are done
     const int32_t* cu_seqlens_q;   // (batch + 1) or null
     const int32_t* cu_seqlens_k;   // (batch + 1) or null
     int64_t lse_batch, lse_head;   // strides of lse, dlse and delta in elements

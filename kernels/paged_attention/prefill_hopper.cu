@@ -131,13 +131,13 @@ __device__ void hand_out(const Plan& plan, const Arguments& a, Tasks& tasks, Bar
         if (leads) arrive(&tasks.full[ring.stage]);
         if (task.kv < 0) break;
         if (task.count == 0) continue;
-        wait(&barriers.q_empty, q_parity ^ 1);
+        wait(barriers.q_empty, q_parity ^ 1);
         q_parity ^= 1;
         if (!leads) continue;
-        arrive_and_expect(&barriers.q_full, plan.queries * plan.group * Sh::D * 2);
+        arrive_and_expect(barriers.q_full, plan.queries * plan.group * Sh::D * 2);
 #pragma unroll
         for (int box = 0; box < Sh::BOXES; ++box)
-            load_box(Q + box * Sh::ROWS * ROW_BYTES, &plan.q, &barriers.q_full, box * BOX_COLUMNS, 0, task.kv,
+            load_box(Q + box * Sh::ROWS * ROW_BYTES, &plan.q, barriers.q_full, box * BOX_COLUMNS, 0, task.kv,
                      int(task.row.token) + task.query);
     }
     if (leads && atomicAdd(plan.counter + 1, 1) == int(gridDim.x) - 1) plan.counter[0] = plan.counter[1] = 0;

@@ -18,6 +18,9 @@ step   source                         what it is                                
 4      4_hopper.cu                    TMA, wgmma, warp specialisation              sm_90, bf16 f16
 ====== ============================== ============================================ ====================
 
+The last two have rungs, steps "3a" to "3d" and "4a" to "4d": the same kernel with the ideas that the rung's file names,
+and none of those that come after it.
+
 ``step=None`` takes the top one that can do what is asked. Gradients come from ``cpu.cpp`` on a CPU, from
 ``backward.cu`` on a Hopper GPU (step 4; bf16 and f16, head_dim up to 128), from ``backward_tensor_core.cu`` on any GPU
 from sm_80 on (step 3; bf16 and f16), from ``backward_tiled.cu`` in float32, and from step 0 otherwise.
@@ -27,7 +30,7 @@ given, and which can do what), ``operators`` (what torch sees).
 """
 
 from tformer_lib.flash_attention.attention import flash_attention, flash_attention_varlen
-from tformer_lib.flash_attention.kernels import GRADIENTS, LADDER, resources
+from tformer_lib.flash_attention.kernels import GRADIENTS, LADDER, RUNGS, resources
 from tformer_lib.flash_attention.options import Options, Packing
 from tformer_lib.flash_attention.reference import forward_rows, tiled_backward, tiled_forward, tiles
 
@@ -36,6 +39,7 @@ __all__ = [
     "LADDER",
     "Options",
     "Packing",
+    "RUNGS",
     "flash_attention",
     "flash_attention_varlen",
     "forward_rows",

@@ -13,6 +13,7 @@ from tformer_lib.ladder import (
     DTYPE_CODES,
     HALVES,
     Ladder,
+    counters,
     loadable,
     refusal_of_dtype,
     refusal_of_hopper,
@@ -21,8 +22,11 @@ from tformer_lib.ladder import (
 )
 
 MOST_HEAD_DIM = 256
+RUNGS = {"3": ("3a", "3b", "3c", "3d"), "4": ("4a", "4b", "4c", "4d")}  # on the way to a step, each with one idea less
 LADDER = Ladder(
-    "flash_attention", ("0", "cpu", "1", "2", "3", "4"), {"cpu": ("cpu", "0"), "cuda": ("4", "3", "2", "0")}
+    "flash_attention",
+    ("0", "cpu", "1", "2", *RUNGS["3"], "3", *RUNGS["4"], "4"),
+    {"cpu": ("cpu", "0"), "cuda": ("4", "3", "2", "0")},
 )
 # The gradients take the instructions of the step that was asked for, or the best that the device has.
 GRADIENTS = {
@@ -33,6 +37,7 @@ GRADIENTS = {
     "3": ("backward_tensor_core", "0"),
     "4": ("backward", "backward_tensor_core", "backward_tiled", "0"),
 }
+GRADIENTS |= {rung: GRADIENTS[step] for step, rungs in RUNGS.items() for rung in rungs}
 
 
 # --- which step ----------------------------------------------------------------------------------------------------
@@ -61,7 +66,7 @@ def refusal_of_16_bits(step: str, q: Tensor) -> str | None:
         return reason
     if q.shape[-1] % 8:
         return f"16-byte loads need a head_dim that is a multiple of 8, got {q.shape[-1]}"
-    if step in ("4", "backward") and (reason := refusal_of_hopper(q.device)):
+    if (step[0] == "4" or step == "backward") and (reason := refusal_of_hopper(q.device)):
         return reason
     if step == "backward" and q.shape[-1] > 128:
         return f"a head_dim over 128 does not fit the registers of backward.cu, got {q.shape[-1]}"
@@ -84,7 +89,7 @@ class Arguments(ctypes.Structure):
         *((name, Matrix) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
         *(
             (name, ctypes.c_void_p)
-            for name in ("lse", "dlse", "delta", "dq_sum", "turn", "cu_seqlens_q", "cu_seqlens_k")
+            for name in ("lse", "dlse", "delta", "dq_sum", "turn", "dealt", "cu_seqlens_q", "cu_seqlens_k")
         ),
         *(
             (name, ctypes.c_int64)
@@ -152,7 +157,10 @@ def run_forward(
     q, k, v = map(readable, (q, k, v))
     arguments = describe(q, k, v, options, packing)
     arguments.out, arguments.lse = matrix(out), lse.data_ptr()
+    dealt = counters(q.device) if q.is_cuda else None  # alive until the launch
+    arguments.dealt = None if dealt is None else dealt.data_ptr()
     LADDER.launch(step, "forward", arguments, q.device)
+    del dealt
     return out, lse
 
 

@@ -1,0 +1,436 @@
+// Step 4: Hopper (sm_90a). TMA loads, wgmma, and warpgroups with different jobs. The plan is FlashAttention-3's
+// (Shah et al., arXiv:2407.08608).
+//
+//   producer warp         one thread deals out tiles of rows and asks TMA for Q, K0, K1, V0, K2, V1, ...
+//   consumer warpgroups   64 rows of Q each; scores, P and O in registers (common/hopper.cuh)
+//
+// Three things keep the tensor cores busy while the special-function units compute exponentials:
+//
+//   inside a warpgroup    Q K(i+1) and P(i) V(i) run while softmax(i+1) waits for the first of them alone
+//   between warpgroups    at d 64 they take turns to issue products, so that one's softmax falls into the other's products
+//   between tiles         the first scores of the next tile of rows are asked for before the last values of this one
+//
+//      warpgroup 0:  | QK PV | softmax     | QK PV | softmax     |
+//      warpgroup 1:          | QK PV | softmax     | QK PV | softmax
+//                      turn 0  turn 1        turn 0  turn 1
+//
+// Ledger (H200, bfloat16, figures in benchmarks/results/nvidia-h200/flash_attention.json)
+//   hypothesis  wgmma reads its operands from shared memory without a warp's help, TMA fills it without one, and the
+//               softmax hides behind products of the same and of the other warpgroup
+//   predicted   what FlashAttention-3 reports for this plan: 640 to 660 TFLOP/s at d 128, most of it from wgmma and TMA, a
+//               tenth from turns and overlap
+//   measured    515 at d 64 (cuDNN 453), 634 at d 128 (cuDNN 612) on 16,384 tokens; causal 486 (437) and 595 (562).
+//               Turns bought 6 % at d 64 (524 with, 495 without) and cost 2 % at d 128 (626, 637), where
+//               they are off since; overlap inside a warpgroup bought nothing that stands out of the spread of 3 %.
+//               With two or three warpgroups, the hardware's own scheduling already does most of what both were meant for
+//   limit       power. Alone after a pause (ncu, d 128) it takes 5.14 million cycles, cuDNN 5.41; the tensor cores work in
+//               84 % of them, cuDNN's in 78 %. But the clock falls from 1.98 GHz to 1.67 (cuDNN 1.69): 713 TFLOP/s then,
+//               686 for cuDNN, less of both in a long run. What is measured first, on a cool card, looks better
+//   bundles     Causal, d 128, 4,096 tokens: as many cycles as FlashAttention-3 (764 thousand), but at 1.61 GHz where it had
+//               1.69. The K and V of 64 heads, all worked on at once, are 128 MB, and 1.12 GB came from memory in place of
+//               0.23. Heads in bundles of 32 MB: 0.24 GB
+//   between     A tile of rows of a causal row of 512 sees 2.5 tiles of keys, and its first softmax and its last product had
+//   tiles       nothing beside them. One stream of steps, d 128: 263 to 303 TFLOP/s at 512, 359 to 410 at 1,024. But a step
+//               that asked whether a tile of rows ends here had 7 % more instructions, and lost 5 to 15 % on long rows. Hence
+//               three copies of the step. Their loop has the instructions of a loop that knows of one tile of rows
+//   no gain     a maximum that may lag behind by 2^8 (0 to -2 %); K and V sent to two blocks at once, by multicast (-25 %); a
+//               quarter of the exponentials as polynomials (0 at d 64, -25 % at d 128); half of a diagonal tile left out by
+//               one of the warpgroups (-20 %); Q in registers (0); three warpgroups and 80 keys at d 128 (-12 %)
+//
+// Packed sequences are one long row to TMA: a tile that passes a sequence's end holds rows of the next. Its scores are masked
+// as ever, its outputs are not written, and its rows of V are zeroed before they meet their P, which is zero.
+#pragma once
+#include <algorithm>
+
+#include "common/hopper.cuh"
+#include "common/launch.cuh"
+#include "resources.cuh"
+#include "sight.cuh"
+
+namespace flash {
+namespace {
+
+using namespace hopper;
+
+// The rungs that led here, each a file of its own. Each has all that stands before it.
+//
+//   ONE_WARPGROUP   4a: TMA and wgmma. The warpgroup that multiplies asks for its own tiles, one ahead
+//   PRODUCER        4b: a warp that only loads, and two or three warpgroups that only multiply
+//   IN_TURNS        4c: the warpgroups take turns to issue their products
+//   OVERLAP         4d: inside a warpgroup, the next scores and the values before run beside the softmax
+//   PERSISTENT      4:  a block a multiprocessor, which goes from tile of rows to tile of rows without a pause
+enum Rung { ONE_WARPGROUP, PRODUCER, IN_TURNS, OVERLAP, PERSISTENT };
+
+
+template <class Shape, Rung RUNG_, bool PACKED_>
+struct Rows : Shape {
+    static constexpr Rung RUNG = RUNG_;
+    static constexpr bool TURNS = RUNG == PERSISTENT ? Shape::TURNS : RUNG >= IN_TURNS;
+    static constexpr bool OVERLAP = RUNG >= flash::OVERLAP;
+    // Packed sequences: rows behind a sequence's end are the next one's. Only what differs is compiled, so that one sequence
+    // a batch row costs nothing more.
+    static constexpr bool PACKED = PACKED_;
+};
+
+// What the host prepares for one launch.
+struct Plan {
+    CUtensorMap q, k, v;
+    int tiles_in_all;
+    int tiles;           // of rows, a head
+    int heads_together;  // heads whose tiles are interleaved, longest first; 1: a head after another
+};
+
+// A tile of rows, as the producer hands it to the consumers.
+struct Task {
+    int batch, head, top;        // its first row
+    int begin, count;            // the tiles of keys begin, begin + KEYS, ...; count -1: there are no more tiles of rows
+    int T, S, q_begin, k_begin;  // of its sequence
+};
+
+constexpr int TASKS = 4;  // handed out: the one that is stored, the one that is worked on, and two more
+
+struct Shared {
+    Barriers barriers;
+    Task tasks[TASKS];
+    uint64_t task_full[TASKS], task_empty[TASKS];
+
+    __device__ void init(int consumer_warps) {
+        barriers.init(consumer_warps);
+        for (int i = 0; i < TASKS; ++i) {
+            barrier_init(&task_full[i], 1);
+            barrier_init(&task_empty[i], consumer_warps);
+        }
+    }
+};
+
+// --- producer --------------------------------------------------------------------------------------------------------
+
+template <class Sh>
+struct Producer {
+    const Plan& plan;
+    const Arguments& a;
+    const Buffers buffers;
+    Shared& shared;
+    Ring<Sh::Q_STAGES> q = {};
+    Ring<Sh::STAGES> k = {}, v = {};
+    Ring<TASKS> ring = {};
+
+    // Bundle after bundle of heads, whose keys fit into the L2 cache; in a bundle the long tiles (the last rows under a
+    // causal mask) come first, so that what is left for the end is short.
+    __device__ Work work_at(int index) const {
+        const int bundle = index / (plan.heads_together * plan.tiles), first = bundle * plan.heads_together;
+        const int heads = min(plan.heads_together, int(a.batch * a.heads) - first);
+        const int within = index - first * plan.tiles, above = within / heads, bh = first + within - above * heads;
+        const int b = bh / int(a.heads);
+        return {b, bh - b * int(a.heads), plan.tiles - 1 - above};
+    }
+
+    __device__ void hand_out(const Task& task) {
+        wait(&shared.task_empty[ring.stage], ring.parity ^ 1);
+        shared.tasks[ring.stage] = task;
+        arrive(&shared.task_full[ring.stage]);
+        ring.next();
+    }
+
+    template <int ROWS>
+    __device__ void load_tile(uint8_t* target, const CUtensorMap* map, uint64_t* full, int row, int head, int batch) {
+        arrive_and_expect(full, ROWS * Sh::D * 2);
+#pragma unroll
+        for (int box = 0; box < Sh::BOXES; ++box)
+            load_box(target + box * ROWS * ROW_BYTES, map, full, box * BOX_COLUMNS, row, head, batch);
+    }
+
+    __device__ Task task_at(int index) const {
+        const Work work = work_at(index);
+        const Sequence sequence = sequence_of(a, work.b);
+        const Sight sight = sight_of(a, sequence);
+        const int top = work.tile * Sh::ROWS, bottom = min(top + Sh::ROWS, sight.T) - 1;
+        const int begin = sight.first(top) / Sh::KEYS * Sh::KEYS, end = top < sight.T ? sight.last(bottom) : 0;
+        const int count = end > begin ? (end - begin + Sh::KEYS - 1) / Sh::KEYS : 0;
+        return {int(sequence.b), int(work.h), top, begin, count, sequence.T, sequence.S, int(sequence.q_begin),
+                int(sequence.k_begin)};
+    }
+
+    // Q, then K(i) and V(i - 1), from the last tile of keys to the first.
+    __device__ void load(const Task& task) {
+        const int count = task.count, head = task.head, batch = task.batch, kv = head / int(a.heads / a.kv_heads);
+        const int q_row = task.q_begin + task.top, k_row = task.k_begin + task.begin;
+        wait(&shared.barriers.q_empty[q.stage], q.parity ^ 1);
+        load_tile<Sh::ROWS>(buffers.Q + q.stage * Sh::Q_BYTES, &plan.q, &shared.barriers.q_full[q.stage], q_row, head,
+                            batch);
+        q.next();
+        for (int i = 0; i <= count; ++i) {
+            const int row = k_row + (count - 1 - i) * Sh::KEYS;
+            if (i < count) {
+                wait(&shared.barriers.k_empty[k.stage], k.parity ^ 1);
+                load_tile<Sh::KEYS>(buffers.K + k.stage * Sh::TILE_BYTES, &plan.k, &shared.barriers.k_full[k.stage], row,
+                                    kv, batch);
+                k.next();
+            }
+            if (i > 0) {
+                wait(&shared.barriers.v_empty[v.stage], v.parity ^ 1);
+                load_tile<Sh::KEYS>(buffers.V + v.stage * Sh::TILE_BYTES, &plan.v, &shared.barriers.v_full[v.stage],
+                                    row + Sh::KEYS, kv, batch);
+                v.next();
+            }
+        }
+    }
+
+    // A counter in memory deals out the tiles of rows: whichever block is free takes the next. It is asked a tile ahead. The
+    // last block leaves it zero.
+    __device__ void run_all() {
+        const int total = plan.tiles_in_all;
+        for (int index = blockIdx.x; index < total;) {
+            const int next = Sh::RUNG == PERSISTENT ? int(gridDim.x) + atomicAdd(a.dealt, 1) : total;
+            const Task task = task_at(index);
+            index = next;
+            if (task.top >= task.T) continue;
+            hand_out(task);
+            if (task.count > 0) load(task);
+        }
+        hand_out({.count = -1});
+        if (Sh::RUNG == PERSISTENT && atomicAdd(a.dealt + 1, 1) == int(gridDim.x) - 1) a.dealt[0] = a.dealt[1] = 0;
+    }
+};
+
+// --- consumers -------------------------------------------------------------------------------------------------------
+
+template <class Half, class Sh>
+__device__ void mask(const Consumer<Half, Sh>& consumer, float (&S)[Sh::KEYS / 8][4], const Sight& sight, int group_top,
+                     int key) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int row = group_top + consumer.row_in_group(r);
+        mask_row(S, r, sight.first(row) - key, sight.last(row) - key);
+    }
+}
+
+template <class Half, class Sh>
+__device__ void store(const Consumer<Half, Sh>& consumer, const Arguments& a, const Task& task,
+                      const float (&O)[Sh::D / 8][4], const float (&m)[2], const float (&l)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int row = task.top + consumer.group * GROUP_ROWS + consumer.row_in_group(r);
+        const bool valid = row < task.T;
+        const int64_t at = task.q_begin + row;
+        const float sum = quad_sum(l[r]);
+        Half* target = row_of<Half>(a.out, task.batch, task.head, at);
+        store_row<Half>(target, O, r, sum > 0.0f ? 1.0f / sum : 0.0f, valid, a.head_dim);
+        if (valid && consumer.lane % 4 == 0)
+            a.lse[lse_index(a, task.batch, task.head, at)] = log_sum_exp(m[r], sum, consumer.to_base_2);
+    }
+}
+
+// The tiles of rows, as a consumer warpgroup sees them (common/hopper.cuh says what it asks of them).
+template <class Half, class Sh>
+struct Tiles {
+    const Arguments& a;
+    Shared& shared;
+    Ring<TASKS> ring = {};
+    int current = -1, before = -1;  // their places in the ring
+    int count = 0, begin = 0, group_top = 0;
+    int clear_begin = 0, clear_end = 0;  // keys that all rows of the group see
+
+    __device__ Sight sight() const {
+        const Task& task = shared.tasks[current];
+        return sight_of(a, {0, 0, 0, task.T, task.S});
+    }
+
+    __device__ bool advance(const Consumer<Half, Sh>& consumer) {
+        wait(&shared.task_full[ring.stage], ring.parity);
+        before = current;
+        current = ring.stage;
+        ring.next();
+        const Task& task = shared.tasks[current];
+        count = task.count, begin = task.begin;
+        if (count < 0) return false;
+        const Sight sight = this->sight();
+        group_top = task.top + consumer.group * GROUP_ROWS;
+        clear_begin = sight.first(group_top + GROUP_ROWS - 1), clear_end = sight.last(group_top);
+        return true;
+    }
+
+    __device__ int key(int left) const { return begin + left * Sh::KEYS; }
+
+    __device__ void mask(const Consumer<Half, Sh>& consumer, float (&S)[Sh::KEYS / 8][4], int key) const {
+        if (key >= clear_begin && key + Sh::KEYS <= clear_end) return;
+        flash::mask(consumer, S, sight(), group_top, key);
+    }
+
+    // The last tile of V may hold rows of the next packed sequence.
+    __device__ void prepare(const Consumer<Half, Sh>& consumer, int key) const {
+        const int S = shared.tasks[current].S;
+        if (Sh::PACKED && key + Sh::KEYS > S) consumer.clear_values(S - key);
+    }
+
+    __device__ void store(const Consumer<Half, Sh>& consumer, const float (&O)[Sh::D / 8][4], const float (&m)[2],
+                          const float (&l)[2], bool current) const {
+        const int place = current ? this->current : before;
+        flash::store(consumer, a, shared.tasks[place], O, m, l);
+        __syncwarp();
+        consumer.release(&shared.task_empty[place]);
+    }
+};
+
+// --- kernels ---------------------------------------------------------------------------------------------------------
+
+template <class Half, class Sh>
+__global__ void __launch_bounds__(Sh::THREADS, 1)
+    forward_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Arguments a) {
+    extern __shared__ uint8_t dynamic[];
+    __shared__ Shared shared;
+    const Buffers buffers = buffers_in<Sh>(dynamic);
+    if (threadIdx.x == 0) {
+        shared.init(Sh::CONSUMER_WARPS);
+        barriers_ready();
+    }
+    __syncthreads();
+
+    if (threadIdx.x >= Sh::GROUPS * WARPGROUP) {
+        give_registers<Sh::PRODUCER_REGISTERS>();
+        if (threadIdx.x == Sh::GROUPS * WARPGROUP) Producer<Sh>{plan, a, buffers, shared}.run_all();
+    } else {
+        take_registers<Sh::CONSUMER_REGISTERS>();
+        const int group = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
+        Stream<Half, Sh> stream(shared.barriers, buffers, group, a.scale);
+        Tiles<Half, Sh> tiles{a, shared};
+        stream.attend_all(tiles);
+    }
+}
+
+// Step 4a: one warpgroup, which asks for the next tile of keys and then multiplies this one.
+template <class Half, class Sh>
+__global__ void __launch_bounds__(WARPGROUP, Sh::D == 64 ? 3 : Sh::D == 128 ? 2 : 1)
+    one_warpgroup_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Arguments a) {
+    extern __shared__ uint8_t dynamic[];
+    __shared__ Shared shared;
+    Barriers& barriers = shared.barriers;
+    const Buffers buffers = buffers_in<Sh>(dynamic);
+    if (threadIdx.x == 0) {
+        barriers.init(Sh::CONSUMER_WARPS);
+        barriers_ready();
+    }
+    __syncthreads();
+
+    Producer<Sh> producer{plan, a, buffers, shared};
+    const Task task = producer.task_at(blockIdx.x);
+    if (task.top >= task.T) return;
+    const int kv = task.head / int(a.heads / a.kv_heads);
+    const auto load_keys = [&](int i) {
+        const int buffer = i % Sh::STAGES, row = task.k_begin + task.begin + i * Sh::KEYS;
+        producer.template load_tile<Sh::KEYS>(buffers.K + buffer * Sh::TILE_BYTES, &plan.k, &barriers.k_full[buffer], row,
+                                              kv, task.batch);
+        producer.template load_tile<Sh::KEYS>(buffers.V + buffer * Sh::TILE_BYTES, &plan.v, &barriers.v_full[buffer], row,
+                                              kv, task.batch);
+    };
+    if (threadIdx.x == 0 && task.count > 0) {
+        producer.template load_tile<Sh::ROWS>(buffers.Q, &plan.q, barriers.q_full, task.q_begin + task.top, task.head,
+                                              task.batch);
+        load_keys(0);
+    }
+
+    Consumer<Half, Sh> consumer(barriers, buffers, 0, a.scale);
+    const Sight sight = sight_of(a, {0, 0, 0, task.T, task.S});
+    float S[Sh::KEYS / 8][4], O[Sh::D / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {};
+    uint32_t P[Sh::KEYS / 16][4];
+    if (task.count > 0) wait(barriers.q_full, 0);
+    for (int i = 0; i < task.count; ++i) {
+        if (threadIdx.x == 0 && i + 1 < task.count) load_keys(i + 1);
+        const int key = task.begin + i * Sh::KEYS;
+        wait(&barriers.k_full[consumer.k.stage], consumer.k.parity);
+        products_begin();
+        issue_scores<Half, Sh>(S, consumer.Q, consumer.K + consumer.k.stage * Sh::TILE_BYTES);
+        wait_products<0>();
+        pin(S);
+        if (!sight.sees_all(task.top, GROUP_ROWS, key, Sh::KEYS)) flash::mask(consumer, S, sight, task.top, key);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) scale_row(O, r, softmax_row(S, r, consumer.to_base_2, m[r], l[r]));
+        pack_all<Half>(P, S);
+        if (Sh::PACKED && key + Sh::KEYS > task.S) consumer.clear_values(task.S - key);
+        wait(&barriers.v_full[consumer.v.stage], consumer.v.parity);
+        products_begin();
+        issue_values<Half, Sh>(O, P, consumer.V + consumer.v.stage * Sh::TILE_BYTES);
+        wait_products<0>();
+        pin(O);
+        consumer.k.next();
+        consumer.v.next();
+        __syncthreads();  // this buffer may be loaded again
+    }
+    flash::store(consumer, a, task, O, m, l);
+}
+
+// --- host ------------------------------------------------------------------------------------------------------------
+
+// Bytes of K and V that share the L2 cache while a bundle of heads is worked on: what they do not fill is left to Q and O.
+constexpr int64_t BUNDLE_BYTES = 32 << 20;
+
+template <class Sh>
+const char* make_plan(Plan& plan, const Arguments& a) {
+    const bool is_bf16 = a.dtype == BFLOAT16;
+    const int64_t batch = Sh::PACKED ? 1 : a.batch, heads = a.batch * a.heads;
+    const auto make = [&](CUtensorMap& map, const Matrix& x, int64_t heads, int64_t rows, int box_rows) {
+        return make_map(&map, is_bf16, x.data, {batch, heads, rows, a.head_dim}, {x.batch, x.head, x.row}, box_rows);
+    };
+    if (const char* error = make(plan.q, a.q, a.heads, a.total_q, Sh::ROWS)) return error;
+    if (const char* error = make(plan.k, a.k, a.kv_heads, a.total_k, Sh::KEYS)) return error;
+    if (const char* error = make(plan.v, a.v, a.kv_heads, a.total_k, Sh::KEYS)) return error;
+    plan.tiles = int((a.queries + Sh::ROWS - 1) / Sh::ROWS);
+    if (heads * plan.tiles > MOST_BLOCKS / 2) return "more than 2^30 tiles: split the batch";
+    plan.tiles_in_all = int(heads * plan.tiles);
+    const int64_t fitting = BUNDLE_BYTES / (std::max<int64_t>(a.keys, 1) * a.head_dim * 2 * 2) * (a.heads / a.kv_heads);
+    plan.heads_together = a.causal && a.window == 0 ? int(std::clamp<int64_t>(fitting, 1, heads)) : 1;
+    return nullptr;
+}
+
+constexpr int64_t LONG = 8192;  // keys from which on a causal mask loses little in the corners of wide tiles
+
+// Call `run` with the element type and the tiles. A wide tile of keys costs less a key.
+template <Rung RUNG, class Half, class Run>
+const char* with_shape(const Arguments& a, const Run& run) {
+    const auto run_with = [&]<class Sh>(Sh) {
+        return a.cu_seqlens_q != nullptr ? run.template operator()<Half, Rows<Sh, RUNG, true>>()
+                                         : run.template operator()<Half, Rows<Sh, RUNG, false>>();
+    };
+    if constexpr (RUNG == ONE_WARPGROUP) {  // 64 rows a block, two or three blocks a multiprocessor
+        if (a.head_dim <= 64) return run_with(Shape<64, 1, 128>{});
+        if (a.head_dim <= 128) return run_with(Shape<128, 1, 64>{});
+        return run_with(Shape<256, 1, 80>{});
+    } else {
+        if (a.head_dim <= 64) return run_with(Shape<64, 3, 128, 2, 3>{});
+        if (a.head_dim > 128) return run_with(Shape<256, 2, 80>{});
+        if (a.causal && a.keys < LONG) return run_with(Shape<128, 2, 128, 2>{});
+        return run_with(Shape<128, 2, 176>{});
+    }
+}
+
+template <Rung RUNG, class Run>
+const char* with_types(const Arguments& a, const Run& run) {
+    return a.dtype == BFLOAT16 ? with_shape<RUNG, Bf16>(a, run) : with_shape<RUNG, Fp16>(a, run);
+}
+
+template <Rung RUNG>
+const char* run_forward(const Arguments& a, void* stream) {
+    return with_types<RUNG>(a, [&]<class Half, class Sh>() -> const char* {
+        Plan plan;
+        if (const char* error = make_plan<Sh>(plan, a)) return error;
+        if constexpr (RUNG == ONE_WARPGROUP)
+            return launch(one_warpgroup_kernel<Half, Sh>, plan.tiles_in_all, WARPGROUP, Sh::SHARED_BYTES, stream, plan, a);
+        else {
+            const int64_t most = RUNG == PERSISTENT ? multiprocessors() : MOST_BLOCKS;
+            const int64_t blocks = std::min<int64_t>(most, plan.tiles_in_all);
+            return launch(forward_kernel<Half, Sh>, blocks, Sh::THREADS, Sh::SHARED_BYTES, stream, plan, a);
+        }
+    });
+}
+
+template <Rung RUNG>
+const char* find_resources(const Arguments& a, Resources* out) {
+    return with_types<RUNG>(a, [&]<class Half, class Sh>() {
+        if constexpr (RUNG == ONE_WARPGROUP)
+            return measure_resources(one_warpgroup_kernel<Half, Sh>, WARPGROUP, Sh::SHARED_BYTES, out);
+        else return measure_resources(forward_kernel<Half, Sh>, Sh::THREADS, Sh::SHARED_BYTES, out);
+    });
+}
+
+}  // namespace
+}  // namespace flash
