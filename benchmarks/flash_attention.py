@@ -5,9 +5,13 @@ for P V), half of it under a causal mask; the backward does five such products i
 are limited by arithmetic: a tile of K and V is used for 64 to 192 queries, hundreds of operations for each byte. So the
 limit beside each row is the rate of a large matrix product on the same device in the same run.
 
-On a GPU the script measures the forward (steps 3 and 4), the backward, packed sequences, the float32 steps 1 and 2,
-what single ideas buy (the same kernel with one of them taken out), the error against float64, the build times and the
-registers. On a CPU it measures the C++ twin beside torch's attention and the naive one.
+On a GPU the script measures the forward (steps 3 and 4, in turns with torch's backends and FlashAttention-3), the
+backward, packed sequences, the float32 steps 1 and 2, the rungs that lead to steps 3 and 4, what single ideas buy (the
+same kernel with one of them taken out), the error against float64, the build times and the registers. On a CPU it
+measures the C++ twin beside torch's attention and the naive one.
+
+FlashAttention-3 is taken from the ``vllm`` wheel (``vllm.vllm_flash_attn``), where it is installed; otherwise its rows
+are missing.
 """
 
 import os
@@ -36,16 +40,20 @@ from tformer_lib.flash_attention import kernels
 
 TOKENS, WIDTH = 16384, 2048  # tokens of a batch, and heads x head_dim
 SHAPES = [(d, length, causal) for d in (64, 128) for length in (4096, 16384) for causal in (False, True)]
+LENGTHS = {64: (512, 1024, 2048, 4096, 8192, 16384), 128: (512, 1024, 2048, 4096, 8192, 16384), 256: (4096, 16384)}
+TURNS = 3  # of the contestants of a row of the forward, so that clocks and power are shared alike
 PEERS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
 BUILDS = (1, 2, 3, 4, "backward", "backward_tensor_core", "backward_tiled")
 SECONDS = 0.1  # of each measurement, after as long a warm-up
 
-HOPPER, TENSOR_CORE = "4_hopper.cu", "3_tensor_core.cu"
-TURNS = "static constexpr bool TURNS = D == 64;"
-WITHOUT_TURNS = [(TURNS, TURNS.replace("D == 64", "false"))]
-WITH_TURNS = [(TURNS, TURNS.replace("D == 64", "true"))]
-WITHOUT_OVERLAP = [("wait_products<1>();\n                pin(S);", "wait_products<0>();\n                pin(S);")]
-WITHOUT_SWIZZLE = [("((chunk ^ (row % 8)) * 16)", "(chunk * 16)")]
+HOPPER, TENSOR_CORE = "4_hopper.cuh", "3_tensor_core.cuh"
+TURNS_LINE = "static constexpr bool TURNS = RUNG == PERSISTENT ? Shape::TURNS : RUNG >= IN_TURNS;"
+WITHOUT_TURNS = [(TURNS_LINE, "static constexpr bool TURNS = false;")]
+WITH_TURNS = [(TURNS_LINE, "static constexpr bool TURNS = true;")]
+WITHOUT_OVERLAP = [
+    ("static constexpr bool OVERLAP = RUNG >= flash::OVERLAP;", "static constexpr bool OVERLAP = false;")
+]
+WITHOUT_SWIZZLE = [("SWIZZLED ? chunk ^ (row % 8) : chunk", "chunk")]
 ABLATIONS = [  # (step, what is changed, file, edits)
     (3, "without the swizzle", TENSOR_CORE, WITHOUT_SWIZZLE),
     (4, "without turns", HOPPER, WITHOUT_TURNS),
@@ -83,6 +91,27 @@ def own(step: int | str, causal: bool, deterministic: bool = False) -> Callable:
     return lambda q, k, v: flash.flash_attention(q, k, v, causal=causal, step=step, deterministic=deterministic)
 
 
+def flash_attention_3(causal: bool) -> Callable | None:
+    """FlashAttention-3 on packed sequences, as vLLM ships it, or None where it is not installed."""
+    try:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, length: int) -> Tensor:
+        return flash_attn_varlen_func(q, k, v, length, starts, length, cu_seqlens_k=starts, causal=causal, fa_version=3)
+
+    return attend
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor) -> tuple:
+    """The same sequences end to end, (batch x length, heads, d), where each begins, and how long it is."""
+    batch, heads, length, d = q.shape
+    starts = torch.arange(batch + 1, device=q.device, dtype=torch.int32) * length
+    q, k, v = (x.transpose(1, 2).reshape(batch * length, heads, d) for x in (q, k, v))
+    return q, k, v, starts, length
+
+
 def label(d: int, length: int, causal: bool) -> str:
     """A shape, as the rows name it."""
     return f"d {d}, {length:,}{', causal' if causal else ''}"
@@ -92,16 +121,49 @@ def label(d: int, length: int, causal: bool) -> str:
 
 
 def time_forward(report: Report, limit: float) -> None:
-    """Steps 3 and 4 beside torch's two fast backends."""
-    for d, length, causal in SHAPES:
+    """Step 4, and step 3 at some lengths, beside torch's two fast backends and FlashAttention-3."""
+    for d, length, causal in (
+        (d, n, causal) for d, lengths in LENGTHS.items() for n in lengths for causal in (False, True)
+    ):
         inputs = copies_past_cache(lambda d=d, n=length: random_inputs(d, n, "cuda", torch.bfloat16), "cuda")
-        contestants = {name: peer(backend, causal) for name, backend in PEERS.items()}
-        contestants |= {f"step {step}": own(step, causal) for step in (3, 4)}
-        for name, attend in contestants.items():
-            timing = measure(attend, inputs, device="cuda", seconds=SECONDS)
+        contestants = {name: (peer(backend, causal), inputs) for name, backend in PEERS.items()}
+        if (attend := flash_attention_3(causal)) is not None:
+            contestants["FlashAttention-3"] = attend, [packed(*x) for x in inputs]
+        steps = (3, 4) if (d, length, causal) in SHAPES else (4,)
+        contestants |= {f"step {step}": (own(step, causal), inputs) for step in steps}
+        for name, timing in measure_in_turns(contestants).items():
             work = flops(TOKENS // length, WIDTH // d, length, length, d, causal)
             name = f"forward, {label(d, length, causal)}: {name}"
             report.add(name, timing, flops=work, limit=limit, d=d, length=length, causal=causal)
+
+
+def measure_in_turns(contestants: dict[str, tuple[Callable, list[tuple]]]) -> dict[str, Timing]:
+    """Each contestant on its inputs, a part of its time in each turn: the median of the turns, and all their spread."""
+    found = {name: [] for name in contestants}
+    for name, (attend, inputs) in [*contestants.items()] * TURNS:
+        timing = measure(attend, inputs, device="cuda", seconds=SECONDS / TURNS, warmup=SECONDS / TURNS)
+        found[name].append(timing)
+    return {
+        name: Timing(
+            median(t.median for t in turns),
+            min(t.p10 for t in turns),
+            max(t.p90 for t in turns),
+            sum(t.calls for t in turns),
+        )
+        for name, turns in found.items()
+    }
+
+
+def time_rungs(report: Report, limit: float) -> None:
+    """The rungs that lead to steps 3 and 4."""
+    for rung in [*flash.RUNGS["3"], *flash.RUNGS["4"]]:
+        for d in (64, 128):
+            for causal in (False, True):
+                inputs = [random_inputs(d, 16384, "cuda", torch.bfloat16)]
+                timing = measure(own(rung, causal), inputs, device="cuda", seconds=SECONDS)
+                work = flops(1, WIDTH // d, 16384, 16384, d, causal)
+                name = f"forward, {label(d, 16384, causal)}: step {rung}"
+                report.add(name, timing, flops=work, limit=limit, d=d, length=16384, causal=causal)
 
 
 def time_backward(report: Report, limit: float) -> None:
@@ -247,7 +309,8 @@ def load_twice() -> dict[str, float]:
 
 def note_resources(report: Report) -> None:
     """Registers, spills, shared memory and resident blocks of every step."""
-    for step, dtype in ((1, torch.float32), (2, torch.float32), (3, torch.bfloat16), (4, torch.bfloat16)):
+    halves = [*flash.RUNGS["3"], 3, *flash.RUNGS["4"], 4]
+    for step, dtype in ((1, torch.float32), (2, torch.float32), *((step, torch.bfloat16) for step in halves)):
         for d in (64, 128, 256):
             q = torch.empty(1, 1, 4096, d, device="cuda", dtype=dtype)
             report.note(**{f"resources, step {step}, d {d}": flash.resources(step, q, q)})
@@ -275,6 +338,7 @@ def run_gpu(report: Report, ablations: bool) -> None:
         note_errors(report)
         note_resources(report)
         time_float32(report)
+        time_rungs(report, limit)
         report.finish()
         if ablations:
             time_ablations(report, limit)
