@@ -115,6 +115,25 @@ def test_the_operator_of_the_gradients_checks_what_it_indexes_by(step):
         torch.testing.assert_close(ours, theirs)
 
 
+# ---- a brother: another operator that indexes by what it is given
+
+
+@every_step
+@pytest.mark.parametrize("starts", [[0, 90], [5, 70], [0, -5, 70], [0, 50, 20, 70], [0, 69]])
+def test_packed_linear_attention_refuses_sequences_past_its_tensors(starts, step):
+    q, k, decay = torch.randn(1, 4, 70, 8), torch.randn(1, 2, 70, 8), -torch.rand(1, 2, 70, 1)
+    packed = {"cu_seqlens": torch.tensor(starts, dtype=torch.int32), "step": step}
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 70"):
+        linear_attention.gated_attend(q, k, k, log_decay=decay, max_seqlen=70, **packed)
+
+
+def test_packed_linear_attention_refuses_a_longest_that_is_too_short():
+    q, k, decay = torch.randn(1, 4, 70, 8), torch.randn(1, 2, 70, 8), -torch.rand(1, 2, 70, 1)
+    packed = {"cu_seqlens": torch.tensor([0, 30, 70], dtype=torch.int32), "max_seqlen": 39}
+    with pytest.raises(ValueError, match="max_seqlen is 39, the longest sequence has 40 tokens"):
+        linear_attention.gated_attend(q, k, k, log_decay=decay, step=0, **packed)
+
+
 # ---- forward-mode derivatives
 
 

@@ -1,5 +1,7 @@
 """The operator around the kernels, with its gradients, and the way into it."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,7 +11,7 @@ from tformer_lib.linear_attention.decay import FORGET
 from tformer_lib.linear_attention.feature_maps import FeatureMap
 from tformer_lib.linear_attention.gradients import Sums, chunk_gradients
 from tformer_lib.linear_attention.kernels import LADDER, MAPS, MOST_HEAD_DIM, choose_step, launch
-from tformer_lib.linear_attention.shared import check_state, sum_dtype
+from tformer_lib.linear_attention.shared import check_cu_seqlens, check_packing, check_state, sum_dtype
 
 
 @torch.library.custom_op("tformer_lab::linear_attention", mutates_args=())
@@ -29,6 +31,10 @@ def linear_attention_op(
     step: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator behind the public forms: (out, last states, denominators), see ``launch``."""
+    if cu_seqlens is not None and q.device.type == "cpu":  # a GPU would wait for what is read here
+        longest = max(stop - start for start, stop in pairwise(check_packing(cu_seqlens, q)))
+        if longest > length:
+            raise ValueError(f"max_seqlen is {length}, the longest sequence has {longest} tokens")
     return launch(
         choose_step(step, q, v, beta, length, mapped=map_code != 0),
         q,
@@ -191,6 +197,8 @@ def run(
         sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
         check_state(initial_state, k, value_dim + normalised, sequences)
         initial_state = pad_state(initial_state.to(sum_dtype(q)).mT, value_dim, normalised)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, q)
     if cu_seqlens is not None and max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max())
     out, final, _ = torch.ops.tformer_lab.linear_attention(
