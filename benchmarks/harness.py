@@ -271,10 +271,12 @@ def profiled(fn: Callable[[], object], *, device: torch.device | str, warmup: in
         fn()
     synchronize(device)
     profiling.enable()
-    with profiling.range("measured"):
-        fn()
-        synchronize(device)
-    profiling.disable()
+    try:
+        with profiling.range("measured"):
+            fn()
+            synchronize(device)
+    finally:
+        profiling.disable()
 
 
 def noise(fn: Callable[[], object], *, device: torch.device | str = "cpu", repeats: int = 20, **options) -> dict:

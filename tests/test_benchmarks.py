@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from benchmarks import harness, ratios
-from tformer_lib import teaching
+from tformer_lib import profiling, teaching
 from tformer_lib.attention import attend, attend_sdpa
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = sorted(RESULTS.glob("*/*.json"))
-COMMANDS = sorted({p.stem for p in (ROOT / "benchmarks").glob("*.py")} - {"__init__", "harness"})
+COMMANDS = sorted({p.stem for p in (ROOT / "benchmarks").glob("*.py")} - {"__init__", "doors", "harness"})
 
 
 def extension(name: str):
@@ -73,6 +73,20 @@ def test_a_profiler_sees_one_call_after_the_warm_up(monkeypatch):
         harness.profiled(lambda: calls.append(1), device="cpu", warmup=3)
     assert heard == ["on after 3 calls", "measured"]
     assert len(calls) == 4
+
+
+def test_ranges_are_off_again_after_a_profiled_call_that_fails(monkeypatch):
+    monkeypatch.setattr(profiling.ranges, "nvtx_marker", lambda: lambda name: profiling.OFF)
+    calls = []
+
+    def fail():
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("the kernel fails")
+
+    with pytest.raises(RuntimeError, match="the kernel fails"):
+        harness.profiled(fail, device="cpu", warmup=1)
+    assert not profiling.enabled()
 
 
 @pytest.mark.parametrize("script", ["nsys.sh", "ncu.sh"])

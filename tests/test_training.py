@@ -831,6 +831,14 @@ def test_a_run_learns_writes_and_leaves_its_files(data, tmp_path, capsys):
     assert len(written.strip()) > 10
 
 
+def test_a_prompt_that_the_model_cannot_read_is_refused_in_one_line(data, tmp_path, capsys):
+    trained(tiny(data, tmp_path, steps=1))
+    error = error_of(["sample", "--out", tmp_path, "--prompt", "the cat " * 9], capsys)
+    assert error == "error: the prompt has 73 tokens, the model reads 16"
+    for flags in (["--device", "tpu"], ["--temperature", "nan"], ["--top-k", 0], ["--prompt", "Ω"]):
+        assert error_of(["sample", "--out", tmp_path, *flags], capsys).startswith("error: ")
+
+
 def test_accumulation_trains_the_same_model(data, tmp_path):
     plain = dataclasses.replace(TINY, dropout=0.0)
     runs = [trained(tiny(data, tmp_path / str(n), model=plain, accumulation=n, steps=5)) for n in (1, 4)]

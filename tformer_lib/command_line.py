@@ -14,14 +14,15 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-import torch
-
 REFUSED = 2
 INTERRUPTED = 128 + signal.SIGINT
 PIPE_CLOSED = 128 + 13  # SIGPIPE, which Windows does not name
 
-MENDABLE = (ValueError, OSError, FloatingPointError, ImportError, MemoryError, torch.OutOfMemoryError)
+MENDABLE = (ValueError, OSError, FloatingPointError, ImportError, MemoryError)
 """Errors that the user can mend, so that their message is enough."""
+
+OUT_OF_MEMORY = ("out of memory", "allocate memory")
+"""What PyTorch's RuntimeErrors say where a GPU or a CPU has no more."""
 
 
 class Refusal(ValueError):
@@ -48,7 +49,7 @@ def run(command: Callable[[], int | None]) -> int:
     except MENDABLE as error:
         return refuse(error)
     except RuntimeError as error:
-        if "allocate memory" not in str(error):  # what PyTorch says where a CPU has no more
+        if not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         return refuse(error)
 

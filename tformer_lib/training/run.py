@@ -55,7 +55,12 @@ def sample_text(model: Decoder, encoding: Encoding, prompt: list[int], count: in
         prompt: at least one token.
         count: the most tokens to write; it ends earlier where the model ends the text.
         sampling: the fields of :class:`tformer_lib.generation.Sampling`; by default temperature 0.8 and seed 0.
+
+    Raises:
+        ValueError: if the prompt is longer than the model's context.
     """
+    if len(prompt) > model.config.max_length:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, the model reads {model.config.max_length}")
     stop = [encoding.eot_token] if END_OF_TEXT in encoding.special_tokens_set else []
     count = min(count, model.config.max_length - len(prompt) + 1)
     options = {"temperature": 0.8, "seed": 0, "max_new_tokens": count, "stop_tokens": stop, **sampling}
