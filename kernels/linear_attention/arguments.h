@@ -61,6 +61,15 @@ struct Chain {
     int32_t dtype, reverse;  // from the last chunk to the first
 };
 
+// What pointwise.cu works on: halves, one after another. What each is, its kernels say.
+struct Pointwise {
+    const void *x, *first, *second;
+    void *out, *columns;
+    int64_t count, width;
+    float scale;
+    int32_t map, dtype;
+};
+
 // What a launch will use, for the ladder's chart.
 struct Resources {
     int32_t threads, registers, spilled_bytes, shared_bytes, blocks_per_multiprocessor;

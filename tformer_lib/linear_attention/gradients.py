@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tformer_lib.ladder import AUTO
-from tformer_lib.linear_attention.feature_maps import FeatureMap, relu
-from tformer_lib.linear_attention.kernels import MAP_OF_CODE, choose_step, launch, refusal, refusal_of_chain, run_chain
+from tformer_lib.linear_attention.kernels import choose_step, launch, refusal, refusal_of_chain, run_chain
+from tformer_lib.linear_attention.pointwise import map_features, map_gradient, split_quotient
 from tformer_lib.linear_attention.shared import CHUNK, sum_dtype
 
 
@@ -21,8 +21,8 @@ class Sums:
         dq_i = Σ_j W_ij (do_i·v_j) k_j        dk_j = Σ_i W_ij (v_j·do_i) q_i        dv_j = Σ_i W_ij (k_j·q_i) do_i
 
     so each is the same sum with other tensors for q, k and v. A normalised output o = n / d has dn = do / d and
-    dd = -(do·o) / d. The denominator is one more value that is 1 everywhere, so where values take the place of
-    features, v gets a column of ones, and do a column of dd (in two parts, since one bfloat16 is not enough).
+    dd = -(do·o) / d. The denominator is one more value that is 1 everywhere, so dq gains Σ_j W_ij dd_i k_j, and dk the
+    same from the other side: two more sums, whose features are dd and 1.
 
     Args:
         step: the forward's.
@@ -54,50 +54,30 @@ class Sums:
         map_scale: float,
     ) -> tuple[Tensor | None, ...]:
         """dq, dk, dv, nothing for log_decay and beta, dinitial."""
-        group, value_dim = q.shape[1] // k.shape[1], v.shape[3]
-        feature_map = MAP_OF_CODE[map_code]
-        raw = (q, k)
-        if feature_map is not None:
-            q, k = (feature_map(x.to(sum_dtype(x)) * map_scale).to(x.dtype) for x in raw)
+        group, raw = q.shape[1] // k.shape[1], (q, k)
+        if map_code:
+            q, k = (map_features(x, map_code, map_scale) for x in raw)
         k, v, gates, first, dlast = (to_heads(x, group) for x in (k, v, log_decay, initial, dfinal))
         # A kernel multiplies all that it reads from a state by scale, and the heads of a group share one last state.
         dlast = None if dlast is None else dlast / (scale * group)
-        dnum, values = dout, v
+        options = {"log_decay": gates, "scale": scale}
+        values_of = (lambda state: None if state is None else state[:, :, :-1]) if normalised else lambda state: state
+        dnum, dden = split_quotient(dout, out, denominators) if normalised else (dout, None)
+        dv, dstate = self.run(k, q, dnum, **options, reverse=True, initial=values_of(dlast))
+        dq, _ = self.run(dnum, v, k, **options, initial=as_features(values_of(first)))
+        dk, _ = self.run(v, dnum, q, **options, reverse=True, initial=as_features(values_of(dlast)))
+        more = [None, None]
         if normalised:
-            dnum, dden = split_quotient(dout, out, denominators)
-            values, dnum_wide = with_ones(v), with_column(dnum, dden)
-        else:
-            dnum_wide = dnum
-        dv, dstate = self.run(
-            k,
-            q,
-            dnum,
-            log_decay=gates,
-            scale=scale,
-            reverse=True,
-            initial=None if dlast is None else dlast[:, :, :value_dim],
-        )
-        dq, _ = self.run(
-            dnum_wide, values, k, log_decay=gates, scale=scale, initial=as_features(first, normalised, True)
-        )
-        dk, dwide = self.run(
-            values,
-            dnum_wide,
-            q,
-            log_decay=gates,
-            scale=scale,
-            reverse=True,
-            initial=as_features(dlast, normalised, False),
-        )
-        if normalised:
-            row = (dwide[..., value_dim] + dwide[..., value_dim + 1]).unsqueeze(2)  # (.., 1, head_dim)
-            dstate = torch.cat([dstate, row], 2)
+            ones = torch.ones_like(dden[:1, :1, :1]).expand_as(dden)
+            more[0], _ = self.run(dden, ones, k, **options, initial=sum_as_features(first, both=True))
+            more[1], row = self.run(ones, dden, q, **options, reverse=True, initial=sum_as_features(dlast, both=False))
+            dstate = torch.cat([dstate, row[..., :2].sum(-1).unsqueeze(2)], 2)
         if log_decay is not None:
             dstate = dstate * self.first_decay(gates)
-        if feature_map is not None:
-            dq, dk = (
-                map_gradient(x, dx, feature_map, map_scale) for x, dx in ((raw[0], dq), (to_heads(raw[1], group), dk))
-            )
+        raws = (raw[0], to_heads(raw[1], group))
+        dq, dk = (
+            with_more(x, dx, extra, map_code, map_scale) for x, dx, extra in zip(raws, (dq, dk), more, strict=True)
+        )
         dinitial = None if initial is None else from_heads(dstate * scale, group)
         return dq, from_heads(dk, group), from_heads(dv, group), None, None, dinitial
 
@@ -120,50 +100,28 @@ def from_heads(x: Tensor, group: int) -> Tensor:
     return x if group == 1 else x.unflatten(1, (-1, group)).sum(2, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def split_quotient(dout: Tensor, out: Tensor, denominators: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of numerator (dout's shape and dtype) and denominator (batch, heads, T, 1) of out = n / d."""
-    seen = denominators > 0
-    inverse = torch.where(seen, 1.0 / torch.where(seen, denominators, 1.0), 0.0).unsqueeze(-1)
-    dout_wide = dout.to(inverse.dtype)
-    dden = -(dout_wide * out).sum(-1, keepdim=True) * inverse
-    return (dout_wide * inverse).to(dout.dtype), dden
+def with_more(x: Tensor, dx: Tensor, more: Tensor | None, map_code: int, map_scale: float) -> Tensor:
+    """The gradient of x from that of its features, dx, or dx + more."""
+    if not map_code:
+        return dx if more is None else (dx.to(sum_dtype(dx)) + more).to(dx.dtype)
+    return map_gradient(x, dx, torch.zeros_like(dx) if more is None else more, map_code, map_scale)
 
 
-def with_ones(v: Tensor) -> Tensor:
-    """v with eight more columns: two of ones, then zeros."""
-    extra = v.new_zeros(*v.shape[:3], 8)
-    extra[..., :2] = 1.0
-    return torch.cat([v, extra], -1)
+def as_features(state: Tensor | None) -> Tensor | None:
+    """A state whose value rows become features: (.., value_dim, head_dim) -> (.., head_dim, value_dim)."""
+    return None if state is None else state.mT.contiguous()
 
 
-def with_column(x: Tensor, column: Tensor) -> Tensor:
-    """x with eight more columns: a float32 column in two parts, then zeros."""
-    high = column.to(x.dtype)
-    extra = x.new_zeros(*x.shape[:3], 8)
-    extra[..., :1], extra[..., 1:2] = high, (column - high.to(column.dtype)).to(x.dtype)
-    return torch.cat([x, extra], -1)
-
-
-def as_features(state: Tensor | None, normalised: bool, both: bool) -> Tensor | None:
-    """A state whose value rows become features: (.., value_dim (+ 1), head_dim) -> (.., head_dim, value_dim (+ 8)).
+def sum_as_features(state: Tensor | None, *, both: bool) -> Tensor | None:
+    """The sum of the keys, a state's last row, as the first of 8 features: (.., rows, head_dim) -> (.., head_dim, 8).
 
     Args:
-        both: whether each of the two parts of a column meets the row of sums, or the first alone.
+        both: as the second too, where the two parts of a number both meet it.
     """
     if state is None:
         return None
-    if not normalised:
-        return state.mT.contiguous()
-    rows, extra = state.mT[..., :-1], state.mT[..., -1:]
-    second = extra if both else torch.zeros_like(extra)
-    return torch.cat([rows, extra, second, extra.new_zeros(*extra.shape[:3], 6)], -1)
-
-
-def map_gradient(x: Tensor, dphi: Tensor, feature_map: FeatureMap, map_scale: float) -> Tensor:
-    """The gradient of x, where phi = feature_map(x map_scale)."""
-    x = x.to(sum_dtype(x)) * map_scale
-    slope = (x > 0).to(x.dtype) if feature_map is relu else torch.where(x > 0, 1.0, x.clamp(max=0).exp())
-    return (dphi * slope * map_scale).to(dphi.dtype)
+    column = state[:, :, -1:].mT
+    return torch.cat([column, column if both else torch.zeros_like(column), column.new_zeros(*column.shape[:3], 6)], -1)
 
 
 # --- by chunks -------------------------------------------------------------------------------------------------------

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tformer_lib.ladder import KERNEL_DTYPES, check_no_tangent
+from tformer_lib.ladder import AUTO, KERNEL_DTYPES, check_no_tangent
 from tformer_lib.linear_attention.decay import FORGET
 from tformer_lib.linear_attention.feature_maps import FeatureMap
 from tformer_lib.linear_attention.gradients import Sums, chunk_gradients
-from tformer_lib.linear_attention.kernels import LADDER, MAPS, MOST_HEAD_DIM, choose_step, launch
+from tformer_lib.linear_attention.kernels import FEW_TOKENS, LADDER, MAPS, MOST_HEAD_DIM, choose_step, launch, refusal
+from tformer_lib.linear_attention.pointwise import map_features
 from tformer_lib.linear_attention.shared import check_cu_seqlens, check_packing, check_state, sum_dtype
 
 
@@ -35,6 +36,8 @@ def linear_attention_op(
         longest = max(stop - start for start, stop in pairwise(check_packing(cu_seqlens, q)))
         if longest > length:
             raise ValueError(f"max_seqlen is {length}, the longest sequence has {longest} tokens")
+    if map_code and maps_first(step, q, v, length):
+        q, k, map_code = map_features(q, map_code, map_scale), map_features(k, map_code, map_scale), 0
     return launch(
         choose_step(step, q, v, beta, length, mapped=map_code != 0),
         q,
@@ -50,6 +53,11 @@ def linear_attention_op(
         map_scale=map_scale,
         normalised=normalised,
     )
+
+
+def maps_first(step: str, q: Tensor, v: Tensor, length: int) -> bool:
+    """Whether features are made by a kernel of their own, so that step 4 can follow, which is faster together."""
+    return step == AUTO and length > FEW_TOKENS and refusal("4", q, v, None) is None
 
 
 def denominators_like(q: Tensor, normalised: bool) -> Tensor:
@@ -93,7 +101,7 @@ def linear_attention_backward_op(
     ``gate_gradient``: whether log_decay needs one; without, three sums are enough.
     """
     if beta is None and not gate_gradient:
-        sums = Sums(choose_backward(step, q, v, normalised, length), cu_seqlens, length)
+        sums = Sums(choose_backward(step, q, v, length), cu_seqlens, length)
         options = (normalised, scale, map_code, map_scale)
         grads = sums.gradients(dout, dfinal, q, k, v, log_decay, initial, out, denominators, *options)
     else:
@@ -117,10 +125,10 @@ def linear_attention_backward_fake(dout, dfinal, q, k, v, log_decay, beta, initi
     return tuple(q.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
 
 
-def choose_backward(step: str, q: Tensor, v: Tensor, normalised: bool, length: int) -> str:
+def choose_backward(step: str, q: Tensor, v: Tensor, length: int) -> str:
     """The step that computes the gradients of a sum: the forward's, where values are no wider than features may be."""
-    width = v.shape[3] + 8 * normalised
-    return "0" if step == "0" or width % 8 or width > MOST_HEAD_DIM else choose_step(step, q, v, None, length)
+    wide = v.shape[3] > MOST_HEAD_DIM or v.shape[3] % 8
+    return "0" if step == "0" or wide else choose_step(step, q, v, None, length)
 
 
 def save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
