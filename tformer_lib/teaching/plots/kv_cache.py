@@ -1,4 +1,4 @@
-"""The figures of chapter 09."""
+"""The figures of the KV cache chapter: narrow, so that their labels can be read on a phone."""
 
 from collections.abc import Sequence
 
@@ -7,38 +7,44 @@ from torch import Tensor
 
 from tformer_lib.teaching import style
 
+NARROW = 4.2
+"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
 
-def recomputation(prompt: int = 3, new: int = 7) -> None:
-    """How often each score of a query with a key is computed while ``new`` tokens are generated.
 
-    The token that is generated last is never fed back, so ``prompt + new - 1`` positions are ever computed.
+def recomputation(tokens: Sequence[str], prompt: int) -> None:
+    """How often each score of a query with a key is computed while all ``tokens`` but the prompt are read one by one.
+
+    Args:
+        tokens: the tokens that are read; the one that is written last is not among them.
+        prompt: how many of them the first pass reads.
     """
-    length = prompt + new - 1
+    length = len(tokens)
     position = torch.arange(length)
-    passes = new - (position - (prompt - 1)).clamp_min(0)  # of the uncached loop, that compute this row
+    passes = length - position.clamp_min(prompt - 1)  # of the uncached loop, that compute this row
     causal = torch.ones(length, length).tril()
-    _, axes = style.figure(1, 2, height=3.5, sharey=True)
+    _, axes = style.figure(2, 1, height=7.2, width=NARROW)
     for ax, counts, name in ((axes[0], causal * passes[:, None], "Without a cache"), (axes[1], causal, "With a cache")):
-        style.heatmap(ax, counts.masked_fill(causal == 0, torch.nan), values=".0f", limit=new)
-        ax.set(title=f"{name}: {int(counts.sum())} scores", xlabel="key")
-        ax.set_xticks(range(length))
-    axes[0].set_ylabel("query")
-    axes[0].set_yticks(range(length))
+        shown = counts.masked_fill(causal == 0, torch.nan)
+        style.heatmap(ax, shown, values=".0f", limit=length - prompt + 1, rows=tokens)
+        ax.set_title(f"{name}: {int(counts.sum())} scores")
+        ax.set_xticks(range(length), tokens, rotation=90)
+    axes[0].set_ylabel("query: reads")
+    axes[1].set(ylabel="query: reads", xlabel="key: is read")
+    axes[0].set_xticklabels([])
     style.show()
 
 
 def work(contexts: Sequence[int], uncached: Sequence[int], cached: Sequence[int]) -> None:
     """Floating-point operations for the next token over the length of the text, on logarithmic axes."""
-    _, ax = style.figure(height=3.2)
+    _, ax = style.figure(height=3.2, width=NARROW)
     style.lines(ax, contexts, {"without a cache": uncached, "with a cache": cached})
     ax.set(xscale="log", yscale="log", xlabel="tokens so far", ylabel="FLOPs for the next token")
-    ax.set_title("The next token's work, by the cost model")
     style.show()
 
 
 def time_per_token(contexts: Sequence[int], measured: dict[str, Sequence], predicted: dict[str, Sequence]) -> None:
     """Measured time per token (markers) and what the cost model says (lines), both {name: milliseconds}."""
-    _, ax = style.figure(height=3.6)
+    _, ax = style.figure(height=3.6, width=NARROW)
     for i, (name, times) in enumerate(measured.items()):
         ax.plot(
             contexts, times, linestyle="", marker=style.MARKERS[i], color=style.PALETTE[i], label=name, markersize=7
@@ -46,7 +52,6 @@ def time_per_token(contexts: Sequence[int], measured: dict[str, Sequence], predi
     for i, (name, times) in enumerate(predicted.items()):
         ax.plot(contexts, times, linestyle=style.DASHES[i], color=style.PALETTE[i], label=f"{name}, predicted")
     ax.set(xlabel="tokens so far", ylabel="milliseconds for the next token", ylim=(0, None))
-    ax.set_title("Without a cache time grows with the text, with one it stays near flat")
     ax.legend()
     style.show()
 
@@ -60,42 +65,32 @@ def ring(visible: Tensor, slots: Sequence[Sequence[int]], steps: Sequence[int]) 
         steps: how many tokens had been written.
     """
     table = torch.tensor(slots)
-    _, (left, right) = style.figure(1, 2, height=3.6, width_ratios=(1.2, 1))
-    style.heatmap(left, visible)
-    left.set(title="Who sees whom", xlabel="key", ylabel="query")
+    _, (top, low) = style.figure(2, 1, height=6.4, width=NARROW, height_ratios=(1.7, 1))
+    style.heatmap(top, visible)
+    top.set(title="Who sees whom", xlabel="key", ylabel="query")
     shade = (table.float() - torch.tensor(steps)[:, None] + 12).clamp_min(2).masked_fill(table < 0, torch.nan)
-    style.heatmap(right, shade, rows=[f"after {n}" for n in steps], columns=range(table.shape[1]), limit=26)
+    style.heatmap(low, shade, rows=[f"after {n}" for n in steps], columns=range(table.shape[1]), limit=26)
     for (row, column), position in zip(
         torch.cartesian_prod(*map(torch.arange, table.shape)).tolist(), table.flatten(), strict=True
     ):
-        right.text(column, row, str(int(position)) if position >= 0 else "", ha="center", va="center", fontsize=9)
-    right.set(title="The position in each slot", xlabel="slot")
-    style.show()
-
-
-def filters(names: Sequence[str], probabilities: Sequence[Tensor]) -> None:
-    """Bars of a distribution after each sampling rule, one panel a rule."""
-    _, axes = style.figure(1, len(names), height=2.6, sharey=True)
-    for ax, name, p in zip(axes, names, probabilities, strict=True):
-        ax.bar(range(len(p)), p.tolist(), color=style.BLUE, width=0.8)
-        ax.set_xlabel("token")
-        ax.set_title(name, fontsize=9.5)
-    axes[0].set_ylabel("probability")
+        low.text(column, row, str(int(position)) if position >= 0 else "", ha="center", va="center", fontsize=9)
+    low.set(title="The position in each slot", xlabel="slot")
     style.show()
 
 
 def recorded(record: dict, contexts: dict) -> None:
-    """What ``benchmarks/kv_cache.py`` measured on a GPU: whole generations as bars, single steps over the context."""
+    """What ``benchmarks/kv_cache.py`` measured on a GPU: whole generations as points, single steps over the context."""
     whole = sorted(record["rows"], key=lambda row: -row["seconds"])
-    _, (left, right) = style.figure(1, 2, height=3.8, width_ratios=(1.1, 1))
+    _, (top, low) = style.figure(2, 1, height=7.0, width=NARROW, height_ratios=(1.2, 1))
     names = [row["name"].replace(", ", ",\n", 1).replace(" + ", "\n+ ") for row in whole]
     values = [row["extra"]["milliseconds_per_token"] for row in whole]
-    bars = left.barh(range(len(whole)), values, color=style.BLUE)
-    left.bar_label(bars, fmt="%.2f", padding=3, fontsize=9)
-    left.set_yticks(range(len(whole)), names, fontsize=8.5)
-    left.invert_yaxis()
-    left.set(title="A whole generation", xscale="log", xlabel="milliseconds per token", xlim=(0.3, 6 * max(values)))
-    by_context(right, contexts)
+    top.plot(values, range(len(whole)), linestyle="", marker="o", markersize=8, color=style.BLUE)
+    for row, value in enumerate(values):
+        top.annotate(f"{value:.2f}", (value, row), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9.5)
+    top.set_yticks(range(len(whole)), names, fontsize=9.5)
+    top.invert_yaxis()
+    top.set(title="A whole generation", xscale="log", xlabel="milliseconds per token", xlim=(0.5, 3 * max(values)))
+    by_context(low, contexts)
     style.show()
 
 
