@@ -18,6 +18,12 @@ length as likely, and in the part "skewed" every order of magnitude as likely, w
   prepare a plan for every new shape).
 
 The last two run in processes of their own. A batch's tokens count if they were asked for.
+
+The part "latency" lets requests arrive while others are served, one by one at random (Poisson) or many at once
+(bursts), at rates below and above what the engine can bear. It asks how long each waits. TTFT is the time from a
+request's arrival to its first token, TPOT the time per token after it; goodput counts the requests a second for which
+neither was several times as long as on an idle engine. The policies are budgets: a step that may read whole prompts serves the
+newcomer first and makes those that write wait; a step of small pieces does the opposite.
 """
 
 import json
@@ -29,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -64,11 +71,11 @@ BANDWIDTH = 4.3e12
 """Bytes a second that an H200 reads at best; what the bound of a step is taken of."""
 REQUESTS, SHORTEST, LONGEST = 256, 100, 1024
 ROWS_RESERVED = MEMORY // (FULL_LENGTH * 2 * 16 * 8 * 64 * 2)
-SECONDS = {"engine": 120, "skewed": 80, "transformers": 80, "contiguous": 80, "stories": 60}
+SECONDS = {"engine": 120, "skewed": 80, "transformers": 80, "contiguous": 80, "latency": 300, "stories": 60}
 """How long each part may take."""
 
 
-PEERS = ("static", "sequential", "engine")
+PEERS = ("static", "sequential", "engine", "64 tokens a step", "1024 tokens a step", "no prefix cache")
 MANY_STEPS = "a run of many steps; the bound of a step stands beside the decode steps"
 
 
@@ -99,7 +106,7 @@ def run(args: ServingOptions) -> None:
     report = Report("serving", args.device, args.out, peers=PEERS)
     if args.device == "cuda":
         report.note(requests=REQUESTS, kv_memory_bytes=MEMORY, rows_reserved_at_full_length=ROWS_RESERVED)
-    parts = args.parts or (["stories"] if args.device == "cpu" else [p for p in PARTS if p != "stories"])
+    parts = args.parts or (["stories", "latency"] if args.device == "cpu" else [p for p in PARTS if p != "stories"])
     for part in parts:
         result = run_apart(part, args.device)
         add_rows(report, result.pop("rows", []))
@@ -428,11 +435,177 @@ def stories_part(device: str) -> dict:
     return {"rows": rows, "stories_same_texts": alone == [request.new_tokens for request in made]}
 
 
+# latency under load
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests, and how they arrive."""
+
+    prompts: list[list[int]]
+    new: list[int]
+    """Tokens that each one writes."""
+    engine: Callable[..., Engine]
+    """Makes an engine of these options, warmed up."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What one request had to wait, in seconds."""
+
+    first: float
+    """TTFT."""
+    each: float
+    """TPOT."""
+    whole: float
+    """From its arrival to its last token."""
+
+
+def arrivals(count: int, rate: float, *, burst: int = 1, seed: int = 0) -> list[float]:
+    """When each request arrives, in seconds: groups of ``burst`` at once, with exponential gaps between groups.
+
+    Args:
+        count: how many requests.
+        rate: of requests a second, on average.
+        burst: 1 is a Poisson process.
+        seed: of the gaps.
+    """
+    random, now, times = Random(seed), 0.0, []
+    while len(times) < count:
+        now += random.expovariate(rate / burst)
+        times += [now] * burst
+    return times[:count]
+
+
+def drive(engine: Engine, load: Load, times: Sequence[float]) -> list[Wait]:
+    """Add each request when its time has come, and step in between; what each one waited."""
+    heard: list[list[float]] = [[] for _ in times]
+    begin, ahead = time.perf_counter(), 0
+
+    def listen(piece) -> None:
+        heard[piece.request.id].append(time.perf_counter() - begin)
+
+    while ahead < len(times) or engine.busy:
+        while ahead < len(times) and times[ahead] <= time.perf_counter() - begin:
+            wish = {"max_new_tokens": load.new[ahead]}
+            engine.add(load.prompts[ahead], wish, id=ahead, listener=listen)
+            ahead += 1
+        if engine.busy:
+            engine.step()
+        else:
+            time.sleep(max(times[ahead] - (time.perf_counter() - begin), 0.0))
+    return [wait_of(arrived, stamps) for arrived, stamps in zip(times, heard, strict=True)]
+
+
+def wait_of(arrived: float, stamps: list[float]) -> Wait:
+    """The waits of a request, from the times at which its tokens came."""
+    each = (stamps[-1] - stamps[0]) / max(len(stamps) - 1, 1)
+    return Wait(stamps[0] - arrived, each, stamps[-1] - arrived)
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p50, p90 and p99 in milliseconds: the smallest value that so many percent do not pass."""
+    ordered = sorted(values)
+    ranks = {f"p{p}": ordered[max(math.ceil(p / 100 * len(ordered)) - 1, 0)] for p in (50, 90, 99)}
+    return {name: round(1e3 * value, 1) for name, value in ranks.items()}
+
+
+def latency_row(case: str, policy: str, waits: list[Wait], times: Sequence[float], load: Load, objective: Wait) -> dict:
+    """A run as a row: its timing is that of whole requests."""
+    whole = sorted(wait.whole for wait in waits)
+    ends = max(arrived + wait.whole for arrived, wait in zip(times, waits, strict=True))
+    good = sum(wait.first <= objective.first and wait.each <= objective.each for wait in waits)
+    return {
+        "name": f"{case}: {policy}",
+        "case": case,
+        "contestant": policy,
+        "timing": (median(whole), whole[len(whole) // 10], whole[9 * len(whole) // 10], len(whole)),
+        "unbounded": "a wait in a queue",
+        "ttft_ms": percentiles([wait.first for wait in waits]),
+        "tpot_ms": percentiles([wait.each for wait in waits]),
+        "e2e_ms": percentiles([wait.whole for wait in waits]),
+        "tokens_per_second": round(sum(load.new) / ends),
+        "requests_per_second": round(len(waits) / ends, 2),
+        "goodput_per_second": round(good / ends, 2),
+    }
+
+
+def latency_part(device: str) -> dict:
+    """Every policy under every load, and the prefix cache where prompts share a beginning."""
+    load, shared, budgets = stories_load(device) if device == "cpu" else llama_load(device)
+    rows: list[dict] = []
+    policies = {f"{budget} tokens a step": {"budget": budget} for budget in budgets}
+    engine = load.engine(budget=budgets[1])
+    together = [drive(engine, load, [0.0] * len(load.prompts)) for _ in range(2)]
+    capacity = max(len(waits) / max(wait.whole for wait in waits) for waits in together)
+    idle = [
+        drive(engine, Load([p], [n], load.engine), [0.0])[0] for p, n in zip(load.prompts[:8], load.new, strict=False)
+    ]
+    objective = Wait(TTFT_SLACK * median(w.first for w in idle), TPOT_SLACK * median(w.each for w in idle), math.inf)
+    for policy, options in policies.items():
+        engine = load.engine(**options)
+        for case, times in loads(len(load.prompts), capacity).items():
+            engine.forget()
+            rows.append(latency_row(case, policy, drive(engine, load, times), times, load, objective))
+    for policy, cache in (("no prefix cache", False), ("prefix cache", True)):
+        engine = load.engine(budget=budgets[1], prefix_cache=cache)
+        times = arrivals(len(shared.prompts), capacity)
+        rows.append(latency_row("a shared beginning", policy, drive(engine, shared, times), times, shared, objective))
+    facts = {"ttft_objective_ms": round(1e3 * objective.first, 1), "tpot_objective_ms": round(1e3 * objective.each, 2)}
+    return {"rows": rows, "capacity_requests_per_second": round(capacity, 2), **facts}
+
+
+TTFT_SLACK, TPOT_SLACK = 10, 3
+"""How many times as long as on an idle engine a request may wait for its first token, and for each one after it."""
+
+
+def loads(count: int, capacity: float) -> dict[str, list[float]]:
+    """The arrivals of each case."""
+    steady = {f"Poisson, {share:g} of capacity": arrivals(count, share * capacity) for share in (0.4, 0.8, 2.0)}
+    return steady | {"bursts of 8, 0.8 of capacity": arrivals(count, 0.8 * capacity, burst=8)}
+
+
+def skewed_lengths(random: Random, count: int, shortest: int, longest: int) -> list[int]:
+    """Lengths of which every order of magnitude is as likely."""
+    return [round(math.exp(random.uniform(math.log(shortest), math.log(longest)))) for _ in range(count)]
+
+
+def stories_load(device: str) -> tuple[Load, Load, tuple[int, ...]]:
+    """The pretrained model: requests, some with a shared beginning, and the budgets that are compared."""
+    model, encoding = pretrained.load(device=device)
+    random, count = Random(0), 40
+
+    def engine(**options) -> Engine:
+        made = Engine(model, seats=16, **{"prefix_cache": False, **options})
+        made.add([1] * 20, {"max_new_tokens": 3})
+        made.run()
+        return made
+
+    def tokens(length: int) -> list[int]:
+        return [random.randrange(encoding.n_vocab) for _ in range(length)]
+
+    prompts = [tokens(length) for length in skewed_lengths(random, count, 8, 180)]
+    beginning = tokens(160)
+    shared = Load([beginning + tokens(8) for _ in range(count)], [8] * count, engine)
+    return Load(prompts, skewed_lengths(random, count, 6, 48), engine), shared, (16, 64, 1024)
+
+
+def llama_load(device: str) -> tuple[Load, Load, tuple[int, ...]]:
+    """The 1B shape: the skewed requests, some with a shared beginning, and the budgets that are compared."""
+    model, pairs, random = llama(device), workload(skewed=True), Random(1)
+    engine = partial(make_engine, model, seats=256)
+    beginning = [random.randrange(LLAMA_1B.vocab_size) for _ in range(1024)]
+    tails = [[random.randrange(LLAMA_1B.vocab_size) for _ in range(32)] for _ in pairs]
+    shared = Load([beginning + tail for tail in tails], [64] * len(pairs), engine)
+    return Load([p for p, _ in pairs], [new for _, new in pairs], engine), shared, (256, 1024, 8192)
+
+
 PARTS: dict[str, Callable[[str], dict]] = {
     "engine": engine_part,
     "skewed": skewed_part,
     "transformers": transformers_part,
     "contiguous": contiguous_part,
+    "latency": latency_part,
     "stories": stories_part,
 }
 

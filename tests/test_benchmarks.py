@@ -2,7 +2,9 @@
 
 import importlib
 import importlib.util
+import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -401,3 +403,48 @@ def test_a_copy_outside_a_checkout_names_its_commit_by_the_environment(tmp_path,
     assert harness.commit() is None
     monkeypatch.setenv("TFORMER_COMMIT", "0123456789ab")
     assert harness.commit() == "0123456789ab"
+
+
+# Latency under load
+
+
+def test_arrivals_have_their_rate_and_their_bursts():
+    from benchmarks.serving import arrivals
+
+    single, grouped = arrivals(4000, 10.0), arrivals(4000, 10.0, burst=8)
+    for times in (single, grouped):
+        assert times == sorted(times)
+        assert times[-1] == pytest.approx(400, rel=0.2)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(single)]
+    mean = sum(gaps) / len(gaps)
+    assert sum(gap > mean for gap in gaps) / len(gaps) == pytest.approx(math.exp(-1), abs=0.03), "exponential"
+    assert all(len(set(grouped[i : i + 8])) == 1 for i in range(0, 4000, 8))
+    assert len(set(grouped)) == 500
+
+
+def test_percentiles_are_values_that_occurred():
+    from benchmarks.serving import percentiles
+
+    assert percentiles([i / 1000 for i in range(100, 0, -1)]) == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
+    assert percentiles([0.007]) == {"p50": 7.0, "p90": 7.0, "p99": 7.0}
+
+
+def test_a_load_is_driven_to_its_end_and_every_wait_counts_from_the_arrival():
+    from benchmarks.serving import Load, Wait, drive, latency_row
+    from tformer_lib.serving import Engine
+    from tformer_lib.transformer import Decoder, ModelConfig
+
+    model = Decoder(ModelConfig(vocab_size=11, max_length=32, width=8, layers=1, heads=1, positions="rope"))
+    engine = Engine(model, blocks=20, seats=2, budget=4)
+    load = Load([[1, 2, 3, i] for i in range(6)], [1, 2, 3, 4, 5, 6], lambda: engine)
+    times = [0.0, 0.0, 0.0, 0.05, 0.05, 0.1]
+    waits = drive(engine, load, times)
+    assert not engine.busy
+    assert all(0 < wait.first <= wait.whole for wait in waits)
+    assert [wait.whole for wait in waits] == pytest.approx(
+        [wait.first + wait.each * (new - 1) for wait, new in zip(waits, load.new, strict=True)]
+    )
+    everything, nothing = Wait(math.inf, math.inf, math.inf), Wait(0.0, 0.0, 0.0)
+    rows = [latency_row("case", "policy", waits, times, load, objective) for objective in (everything, nothing)]
+    assert rows[0]["goodput_per_second"] == rows[0]["requests_per_second"] > 0
+    assert rows[1]["goodput_per_second"] == 0
