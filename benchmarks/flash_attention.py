@@ -208,11 +208,16 @@ def time_packed(report: Report, limit: float) -> None:
     starts = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
     for d in (64, 128):
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in random_inputs(d, TOKENS, "cuda", torch.bfloat16))
+        contestants = {}
+        if (peer_3 := flash_attention_3(True)) is not None:
+            contestants["FlashAttention-3"] = partial(peer_3, q, k, v, starts, max(lengths))
         for step in (3, 4):
             attend = partial(flash.flash_attention_varlen, q, k, v, starts, starts, max(lengths), max(lengths))
-            timing = measure(partial(attend, causal=True, step=step), device="cuda", seconds=SECONDS)
+            contestants[f"step {step}"] = partial(attend, causal=True, step=step)
+        for name, attend in contestants.items():
+            timing = measure(attend, device="cuda", seconds=SECONDS)
             work = sum(flops(1, WIDTH // d, n, n, d, True) for n in lengths)
-            name = f"packed, 1,383 to 7,001 tokens, causal, d {d}: step {step}"
+            name = f"packed, 1,383 to 7,001 tokens, causal, d {d}: {name}"
             report.add(name, timing, flops=work, limit=limit, d=d, lengths=lengths, causal=True)
 
 
@@ -400,7 +405,16 @@ def take_turns(contestants: dict[str, Callable], inputs: tuple[Tensor, ...], rou
     return times
 
 
-LADDER_PEERS = ("sdpa cudnn", "sdpa flash", "sdpa efficient", "sdpa", "naive", "step 3", "step 4")
+LADDER_PEERS = (
+    "FlashAttention-3",
+    "sdpa cudnn",
+    "sdpa flash",
+    "sdpa efficient",
+    "sdpa",
+    "naive",
+    "step 3",
+    "step 4",
+)
 
 
 @dataclass(frozen=True)
