@@ -22,8 +22,8 @@ The last two run in processes of their own. A batch's tokens count if they were 
 The part "latency" lets requests arrive while others are served, one by one at random (Poisson) or many at once
 (bursts), at rates below and above what the engine can bear. It asks how long each waits. TTFT is the time from a
 request's arrival to its first token, TPOT the time per token after it; goodput counts the requests a second for which
-neither was several times as long as on an idle engine. The policies are budgets: a step that may read whole prompts serves the
-newcomer first and makes those that write wait; a step of small pieces does the opposite.
+neither was several times as long as on an idle engine. The policies are budgets: a step that may read whole prompts
+serves the newcomer first and makes those that write wait; a step of small pieces does the opposite.
 """
 
 import json
