@@ -64,7 +64,7 @@ def run(args: CacheOptions) -> None:
     bench = Bench(args, GPT2 if gpu else SMALL, torch.bfloat16 if gpu else torch.float32)
     if args.nvtx:
         return bench.decode_for_profiler()
-    bench.describe()
+    bench.note_sizes()
     variants = bench.gpu_variants() if gpu else bench.cpu_variants()
     for variant in (*variants, bench.ratios):
         bench.try_out(variant)
@@ -87,7 +87,7 @@ class Bench:
         self.seconds: dict[str, float] = {}
         self.texts: dict[str, list[int]] = {}
 
-    def describe(self) -> None:
+    def note_sizes(self) -> None:
         """Note the sizes and the bandwidth that the rows are compared with."""
         middle = len(self.prompt) + self.new_tokens // 2
         self.step_bytes = pass_cost(self.config, held=middle, new=1, itemsize=self.dtype.itemsize).bytes

@@ -72,12 +72,12 @@ def outputs(root: Path) -> str:
 
 
 def measurements(root: Path) -> str:
-    """A table of the recorded measurements: topic, device, versions, date, command."""
+    """A table of the recorded measurements: topic, device, versions, date, commit, command."""
     files = sorted((root / "benchmarks" / "results").glob("*/*.json"))
     rows = [row for row in (measurement(file) for file in files) if row]
     if not rows:
         return "Nothing has been recorded yet."
-    return table(("topic", "device", "torch", "date", "command"), rows)
+    return table(("topic", "device", "torch", "date", "commit", "command"), rows)
 
 
 def measurement(file: Path) -> tuple[str, ...] | None:
@@ -86,7 +86,8 @@ def measurement(file: Path) -> tuple[str, ...] | None:
     if not isinstance(record, dict) or "command" not in record:
         return None
     torch = record.get("versions", {}).get("torch", "")
-    return file.stem, record.get("device", ""), torch, record.get("date", "")[:10], f"`{record['command']}`"
+    commit = record.get("commit") or "not recorded"
+    return file.stem, record.get("device", ""), torch, record.get("date", "")[:10], commit, f"`{record['command']}`"
 
 
 def table(head: tuple[str, ...], rows) -> str:

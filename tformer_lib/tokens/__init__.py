@@ -35,7 +35,6 @@ from tformer_lib.tokens.corpus import (
     Corpus,
     CorpusConfig,
     Meta,
-    describe,
     encode_corpus,
     join_stories,
     make_encoding,
@@ -45,6 +44,7 @@ from tformer_lib.tokens.corpus import (
     shakespeare,
     split_corpus,
     split_stories,
+    summary,
 )
 from tformer_lib.tokens.encoding import (
     GPT2_ADDRESS,
@@ -91,7 +91,7 @@ __all__ = [
     "count_pairs",
     "count_words",
     "descending",
-    "describe",
+    "summary",
     "download",
     "encode_bytes",
     "encode_corpus",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from tformer_lib import command_line
-from tformer_lib.tokens.corpus import CorpusConfig, describe, prepare
+from tformer_lib.tokens.corpus import CorpusConfig, prepare, summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13,4 +13,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def make(arguments: Sequence[str] | None) -> None:
     """Make the corpus that the arguments ask for."""
-    print(describe(prepare(command_line.parse(CorpusConfig, arguments, program="python -m tformer_lib.tokens"))))
+    print(summary(prepare(command_line.parse(CorpusConfig, arguments, program="python -m tformer_lib.tokens"))))

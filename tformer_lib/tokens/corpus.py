@@ -256,7 +256,7 @@ def encode_corpus(encoding: Encoding, text: str, dtype: np.dtype) -> bytes:
     return bytes(ids)
 
 
-def describe(corpus: Corpus) -> str:
+def summary(corpus: Corpus) -> str:
     """What a corpus holds, in a few lines."""
     meta = corpus.meta
     lines = [

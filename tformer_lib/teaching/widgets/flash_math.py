@@ -40,18 +40,18 @@ def walk(scores: Tensor, v: Tensor) -> dict:
         anchor = m_new.masked_fill(m_new == -torch.inf, 0.0)
         P, correction = torch.exp(tile - anchor[:, None]), torch.exp(m - anchor)
         m, l, O = m_new, l * correction + P.sum(1), O * correction[:, None] + P @ v[start : start + TILE]
-        states.append(state(m, l, O, correction) | {"P": readable(P)})
+        states.append(state(m, l, O, correction) | {"P": rounded(P)})
     out, lse = O / l.masked_fill(l == 0, 1.0)[:, None], m + torch.log(l)
-    return {"scores": readable(scores), "states": states, "out": readable(out), "lse": readable(lse)}
+    return {"scores": rounded(scores), "states": states, "out": rounded(out), "lse": rounded(lse)}
 
 
 def state(m: Tensor, l: Tensor, O: Tensor, correction: Tensor) -> dict:
     """The running state as JSON."""
-    return {"m": readable(m), "l": readable(l), "O": readable(O), "correction": readable(correction)}
+    return {"m": rounded(m), "l": rounded(l), "O": rounded(O), "correction": rounded(correction)}
 
 
-def readable(x: Tensor) -> list:
+def rounded(x: Tensor) -> list:
     """Numbers of two decimals; None for minus infinity, which JSON has not."""
     if x.dim() > 1:
-        return [readable(row) for row in x]
+        return [rounded(row) for row in x]
     return [None if value == -torch.inf else round(value, 2) + 0.0 for value in x.tolist()]

@@ -21,15 +21,15 @@ def merge_stepper(text: str, merges: int, shown: int = 6) -> MergeStepper:
         shown: how many pairs are listed, most frequent first.
     """
     words = {tuple(bytes([b]) for b in word.encode()): times for word, times in Counter(text.split()).items()}
-    steps = [{"words": readable(words), "pairs": [], "merged": None}]
+    steps = [{"words": spelled(words), "pairs": [], "merged": None}]
     while len(steps) <= merges and (counts := count_pairs(words)):
         ranked = sorted(counts, key=lambda pair: (counts[pair], pair), reverse=True)
         words = {merge_pair(word, ranked[0]): times for word, times in words.items()}
         pairs = [[left.decode(), right.decode(), counts[left, right]] for left, right in ranked[:shown]]
-        steps.append({"words": readable(words), "pairs": pairs, "merged": (ranked[0][0] + ranked[0][1]).decode()})
+        steps.append({"words": spelled(words), "pairs": pairs, "merged": (ranked[0][0] + ranked[0][1]).decode()})
     return MergeStepper(label="Merge stepper: byte-pair encoding of a small text", data={"steps": steps})
 
 
-def readable(words: dict[tuple[bytes, ...], int]) -> list:
+def spelled(words: dict[tuple[bytes, ...], int]) -> list:
     """The words as JSON: [[times, [token, ...]], ...]."""
     return [[times, [token.decode() for token in word]] for word, times in words.items()]
