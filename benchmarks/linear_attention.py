@@ -33,7 +33,7 @@ GPU_TOKENS, GPU_HEADS, GPU_HEAD_DIM = 32768, 16, 128
 GPU_LENGTHS = (2048, 8192, 32768)
 CROSSOVER = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 DECODED = 8  # sequences; of 131,072 keys their caches are 8.6 GB
-GPU_SECONDS = 0.1  # of each measurement, after as long a warm-up
+GPU_SECONDS = 0.06  # of each measurement, after as long a warm-up
 FLA, SOFTMAX = "sum, flash-linear-attention", "softmax, our flash kernel"
 
 
@@ -139,11 +139,17 @@ def on_gpu(report: Report) -> None:
     report.note(heads=GPU_HEADS, head_dim=GPU_HEAD_DIM, tokens=GPU_TOKENS, copy_bytes_per_second=limit)
     with torch.no_grad():
         report.note(relative_error=errors(device))
-    for N in GPU_LENGTHS:
-        time_members(report, N, limit)
+    own = members() | {SOFTMAX: lambda x: flash_attention(x["q"], x["k"], x["v"], causal=True)}
+    contestants = {name: (form, False) for name, form in own.items()}
+    contestants["sum, tokens first in memory"] = (lambda x: own["sum"](heads_first(x)), True)
+    time_members(report, contestants, limit)
+    report.save()
     for N in CROSSOVER:
         cross(report, N, limit)
     decode_on_gpu(report, limit)
+    report.save()
+    if theirs := flash_linear_attention():
+        time_members(report, {FLA: (theirs, True)}, limit)
     report.finish()
 
 
@@ -190,22 +196,22 @@ def errors(device: torch.device, N: int = 4096) -> dict[str, float]:
     return found
 
 
-def time_members(report: Report, N: int, limit: float) -> None:
-    """Forwards and gradients of every member, beside softmax attention and flash-linear-attention."""
+def time_members(report: Report, contestants: dict[str, tuple[Callable, bool]], limit: float) -> None:
+    """Forwards and gradients at each of GPU_LENGTHS.
+
+    Args:
+        contestants: functions of what ``draw`` gives, and whether tokens come first in memory.
+    """
     device, moved = report.device, 4 * GPU_TOKENS * GPU_HEADS * GPU_HEAD_DIM * 2  # bytes of q, k, v and the output
-    forms = members() | {SOFTMAX: lambda x: flash_attention(x["q"], x["k"], x["v"], causal=True)}
-    contestants = {name: (form, False) for name, form in forms.items()}
-    contestants["sum, tokens first in memory"] = (lambda x: forms["sum"](heads_first(x)), True)
-    if theirs := flash_linear_attention():
-        contestants[FLA] = (theirs, True)
-    for name, (form, tokens_first) in contestants.items():
-        x = draw(N, device, tokens_first=tokens_first)
-        work = {"limit": limit, "tokens": N, "contestant": name}
-        with torch.no_grad():
-            timing = measure(form, [(x,)], device=device, seconds=GPU_SECONDS)
-        report.add(timing=timing, case=f"forward, N = {N:,}", bytes=moved, **work)
-        timing = time_gradient(form, x, device)
-        report.add(timing=timing, case=f"gradient, N = {N:,}", bytes=2 * moved, **work)
+    for N in GPU_LENGTHS:
+        for name, (form, tokens_first) in contestants.items():
+            x = draw(N, device, tokens_first=tokens_first)
+            work = {"limit": limit, "tokens": N, "contestant": name}
+            with torch.no_grad():
+                timing = measure(form, [(x,)], device=device, seconds=GPU_SECONDS, warmup=GPU_SECONDS)
+            report.add(timing=timing, case=f"forward, N = {N:,}", bytes=moved, **work)
+            timing = time_gradient(form, x, device)
+            report.add(timing=timing, case=f"gradient, N = {N:,}", bytes=2 * moved, **work)
 
 
 def heads_first(x: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -230,7 +236,7 @@ def time_gradient(form: Callable, x: dict[str, Tensor], device: torch.device) ->
     dout = torch.randn_like(out)
     leaves = [x[name] for name in names]
     call = lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True, allow_unused=True)  # noqa: E731
-    return measure(call, device=device, seconds=GPU_SECONDS, min_calls=3)
+    return measure(call, device=device, seconds=GPU_SECONDS, warmup=GPU_SECONDS, min_calls=3)
 
 
 def cross(report: Report, N: int, limit: float) -> None:
@@ -243,7 +249,7 @@ def cross(report: Report, N: int, limit: float) -> None:
     moved = 4 * x["q"].nbytes
     for name, form in forms.items():
         with torch.no_grad():
-            timing = measure(form, [(x,)], device=device, seconds=GPU_SECONDS, min_calls=3)
+            timing = measure(form, [(x,)], device=device, seconds=GPU_SECONDS, warmup=GPU_SECONDS, min_calls=3)
         work = {"limit": limit, "tokens": N, "contestant": name}
         report.add(timing=timing, case=f"crossover, N = {N:,}", bytes=moved, **work)
         timing = time_gradient(form, x, device)
@@ -260,14 +266,14 @@ def decode_on_gpu(report: Report, limit: float) -> None:
     case = f"one token for each of {DECODED} sequences"
     with torch.no_grad():
         step = lambda: linear_attention.operator.run(q, k, v, **options)  # noqa: E731
-        timing = measure(step, device=device, seconds=GPU_SECONDS)
+        timing = measure(step, device=device, seconds=GPU_SECONDS, warmup=GPU_SECONDS)
         peer = f"{case}: from {CROSSOVER[-1]:,} keys"
         work = {"case": case, "limit": limit, "sequences": DECODED}
         report.add(timing=timing, contestant="from a state", bytes=2 * state.nbytes, peer=peer, **work)
         for N in CROSSOVER:
             old = torch.randn(2, DECODED, GPU_HEADS, N, GPU_HEAD_DIM, device=device, dtype=torch.bfloat16)
             step = lambda old=old: flash_attention(q, old[0], old[1], causal=True)  # noqa: E731
-            timing = measure(step, device=device, seconds=GPU_SECONDS)
+            timing = measure(step, device=device, seconds=GPU_SECONDS, warmup=GPU_SECONDS)
             peer = f"{case}: from a state"
             report.add(timing=timing, contestant=f"from {N:,} keys", bytes=old.nbytes, peer=peer, tokens=N, **work)
 
