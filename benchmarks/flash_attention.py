@@ -19,13 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from shutil import copytree
 from statistics import median
 
 import torch
@@ -33,7 +30,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import Options, Report, Timing, command_line, copies_past_cache, matmul_rate, measure, profiled
+from benchmarks.harness import (
+    Options,
+    Report,
+    Timing,
+    command_line,
+    copies_past_cache,
+    edited_kernel,
+    matmul_rate,
+    measure,
+    profiled,
+)
 from tformer_lib import flash_attention as flash
 from tformer_lib import jit
 from tformer_lib.flash_attention import kernels
@@ -238,26 +245,10 @@ def time_float32(report: Report) -> None:
         time_gradients(report, limit, gradients, d, 4096, False, torch.float32)
 
 
-@contextmanager
-def edited(file: str, edits: list[tuple[str, str]]) -> Iterator[None]:
-    """Load kernels from a copy in which ``file`` has each text replaced by another."""
-    with tempfile.TemporaryDirectory() as folder:
-        copytree(jit.kernels_folder(), folder, dirs_exist_ok=True)
-        path = Path(folder) / flash.LADDER.topic / file
-        text = path.read_text()
-        for old, new in edits:
-            if old not in text:
-                raise ValueError(f"{file} no longer holds {old!r}")
-            text = text.replace(old, new)
-        path.write_text(text)
-        with jit.kernels_from(folder):
-            yield
-
-
 def time_ablations(report: Report, limit: float) -> None:
     """What one idea buys: the same kernel without it."""
     for step, change, file, edits in ABLATIONS:
-        with edited(file, edits):
+        with edited_kernel(f"flash_attention/{file}", edits):
             for d in (64, 128):
                 if "keys" in change and d == 64:
                     continue

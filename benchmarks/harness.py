@@ -20,18 +20,21 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from shutil import copytree
 from statistics import median, quantiles
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
 
 from tformer_lib import command_line as commands
-from tformer_lib import profiling
+from tformer_lib import jit, profiling
 from tformer_lib.checkpoint import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
@@ -230,6 +233,26 @@ def launch_seconds(device: torch.device | str) -> float:
         synchronize(device)
         times.append((time.perf_counter() - start) / many)
     return median(times[2:])
+
+
+@contextmanager
+def edited_kernel(file: str, edits: Sequence[tuple[str, str]]) -> Iterator[None]:
+    """Within it, kernels are built from a copy of ``kernels/`` in which ``file`` has each text replaced by another.
+
+    Raises:
+        ValueError: the file no longer holds a text that is to be replaced.
+    """
+    with TemporaryDirectory() as folder:
+        copytree(jit.kernels_folder(), folder, dirs_exist_ok=True)
+        path = Path(folder) / file
+        text = path.read_text()
+        for old, new in edits:
+            if old not in text:
+                raise ValueError(f"{file} no longer holds {old!r}")
+            text = text.replace(old, new)
+        path.write_text(text)
+        with jit.kernels_from(folder):
+            yield
 
 
 def compare(

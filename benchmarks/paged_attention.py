@@ -19,20 +19,25 @@ heads, head_dim 128, blocks of 16 shuffled in the pool): FlashAttention-3's page
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from shutil import copytree
-from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import Options, Report, Timing, command_line, copy_rate, matmul_rate, measure, profiled
-from tformer_lib import jit
+from benchmarks.harness import (
+    Options,
+    Report,
+    Timing,
+    command_line,
+    copy_rate,
+    edited_kernel,
+    matmul_rate,
+    measure,
+    profiled,
+)
 from tformer_lib.paged_attention import FP8, PREFILL_STEPS, blocks_for, write_cache
 from tformer_lib.paged_attention import paged_attention as attention
 
@@ -264,27 +269,11 @@ def time_writing(report: Report, limit: float) -> None:
         report.add(f"{row}, CUDA graph", timing, contestant="CUDA graph", peer=row, **facts)
 
 
-@contextmanager
-def edited(edits: list[tuple[str, str]]) -> Iterator[None]:
-    """Load step 2 from a copy in which each text is replaced by another."""
-    with TemporaryDirectory() as folder:
-        copytree(jit.kernels_folder(), folder, dirs_exist_ok=True)
-        path = Path(folder) / "paged_attention" / STEP_2
-        text = path.read_text()
-        for old, new in edits + MEASURED_ALONE:
-            if old not in text:
-                raise ValueError(f"{STEP_2} no longer holds {old!r}")
-            text = text.replace(old, new)
-        path.write_text(text)
-        with jit.kernels_from(folder):
-            yield
-
-
 def time_ablations(report: Report, limit: float) -> None:
     """What one idea of step 2 buys: the same kernel without it."""
     cases = {name: rotation(lambda name=name: make_rows(DECODE[name])) for name in PRIMARY}
     for change, edits in ABLATIONS.items():
-        with edited(edits):
+        with edited_kernel(f"paged_attention/{STEP_2}", edits + MEASURED_ALONE):
             for name, inputs in cases.items():
                 timing = measure(own(2), inputs, device="cuda", seconds=SECONDS)
                 facts = {"bytes": kv_bytes(inputs[0][0]), "limit": limit}

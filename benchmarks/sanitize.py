@@ -34,8 +34,7 @@ import torch
 from tyro.conf import Positional
 
 from benchmarks import doors
-from benchmarks.flash_attention import edited
-from benchmarks.harness import RESULTS, command, device_name, environment
+from benchmarks.harness import RESULTS, command, device_name, edited_kernel, environment
 from tformer_lib import command_line as commands
 from tformer_lib import flash_attention as flash
 from tformer_lib import jit
@@ -114,7 +113,7 @@ def write_past_lse(step: str = "1", device: str = "cuda") -> None:
 
 def leave_out_a_barrier() -> None:
     """Step 2 without the barrier between the reads of K and the loads of V: racecheck must find the race."""
-    with edited("2_tiled.cu", [("__syncthreads();  // K has been read, P is written", "")]):
+    with edited_kernel("flash_attention/2_tiled.cu", [("__syncthreads();  // K has been read, P is written", "")]):
         flash.flash_attention(*(from_cpu(1, 1, 200, 64, dtype=torch.float32) for _ in range(3)), step=2)
         torch.cuda.synchronize()
 

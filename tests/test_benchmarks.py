@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, ratios
-from tformer_lib import profiling, teaching
+from benchmarks import flash_attention, harness, paged_attention, ratios
+from tformer_lib import jit, profiling, teaching
 from tformer_lib.attention import attend, attend_sdpa
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -448,3 +448,27 @@ def test_a_load_is_driven_to_its_end_and_every_wait_counts_from_the_arrival():
     rows = [latency_row("case", "policy", waits, times, load, objective) for objective in (everything, nothing)]
     assert rows[0]["goodput_per_second"] == rows[0]["requests_per_second"] > 0
     assert rows[1]["goodput_per_second"] == 0
+
+
+# Edited kernels
+
+
+EDITS = [(f"flash_attention/{file}", edits) for _, _, file, edits in flash_attention.ABLATIONS]
+EDITS += [(f"paged_attention/{paged_attention.STEP_2}", edits) for edits in paged_attention.ABLATIONS.values()]
+
+
+@pytest.mark.parametrize(("file", "edits"), EDITS)
+def test_every_ablation_still_finds_what_it_edits(file, edits):
+    ours = jit.kernels_folder()
+    with harness.edited_kernel(file, edits):
+        assert jit.kernels_folder() != ours
+        assert (jit.kernels_folder() / file).read_text() != (ours / file).read_text()
+    assert jit.kernels_folder() == ours
+
+
+def test_an_edit_of_what_is_no_longer_there_is_refused():
+    with (
+        pytest.raises(ValueError, match=r"flash_attention/small\.cpp no longer holds 'no such text'"),
+        harness.edited_kernel("flash_attention/small.cpp", [("no such text", "")]),
+    ):
+        pass

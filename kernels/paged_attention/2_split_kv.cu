@@ -623,14 +623,4 @@ extern "C" const char* decode(const Arguments* a, void* stream) {
     });
 }
 
-// Elements of scratch: floats of `partial`, and numbers of `arrivals`.
-extern "C" const char* scratch(const Arguments* a, int64_t* sizes) {
-    return with_types(*a, [&](auto shape) -> const char* {
-        using Sh = decltype(shape);
-        sizes[0] = multiprocessors() * Sh::BLOCKS * 2 * Merger<Sh>::PARTIAL;
-        sizes[1] = a->batch * bundles_of(*a, Sh::ROWS);
-        return nullptr;
-    });
-}
-
 }  // namespace paged

@@ -1,4 +1,4 @@
-// What paged_attention.py hands to a kernel: plain pointers, sizes and strides. Its twin in Python is `Arguments` there.
+// What paged_attention/plans.py hands to a kernel: plain pointers, sizes and strides. kernels.py there knows the layout.
 #pragma once
 #include <cstdint>
 
@@ -51,7 +51,7 @@ struct WriteArguments {
     int32_t dtype, cache_dtype;
 };
 
-static_assert(sizeof(Arguments) == 240, "paged_attention.py packs it so");
-static_assert(sizeof(WriteArguments) == 216, "paged_attention.py packs it so");
+static_assert(sizeof(Arguments) == 240, "paged_attention/kernels.py packs it so");
+static_assert(sizeof(WriteArguments) == 216, "paged_attention/kernels.py packs it so");
 
 }  // namespace paged
