@@ -56,7 +56,9 @@ def summary_row(file: Path, record: dict) -> tuple[str, ...]:
     best = max((row for row in ours if row.get("share") is not None), key=lambda row: row["share"], default=None)
     most = "" if best is None else f"{best['share']:.0%}: {best['name']}"
     ratios = sorted(rows[row["peer"]]["seconds"] / row["seconds"] for row in ours if row["peer"] in rows)
-    told = "" if not ratios else f"{ratios[0]:.2g} to {ratios[-1]:.2g} times as fast, half of them {median(ratios):.2g}"
+    told = (
+        "" if not ratios else f"{ratios[0]:.2g} to {ratios[-1]:.2g} times as fast, the middle one {median(ratios):.2g}"
+    )
     link = f"[`{file.stem}`](#{anchor(file)})"
     return link, DEVICES.get(file.parent.name, file.parent.name), str(len(rows)), most, told
 
