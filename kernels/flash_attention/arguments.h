@@ -1,4 +1,4 @@
-// What flash_attention.py hands to a kernel: plain pointers, sizes and strides. Its twin in Python is `Arguments` there.
+// What tformer_lib/flash_attention hands to a kernel: plain pointers, sizes and strides; `Arguments` there is its twin.
 #pragma once
 #include <cstdint>
 

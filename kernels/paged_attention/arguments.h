@@ -1,4 +1,4 @@
-// What paged_attention/plans.py hands to a kernel: plain pointers, sizes and strides. kernels.py there knows the layout.
+// What tformer_lib/paged_attention hands to a kernel: plain pointers, sizes and strides; kernels.py there is its twin.
 #pragma once
 #include <cstdint>
 
