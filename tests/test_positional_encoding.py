@@ -19,6 +19,7 @@ from tformer_lib.positional_encoding import (
     t5_bucket,
 )
 
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 HEADS = [1, 2, 3, 5, 6, 8, 12, 16, 20, 25, 32, 71, 112]
 
 
@@ -101,6 +102,28 @@ def test_learned_encoding_trains_only_the_rows_that_were_used():
         (lambda: LearnedEncoding(8, 4)(torch.zeros(1, 2, 6)), r"width=4\), got shape \(1, 2, 6\)"),
         (lambda: SinusoidalEncoding(4)(torch.zeros(1, 2, 4), torch.arange(3)), r"\(3,\) do not fit x .* \(1, 2, 4\)"),
         (lambda: SinusoidalEncoding(4)(torch.zeros(3, 2, 4), torch.zeros(2, 2)), r"\(2, 2\) do not fit"),
+        (lambda: LearnedEncoding(8, 4)(torch.zeros(1, 2, 4, dtype=torch.int64)), "x must be floating-point.*int64"),
+        (lambda: SinusoidalEncoding(4)(torch.zeros(1, 2, 4, dtype=torch.int64)), "x must be floating-point.*int64"),
+        (lambda: sinusoidal(2.5, 4), "positions must be an integer, got 2.5"),
+        (lambda: sinusoidal(-1, 4), "at least 0, got positions = -1"),
+        (lambda: sinusoidal(torch.tensor([True]), 4), "numbers, got torch.bool"),
+        (lambda: sinusoidal(4, 4, base=math.inf), "base must be positive and finite, got inf"),
+        (lambda: sinusoidal(4, 4, base=-2.0), "base must be positive and finite, got -2.0"),
+        (lambda: sinusoidal(4, 4.0), "width must be an integer, got 4.0"),
+        (lambda: alibi_slopes(2.5), "heads must be an integer, got 2.5"),
+        (lambda: alibi(4, 2.5), "T must be an integer, got 2.5"),
+        (
+            lambda: alibi(4, positions=torch.zeros(2, 3), key_positions=torch.zeros(3, 3)),
+            r"agree in batch and device, got \(\(2, 3\), 'cpu'\) and \(\(3, 3\), 'cpu'\)",
+        ),
+        (
+            lambda: alibi(4, positions=torch.zeros(3), key_positions=torch.zeros(3, device="meta")),
+            "agree in batch and device.* 'meta'",
+        ),
+        (lambda: t5_bucket(torch.tensor([0.5])), "must be integers.*float32"),
+        (lambda: T5Bias(4)(positions=torch.zeros(3)), "must be integers.*float32"),
+        (lambda: t5_bucket(torch.arange(3), max_distance=math.nan), "over 8, .* got nan"),
+        (lambda: t5_bucket(torch.arange(3), max_distance=math.inf), "over 8, .* got inf"),
         (lambda: alibi_slopes(0), "at least 1, got 0"),
         (lambda: alibi(4), "how many queries"),
         (lambda: alibi(4, -1), "at least 0, got T = -1"),
@@ -200,3 +223,22 @@ def test_t5_bias_sends_gradients_to_its_table():
     bias = T5Bias(2, buckets=8, max_distance=16, bidirectional=False)
     bias(3).sum().backward()
     assert bias.table.weight.grad[:, 0].tolist() == [6, 2, 1, 0, 0, 0, 0, 0]  # three of distance 0, three ahead
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_positions_in_any_integer_dtype_stand_where_they_stand(dtype):
+    """Differences of small unsigned integers wrap around: 1 - 2 is 255 in uint8."""
+    queries, keys = torch.tensor([1, 100, 3]), torch.tensor([2, 0, 120, 7])
+    wanted = relative_positions(positions=queries, key_positions=keys)
+    assert torch.equal(relative_positions(positions=queries.to(dtype), key_positions=keys.to(dtype)), wanted)
+    assert torch.equal(sinusoidal(keys.to(dtype), 8), sinusoidal(keys, 8))
+    bias = T5Bias(2)
+    assert torch.equal(
+        bias(positions=queries.to(dtype), key_positions=keys), bias(positions=queries, key_positions=keys)
+    )
+
+
+def test_differences_of_half_precision_positions_are_exact():
+    positions = torch.tensor([2048.0, 2050.0]).half()
+    found = relative_positions(positions=positions, key_positions=torch.tensor([2049, 0]))
+    assert found.tolist() == [[1.0, -2048.0], [-1.0, -2050.0]]

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 
 import pytest
 import torch
@@ -356,6 +357,15 @@ def test_a_dict_and_a_dataclass_say_the_same(kind):
         (lambda: Rope(8, scaling={"rope_type": "magic"}), "one of default, linear, .* got 'magic'"),
         (lambda: Rope(8, scaling={"rope_type": "linear", "beta": 1}), "linear scaling takes factor, got beta"),
         (lambda: Rope(8, base=0), "base must be positive, got 0"),
+        (lambda: Rope(8, base=math.inf), "base must be finite, got inf"),
+        (lambda: Rope(8, scaling=Linear(math.inf)), "finite factor, got inf"),
+        (lambda: Rope(8, scaling=Yarn(4.0, beta_slow=0.0), max_length=8), "got 32.0 and 0.0"),
+        (lambda: Rope(8, scaling=Yarn(4.0, beta_fast=math.nan), max_length=8), "finite beta_fast, got nan"),
+        (lambda: Rope(8, base=1.0, scaling=Yarn(4.0), max_length=8), "the same for a base of 1"),
+        (lambda: Rope(8, scaling=LongRope(2.0, (1.0,) * 4, (1.0, 0.0, 1.0, 1.0)), max_length=8), "positive divisors"),
+        (lambda: Rope(8, scaling=LongRope(2.0, (1.0,) * 4, (1.0,) * 4), max_length=1), "over 1, .* got 1"),
+        (lambda: Rope(8, scaling=Proportional(1.5)), "from 0 to 1, got 1.5"),
+        (lambda: Rope(8).at(torch.arange(3))(torch.zeros(1, 2, 3, 8, dtype=torch.int64)), "floats, .*int64"),
         (lambda: Rope(8, max_length=0), "max_length must be at least 1, got 0"),
         (lambda: Rope(8, scaling=3.0), "None, a Scaling or a dict, got float"),
         (
@@ -610,3 +620,36 @@ def test_the_operators_refuse_what_the_doors_do():
     positions, frequencies = torch.arange(4), torch.ones(16)
     with pytest.raises(ValueError, match="5 tokens, but there are angles for 4"):
         torch.ops.tformer_lab.rope(q, k, None, None, positions, frequencies, *options[2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.float32])
+def test_the_length_of_dynamic_scaling_does_not_wrap_around(dtype):
+    """In uint8 the place after 255 is 0."""
+    rope = Rope(8, scaling=DynamicNTK(2.0), max_length=64)
+    positions = torch.tensor([0, 200, 255])
+    for found, wanted in zip(rope(positions.to(dtype)), rope(positions), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+HOSTILE = st.sampled_from([math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-300, 0.5, 1.0, 2.0, 1e300])
+
+
+@draws(200)
+@given(data=st.data())
+def test_every_number_is_refused_or_gives_finite_angles(data):
+    """Scalings with parameters that no paper has: a ValueError that says so, or angles, never NaN."""
+    kind = data.draw(st.sampled_from(sorted(SCALINGS)))
+    numbers = {}
+    for field in fields(SCALINGS[kind]):
+        if field.name in ("short_factor", "long_factor"):
+            numbers[field.name] = tuple(data.draw(st.lists(HOSTILE, min_size=4, max_size=4)))
+        elif field.name != "truncate" and data.draw(st.booleans() if field.default is not MISSING else st.just(True)):
+            numbers[field.name] = data.draw(HOSTILE)
+    try:
+        rope = Rope(
+            8, base=data.draw(HOSTILE), scaling=SCALINGS[kind](**numbers), max_length=data.draw(st.integers(1, 99))
+        )
+        angles = rope(torch.tensor([0, 5, 300]))
+    except ValueError:
+        return
+    assert all(x.isfinite().all() for x in angles), rope

@@ -93,6 +93,12 @@ def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> None:
         raise ValueError(f"bias must broadcast to (batch, heads, T, S) = {target}, got {tuple(bias.shape)}")
 
 
+def check_integer(name: str, value: int) -> None:
+    """Refuse what is no integer: arange and comparisons would take 2.5 or NaN, and make a mask of it."""
+    if value is None or isinstance(value, (bool, float, complex, str)):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+
+
 def in_named_dtypes(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Let a form compute in the dtypes that it names under autocast too, which would round its matrix products."""
 

@@ -11,7 +11,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from tformer_lib.contract import readable
+from tformer_lib.contract import check_integer, readable
 
 
 def causal(T: int, S: int | None = None, *, device: torch.device | str | None = None) -> Tensor:
@@ -34,6 +34,7 @@ def sliding_window(T: int, S: int | None = None, *, window: int, device: torch.d
     Returns:
         (T, S) boolean. ``window >= S`` is the causal mask; ``window = 1`` leaves each query itself alone.
     """
+    check_integer("window", window)
     if window < 1:
         raise ValueError(f"window must be at least 1 (the query itself), got {window}")
     queries, keys = positions(T, S, device)
@@ -46,6 +47,7 @@ def prefix(T: int, S: int | None = None, *, prefix_length: int, device: torch.de
     Returns:
         (T, S) boolean. ``prefix_length = 0`` is the causal mask; ``prefix_length >= S`` shows everything to everyone.
     """
+    check_integer("prefix_length", prefix_length)
     if prefix_length < 0:
         raise ValueError(f"prefix_length must be at least 0, got {prefix_length}")
     queries, keys = positions(T, S, device)
@@ -62,6 +64,7 @@ def padding(lengths: Tensor, S: int) -> Tensor:
     Returns:
         (batch, 1, 1, S) boolean, the same for every head and every query.
     """
+    check_integer("S", S)
     if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths must be (batch,) integers, got {tuple(lengths.shape)} of {lengths.dtype}")
     if lengths.numel() and readable(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) <= S:
@@ -80,8 +83,8 @@ def document(ids: Tensor, T: int | None = None) -> Tensor:
     Returns:
         (batch, 1, T, S) or (T, S) boolean. It hides no future: combine it with ``causal``.
     """
-    if ids.dim() not in (1, 2):
-        raise ValueError(f"ids must be (batch, S) or (S,), got {tuple(ids.shape)}")
+    if ids.dim() not in (1, 2) or ids.is_floating_point():
+        raise ValueError(f"ids must be (batch, S) or (S,) integers, got {tuple(ids.shape)} of {ids.dtype}")
     S = ids.shape[-1]
     if T is not None and not 0 <= T <= S:
         raise ValueError(f"the {T} queries must be among the {S} positions that have a document")
@@ -98,8 +101,11 @@ def combine(*masks: Tensor | None) -> Tensor | None:
     """
     given = [mask for mask in masks if mask is not None]
     for mask in given:
-        if mask.dtype != torch.bool:
-            raise ValueError(f"masks must be boolean, True where a query may look, got {mask.dtype}")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"masks must be boolean, True where a query may look, got {came}")
+        if mask.device != given[0].device:
+            raise ValueError(f"masks must be on one device, got {given[0].device} and {mask.device}")
     try:
         torch.broadcast_shapes(*(mask.shape for mask in given))
     except RuntimeError:
@@ -118,6 +124,8 @@ def describe(mask: Tensor) -> str:
 def positions(T: int, S: int | None = None, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
     """Where the queries and the keys stand: (T, 1) and (1, S), the last query on the last key."""
     S = T if S is None else S
+    check_integer("T", T)
+    check_integer("S", S)
     if T < 0 or S < 0:
         raise ValueError(f"T and S must be at least 0, got T = {T} and S = {S}")
     queries = torch.arange(S - T, S, device=device)  # (T,)

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tformer_lib.contract import readable
+from tformer_lib.contract import check_integer, readable
 
 
 def sinusoidal(positions: int | Tensor, width: int, *, base: float = 10000.0) -> Tensor:
@@ -30,10 +30,18 @@ def sinusoidal(positions: int | Tensor, width: int, *, base: float = 10000.0) ->
 
     Returns:
         (..., width) float32, computed in float64 so that a large position keeps its phase.
+
+    Raises:
+        ValueError: the width is odd, the length no integer of at least 0, or the base not positive and finite.
     """
     check_even(width)
+    if not 0 < base < math.inf:
+        raise ValueError(f"base must be positive and finite, got {base}")
     if not isinstance(positions, Tensor):
+        check_length("positions", positions)
         positions = torch.arange(positions)
+    elif positions.dtype == torch.bool or positions.is_complex():
+        raise ValueError(f"positions must be a tensor of numbers, got {positions.dtype}")
     exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
     angles = positions.double()[..., None] * base**-exponents  # (..., width / 2)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2).float()  # (..., width)
@@ -83,6 +91,7 @@ def alibi_slopes(heads: int) -> Tensor:
     Returns:
         (heads,) float32, positive.
     """
+    check_integer("heads", heads)
     if heads < 1:
         raise ValueError(f"heads must be at least 1, got {heads}")
     lower = 2 ** (heads.bit_length() - 1)
@@ -176,9 +185,11 @@ def t5_bucket(relative: Tensor, *, buckets: int = 32, max_distance: int = 128, b
         int64 of the same shape, in 0 .. buckets - 1.
 
     Raises:
-        ValueError: if the buckets leave no room for exact or for logarithmic ones.
+        ValueError: if the buckets leave no room for exact or for logarithmic ones, or the positions are no integers.
     """
     check_buckets(buckets, max_distance, bidirectional)
+    if relative.is_floating_point() or relative.is_complex():
+        raise ValueError(f"relative positions must be integers, each of which has a bucket, got {relative.dtype}")
     relative = relative.long()
     ahead = torch.zeros_like(relative)
     if bidirectional:
@@ -210,15 +221,16 @@ def relative_positions(
         key_positions: (S,) or (batch, S), where each key stands; by default 0 .. S-1.
 
     Returns:
-        (T, S) or (batch, T, S), integers.
+        (T, S) or (batch, T, S): int64, or floating-point (float32 at least) where positions are.
 
     Raises:
-        ValueError: if the number of queries is not given, is negative, or differs from that of their positions.
+        ValueError: if the number of queries is not given, is negative, or lengths and positions do not fit together.
     """
     if positions is None and T is None:
         raise ValueError("say how many queries there are: T, or their positions")
-    if min(T or 0, S or 0) < 0:
-        raise ValueError(f"T and S must be at least 0, got T = {T} and S = {S}")
+    for name, length in (("T", T), ("S", S)):
+        if length is not None:
+            check_length(name, length)
     if positions is not None:
         check_positions(positions)
         if T is not None and positions.shape[-1] != T:
@@ -231,13 +243,26 @@ def relative_positions(
         raise ValueError(f"S is {S}, but key_positions have shape {tuple(key_positions.shape)}")
     if positions is None:
         positions = torch.arange(T, device=key_positions.device) + key_positions.shape[-1] - T
-    return key_positions.unsqueeze(-2) - positions.unsqueeze(-1)  # (..., T, S)
+    batches = {x.shape[0] for x in (positions, key_positions) if x.dim() == 2} - {1}
+    if len(batches) > 1 or positions.device != key_positions.device:
+        one, other = ((tuple(x.shape), str(x.device)) for x in (positions, key_positions))
+        raise ValueError(f"positions and key_positions must agree in batch and device, got {one} and {other}")
+    return signed(key_positions).unsqueeze(-2) - signed(positions).unsqueeze(-1)  # (..., T, S)
+
+
+def signed(positions: Tensor) -> Tensor:
+    """Positions in a dtype whose differences are right: 1 - 2 is 255 in uint8, and 2048 + 1 is 2048 in float16."""
+    return positions.to(
+        torch.promote_types(positions.dtype, torch.float32) if positions.is_floating_point() else torch.int64
+    )
 
 
 def input_positions(x: Tensor, positions: Tensor | None, width: int) -> Tensor:
     """The positions of x (batch, T, width), checked; 0 .. T-1 where none are given."""
     if x.dim() != 3 or x.shape[-1] != width:
         raise ValueError(f"x must be (batch, T, width={width}), got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating-point, for positions are fractions that it could not hold, got {x.dtype}")
     if positions is None:
         return torch.arange(x.shape[1], device=x.device)
     check_positions(positions)
@@ -271,16 +296,25 @@ def beyond_table(position: int, max_length: int) -> str:
     return f"position {position} is outside the learned table, which holds positions 0 to {max_length - 1}"
 
 
+def check_length(name: str, length: int) -> None:
+    """Refuse a length that is no integer of at least 0."""
+    check_integer(name, length)
+    if length < 0:
+        raise ValueError(f"{name} must be at least 0, got {name} = {length}")
+
+
 def check_even(width: int) -> None:
     """Refuse a width whose channels do not form pairs."""
+    check_integer("width", width)
     if width < 2 or width % 2:
         raise ValueError(f"width must be even, since each frequency takes a sine and a cosine, got {width}")
 
 
 def check_buckets(buckets: int, max_distance: int, bidirectional: bool) -> None:
     """Refuse numbers of buckets that leave no room for exact or for logarithmic ones."""
+    check_integer("buckets", buckets)
     if buckets < (4 if bidirectional else 2) or (bidirectional and buckets % 2):
         raise ValueError(f"buckets must be even and at least {4 if bidirectional else 2}, got {buckets}")
     exact = (buckets // 2 if bidirectional else buckets) // 2
-    if max_distance <= exact:
+    if not exact < max_distance < math.inf:
         raise ValueError(f"max_distance must be over {exact}, the number of exact buckets, got {max_distance}")

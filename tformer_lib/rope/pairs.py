@@ -84,8 +84,8 @@ def check_rotary_dim(rotary_dim: int, head_dim: int) -> None:
 def check_rotation(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> None:
     """Refuse an x that the angles do not fit."""
     check_layout(layout)
-    if x.dim() != 4:
-        raise ValueError(f"x must be (batch, heads, T, head_dim), got shape {tuple(x.shape)}")
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"x must be (batch, heads, T, head_dim) floats, got shape {tuple(x.shape)} of {x.dtype}")
     if cos.shape != sin.shape or cos.dim() not in (2, 3):
         raise ValueError(f"cos and sin must both be ([batch,] T, pairs), got {tuple(cos.shape)} and {tuple(sin.shape)}")
     if cos.shape[-2] != x.shape[-2]:

@@ -1,5 +1,6 @@
 """The angles of a model's RoPE, and the rotation at given positions."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,8 +44,8 @@ class Rope:
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
         check_rotary_dim(rotary_dim, head_dim)
         check_layout(layout)
-        if not base > 0:
-            raise ValueError(f"base must be positive, got {base}")
+        if not 0 < base < math.inf:
+            raise ValueError(f"base must be {'finite' if base == math.inf else 'positive'}, got {base}")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
         self.head_dim, self.rotary_dim, self.base, self.layout = head_dim, rotary_dim, float(base), layout
@@ -52,6 +53,18 @@ class Rope:
         self.scaling = scaling_from(scaling)
         self.scaling.check(self)
         self._frequencies: dict[torch.device, Tensor] = {}
+        self._check_finite()
+
+    def _check_finite(self) -> None:
+        """Refuse numbers that are each in order and overflow together: an angle of NaN would fail nowhere but here."""
+        lengths = (self.max_length, 4 * self.max_length) if self.scaling.needs_length else (None,)
+        try:
+            found = torch.cat([self.frequencies(length) for length in lengths]) * self.attention_factor
+            is_finite = bool(found.isfinite().all()) and abs(self.attention_factor) < torch.finfo(found.dtype).max
+        except ArithmeticError:  # Python's own numbers overflow with an error
+            is_finite = False
+        if not is_finite:
+            raise ValueError(f"the numbers of {self} overflow together: its frequencies or its factor are not finite")
 
     @classmethod
     def from_parameters(cls, head_dim: int, parameters: dict, *, max_length: int, layout: str = "half") -> "Rope":
@@ -111,7 +124,8 @@ class Rope:
         """
         check_positions(positions)
         if self.scaling.needs_length and length is None and positions.numel():
-            length = positions.max() + 1  # stays on the device: no synchronisation
+            last = positions.max() if positions.is_floating_point() else positions.max().long()  # uint8 ends at 255
+            length = last + 1  # stays on the device: no synchronisation
         angles = positions[..., None].float() * self.frequencies(length, positions.device)
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
 

@@ -28,6 +28,10 @@ class Scaling:
 
     def check(self, rope: "Rope") -> None:
         """Refuse parameters that make no sense for this rope."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not all(math.isfinite(number) for number in (value if isinstance(value, tuple) else (value or 0,))):
+                raise ValueError(f"{type(self).__name__} must have a finite {field.name}, got {value}")
         factor = getattr(self, "factor", 1.0)
         if not factor >= 1.0:
             raise ValueError(f"{type(self).__name__} must have a factor of at least 1, got {factor}")
@@ -122,8 +126,11 @@ class Yarn(Scaling):
 
     def check(self, rope: "Rope") -> None:
         super().check(rope)
-        if self.beta_fast < self.beta_slow:
-            raise ValueError(f"beta_fast must not be below beta_slow, got {self.beta_fast} and {self.beta_slow}")
+        if not 0 < self.beta_slow <= self.beta_fast:
+            pair = f"{self.beta_fast} and {self.beta_slow}"
+            raise ValueError(f"beta_fast must not be below beta_slow, nor that be 0 or less, got {pair}")
+        if rope.base == 1:
+            raise ValueError("Yarn tells pairs apart by their frequencies, which are all the same for a base of 1")
 
 
 @dataclass(frozen=True)
@@ -177,7 +184,11 @@ class LongRope(Scaling):
 
     def check(self, rope: "Rope") -> None:
         super().check(rope)
+        if self.attention is None and rope.max_length == 1:
+            raise ValueError("LongRope must have a max_length over 1, whose logarithm it divides by, got 1")
         for name in ("short_factor", "long_factor"):
+            if not all(divisor > 0 for divisor in getattr(self, name)):
+                raise ValueError(f"{name} must hold positive divisors, got {getattr(self, name)}")
             if len(getattr(self, name)) != rope.rotary_dim // 2:
                 raise ValueError(
                     f"{name} must have {rope.rotary_dim // 2} divisors, one a pair, got {len(getattr(self, name))}"
@@ -190,6 +201,11 @@ class Proportional(Scaling):
 
     fraction: float = 1.0
     factor: float = 1.0
+
+    def check(self, rope: "Rope") -> None:
+        super().check(rope)
+        if not 0 <= self.fraction <= 1:
+            raise ValueError(f"fraction must be from 0 to 1, got {self.fraction}")
 
     def frequencies(self, rope: "Rope", length: Tensor | None, device: torch.device) -> Tensor:
         frequencies = plain_frequencies(rope.rotary_dim, rope.base, device) / self.factor
