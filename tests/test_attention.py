@@ -295,3 +295,13 @@ def test_a_layer_on_a_gpu_gives_the_same_below_and_above_many_tokens(tokens):
     torch.testing.assert_close(
         layer.cuda()(x.cuda(), causal=True).cpu(), layer.cpu()(x, causal=True), atol=2e-5, rtol=0
     )
+
+
+@FORMS
+def test_one_compiled_function_serves_any_scale(form):
+    """A number that changes becomes a symbol, which a check must not ask more than a comparison."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, scale: form(q, q, q, scale=scale), fullgraph=True, backend="eager")
+    q = torch.randn(1, 2, 5, 8)
+    for scale in (0.5, 0.25, 0.1, 2):
+        torch.testing.assert_close(compiled(q, scale), form(q, q, q, scale=scale))

@@ -309,6 +309,14 @@ def test_scale_is_used(form, device):
 
 
 @over_forms
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+def test_a_scale_that_is_not_finite_is_refused(form, device, scale):
+    q, k, v = make(form, device, form.dtype, (7, 33))
+    with pytest.raises(ValueError, match=f"scale must be finite, got {scale}"):
+        form.attend(q, k, v, causal=True, scale=scale)
+
+
+@over_forms
 def test_a_mask_may_have_any_shape_that_broadcasts(form, device):
     if not form.masks:
         pytest.skip("takes no mask")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tformer_lib import masks
-from tformer_lib.contract import check_bias, check_heads, check_inputs, in_named_dtypes
+from tformer_lib.contract import check_bias, check_heads, check_inputs, in_named_dtypes, score_scale
 from tformer_lib.ladder import accumulation_dtype
 from tformer_lib.rope import turn_both
 
@@ -41,17 +41,17 @@ def attend(
         v: (batch, kv_heads, S, value_dim).
         mask: boolean, broadcastable to (batch, heads, T, S), True where a query may look.
         causal: hide the future; the last query sees the last key.
-        scale: what the scores are multiplied by; 1 / sqrt(head_dim) if not given.
+        scale: the finite number that the scores are multiplied by; 1 / sqrt(head_dim) if not given.
         bias: added to the scaled scores, broadcastable to (batch, heads, T, S) (ALiBi, T5).
 
     Returns:
         (batch, heads, T, value_dim) in the dtype of q; zeros where a query may look at nothing.
 
     Raises:
-        ValueError: the inputs break the contract.
+        ValueError: the inputs break the contract, or the scale is not finite.
     """
     check_inputs(q, k, v, mask)
-    scores = scaled_scores(q, k, scale)  # (batch, heads, T, S)
+    scores = scaled_scores(q, k, score_scale(scale, q.shape[-1]))  # (batch, heads, T, S)
     if bias is not None:
         check_bias(bias, q, k)
         scores = scores + bias.to(scores.dtype)
@@ -131,7 +131,7 @@ def attend_sdpa(
     which is where it is fast; everywhere else the mask is given as a tensor. Arguments and result are ``attend``'s.
     """
     check_inputs(q, k, v, mask)
-    T, S = q.shape[2], k.shape[2]
+    T, S, scale = q.shape[2], k.shape[2], score_scale(scale, q.shape[-1])
     if q.numel() == 0 or k.numel() == 0:
         return attend(q, k, v, mask=mask, causal=causal, scale=scale, bias=bias)
     q, k, v = (aligned(x) if x.is_cuda else x for x in (q, k, v))

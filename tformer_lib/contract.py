@@ -9,6 +9,7 @@ Every form is a function ``attend(q, k, v, *, mask=None, causal=False, scale=Non
   a form takes one that differs from head_dim).
 """
 
+import math
 from collections.abc import Callable
 from functools import wraps
 
@@ -91,6 +92,18 @@ def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> None:
     target = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if not broadcasts_to(bias.shape, target):
         raise ValueError(f"bias must broadcast to (batch, heads, T, S) = {target}, got {tuple(bias.shape)}")
+
+
+def score_scale(scale: float | None, head_dim: int) -> float:
+    """What scores are multiplied by: 1 / sqrt(head_dim), or the finite number that was given."""
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise ValueError("scale must be a number, for no gradient would reach it: multiply q by it instead")
+    number = scale if isinstance(scale, (int, float)) else float(scale)
+    if not -math.inf < number < math.inf:  # a comparison, which may be symbolic under torch.compile
+        raise ValueError(f"scale must be finite, got {number}")
+    return number
 
 
 def check_integer(name: str, value: int) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tformer_lib.contract import check_inputs
+from tformer_lib.contract import check_inputs, score_scale
 from tformer_lib.flash_attention import operators  # noqa: F401 (registers torch.ops.tformer_lab.flash_attention)
 from tformer_lib.flash_attention.checks import check_options, check_packed
 from tformer_lib.flash_attention.kernels import LADDER
@@ -65,7 +65,7 @@ def flash_attention(
         k.shape[2],
         bool(causal or window),
         window or 0,
-        float(q.shape[-1] ** -0.5 if scale is None else scale),
+        float(score_scale(scale, q.shape[-1])),
         LADDER.name(step),
         is_deterministic(deterministic),
     )
@@ -120,7 +120,7 @@ def flash_attention_varlen(
         longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k,
         bool(causal or window),
         window or 0,
-        float(q.shape[-1] ** -0.5 if scale is None else scale),
+        float(score_scale(scale, q.shape[-1])),
         LADDER.name(step),
         is_deterministic(deterministic),
         checked,

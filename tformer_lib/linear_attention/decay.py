@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tformer_lib.contract import check_inputs, in_named_dtypes, readable
+from tformer_lib.contract import check_inputs, in_named_dtypes, readable, score_scale
 from tformer_lib.linear_attention.shared import (
     CHUNK,
     by_kv_head,
@@ -131,7 +131,7 @@ def gated_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: floa
     """
     check_gated(q, k, v, log_decay)
     dtype = sum_dtype(q)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = score_scale(scale, q.shape[3])
     gates = log_decay.to(k.device, torch.float64).clamp(min=FORGET).expand(*k.shape[:3], -1)
     return q.to(dtype) * scale, k.to(dtype), v.to(dtype), gates
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from tformer_lib.contract import check_inputs, in_named_dtypes
+from tformer_lib.contract import check_inputs, in_named_dtypes, score_scale
 from tformer_lib.linear_attention.decay import check_gated, gated_chunked
 from tformer_lib.linear_attention.delta import check_beta, delta_chunked
 from tformer_lib.linear_attention.feature_maps import FeatureMap, elu_plus_one
@@ -103,7 +103,7 @@ def gated_attend(
     """
     if kernel_wanted(q, step) and log_decay_is_scalar(log_decay):
         check_gated(q, k, v, log_decay)
-        scale = q.shape[3] ** -0.5 if scale is None else scale
+        scale = score_scale(scale, q.shape[3])
         options = {"initial_state": initial_state, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "step": step}
         out, state = run(q, k, v, log_decay=log_decay, scale=scale, **options)
     else:
@@ -150,7 +150,7 @@ def delta_attend(
     if kernel_wanted(q, step) and (log_decay is None or log_decay_is_scalar(log_decay)):
         check_gated(q, k, v, q.new_zeros(1, 1, 1, 1) if log_decay is None else log_decay)
         check_beta(beta, k)
-        scale = q.shape[3] ** -0.5 if scale is None else scale
+        scale = score_scale(scale, q.shape[3])
         options = {"initial_state": initial_state, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "step": step}
         out, state = run(q, k, v, log_decay=log_decay, beta=beta, scale=scale, **options)
     else:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tformer_lib.contract import check_inputs, in_named_dtypes
+from tformer_lib.contract import check_inputs, in_named_dtypes, score_scale
 from tformer_lib.linear_attention.feature_maps import FeatureMap, elu_plus_one
 from tformer_lib.linear_attention.shared import (
     CHUNK,
@@ -178,7 +178,7 @@ def features(
 
 def positive_scale(q: Tensor, scale: float | None) -> float:
     """The scale of q·k: the one that was given, or head_dim ** -0.5."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = score_scale(scale, q.shape[-1])
     if scale <= 0:
         raise ValueError(f"scale must be positive, since its root goes to each side of φ(q)·φ(k), got {scale}")
     return scale

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tformer_lib.contract import score_scale
 from tformer_lib.paged_attention.kernels import DECODE
 from tformer_lib.paged_attention.operators import is_traced
 from tformer_lib.paged_attention.options import Options, Places, Rows, WriteOptions
@@ -106,7 +107,7 @@ def paged_attention(
 
 def attention_options(q: Tensor, scale, window, k_scale, v_scale, step, checked) -> Options:
     """The options of a call, with what was not given filled in."""
-    scale = float(max(1, q.shape[-1]) ** -0.5 if scale is None else scale)
+    scale = float(score_scale(scale, max(1, q.shape[-1])))
     return Options(scale, window, float(k_scale), float(v_scale), DECODE.name(step), checked)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tformer_lib.contract import check_inputs
+from tformer_lib.contract import check_inputs, score_scale
 from tformer_lib.ladder import AUTO, HALVES, check_no_tangent
 from tformer_lib.sparse_attention.blocks import attend_blocks, in_blocks
 from tformer_lib.sparse_attention.checks import check_chosen, check_sinks
@@ -53,7 +53,7 @@ def attend(
     if not isinstance(pattern, Pattern):
         raise ValueError(f"pattern must be a Pattern such as sliding_window(512), got {type(pattern).__name__}")
     name = LADDER.name(step)
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = float(score_scale(scale, q.shape[-1]))
     if mask is not None and name not in (AUTO, "0"):
         raise ValueError(f"step {name} cannot do this: a mask beside the pattern needs step 0")
     traced = torch.compiler.is_compiling()  # step 0 makes its plan from the pattern: no graph can hold that
@@ -102,7 +102,7 @@ def attend_chosen(
     heads = chosen.shape[1]
     if heads not in (1, q.shape[1]):
         chosen = chosen.repeat_interleave(q.shape[1] // heads, dim=1)
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = float(score_scale(scale, q.shape[-1]))
     check_no_tangent("attend_chosen", q, k, v, sinks, instead="attention.attend under the mask of the chosen blocks")
     options = (-1, bool(causal), scale, LADDER.name(step))
     return torch.ops.tformer_lab.sparse_attention(q, k, v, sinks, chosen, *options)[0]
