@@ -1,15 +1,16 @@
-"""The figures of chapter 10."""
+"""The figures of the chapter on grouped queries: narrow, so that their labels can be read on a phone."""
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from tformer_lib.teaching import style
+
+NARROW = 4.2
+"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
 
 
 def sharing(heads: int = 8, kv_heads: Sequence[int] = (8, 2, 1)) -> None:
     """Which query head reads which key and value head, for several numbers of kv heads."""
-    _, axes = style.figure(1, len(kv_heads), height=2.7)
+    _, axes = style.figure(len(kv_heads), 1, height=1.75 * len(kv_heads), width=NARROW)
     titles = {heads: "MHA", 1: "MQA"}
     for ax, n in zip(axes, kv_heads, strict=True):
         group = heads // n
@@ -20,7 +21,7 @@ def sharing(heads: int = 8, kv_heads: Sequence[int] = (8, 2, 1)) -> None:
             ax.plot(head, 1, "o", color=colour, markersize=9)
         for i, place in enumerate(places):
             ax.plot(place, 0, "s", color=style.PALETTE[i % 6], markersize=13)
-        ax.set_yticks([0, 1], ["key and\nvalue heads", "query\nheads"] if ax is axes[0] else ["", ""])
+        ax.set_yticks([0, 1], ["key and\nvalue heads", "query\nheads"])
         ax.set(title=f"{titles.get(n, 'GQA')}: kv_heads = {n}", ylim=(-0.35, 1.3), xlim=(-0.7, heads - 0.3))
         ax.set_xticks([])
         ax.grid(False)
@@ -31,16 +32,11 @@ def sharing(heads: int = 8, kv_heads: Sequence[int] = (8, 2, 1)) -> None:
 
 def uptraining(losses: Sequence[float], before: float, pretrained: float) -> None:
     """The training loss of a converted model over the steps, with where it started and where it came from."""
-    _, ax = style.figure(height=3.0)
-    ax.plot(range(1, len(losses) + 1), losses, color=style.BLUE, label="training loss of the converted model")
-    ax.axhline(before, color=style.VERMILION, linestyle="--", label="validation loss right after the conversion")
-    ax.axhline(pretrained, color=style.GREEN, linestyle="-.", label="validation loss of the model it came from")
-    ax.set(
-        xlabel="step of up-training",
-        ylabel="nats per token",
-        title="A few steps undo most of the damage",
-        ylim=(0, 1.45 * before),
-    )
+    _, ax = style.figure(height=3.2, width=NARROW)
+    ax.plot(range(1, len(losses) + 1), losses, color=style.BLUE, label="training loss, converted model")
+    ax.axhline(before, color=style.VERMILION, linestyle="--", label="validation, before repair")
+    ax.axhline(pretrained, color=style.GREEN, linestyle="-.", label="validation, original model")
+    ax.set(xlabel="step of up-training", ylabel="nats per token", ylim=(0, 1.6 * before))
     ax.legend()
     style.show()
 
@@ -55,16 +51,16 @@ def trade_off(*records: dict) -> None:
         ]
         for r in records
     }
-    _, (left, right) = style.figure(1, 2, height=3.4)
-    style.lines(left, size, {"pooled": [row["loss_converted"] for row in rows]})
-    style.lines(right, size, curves)
-    left.set(title="Right after pooling", ylabel="validation loss, nats per token")
-    right.set(title="After up-training")
-    right.legend(loc="lower right")
-    for ax in (left, right):
-        top = max(max(line.get_ydata()) for line in ax.get_lines())
+    _, (top, low) = style.figure(2, 1, height=6.2, width=NARROW)
+    style.lines(top, size, {"pooled": [row["loss_converted"] for row in rows]})
+    style.lines(low, size, curves)
+    top.set(title="Right after pooling", ylabel="validation loss, nats")
+    low.set(title="After up-training", ylabel="validation loss, nats")
+    low.legend(loc="lower left")
+    for ax in (top, low):
+        highest = max(max(line.get_ydata()) for line in ax.get_lines())
         ax.axhline(records[0]["facts"]["loss_pretrained"], color=style.GREY, linewidth=1)
-        ax.set(xscale="log", xlabel="KiB of cache per token (kv heads)", ylim=(0, 1.1 * top))
+        ax.set(xscale="log", xlabel="KiB of cache per token (KV heads)", ylim=(0, 1.1 * highest))
         ax.set_xticks(size, [f"{x:g} ({row['kv_heads']})" for x, row in zip(size, rows, strict=True)])
         ax.minorticks_off()
     style.show()
@@ -72,20 +68,21 @@ def trade_off(*records: dict) -> None:
 
 def decode_time(kv_heads: Sequence[int], milliseconds: dict[str, Sequence[float]]) -> None:
     """Milliseconds of one decode step's attention over the number of kv heads, one line a form."""
-    _, ax = style.figure(height=3.3)
+    _, ax = style.figure(height=3.8, width=NARROW)
     style.lines(ax, kv_heads, milliseconds)
-    ax.set(xscale="log", yscale="log", xlabel="kv heads", ylabel="milliseconds", title="One decode step's attention")
-    ax.set_xticks(kv_heads, [str(n) for n in kv_heads])
-    ax.minorticks_off()
+    style.log2_axis(ax, kv_heads)
+    ax.set(xlabel="KV heads", ylabel="milliseconds", ylim=(0, None))
     style.show()
 
 
 def cache_sizes(names: Sequence[str], numbers: Sequence[int]) -> None:
-    """Numbers cached per token and layer, as bars on a logarithmic axis."""
-    _, ax = style.figure(height=2.6)
-    bars = ax.barh(np.arange(len(names)), numbers, color=style.BLUE)
-    ax.bar_label(bars, labels=[f"{n:,}" for n in numbers], padding=3)
+    """Numbers cached per token and layer, as points on a logarithmic axis."""
+    _, ax = style.figure(height=2.4, width=NARROW)
+    ax.plot(numbers, range(len(names)), linestyle="", marker="o", markersize=8, color=style.BLUE)
+    for row, number in enumerate(numbers):
+        place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+        ax.annotate(f"{number:,}", (number, row), **place, fontsize=9.5)
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
-    ax.set(xscale="log", xlabel="numbers cached per token and layer", xlim=(min(numbers) / 2, max(numbers) * 4))
+    ax.set(xscale="log", xlabel="numbers cached per token and layer", xlim=(min(numbers) / 2, max(numbers) * 6))
     style.show()

@@ -1,10 +1,12 @@
-// The memory calculator. data: models [{name, heads, own, choices: [[kv heads, numbers per token, parameters], ...]}],
+// The memory calculator. data: models [{name, heads, own, latent, choices: [[kv heads, numbers per token, parameters], ...]}],
 // gpus [{name, bytes, rate}], and the first model and gpu.
+// Several GPUs divide the weights and the heads among them (tensor parallelism). A KV head is not divided: where there
+// are fewer of them than GPUs, some GPUs hold copies, and a latent, which serves all heads, is on every GPU.
 
 const CACHE_TYPES = [["2", "bfloat16"], ["4", "float32"], ["1", "8 bits"], ["0.5", "4 bits"]];
 
 function draw(root, data, kit) {
-  const state = { model: data.model, gpu: data.gpu, choice: 0, context: 13, batch: 4, cache: 2, weights: 2 };
+  const state = { model: data.model, gpu: data.gpu, choice: 0, context: 13, batch: 4, cache: 2, weights: 2, split: 0 };
   const picture = kit.el("div", {});
   const readout = kit.readout();
   let ready = false;
@@ -19,8 +21,9 @@ function draw(root, data, kit) {
 
   // A model has as many choices of kv heads as its heads have divisors: make the slider anew, at the model's own number.
   function offerHeads() {
-    const { choices, own } = data.models[state.model];
+    const { choices, own, latent } = data.models[state.model];
     state.choice = choices.findIndex(([kv]) => kv === own);
+    if (latent) return heads.replaceChildren();
     heads.replaceChildren(kit.slider({
       label: "kv heads", min: 0, max: choices.length - 1, value: state.choice, change: change("choice"),
       format: (i) => `${choices[i][0]}${choices[i][0] === own ? " (its own)" : ""}`,
@@ -37,6 +40,7 @@ function draw(root, data, kit) {
       kit.select({ label: "cache in", options: CACHE_TYPES, value: "2", change: change("cache") }),
       kit.select({ label: "weights in", options: CACHE_TYPES, value: "2", change: change("weights") }),
       kit.select({ label: "GPU", options: named(data.gpus), value: state.gpu, change: change("gpu") }),
+      kit.slider({ label: "GPUs", min: 0, max: 3, value: state.split, format: power, change: change("split") }),
     ),
     picture,
     readout,
@@ -54,12 +58,13 @@ function draw(root, data, kit) {
   }
 }
 
-// Bytes of the weights, of a token, of a sequence and of the whole cache, for one choice of kv heads.
+// Bytes on each GPU of the weights, of a token, of a sequence and of the whole cache, for one choice of kv heads.
 function count(state, data, choice) {
   const [kv, numbers, parameters] = data.models[state.model].choices[choice];
-  const token = numbers * state.cache;
+  const gpus = 2 ** state.split;
+  const token = (numbers * state.cache * Math.ceil(kv / gpus)) / kv;
   const sequence = token * 2 ** state.context;
-  const weights = parameters * state.weights;
+  const weights = (parameters * state.weights) / gpus;
   const gpu = data.gpus[state.gpu];
   const room = Math.max(0, Math.floor((gpu.bytes - weights) / sequence));
   return { kv, token, sequence, weights, cache: sequence * 2 ** state.batch, room };
@@ -76,9 +81,12 @@ function sentence(now, state, data) {
   const gpu = data.gpus[state.gpu];
   const all = now.weights + now.cache;
   const fits = all <= gpu.bytes ? "fits" : "does not fit";
+  const each = state.split ? `On each of ${2 ** state.split} GPUs, a` : "A";
+  const { latent } = data.models[state.model];
+  const copies = 2 ** state.split > now.kv ? ` (${latent ? "every GPU holds the whole latent" : "some GPUs hold the same heads"})` : "";
   const bound = 1000 * (all / gpu.rate);
   return (
-    `A token takes ${short(now.token)}, a sequence of ${(2 ** state.context).toLocaleString("en")} tokens ${short(now.sequence)}. ` +
+    `${each} token takes ${short(now.token)}${copies}, a sequence of ${(2 ** state.context).toLocaleString("en")} tokens ${short(now.sequence)}. ` +
     `${(2 ** state.batch).toLocaleString("en")} of them and the weights are ${short(all)}: this ${fits} in ${short(gpu.bytes)}, where there is room for ${now.room.toLocaleString("en")}. ` +
     (all <= gpu.bytes ? `A decode step that reads all of it takes ${bound < 0.1 ? "less than 0.1" : bound.toPrecision(2)} ms at least.` : "")
   ).trim();
@@ -107,14 +115,14 @@ function bars(now, state, data, kit) {
 
 // What each number of kv heads would take, the chosen one in bold.
 function choicesTable(state, data, kit) {
-  const { choices, heads, own } = data.models[state.model];
+  const { choices, heads, own, latent } = data.models[state.model];
   const pad = "padding:0.1rem min(0.6rem, 1.4vw)"; // four columns on a phone
   const cell = (text, bold) => kit.el("td", { style: `${pad};text-align:right;font-variant-numeric:tabular-nums${bold ? ";font-weight:700" : ""}` }, text);
   const head = (text) => kit.el("th", { scope: "col", style: `${pad};text-align:right` }, text);
-  const name = (kv) => (kv === heads ? " MHA" : kv === 1 ? " MQA" : "");
+  const name = (kv) => (latent ? "MLA" : kv === heads ? `${kv} MHA` : kv === 1 ? "1 MQA" : `${kv}`);
   const rows = choices.map(([kv], i) => {
     const one = count(state, data, i);
-    const texts = [`${kv}${name(kv)}${kv === own ? " *" : ""}`, short(one.token), short(one.cache), one.room.toLocaleString("en")];
+    const texts = [`${name(kv)}${kv === own && !latent ? " *" : ""}`, short(one.token), short(one.cache), one.room.toLocaleString("en")];
     return kit.el("tr", {}, texts.map((text) => cell(text, i === state.choice)));
   });
   const table = kit.el("table", { style: "margin:0.5rem auto 0;border-collapse:collapse;color:inherit;font-size:min(0.9rem, 3.5vw);white-space:nowrap" },

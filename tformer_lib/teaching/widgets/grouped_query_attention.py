@@ -1,4 +1,4 @@
-"""The memory calculator of chapter 10: what a model's KV cache takes, and what fits on which GPU."""
+"""The memory calculator of chapter 10: what a model's KV cache takes, and what fits on which GPUs."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,11 @@ from tformer_lib.teaching.widgets import Interactive, module
 
 @dataclass(frozen=True)
 class Model:
-    """What the calculator must know of a model, as its authors published it."""
+    """What the calculator must know of a model, as its authors published it.
+
+    With multi-head latent attention, ``latent`` numbers are cached for each token and layer, the rotated key included,
+    and they are one entry for all heads: ``kv_heads`` is 1.
+    """
 
     name: str
     parameters: float
@@ -17,6 +21,7 @@ class Model:
     heads: int
     kv_heads: int
     head_dim: int
+    latent: int = 0
 
 
 MODELS = (
@@ -27,6 +32,8 @@ MODELS = (
     Model("Llama 3 8B", 8.03e9, 32, 4096, 32, 8, 128),
     Model("Llama 3 70B", 70.6e9, 80, 8192, 64, 8, 128),
     Model("GPT-3 (175B)", 175e9, 96, 12288, 96, 96, 128),
+    Model("DeepSeek-V2 (236B, MLA)", 236e9, 60, 5120, 128, 1, 128, latent=512 + 64),
+    Model("DeepSeek-V3 (671B, MLA)", 671e9, 61, 7168, 128, 1, 128, latent=512 + 64),
 )
 
 GPUS = (
@@ -35,13 +42,12 @@ GPUS = (
     ("A100, 80 GB", 80e9, 2.039e12),
     ("H100, 80 GB", 80e9, 3.35e12),
     ("H200, 141 GB", 141e9, 4.8e12),
-    ("8 x H200, 1,128 GB", 8 * 141e9, 8 * 4.8e12),
 )
 """Name, bytes of memory, bytes per second, as the data sheets have them."""
 
 
 class MemoryCalculator(Interactive):
-    """Choose a model, its kv heads, a context, a batch and a GPU, and read what the cache takes."""
+    """Choose a model, its kv heads, a context, a batch and GPUs, and read what the cache takes on each of them."""
 
     _esm = module("grouped_query_attention.js")
 
@@ -60,10 +66,16 @@ def memory_calculator(model: str = "Llama 3 8B", gpu: str = "H100, 80 GB") -> Me
 
 
 def facts(model: Model) -> dict:
-    """A model as JSON; each choice is (kv heads, numbers cached per token, parameters with so many kv heads)."""
+    """A model as JSON; each choice is (kv heads, numbers cached per token, parameters with so many kv heads).
+
+    A model with a latent has one choice.
+    """
+    if model.latent:
+        choices = [[1, model.layers * model.latent, model.parameters]]
+        return {"name": model.name, "heads": model.heads, "own": 1, "latent": True, "choices": choices}
     choices = []
     for kv_heads in (n for n in range(1, model.heads + 1) if model.heads % n == 0):
         numbers = CacheShape(model.layers, 1, kv_heads, model.head_dim).bytes_per_token // 4  # of float32
         projections = 2 * model.layers * model.width * model.head_dim * (kv_heads - model.kv_heads)
         choices.append([kv_heads, numbers, model.parameters + projections])
-    return {"name": model.name, "heads": model.heads, "own": model.kv_heads, "choices": choices}
+    return {"name": model.name, "heads": model.heads, "own": model.kv_heads, "latent": False, "choices": choices}
