@@ -238,6 +238,8 @@ def measure_pattern(report: Report, rate: float, name: str, pattern: Pattern, fl
         flops = 2 * products * pairs * KERNEL_HEAD_DIM
         who, way = contestant.rsplit(", ", 1)
         names = {"name": f"{name}: {contestant}", "case": f"{name}, {way}", "contestant": who}
+        lonely = sum(other.endswith(way) for other in contestants) == 1
+        names |= {"alone": "nothing else that is measured here has gradients for this pattern"} if lonely else {}
         report.add(timing=timing, flops=flops, limit=rate, live_share=share, milliseconds_of_turns=turns, **names)
 
 

@@ -12,7 +12,7 @@
 // of `head_slots`. Where a token's heads are neighbours in memory (batch, T, heads, head_dim), several slots share a token,
 // so that a warp reads on without a gap; else each slot has a token of its own, whose neighbours are the next tokens.
 //
-// Ledger (H200, bfloat16, 8 x 4,096 tokens, 32 + 8 heads, head_dim 128; benchmarks/results/nvidia-h200/rope.json)
+// Ledger (H200, bfloat16, 8 x 4,096 tokens, 32 + 8 heads, head_dim 128; benchmarks/rope.py measures it)
 //   floor       671 MB, 0.156 ms at the 4.30 TB/s of a copy
 //   hypothesis  what a copy does, with 16 multiply-adds for 64 bytes, costs what a copy costs
 //   predicted   95 % of the copy: cosines and sines add 2 MB that stay in the L2 cache, and 40 heads use each of them
