@@ -19,10 +19,10 @@
 //               softmax hides behind products of the same and of the other warpgroup
 //   predicted   what FlashAttention-3 reports for this plan: 640 to 660 TFLOP/s at d 128, most of it from wgmma and TMA, a
 //               tenth from turns and overlap
-//   measured    515 at d 64 (cuDNN 453), 634 at d 128 (cuDNN 612) on 16,384 tokens; causal 486 (437) and 595 (562).
-//               Turns bought 6 % at d 64 (524 with, 495 without) and cost 2 % at d 128 (626, 637), where
-//               they are off since; overlap inside a warpgroup bought nothing that stands out of the spread of 3 %.
-//               With two or three warpgroups, the hardware's own scheduling already does most of what both were meant for
+//   measured    549 at d 64 (cuDNN 463, FlashAttention-3 499), 657 at d 128 (623, 663), 666 at d 256 (643, 712) on 16,384
+//               tokens; causal 510 (445, 477), 651 (567, 638), 629 (613, 708); causal on 4,096 tokens, d 128, 607 (527, 557).
+//               At d 64 without turns 497, without overlap inside a warpgroup 518; at d 128 with turns 594, without overlap
+//               562. On 512 tokens a call from Python takes longer than the kernel
 //   limit       power. Alone after a pause (ncu, d 128) it takes 5.14 million cycles, cuDNN 5.41; the tensor cores work in
 //               84 % of them, cuDNN's in 78 %. But the clock falls from 1.98 GHz to 1.67 (cuDNN 1.69): 713 TFLOP/s then,
 //               686 for cuDNN, less of both in a long run. What is measured first, on a cool card, looks better
