@@ -1,7 +1,8 @@
-"""The figures of chapter 04."""
+"""Figures of the positional encoding chapter: narrow, so that their labels can be read on a phone."""
 
 from collections.abc import Sequence
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -11,25 +12,29 @@ from torch import Tensor
 from tformer_lib.positional_encoding import sinusoidal, t5_bucket
 from tformer_lib.teaching import style
 
+NARROW = 4.2
+"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
+
 
 def counters(length: int = 32, bits: int = 5) -> None:
-    """A binary counter beside sinusoids of the same rhythm: each digit or wave is half as fast as the one above it."""
+    """A binary counter above sinusoids of the same rhythm: each digit or wave is half as fast as the one above it."""
     positions = torch.arange(length)
     digits = torch.stack([(positions >> i) & 1 for i in range(bits)])
     waves = torch.stack([torch.sin(2 * torch.pi * positions / 2 ** (i + 1) + 0.4) for i in range(bits)])
-    _, (left, right) = style.figure(1, 2, height=2.6)
-    style.heatmap(left, digits, rows=[f"bit {i}" for i in range(bits)])
-    style.heatmap(right, waves, rows=[f"wave {i}" for i in range(bits)], signed=True)
-    left.set(title="Binary digits jump", xlabel="position")
-    right.set(title="Waves glide", xlabel="position")
+    _, (upper, lower) = style.figure(2, 1, height=4.0, width=NARROW)
+    style.heatmap(upper, digits, rows=[f"digit {i}" for i in range(bits)])
+    style.heatmap(lower, waves, rows=[f"wave {i}" for i in range(bits)], signed=True)
+    upper.set_title("Binary digits jump", fontsize=11)
+    lower.set_title("Waves glide", fontsize=11)
+    lower.set(xlabel="position")
     style.show()
 
 
 def table(encoding: Tensor) -> None:
     """A table of encodings, (positions, width), as a heat map."""
-    figure, ax = style.figure(height=3.4)
+    figure, ax = style.figure(height=3.9, width=NARROW)
     image = style.heatmap(ax, encoding, signed=True, limit=1.0)
-    ax.set(xlabel="channel", ylabel="position", title="Each row is what is added to the token at that position")
+    ax.set(xlabel="channel", ylabel="position")
     figure.colorbar(image, ax=ax, label="value")
     style.show()
 
@@ -37,12 +42,12 @@ def table(encoding: Tensor) -> None:
 def clocks(steps: int, starts: Sequence[int], width: int = 16, count: int = 3) -> None:
     """The first hands of the sinusoidal encoding before and after the same number of steps, from several starts."""
     thetas = 10000.0 ** (-2 * np.arange(count) / width)
-    _, axes = style.figure(len(starts), count, height=2.3 * len(starts))
+    _, axes = style.figure(len(starts), count, height=1.75 * len(starts), width=NARROW)
     for row, start in zip(axes, starts, strict=True):
         for i, (ax, theta) in enumerate(zip(row, thetas, strict=True)):
             draw_clock(ax, start * theta, (start + steps) * theta)
-            ax.set_title(f"clock {i}, p = {start} to {start + steps}", fontsize=10.5, loc="center")
-            ax.text(0, -1.28, f"turned by {np.degrees(steps * theta):.0f}°", ha="center", va="top")
+            ax.set_title(f"clock {i}: {start} to {start + steps}", fontsize=9.5, loc="center", pad=3)
+            ax.text(0, -1.22, f"{np.degrees(steps * theta):.0f}°", ha="center", va="top", fontsize=10.5)
     style.show()
 
 
@@ -64,48 +69,53 @@ def similarity(width: int = 64, reach: int = 128, bases: Sequence[float] = (100,
     for base in bases:
         rows = sinusoidal(torch.arange(2 * reach + 1), width, base=base)
         curves[f"base {base:,}"] = rows @ rows[reach] / (width / 2)
-    _, ax = style.figure(height=3.0)
+    _, ax = style.figure(height=3.2, width=NARROW)
     style.lines(ax, distance, curves, markers=False)
-    ax.set(
-        xlabel="distance between two positions",
-        ylabel="scaled dot product",
-        title="Near is similar; left and right are the same",
-    )
+    ax.set(xlabel="distance between two positions", ylabel="product, 1 at distance 0", ylim=(None, 1.5))
     style.show()
 
 
 def biases(alibi: Tensor, t5: Tensor) -> None:
     """One head of ALiBi beside one head of T5's buckets, each (T, S), and T5's bucket over distance."""
-    _, axes = style.figure(1, 3, height=2.9)
-    style.heatmap(axes[0], alibi, signed=True)
-    style.heatmap(axes[1], t5)
-    axes[0].set(title="ALiBi, one head", xlabel="key", ylabel="query")
-    axes[1].set(title="T5, bucket number", xlabel="key", ylabel="query")
+    _, axes = plt.subplot_mosaic([["alibi", "t5"], ["curve", "curve"]], figsize=(NARROW, 4.8))
+    style.heatmap(axes["alibi"], alibi, signed=True)
+    style.heatmap(axes["t5"], t5)
     distance = torch.arange(0, 161)
-    axes[2].step(distance, t5_bucket(-distance, bidirectional=False), where="mid", color=style.BLUE)
-    axes[2].set(title="T5, causal", xlabel="distance", ylabel="bucket")
+    axes["curve"].step(distance, t5_bucket(-distance, bidirectional=False), where="mid", color=style.BLUE)
+    axes["alibi"].set(xlabel="key", ylabel="query")
+    axes["t5"].set(xlabel="key")
+    axes["curve"].set(xlabel="distance", ylabel="bucket")
+    titles = {"alibi": "ALiBi, one head", "t5": "T5, bucket", "curve": "T5, causal"}
+    for name, title in titles.items():
+        axes[name].set_title(title, fontsize=10.5)
     style.show()
 
 
 def slopes(slopes: Tensor, reach: int = 64) -> None:
     """What ALiBi multiplies the weight of a key by, over its distance, for every second head."""
     distance = torch.arange(reach)
-    curves = {f"head {h}: slope {slopes[h]:.4f}": torch.exp(-slopes[h] * distance) for h in range(0, len(slopes), 2)}
-    _, ax = style.figure(height=3.0)
+    curves = {
+        f"head {h}: slope 1/{1 / slopes[h]:.0f}": torch.exp(-slopes[h] * distance) for h in range(0, len(slopes), 2)
+    }
+    _, ax = style.figure(height=3.9, width=NARROW)
     style.lines(ax, distance, curves, markers=False)
-    ax.set(xlabel="distance of the key", ylabel="weight is multiplied by", title="Heads look near and far")
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    ax.set(xlabel="distance of the key", ylabel="weight is multiplied by")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2, columnspacing=1.0)
     style.show()
 
 
 def by_position(accuracy: dict[str, Tensor], first: int, trained: int, chance: float) -> None:
-    """Accuracy at each position from ``first`` on, for several schemes; a line marks the end of the trained length."""
-    _, ax = style.figure(height=3.6)
-    style.lines(ax, range(first, first + len(next(iter(accuracy.values())))), accuracy, markers=False)
-    ax.axvline(trained - 0.5, color=style.INK, linewidth=1)
-    ax.annotate("trained up to here", (trained, 0.03), xytext=(6, 0), textcoords="offset points", fontsize=9.5)
-    ax.axhline(chance, color=style.GREY, linewidth=1, linestyle=":")
-    ax.annotate("guessing", (first, chance), xytext=(2, 4), textcoords="offset points", fontsize=9.5)
-    ax.set(xlabel="position", ylabel="share correct", ylim=(0, 1.04), title="Which token stood three back?")
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    """Accuracy at each position from ``first`` on, a panel a scheme; lines mark the trained length and guessing."""
+    rows = -(-len(accuracy) // 2)
+    _, axes = style.figure(rows, 2, height=1.65 * rows, width=NARROW, sharex=True, sharey=True)
+    for ax, (name, share) in zip(axes.flat, accuracy.items(), strict=False):
+        ax.plot(range(first, first + len(share)), share, color=style.BLUE)
+        ax.axvline(trained - 0.5, color=style.INK, linewidth=1)
+        ax.axhline(chance, color=style.GREY, linewidth=1, linestyle=":")
+        ax.set(ylim=(0, 1.08))
+        ax.set_title(name, fontsize=10.5, pad=4)
+    for ax in axes[-1]:
+        ax.set_xlabel("position")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("share right")
     style.show()

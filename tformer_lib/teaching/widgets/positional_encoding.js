@@ -13,7 +13,7 @@ const CELL = 10; // one position
 const RIGHT = 12;
 
 function draw(root, data, kit) {
-  const state = { scheme: "10000", query: 24, key: 18, head: 1 };
+  const state = { scheme: "10000", query: 20, key: 2, head: 0 };
   const upper = kit.el("div", {});
   const lower = kit.el("div", {});
   const readout = kit.readout();
@@ -23,7 +23,7 @@ function draw(root, data, kit) {
     show();
   };
 
-  const head = kit.slider({ label: "head", min: 1, max: data.slopes.length, value: 1, change: change("head") });
+  const head = kit.slider({ label: "head", min: 0, max: data.slopes.length - 1, value: state.head, change: change("head") });
   root.append(
     kit.controls(
       kit.select({ label: "scheme", options: SCHEMES, value: state.scheme, change: change("scheme") }),
@@ -82,7 +82,7 @@ function values(state, data) {
   const keys = [...Array(data.length).keys()];
   const distance = (n) => state.query - n;
   if (state.scheme === "alibi") {
-    return keys.map((n) => (distance(n) < 0 ? null : Math.exp(-data.slopes[state.head - 1] * distance(n))));
+    return keys.map((n) => (distance(n) < 0 ? null : Math.exp(-data.slopes[state.head] * distance(n))));
   }
   if (state.scheme === "t5") {
     return keys.map((n) => (distance(n) < 0 ? null : data.buckets[distance(n)]));
@@ -134,7 +134,7 @@ function sentence(state, data) {
   const distance = query - key;
   const away = `distance ${distance}`;
   if (state.scheme === "alibi") {
-    const slope = data.slopes[state.head - 1];
+    const slope = data.slopes[state.head];
     return `${pair}${away}. Head ${state.head} adds ${(-slope * distance).toFixed(2)} to the score, which multiplies the weight by ${value.toFixed(2)}.`;
   }
   if (state.scheme === "t5") {
