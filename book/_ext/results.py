@@ -50,9 +50,9 @@ def summary(folder: Path) -> str:
 
 
 def summary_row(file: Path, record: dict) -> tuple[str, ...]:
-    """The row of one file; what is itself a peer by the script's list counts for neither figure."""
+    """The row of one file; a row counts unless it stands in the script's list of peers before its own peer."""
     rows = {row["name"]: row for row in timed_rows(record)}
-    ours = [row for row in rows.values() if row["contestant"] not in record.get("peers", [])] or list(rows.values())
+    ours = [row for row in rows.values() if not is_peer(row, rows, record.get("peers", []))] or list(rows.values())
     best = max((row for row in ours if row.get("share") is not None), key=lambda row: row["share"], default=None)
     most = "" if best is None else f"{best['share']:.0%}: {best['name']}"
     ratios = sorted(rows[row["peer"]]["seconds"] / row["seconds"] for row in ours if row["peer"] in rows)
@@ -61,6 +61,15 @@ def summary_row(file: Path, record: dict) -> tuple[str, ...]:
     )
     link = f"[`{file.stem}`](#{anchor(file)})"
     return link, DEVICES.get(file.parent.name, file.parent.name), str(len(rows)), most, told
+
+
+def is_peer(row: dict, rows: dict[str, dict], peers: list[str]) -> bool:
+    """Whether a row is there for others to be compared with: the list names the best known first, ours last."""
+    rank = {name: place for place, name in enumerate(peers)}
+    mine = rank.get(row["contestant"], len(peers))
+    if row["peer"] not in rows:
+        return mine < len(peers)
+    return mine < rank.get(rows[row["peer"]]["contestant"], len(peers))
 
 
 def anchor(file: Path) -> str:
