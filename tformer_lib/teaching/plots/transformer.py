@@ -11,6 +11,9 @@ from tformer_lib.teaching import style
 
 BOXES = {"norm": style.YELLOW, "attention": style.SKY, "feed-forward": "#F4B58F", "add": "white"}
 
+NARROW = 4.2
+"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
+
 
 def model_diagram() -> None:
     """The whole model, read upwards: decoder-only beside encoder-decoder."""
@@ -19,7 +22,7 @@ def model_diagram() -> None:
         ax.set(xlim=(0, right), ylim=(0, 17))
         ax.set_title(title, fontsize=10.5)
         ax.axis("off")
-    draw_stack(axes[0], 4.2, "tokens  (batch, T)", ["causal attention", "feed-forward"], top=True)
+    draw_stack(axes[0], 4.2, "tokens  (batch, T)", ["causal attention", "feed-forward"], top=True, norm=True)
     draw_stack(axes[1], 3.4, "source  (batch, S)", ["attention", "feed-forward"], top=False)
     draw_stack(axes[1], 11.6, "target  (batch, T)", ["causal attention", "cross-attention", "feed-forward"], top=True)
     axes[1].plot([3.4, 3.4, 7.5, 7.5], [9.0, 10.6, 10.6, 7.8], color=style.INK, lw=1.3)
@@ -28,8 +31,8 @@ def model_diagram() -> None:
     style.show()
 
 
-def draw_stack(ax: Axes, x: float, name: str, parts: Sequence[str], *, top: bool) -> None:
-    """Tokens, their table, the blocks as one frame around ``parts``, and (``top``) the way out to the logits."""
+def draw_stack(ax: Axes, x: float, name: str, parts: Sequence[str], *, top: bool, norm: bool = False) -> None:
+    """Tokens, their table, the blocks as one frame around ``parts``, and (``top``) the way out, by a final ``norm``."""
     box = partial(draw_box, ax, x)
     ax.text(x, 0.2, name, ha="center")
     arrow(ax, (x, 0.95), (x, 1.8))
@@ -45,9 +48,10 @@ def draw_stack(ax: Axes, x: float, name: str, parts: Sequence[str], *, top: bool
         arrow(ax, (x, below + 1.0), (x, above))
     ax.text(x + 2.9, heights[-1] + 1.75, "× L", ha="right", va="bottom", fontsize=10.5)
     if top:
-        arrow(ax, (x, heights[-1] + 1.0), (x, 12.1))
-        box(12.1, "norm", BOXES["norm"])
-        arrow(ax, (x, 13.1), (x, 14.0))
+        if norm:
+            arrow(ax, (x, heights[-1] + 1.0), (x, 12.1))
+            box(12.1, "norm", BOXES["norm"])
+        arrow(ax, (x, 13.1 if norm else heights[-1] + 1.0), (x, 14.0))
         box(14.0, "unembedding", style.GREEN + "55")
         arrow(ax, (x, 15.0), (x, 15.8))
         ax.text(x, 16.0, "logits  (batch, T, vocab_size)", ha="center", fontsize=9.5)
@@ -103,11 +107,41 @@ def arrow(ax: Axes, start: tuple, end: tuple, *, style: str | None = None, via: 
     ax.add_patch(FancyArrowPatch((via, end[1]), end, **look))
 
 
+def stream(names: Sequence[str], words: Sequence[str], chances: Sequence[float], lengths: Sequence[float]) -> None:
+    """The residual stream of one token, read upwards: what each part names once it has been added.
+
+    Numbers are drawn to two digits, so that the picture is the same on every machine.
+
+    Args:
+        names: the parts in the order of their addition, the embedding first.
+        words: the likeliest next token after each addition.
+        chances: its probability.
+        lengths: the Euclidean length of the token's vector after each addition.
+    """
+    _, ax = style.figure(width=NARROW, height=0.42 * (len(names) + 1))
+    arrow(ax, (0.0, -0.4), (0.0, len(names) - 0.3))
+    for y, (name, word, chance, length) in enumerate(zip(names, words, chances, lengths, strict=True)):
+        colour = BOXES.get(name.split()[0], style.GREEN + "55")
+        ax.add_patch(FancyBboxPatch((-2.3, y - 0.28), 1.75, 0.56, boxstyle="round,pad=0.02", fc=colour, ec=style.INK))
+        ax.text(-1.42, y, name, ha="center", va="center", fontsize=9.5)
+        arrow(ax, (-0.53, y), (-0.04, y))
+        ax.barh(y, 1.5 * round(chance, 2), left=1.12, height=0.5, color=style.SKY)
+        ax.text(0.98, y, word, ha="right", va="center", fontsize=9.5)
+        ax.text(1.2, y, f"{chance:.2f}", va="center", fontsize=9.5)
+        ax.text(3.4, y, f"{length:.1f}", ha="right", va="center", fontsize=9.5)
+    for x, head in ((-1.42, "adds"), (0.98, "names"), (1.2, "probability"), (3.4, "length")):
+        side = {-1.42: "center", 1.2: "left"}.get(x, "right")
+        ax.text(x, len(names), head, ha=side, va="center", fontsize=9.5, weight="bold")
+    ax.set(xlim=(-2.4, 3.5), ylim=(-0.6, len(names) + 0.4))
+    ax.axis("off")
+    style.show()
+
+
 def depth(spread: dict[str, Sequence[float]], losses: dict[str, Sequence[float]]) -> None:
     """What happens to the stream from block to block, and how the same models learn."""
     _, axes = style.figure(1, 2)
     style.lines(axes[0], range(len(next(iter(spread.values())))), spread, markers=False)
-    axes[0].set(xlabel="block", ylabel="spread of the stream", ylim=(0, None))
+    axes[0].set(xlabel="block", ylabel="standard deviation of the stream", ylim=(0, None))
     axes[0].set_title("With fresh weights")
     style.lines(axes[1], range(len(next(iter(losses.values())))), losses, markers=False)
     axes[1].set(xlabel="step", ylabel="loss (nats)", ylim=(0, None))
@@ -118,12 +152,12 @@ def depth(spread: dict[str, Sequence[float]], losses: dict[str, Sequence[float]]
 
 def work_per_token(lengths: Sequence[int], matrices: Sequence[float], attention: Sequence[float]) -> None:
     """FLOPs a token, stacked: the matrices' constant share and attention's growing one."""
-    _, ax = style.figure()
+    _, ax = style.figure(width=NARROW, height=3.3)
     giga = [[f / 1e9 for f in part] for part in (matrices, attention)]
-    ax.stackplot(lengths, *giga, colors=[style.SKY, style.ORANGE], labels=["weight matrices", "attention scores"])
+    ax.stackplot(lengths, *giga, colors=[style.SKY, style.ORANGE], labels=["weight matrices", "attention proper"])
     ax.set(xlabel="context length T", ylabel="GFLOP per token, forward", xlim=(0, max(lengths)))
     ax.legend(loc="upper left")
-    ax.set_title("GPT-2 small: where the work is")
+    ax.set_title("GPT-2 small: where the work is", fontsize=10.5)
     style.show()
 
 
