@@ -13,7 +13,7 @@
 //   measured    2.6 TFLOP/s at d 64, 4.6 at d 128 (twice the work for the same five shuffles): 5 and 9 % of a float32
 //               matrix product's 51.3
 #include "common/launch.cuh"
-#include "resources.cuh"
+#include "common/resources.cuh"
 #include "sight.cuh"
 
 namespace flash {

@@ -15,7 +15,7 @@
 //   measured    25.0 TFLOP/s at d 64, 26.7 at d 128: ten and six times step 1, half of a matrix product's 51.3. The waits
 //               are what the next step removes
 #include "common/launch.cuh"
-#include "resources.cuh"
+#include "common/resources.cuh"
 #include "sight.cuh"
 
 namespace flash {

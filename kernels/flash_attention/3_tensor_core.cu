@@ -5,6 +5,6 @@ extern "C" const char* forward(const flash::Arguments* a, void* stream) {
     return flash::run_forward<flash::FOLDED_SCALE>(*a, stream);
 }
 
-extern "C" const char* resources(const flash::Arguments* a, flash::Resources* out) {
+extern "C" const char* resources(const flash::Arguments* a, Resources* out) {
     return flash::find_resources<flash::FOLDED_SCALE>(*a, out);
 }

@@ -25,7 +25,7 @@
 #include "common/launch.cuh"
 #include "common/mma.cuh"
 #include "common/softmax.cuh"
-#include "resources.cuh"
+#include "common/resources.cuh"
 #include "sight.cuh"
 
 namespace flash {

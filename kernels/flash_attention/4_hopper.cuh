@@ -44,7 +44,7 @@
 
 #include "common/hopper.cuh"
 #include "common/launch.cuh"
-#include "resources.cuh"
+#include "common/resources.cuh"
 #include "sight.cuh"
 
 namespace flash {

@@ -5,6 +5,6 @@ extern "C" const char* forward(const flash::Arguments* a, void* stream) {
     return flash::run_forward<flash::ONE_WARPGROUP>(*a, stream);
 }
 
-extern "C" const char* resources(const flash::Arguments* a, flash::Resources* out) {
+extern "C" const char* resources(const flash::Arguments* a, Resources* out) {
     return flash::find_resources<flash::ONE_WARPGROUP>(*a, out);
 }

@@ -5,6 +5,6 @@ extern "C" const char* forward(const flash::Arguments* a, void* stream) {
     return flash::run_forward<flash::IN_TURNS>(*a, stream);
 }
 
-extern "C" const char* resources(const flash::Arguments* a, flash::Resources* out) {
+extern "C" const char* resources(const flash::Arguments* a, Resources* out) {
     return flash::find_resources<flash::IN_TURNS>(*a, out);
 }

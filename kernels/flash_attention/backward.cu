@@ -30,7 +30,7 @@
 #include "common/tma.cuh"
 #include "common/wgmma.cuh"
 #include "gradients.cuh"
-#include "resources.cuh"
+#include "common/resources.cuh"
 #include "sight.cuh"
 
 namespace flash {

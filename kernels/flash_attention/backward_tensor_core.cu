@@ -27,7 +27,7 @@
 #include "common/mma.cuh"
 #include "common/softmax.cuh"
 #include "gradients.cuh"
-#include "resources.cuh"
+#include "common/resources.cuh"
 #include "sight.cuh"
 
 namespace flash {

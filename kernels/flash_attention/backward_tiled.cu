@@ -15,7 +15,7 @@
 //               backend, which has larger tiles and one pass: 36 and 37)
 #include "common/launch.cuh"
 #include "gradients.cuh"
-#include "resources.cuh"
+#include "common/resources.cuh"
 #include "sight.cuh"
 
 namespace flash {

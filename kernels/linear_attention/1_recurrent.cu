@@ -12,7 +12,7 @@
 //               float32. This is what chunks are for
 #include "common/launch.cuh"
 #include "sequence.cuh"
-#include "resources.cuh"
+#include "common/resources.cuh"
 
 namespace linear {
 namespace {

@@ -9,7 +9,7 @@
 //   measured    sum 0.183 ms at 16 x 2,048, 0.253 at 4 x 8,192, 0.262 at 1 x 32,768 (flash-linear-attention 0.370,
 //               0.375, 0.450); decay 0.224, 0.322, 0.328; normalised 0.255, 0.348, 0.354, with elu + 1 applied 0.40, 0.57
 //   limit       issue: 8 warps a multiprocessor, each of which waits for a product, a load or a barrier three cycles of four
-#include "resources.cuh"
+#include "common/resources.cuh"
 #include "segments.cuh"
 
 namespace linear {

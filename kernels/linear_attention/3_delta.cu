@@ -17,7 +17,7 @@
 //   (2) each segment's first state                      matrix_scan_kernel
 //   (3) the outputs                                     attend_kernel
 #include "inverse.cuh"
-#include "resources.cuh"
+#include "common/resources.cuh"
 #include "segments.cuh"
 
 namespace linear {

@@ -25,7 +25,7 @@
 // The products are those of chunk.cuh; a warp's tile of accumulators has the same layout.
 #include "common/tma.cuh"
 #include "inverse.cuh"
-#include "resources.cuh"
+#include "common/resources.cuh"
 #include "segments.cuh"
 #include "wgmma.cuh"
 

@@ -70,9 +70,4 @@ struct Pointwise {
     int32_t map, dtype;
 };
 
-// What a launch will use, for the ladder's chart.
-struct Resources {
-    int32_t threads, registers, spilled_bytes, shared_bytes, blocks_per_multiprocessor;
-};
-
 }  // namespace linear

@@ -16,7 +16,7 @@
 #include "common/launch.cuh"
 #include "common/softmax.cuh"
 #include "lists.cuh"
-#include "resources.cuh"
+#include "common/resources.cuh"
 
 namespace sparse {
 namespace {

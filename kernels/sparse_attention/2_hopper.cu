@@ -26,7 +26,7 @@
 #include "common/hopper.cuh"
 #include "common/launch.cuh"
 #include "lists.cuh"
-#include "resources.cuh"
+#include "common/resources.cuh"
 
 namespace sparse {
 namespace {

@@ -44,9 +44,4 @@ struct Arguments {
     int32_t dtype;
 };
 
-// What a launch will use, for the ladder's chart.
-struct Resources {
-    int32_t threads, registers, spilled_bytes, shared_bytes, blocks_per_multiprocessor;
-};
-
 }  // namespace sparse

@@ -28,7 +28,7 @@
 #include "common/tma.cuh"
 #include "common/wgmma.cuh"
 #include "lists.cuh"
-#include "resources.cuh"
+#include "common/resources.cuh"
 
 namespace sparse {
 namespace {

@@ -103,7 +103,7 @@ class Arguments(ctypes.Structure):
 
 
 class Resources(ctypes.Structure):
-    """``flash::Resources``: what a launch of a CUDA step uses."""
+    """``Resources`` of kernels/common/resources.cuh: what a launch of a CUDA step uses."""
 
     _fields_ = [
         (name, ctypes.c_int32)

@@ -1,9 +1,11 @@
 // What a kernel's launch uses, asked of the driver: registers, spills, shared memory, blocks that fit a multiprocessor.
 #pragma once
-#include "arguments.h"
 #include "common/launch.cuh"
 
-namespace linear {
+// For the ladder's chart.
+struct Resources {
+    int32_t threads, registers, spilled_bytes, shared_bytes, blocks_per_multiprocessor;
+};
 
 template <class Kernel>
 const char* measure_resources(Kernel kernel, int threads, size_t shared_bytes, Resources* out) {
@@ -18,5 +20,3 @@ const char* measure_resources(Kernel kernel, int threads, size_t shared_bytes, R
             int32_t(shared_bytes + attributes.sharedSizeBytes), blocks};
     return nullptr;
 }
-
-}  // namespace linear
