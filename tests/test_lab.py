@@ -30,12 +30,13 @@ pytestmark = pytest.mark.skipif(executable() is None, reason="Chromium is not in
 
 
 def short_version(chapter: Path) -> dict:
-    """The title, the first code cell and the interactive figure, without outputs, then an equation and an exercise."""
+    """The title, the first code cell and the interactive figure, without outputs, then an equation, an exercise, and a
+    prediction with its answer."""
     notebook = json.loads(chapter.read_text(encoding="utf-8"))
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     figure = next(c for c in code if any("widget-view" in kind for o in c["outputs"] for kind in o.get("data", {})))
     text = [cell for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
-    signs = ("$$", ":::{exercise}", ":::{solution}")
+    signs = ("$$", ":::{exercise}", "{admonition} Predict", "{admonition} Answer")
     cells = [text[0], code[0], figure, *(next(c for c in text if sign in "".join(c["source"])) for sign in signs)]
     for cell in (code[0], figure):
         cell.update(outputs=[], execution_count=None)
@@ -108,7 +109,7 @@ def test_figure_moves_with_a_live_kernel(lab):
         assert [url for url in browser.requests if not url.startswith((lab, "data:", "blob:"))] == []
         assert browser.evaluate(RAW) is None, "JupyterLab shows MyST as it is written: is jupyterlab-myst installed?"
         assert browser.evaluate(EQUATIONS) >= 1
-        assert browser.evaluate(BOXES) == ["What you will be able to do", "Exercise 1", "Solution to Exercise 1"]
+        assert set(browser.evaluate(BOXES)) == {"What you will be able to do", "Exercise 1", "Predict", "Answer"}
         assert browser.messages == []
 
 
