@@ -109,7 +109,12 @@ def test_figure_moves_with_a_live_kernel(lab):
         assert [url for url in browser.requests if not url.startswith((lab, "data:", "blob:"))] == []
         assert browser.evaluate(RAW) is None, "JupyterLab shows MyST as it is written: is jupyterlab-myst installed?"
         assert browser.evaluate(EQUATIONS) >= 1
-        assert set(browser.evaluate(BOXES)) == {"What you will be able to do", "Exercise 1", "Predict", "Answer"}
+        assert set(browser.evaluate(BOXES)) == {
+            "What you will be able to do",
+            "Exercise 1 (The causal mask)",
+            "Predict",
+            "Answer",
+        }
         assert browser.messages == []
 
 
