@@ -37,7 +37,8 @@ def short_version(chapter: Path) -> dict:
     figure = next(c for c in code if any("widget-view" in kind for o in c["outputs"] for kind in o.get("data", {})))
     text = [cell for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
     signs = ("$$", ":::{exercise}", "{admonition} Predict", "{admonition} Answer")
-    cells = [text[0], code[0], figure, *(next(c for c in text if sign in "".join(c["source"])) for sign in signs)]
+    shown = {id(c): c for c in (next(c for c in text if sign in "".join(c["source"])) for sign in signs)}
+    cells = [text[0], code[0], figure, *shown.values()]
     for cell in (code[0], figure):
         cell.update(outputs=[], execution_count=None)
     kernel = {"kernelspec": notebook["metadata"]["kernelspec"]}
