@@ -213,7 +213,9 @@ def run_rope(step: int) -> None:
 def sparse_cases() -> dict[str, Callable]:
     """Both steps, the gradients, and blocks that were chosen."""
     cases = {f"step {step}": partial(run_sparse, step) for step in (1, 2)}
-    return cases | {"backward": run_sparse_backward, "chosen": run_chosen}
+    gradients = {"backward": 2, "backward_tensor_core": 1}
+    cases |= {name: partial(run_sparse_backward, step) for name, step in gradients.items()}
+    return cases | {"chosen": run_chosen}
 
 
 def sparse_inputs(d: int, T: int, S: int) -> list[torch.Tensor]:
@@ -231,14 +233,15 @@ def run_sparse(step: int) -> None:
     torch.cuda.synchronize()
 
 
-def run_sparse_backward() -> None:
+def run_sparse_backward(step: int) -> None:
     """The gradients at odd lengths."""
     from tformer_lib import sparse_attention as sparse
 
+    os.environ["TFORMER_UNTRIED_KERNELS"] = "1"  # so that step 1 has gradients of its own
     for d, (T, S) in itertools.product((40, 64, 128), ((70, 333), (333, 70))):
         for pattern in (sparse.sliding_window(50), sparse.everything()):
             leaves = [x.requires_grad_() for x in sparse_inputs(d, T, S)]
-            out = sparse.attend(*leaves, pattern=pattern, step=2)
+            out = sparse.attend(*leaves, pattern=pattern, step=step)
             torch.autograd.grad(out, leaves, torch.ones_like(out))
     torch.cuda.synchronize()
 

@@ -16,7 +16,6 @@ where the output is normalised.
 """
 
 import ctypes
-import os
 from functools import partial
 
 import torch
@@ -32,6 +31,7 @@ from tformer_lib.ladder import (
     refusal_of_hopper,
     refusal_of_place,
     refusal_of_tensor_cores,
+    refusal_of_untried,
 )
 from tformer_lib.linear_attention.decay import scan_decayed
 from tformer_lib.linear_attention.delta import scan_delta
@@ -190,21 +190,12 @@ class Chain(ctypes.Structure):
     ]
 
 
-def untried() -> bool:
-    """Whether to take the kernels of gradients whose numbers have not been compared with float64 on a GPU yet.
-
-    chain.cu and the gradients in pointwise.cu agree with float64 in an emulation on a CPU. Until their tests have
-    passed on a GPU, PyTorch does their work there, unless the environment says ``TFORMER_UNTRIED_KERNELS=1``.
-    """
-    return os.environ.get("TFORMER_UNTRIED_KERNELS") == "1"
-
-
 def refusal_of_chain(head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why chain.cu cannot be used."""
     if device.type != "cuda":
         return f"it runs on cuda, and q is on {device.type}"
-    if not untried():
-        return "its numbers have not been compared on a GPU yet"
+    if reason := refusal_of_untried():
+        return reason
     if head_dim > MOST_CHAIN_DIM or head_dim % 8 or value_dim % 8:
         return f"head_dim is at most {MOST_CHAIN_DIM}, all widths multiples of 8, got {head_dim} and {value_dim}"
     return refusal_of_tensor_cores(dtype, device)

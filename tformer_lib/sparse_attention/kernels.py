@@ -15,6 +15,7 @@ from tformer_lib.ladder import (
     refusal_of_hopper,
     refusal_of_place,
     refusal_of_tensor_cores,
+    refusal_of_untried,
 )
 from tformer_lib.sparse_attention.checks import check_gradients, check_operator
 from tformer_lib.sparse_attention.lists import (
@@ -29,8 +30,14 @@ from tformer_lib.sparse_attention.lists import (
 from tformer_lib.sparse_attention.patterns import Band, blocks_in, pattern_of
 
 LADDER = Ladder("sparse_attention", steps=("0", "cpu", "1", "2"), fastest={"cuda": ("2", "1", "0")})
-GRADIENTS = Ladder("sparse_attention", steps=("0", "cpu", "backward"), fastest={"cuda": ("backward", "0")})
-MOST_HEAD_DIM = {"1": 128, "2": 256, "backward": 128}
+GRADIENTS = {
+    "0": ("0",),
+    "cpu": ("cpu", "0"),
+    "1": ("backward_tensor_core", "backward", "0"),
+    "2": ("backward", "backward_tensor_core", "0"),
+}
+"""Whose gradients: those of the step's own instructions, or of simpler ones."""
+MOST_HEAD_DIM = {"1": 128, "2": 256, "backward": 128, "backward_tensor_core": 128}
 
 
 def refusal(step: str, q: Tensor, v: Tensor) -> str | None:
@@ -45,7 +52,9 @@ def refusal(step: str, q: Tensor, v: Tensor) -> str | None:
         return refusal_of_dtype(q)
     if reason := refusal_of_tensor_cores(q.dtype, q.device):
         return reason
-    if step != "1" and (reason := refusal_of_hopper(q.device)):
+    if step in ("2", "backward") and (reason := refusal_of_hopper(q.device)):
+        return reason
+    if step == "backward_tensor_core" and (reason := refusal_of_untried()):
         return reason
     if q.shape[-1] % 8 or q.shape[-1] > MOST_HEAD_DIM[step]:
         return f"head_dim must be a multiple of 8 up to {MOST_HEAD_DIM[step]}, got {q.shape[-1]}"
@@ -55,7 +64,15 @@ def refusal(step: str, q: Tensor, v: Tensor) -> str | None:
 def refusal_of_order(step: str) -> str | None:
     """Why a step's gradients are not what ``torch.use_deterministic_algorithms`` asks for."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return "its blocks add to dq in any order" if step == "backward" and deterministic else None
+    return "its blocks add to dq in any order" if step.startswith("backward") and deterministic else None
+
+
+def choose_gradients(step: str, q: Tensor, v: Tensor) -> str:
+    """Which gradients belong to a step, or to the device if the step is "auto"."""
+    names = GRADIENTS[("2" if q.is_cuda else "0") if step == AUTO else step]
+    if names == ("0",):
+        return "0"
+    return LADDER.first(names, q.device, lambda name: refusal_of_order(name) or refusal(name, q, v))
 
 
 # --- the kernels ---------------------------------------------------------------------------------------------------
@@ -149,6 +166,7 @@ def launch_forward(
 
 
 def launch_backward(
+    step: str,
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -170,10 +188,10 @@ def launch_backward(
     arguments.dq, arguments.dk, arguments.dv = matrix(dq), matrix(dk), matrix(dv)
     arguments.dlse = None if dlse is None else dlse.data_ptr()
     sizes = (ctypes.c_int64 * 2)()
-    GRADIENTS.kernel("backward", "scratch", q.device).ask(arguments, sizes)
+    LADDER.kernel(step, "scratch", q.device).ask(arguments, sizes)
     statistics, dq_sum = q.new_empty(sizes[0], dtype=torch.float32), q.new_zeros(sizes[1], dtype=torch.float32)
     arguments.statistics, arguments.dq_sum = statistics.data_ptr(), dq_sum.data_ptr()
-    GRADIENTS.launch("backward", "backward", arguments, q.device)
+    LADDER.launch(step, "backward", arguments, q.device)
     return dq if sign == 1.0 else dq * sign, dk, dv
 
 
@@ -200,10 +218,10 @@ def launch_cpu_backward(
     arguments.dq, arguments.dk, arguments.dv = matrix(dq), matrix(dk), matrix(dv)
     arguments.dlse = None if dlse is None else dlse.data_ptr()
     arguments.statistics = statistics.data_ptr()
-    GRADIENTS.launch("cpu", "prepare", arguments, q.device)
-    GRADIENTS.launch("cpu", "query_gradients", arguments, q.device)
+    LADDER.launch("cpu", "prepare", arguments, q.device)
+    LADDER.launch("cpu", "query_gradients", arguments, q.device)
     arguments.lists = describe_lists(columns)
-    GRADIENTS.launch("cpu", "key_gradients", arguments, q.device)
+    LADDER.launch("cpu", "key_gradients", arguments, q.device)
     return dq, dk, dv
 
 
@@ -365,8 +383,7 @@ def sparse_attention_backward_op(
     check_gradients(dout, dlse, q, v, out, lse)
     lse = lse.contiguous()
     compare = causal and chosen is not None
-    wish = {"0": "0", "cpu": "cpu"}.get(step, AUTO)
-    name = GRADIENTS.choose(wish, q.device, lambda name: refusal_of_order(name) or refusal(name, q, v))
+    name = choose_gradients(step, q, v)
     if name == "0" or q.numel() == 0 or k.numel() == 0:
         lists = lists_of(q, k, chosen, handle, causal, transposed=False)
         delta = row_products(dout, out, dlse)
@@ -375,7 +392,7 @@ def sparse_attention_backward_op(
     if name == "cpu":
         rows = lists_of(q, k, chosen, handle, causal, transposed=False)
         return launch_cpu_backward(dout, dlse, q, k, v, out, lse, rows, columns, scale, compare)
-    return launch_backward(dout, dlse, q, k, v, out, lse, columns, scale, compare)
+    return launch_backward(name, dout, dlse, q, k, v, out, lse, columns, scale, compare)
 
 
 @sparse_attention_backward_op.register_fake
