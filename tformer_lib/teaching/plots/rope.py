@@ -1,4 +1,4 @@
-"""The figures of chapter 08."""
+"""The figures of the RoPE chapter: narrow, so that their labels can be read on a phone."""
 
 import math
 from collections.abc import Sequence
@@ -6,10 +6,14 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from tformer_lib.rope import Rope
 from tformer_lib.teaching import style
+
+NARROW = 4.2
+"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
 
 
 def layouts(head_dim: int = 8) -> None:
@@ -18,7 +22,7 @@ def layouts(head_dim: int = 8) -> None:
         "interleaved: neighbours": [(i, i + 1) for i in range(0, head_dim, 2)],
         "half: i and i + head_dim / 2": [(i, i + head_dim // 2) for i in range(head_dim // 2)],
     }
-    _, axes = style.figure(1, 2, height=2.2, sharey=True)
+    _, axes = style.figure(2, 1, height=3.6, width=NARROW, height_ratios=(1, 1.9))
     for ax, (title, joined) in zip(axes, pairs.items(), strict=True):
         for number, (a, b) in enumerate(joined):
             arc = np.linspace(0, math.pi, 40)
@@ -32,53 +36,53 @@ def layouts(head_dim: int = 8) -> None:
         ax.set(
             title=title,
             xlim=(-0.7, head_dim - 0.3),
-            ylim=(-0.4, 2.4),
-            xlabel="channel of the head",
+            ylim=(-0.4, 0.7 + 0.45 * (pairs[title][0][1] - pairs[title][0][0]) / 2),
             xticks=[],
             yticks=[],
         )
         ax.grid(False)
         ax.spines[["left", "bottom"]].set_visible(False)
+    axes[-1].set_xlabel("channel of the head")
     style.show()
 
 
 def decay(distances: Tensor, aligned: Tensor, spread: Tensor, bound: Tensor) -> None:
     """The score over distance for q = k, the spread of scores for random q and k, and the paper's bound."""
-    _, ax = style.figure(height=3.3)
+    _, ax = style.figure(height=3.4, width=NARROW)
     style.lines(
         ax,
         distances,
-        {"q = k, all ones": aligned, "the paper's bound, rescaled": bound, "random q and k, typical size": spread},
+        {"q = k, all ones": aligned, "bound, rescaled": bound, "random q, k": spread},
         markers=False,
     )
     ax.set_xscale("log", base=2)
-    ax.set(xlabel="distance", ylabel="score, 1 = the greatest", title="What decays with distance, and what does not")
+    ax.set(xlabel="distance", ylabel="score, 1 = the largest")
+    below(ax, columns=2)
     style.show()
 
 
 def turns(rope: Rope, length: int, longer: int) -> None:
     """Full turns of each pair within the trained length and within a longer one; under one, angles are new."""
     frequencies = rope.frequencies()
-    _, ax = style.figure(height=3.0)
+    _, ax = style.figure(height=3.4, width=NARROW)
     pairs = range(len(frequencies))
     counts = {f"within {n:,} positions": frequencies * n / (2 * math.pi) for n in (length, longer)}
     style.lines(ax, pairs, counts)
     ax.axhline(1, color=style.INK, linewidth=1)
     ax.annotate("one full turn", (0, 1), xytext=(2, 4), textcoords="offset points", fontsize=9.5)
     ax.set_yscale("log")
-    ax.set(xlabel="pair", ylabel="full turns", title="Below the line, more positions bring new angles")
+    ax.set(xlabel="pair, fast to slow", ylabel="full turns", xticks=range(0, len(frequencies), 3))
+    below(ax, columns=2)
     style.show()
 
 
 def scalings(ropes: dict[str, Rope], plain: Rope) -> None:
     """What each scaling multiplies the frequency of each pair by."""
     curves = {name: rope.frequencies() / plain.frequencies() for name, rope in ropes.items()}
-    _, ax = style.figure(height=3.4)
+    _, ax = style.figure(height=4.0, width=NARROW)
     style.lines(ax, range(len(plain.frequencies())), curves)
-    ax.set(
-        xlabel="pair, fast to slow", ylabel="frequency is multiplied by", ylim=(0, 1.08), title="Which pairs are slowed"
-    )
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    ax.set(xlabel="pair, fast to slow", ylabel="frequency is multiplied by", ylim=(0, 1.08))
+    below(ax, columns=2)
     style.show()
 
 
@@ -92,21 +96,25 @@ def extrapolation(losses: dict[str, Sequence[float]], edges: Sequence[int], trai
         floor: the loss of the unscaled model within its context.
     """
     middles = [(a + b) / 2 for a, b in pairwise(edges)]
-    _, ax = style.figure(height=3.6)
+    _, ax = style.figure(height=4.2, width=NARROW)
     style.lines(ax, middles, losses)
     ax.axvline(trained, color=style.INK, linewidth=1)
     ax.axhline(floor, color=style.GREY, linewidth=1, linestyle=":")
     ax.annotate(
         "trained context",
         (trained, ax.get_ylim()[1]),
-        xytext=(-4, -12),
+        xytext=(4, -12),
         textcoords="offset points",
-        ha="right",
         fontsize=9.5,
     )
-    ax.set(xlabel="position", ylabel="loss (nats a token)", title="Reading on beyond the trained context")
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    ax.set(xlabel="position", ylabel="loss, nats per token")
+    below(ax, columns=2)
     style.show()
+
+
+def below(ax: Axes, columns: int) -> None:
+    """Put the legend under the axis label, where a narrow figure has room."""
+    ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=columns, fontsize=9.5)
 
 
 def total_turn(frequencies: Tensor, distance: Tensor) -> Tensor:
@@ -116,9 +124,10 @@ def total_turn(frequencies: Tensor, distance: Tensor) -> Tensor:
 
 def costs(seconds: dict[str, float]) -> None:
     """Milliseconds of each way to spend them, as bars."""
-    _, ax = style.figure(height=0.7 + 0.4 * len(seconds))
+    _, ax = style.figure(height=0.8 + 0.42 * len(seconds), width=NARROW)
     bars = ax.barh(list(seconds), [1e3 * s for s in seconds.values()], color=style.BLUE)
     ax.bar_label(bars, fmt="%.1f", padding=3)
     ax.invert_yaxis()
-    ax.set(xlabel="milliseconds", title="Few operations, many bytes")
+    ax.set(xlabel="milliseconds")
+    ax.margins(x=0.15)
     style.show()
