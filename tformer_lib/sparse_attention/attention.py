@@ -82,8 +82,8 @@ def attend_chosen(
     Args:
         q: (batch, heads, T, head_dim).
         k, v: (batch, kv_heads, S, head_dim).
-        chosen: (1 or batch, 1, kv_heads or heads, ceil(T / 128), n) integers: indices of blocks, each at most once in a
-            list, in any order; -1 for none.
+        chosen: (batch, heads, ceil(T / 128), n) integers, where batch may be 1, and heads 1 or kv_heads: indices of
+            blocks, each at most once in a list, in any order; -1 for none.
         causal: hide the future inside of what was chosen; the last query sees the last key.
         scale: None is head_dim ** -0.5.
         sinks: (heads,) or None, as in :func:`attend`.
