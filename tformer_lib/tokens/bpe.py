@@ -162,8 +162,9 @@ def finish(tokens: dict[bytes, int], merges: list[Pair], special_tokens: list[st
 class MergeTable:
     """The tokens of the distinct words, laid end to end in cells, and how often each pair of neighbours is seen.
 
-    A merge touches only the cells that hold its pair, and each time it does, one cell less is left. So all merges
-    together cost at most as many steps as the distinct words have bytes, however many merges there are.
+    A merge visits only the cells that are listed for its pair. A cell is listed once for each of the bytes at first and
+    at most twice more for each join, and every join leaves one cell less. So all merges together make fewer visits than
+    three times the bytes of the distinct words, however many merges there are.
     """
 
     def __init__(self, words: dict[bytes, int]):
