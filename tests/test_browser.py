@@ -252,6 +252,7 @@ def test_print_shows_what_was_folded_and_in_the_light_theme(browser, address):
     browser.evaluate("document.documentElement.dataset.theme = 'dark'")
     browser.evaluate("window.dispatchEvent(new Event('beforeprint')); 0")
     browser.send("Emulation.setEmulatedMedia", media="print")
+    browser.evaluate("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
     folded, theme = browser.evaluate(FOLDED), browser.evaluate("document.documentElement.dataset.theme")
     drawn = browser.evaluate("document.querySelector('.tf-widget svg').getBoundingClientRect().height")
     browser.send("Emulation.setEmulatedMedia", media="")
