@@ -18,7 +18,7 @@
 //   measured    kernels alone: sum 0.195 and 0.210 (0.150 at 16 x 2,048, 83 % of a copy's rate); decay 0.289 and 0.292; gated
 //               delta rule 0.500 and 0.727, of which T takes 0.114, and at 1 x 32,768 the scan over the segments 0.101;
 //               with 32 of the scan's loads in flight 0.473 and 0.673, through the operator. The operator's host needs
-//               about 0.2 ms a call, so that a sum through it takes 0.265 and 0.276
+//               an estimated 0.2 ms a call, so that a sum through it takes 0.265 and 0.276
 //   limit       where a sum is normalised, 4 warps of the producer take longer over a chunk than the consumers: 0.33, with a
 //               feature map 0.72, so that step 2 is taken there
 //
