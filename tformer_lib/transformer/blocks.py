@@ -1,0 +1,177 @@
+"""The parts of a model: the block, the stack of blocks, and the embedding before them."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from tformer_lib import positional_encoding, profiling
+from tformer_lib.attention import MultiHeadAttention
+from tformer_lib.contract import readable
+from tformer_lib.transformer.config import ACTIVATIONS, ModelConfig, attention_form
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """The config's norm over the last dimension, (..., width) -> (..., width)."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.width, eps=config.norm_epsilon)
+    return nn.LayerNorm(config.width, eps=config.norm_epsilon, bias=config.bias)
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with a non-linearity between, on each token alone; SwiGLU gates it with a third.
+
+    (batch, T, width) -> (batch, T, width)
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        inner, gated = config.size_of_feed_forward, config.feed_forward == "swiglu"
+        self.up = nn.Linear(config.width, inner, bias=config.bias)
+        self.gate = nn.Linear(config.width, inner, bias=config.bias) if gated else None
+        self.down = nn.Linear(inner, config.width, bias=config.bias)
+        self.activation = ACTIVATIONS[config.feed_forward]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, T, width)."""
+        hidden = self.up(x)  # (batch, T, feed_forward_width)
+        hidden = self.activation(hidden) if self.gate is None else self.activation(self.gate(x)) * hidden
+        return self.down(hidden)  # (batch, T, width)
+
+
+class Block(nn.Module):
+    """Attention, then cross-attention if there is a memory to look at, then the feed-forward; each adds to its input.
+
+    Args:
+        config: what the block is made of.
+        cross: whether it also attends to an encoder's output.
+        attend: the attention function, instead of the one that the config names.
+    """
+
+    def __init__(self, config: ModelConfig, *, cross: bool = False, attend: Callable | None = None):
+        super().__init__()
+        attend = attend or attention_form(config.attention)
+        new_attention = partial(
+            MultiHeadAttention,
+            config.width,
+            config.heads,
+            kv_heads=config.number_of_kv_heads,
+            head_dim=config.size_of_head,
+            bias=config.bias,
+            attend=attend,
+        )
+        self.norm_first = config.norm_first
+        self.attention_norm, self.attention = make_norm(config), new_attention()
+        self.cross_norm, self.cross_attention = (make_norm(config), new_attention()) if cross else (None, None)
+        self.feed_forward_norm, self.feed_forward = make_norm(config), FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        memory: Tensor | None = None,
+        mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        causal: bool = False,
+        bias: Tensor | None = None,
+        rotate: Callable[[Tensor], Tensor] | None = None,
+        cache=None,
+    ) -> Tensor:
+        """One block.
+
+        Args:
+            x: (batch, T, width).
+            memory: (batch, S, width), the encoder's output; needed if the block has cross-attention.
+            mask: boolean, broadcastable to (batch, heads, T, T), True where a query may look.
+            memory_mask: the same for the memory, broadcastable to (batch, heads, T, S).
+            causal: whether a token may look only at itself and what is before it.
+            bias: additive, broadcastable to (batch, heads, T, T).
+            rotate: RoPE's rotation of (batch, heads, T, head_dim) queries and keys.
+            cache: this layer's part of a KV cache.
+        """
+        attend = partial(self.attention, mask=mask, causal=causal, bias=bias, rotate=rotate, cache=cache)
+        if (memory is None) != (self.cross_attention is None):
+            needs, came = ("a", "none") if memory is None else ("no", "one")
+            raise ValueError(f"this block has {needs} cross-attention and so takes {needs} memory, got {came}")
+        with profiling.range("attention"):
+            x = self._add(x, self.attention_norm, attend)
+        if self.cross_attention is not None:
+            with profiling.range("cross-attention"):
+                x = self._add(x, self.cross_norm, partial(self.cross_attention, context=memory, mask=memory_mask))
+        with profiling.range("feed-forward"):
+            return self._add(x, self.feed_forward_norm, self.feed_forward)
+
+    def _add(self, x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        """The residual connection: pre-norm keeps the sum untouched, post-norm normalises it."""
+        if self.norm_first:
+            return x + self.dropout(sublayer(norm(x)))
+        return norm(x + self.dropout(sublayer(x)))
+
+
+class Stack(nn.Module):
+    """Blocks one after the other, and the final norm if the config has one: (batch, T, width) -> (batch, T, width)."""
+
+    def __init__(self, config: ModelConfig, *, cross: bool = False, attend: Callable | None = None):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(config, cross=cross, attend=attend) for _ in range(config.layers))
+        self.final_norm = make_norm(config) if config.has_final_norm else nn.Identity()
+
+    def forward(self, x: Tensor, *, cache=None, **options) -> Tensor:
+        """x: (batch, T, width); ``options`` go to each :class:`Block`, and to each its own layer of the cache."""
+        for i, block in enumerate(self.blocks):
+            x = block(x, cache=None if cache is None else cache.layer(i), **options)
+        return self.final_norm(x)
+
+
+class Embedding(nn.Module):
+    """Tokens and their places to vectors: (batch, T) -> (batch, T, width)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.width)
+        self.scale = math.sqrt(config.width) if config.scale_embeddings else 1.0
+        self.places = self._places(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    @staticmethod
+    def _places(config: ModelConfig) -> nn.Module | None:
+        """What is added for a token's place; RoPE and ALiBi act inside attention instead."""
+        if config.positions == "sinusoidal":
+            return positional_encoding.SinusoidalEncoding(config.width)
+        if config.positions == "learned":
+            return positional_encoding.LearnedEncoding(config.max_length, config.width)
+        return None
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """tokens: (batch, T) int64; positions: (T,) or (batch, T) int64, by default 0, 1, ..."""
+        check_tokens(tokens, self.tokens.num_embeddings)
+        x = self.tokens(tokens) * self.scale  # (batch, T, width)
+        return self.dropout(x if self.places is None else self.places(x, positions))
+
+
+def check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    """Refuse tokens that are not (batch, T) integers, or on a CPU (elsewhere it would wait) outside the vocabulary."""
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"tokens must be a tensor of (batch, T) integers, got {type(tokens).__name__}")
+    if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"tokens must be (batch, T) integers, got {tokens.dtype} of shape {tuple(tokens.shape)}")
+    if tokens.device.type == "cpu" and tokens.numel() and readable(tokens):
+        lowest, highest = (x.item() for x in tokens.aminmax())
+        if lowest < 0 or highest >= vocab_size:
+            outside = lowest if lowest < 0 else highest
+            raise ValueError(f"token {outside} is outside the vocabulary, which has tokens 0 to {vocab_size - 1}")
+
+
+def initialise(model: nn.Module, config: ModelConfig) -> None:
+    """GPT-2's initialisation: normal with deviation 0.02, smaller where 2 x layers branches add up in the residual."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        last = name.endswith(("out_proj.weight", "down.weight"))
+        nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.layers) if last else 0.02)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)

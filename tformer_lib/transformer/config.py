@@ -1,0 +1,158 @@
+"""What a model is made of: the settings of its blocks, and the functions that their names stand for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tformer_lib.rope import Rope
+
+ATTENTION_FORMS = {
+    "attention": "tformer_lib.attention:attend",
+    "sdpa": "tformer_lib.attention:attend_sdpa",
+    "flash_attention": "tformer_lib.flash_attention:flash_attention",
+}
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "swiglu": F.silu,
+}
+
+
+def attention_form(name: str) -> Callable:
+    """The attention function of that name, imported when it is asked for.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in ATTENTION_FORMS:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTION_FORMS)}, got {name!r}")
+    module, function = ATTENTION_FORMS[name].split(":")
+    return getattr(import_module(module), function)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model is made of. The defaults are a small GPT-2-like model.
+
+    Raises:
+        ValueError: when sizes do not fit together or a choice is unknown; the message names both.
+    """
+
+    vocab_size: int
+    """How many tokens there are."""
+    max_length: int = 256
+    """The longest sequence: the size of a learned position table, and what a cache reserves."""
+    width: int = 256
+    """The size of the vector that stands for a token between blocks (d_model in the paper)."""
+    layers: int = 4
+    """How many blocks (in an encoder-decoder: how many in each stack)."""
+    heads: int = 4
+    """Query heads in each attention."""
+    kv_heads: int | None = None
+    """Key and value heads, which must divide ``heads``; None is as many as ``heads``."""
+    head_dim: int | None = None
+    """The size of one head; None is ``width / heads``."""
+    feed_forward_width: int | None = None
+    """The size inside the feed-forward; None is 4 x width, or 8/3 x width for SwiGLU, which has three matrices."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """The normalisation."""
+    norm_first: bool = True
+    """True normalises what goes into a sub-layer (pre-norm), False the sum that comes out (the paper's post-norm)."""
+    final_norm: bool | None = None
+    """A last norm after the blocks; None is: with pre-norm yes, with post-norm no."""
+    norm_epsilon: float = 1e-5
+    """What the norm adds to the variance."""
+    feed_forward: Literal["relu", "gelu", "gelu_tanh", "swiglu"] = "gelu"
+    """The feed-forward's non-linearity; GPT-2's is ``gelu_tanh``."""
+    positions: Literal["sinusoidal", "learned", "rope", "alibi", "none"] = "learned"
+    """How a token's place gets into the model."""
+    rope_base: float = 10_000.0
+    """RoPE's base: the slowest pair turns once in about 2 pi x base tokens."""
+    rope_layout: Literal["half", "interleaved"] = "half"
+    """Which elements of a head RoPE pairs: Llama's halves, or the paper's neighbours."""
+    rope_scaling: dict | None = None
+    """How RoPE is stretched past the trained length, as :meth:`tformer_lib.rope.Rope.from_parameters` reads it; None
+    leaves it alone. The trained length is its ``original_max_position_embeddings``, or ``max_length``."""
+    attention: str = "sdpa"
+    """The attention form: 'attention' is the readable reference, 'sdpa' torch's fused one."""
+    tie_embeddings: bool = True
+    """Whether the output projection is the embedding table."""
+    scale_embeddings: bool = False
+    """Whether embeddings are multiplied by sqrt(width), as in the paper."""
+    bias: bool = True
+    """Whether linear layers and LayerNorm have a bias."""
+    dropout: float = 0.0
+    """The share of elements dropped from the embeddings and from what each sub-layer adds."""
+
+    def __post_init__(self):
+        self._check_sizes()
+        self._check_choices()
+        make_rope(self)  # refuses what RoPE cannot do
+
+    def _check_sizes(self) -> None:
+        for name in ("vocab_size", "max_length", "width", "layers", "heads", "head_dim", "feed_forward_width"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.norm_epsilon >= 0:
+            raise ValueError(f"norm_epsilon must be at least 0, got {self.norm_epsilon}")
+        if self.head_dim is None and self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads; set head_dim or change one")
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(f"{self.heads} heads are not a multiple of {self.kv_heads} kv_heads")
+        if self.positions == "rope" and self.size_of_head % 2:
+            raise ValueError(f"RoPE turns pairs, so head_dim must be even, got {self.size_of_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+    def _check_choices(self) -> None:
+        choices = {
+            "norm": ("layernorm", "rmsnorm"),
+            "feed_forward": tuple(ACTIVATIONS),
+            "positions": ("sinusoidal", "learned", "rope", "alibi", "none"),
+            "attention": tuple(ATTENTION_FORMS),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.positions == "alibi" and self.attention not in ("attention", "sdpa"):
+            raise ValueError(f"ALiBi adds a bias, which attention 'attention' and 'sdpa' take, got {self.attention!r}")
+
+    @property
+    def size_of_head(self) -> int:
+        """``head_dim``, or what follows from width and heads."""
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def number_of_kv_heads(self) -> int:
+        """``kv_heads``, or as many as there are heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def size_of_feed_forward(self) -> int:
+        """``feed_forward_width``, or 4 x width; for SwiGLU 8/3 x width, rounded up to a multiple of 8."""
+        if self.feed_forward_width is not None:
+            return self.feed_forward_width
+        return 4 * self.width if self.feed_forward != "swiglu" else -(-8 * self.width // 24) * 8
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether a norm follows the last block."""
+        return self.norm_first if self.final_norm is None else self.final_norm
+
+
+def make_rope(config: ModelConfig) -> Rope | None:
+    """The config's RoPE, or None if it places tokens otherwise."""
+    if config.positions != "rope":
+        return None
+    parameters = {**(config.rope_scaling or {}), "rope_theta": config.rope_base}
+    return Rope.from_parameters(
+        config.size_of_head, parameters, max_length=config.max_length, layout=config.rope_layout
+    )
