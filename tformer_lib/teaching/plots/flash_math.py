@@ -1,4 +1,4 @@
-"""Figures of the chapter on the mathematics of flash attention."""
+"""Figures of the chapter on the mathematics of flash attention: narrow, so that a phone can show their labels."""
 
 from collections.abc import Sequence
 
@@ -8,28 +8,31 @@ from matplotlib.patches import Rectangle
 
 from tformer_lib.teaching import style
 
+NARROW = 4.2
+"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
+
 
 def two_ways(tokens: int = 12, tile: int = 3) -> None:
-    """Who writes what: the whole table of scores, or one tile at a time beside the running m, l and O."""
-    _, axes = style.figure(1, 2, height=3.5)
+    """What is written: the whole table of scores, or one tile at a time beside the running m, l and O."""
+    _, axes = style.figure(2, 1, width=NARROW, height=6.6)
     axes[0].add_patch(Rectangle((0, 0), tokens, tokens, facecolor=style.VERMILION, alpha=0.5, edgecolor=style.INK))
-    axes[0].text(tokens / 2, tokens / 2, "scores\nN × N\nin slow memory", ha="center", va="center")
-    axes[0].set_title("Standard: the table is written", fontsize=10.5)
+    axes[0].text(tokens / 2, tokens / 2, "scores\nT × T\nin HBM", ha="center", va="center")
+    axes[0].set_title("Standard: the whole table is written", fontsize=10.5)
     row, columns = 2, tokens // tile
     for column in range(columns):
         now, gone = column == 2, column < 2
         look = {"facecolor": style.BLUE if now else "none", "alpha": 0.8 if now else 1.0}
         axes[1].add_patch(Rectangle((column * tile, row * tile), tile, tile, edgecolor=style.INK, **look))
         word = "now" if now else "gone" if gone else "later"
-        axes[1].text((column + 0.5) * tile, (row + 0.5) * tile, word, ha="center", va="center", fontsize=9)
+        axes[1].text((column + 0.5) * tile, (row + 0.5) * tile, word, ha="center", va="center", fontsize=9.5)
     axes[1].annotate("", (tokens, row * tile + 4.2), (0, row * tile + 4.2), arrowprops={"arrowstyle": "->"})
-    axes[1].text(tokens / 2, row * tile + 5.2, "tiles of keys go by", ha="center", fontsize=9)
-    for i, (name, width) in enumerate((("m", 0.8), ("l", 0.8), ("O", 2.4))):
+    axes[1].text(tokens / 2, row * tile + 5.2, "tiles of keys pass by", ha="center", fontsize=9.5)
+    for i, (name, width) in enumerate((("m", 0.8), ("ℓ", 0.8), ("O", 2.4))):
         x = tokens + 0.8 + 1.2 * i
         axes[1].add_patch(Rectangle((x, row * tile), width, tile, facecolor=style.GREEN, alpha=0.5, edgecolor="k"))
         axes[1].text(x + width / 2, row * tile - 0.4, name, ha="center", fontsize=10)
-    axes[1].text(tokens + 3.2, row * tile + 4.2, "kept", ha="center", fontsize=9)
-    axes[1].set_title("Flash: one tile, and what it adds up to", fontsize=10.5)
+    axes[1].text(tokens + 3.2, row * tile + 4.2, "kept", ha="center", fontsize=9.5)
+    axes[1].set_title("Flash: one tile at a time, and three sums", fontsize=10.5)
     for ax in axes:
         frame(ax, tokens)
     style.show()
@@ -45,26 +48,32 @@ def frame(ax: Axes, tokens: int) -> None:
     ax.grid(False)
 
 
-def trace(scores: Sequence[float], m: Sequence[float], l: Sequence[float]) -> None:
-    """The stream of scores with its running maximum, and the running sum below.
+def trace(tokens: Sequence[str], scores: Sequence[float], m: Sequence[float], l: Sequence[float]) -> None:
+    """A row of scores with its running maximum, and the running sum beside it, token by token from top to bottom.
+
+    The numbers are drawn to one digit, so that the picture is the same on every machine.
 
     Args:
+        tokens: the keys' tokens.
         scores: one row.
         m: the running maximum after each score.
         l: the running sum of exp(score - m) after each score.
     """
-    _, (top, bottom) = style.figure(2, 1, height=4.2, sharex=True)
-    place = np.arange(1, len(scores) + 1)
-    top.plot(place, scores, "o", color=style.GREY, label="score")
-    top.step(place, m, where="post", color=style.BLUE, label="m, the largest so far")
-    bottom.plot(place, l, marker="s", color=style.VERMILION, label="l, the sum of exp(score - m)")
-    risen = [i for i in range(1, len(m)) if m[i] > m[i - 1]]
-    for ax in (top, bottom):
-        for i in risen:
-            ax.axvline(place[i], color=style.GREY, linewidth=0.8, linestyle=":")
-    top.set(ylabel="score", xticks=place)
-    bottom.set(ylabel="l", xlabel="scores seen; dotted: the maximum rises, and l is rescaled", ylim=(0, None))
-    top.legend(loc="lower right")
+    scores, m, l = ([round(x, 1) for x in values] for values in (scores, m, l))
+    _, (left, right) = style.figure(1, 2, width=NARROW, height=0.235 * len(tokens) + 0.9, sharey=True)
+    place = np.arange(len(tokens))
+    left.plot(scores, place, "o", color=style.GREY, label="score")
+    left.step(m, place, where="pre", color=style.BLUE, label="maximum m")
+    right.plot(l, place, marker="s", markersize=4, color=style.VERMILION, label="sum ℓ")
+    for ax in (left, right):
+        for i in range(1, len(m)):
+            if m[i] > m[i - 1]:
+                ax.axhline(i, color=style.INK, linewidth=1.0, linestyle=":")
+        ax.grid(visible=False, axis="y")
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=9.5, handlelength=1.0)
+    left.set(yticks=place, ylim=(len(tokens) - 0.5, -0.5), xlabel="score")
+    left.set_yticklabels(tokens)
+    right.set(xlabel="sum of exp(score − m)", xlim=(0, None))
     style.show()
 
 
@@ -81,28 +90,28 @@ def traffic(
     Args:
         memory: numbers that fit into the fast memory.
         counted: numbers moved by the tiled loops with each.
-        bound: N² d² / M, of the theorem.
+        bound: T² d² / C, of the theorem.
         standard: numbers moved where the table is written.
         least: every input read and every output written once.
         chips: label -> numbers that a real fast memory holds.
     """
-    _, ax = style.figure(height=3.9)
-    ax.plot(memory, counted, marker="o", color=style.BLUE, label="tiled loops, counted")
-    ax.plot(memory, bound, color=style.GREEN, linestyle="-.", label="N² d² / M")
-    ax.axhline(standard, color=style.VERMILION, linestyle="--", label="standard: 4 N² + 4 N d")
+    _, ax = style.figure(width=NARROW, height=4.4)
+    ax.plot(memory, counted, marker="o", color=style.BLUE, label="tiles, counted")
+    ax.plot(memory, bound, color=style.GREEN, linestyle="-.", label="T² d² / C")
+    ax.axhline(standard, color=style.VERMILION, linestyle="--", label="standard: 4 T² + 4 T d")
     ax.axhline(least, color=style.GREY, linestyle=":", label="read and write everything once")
     for name, size in chips.items():
         ax.vlines(size, least * 0.4, standard, color=style.INK, linewidth=0.8)
-        ax.text(size * 1.08, standard * 0.4, name, fontsize=9)
+        ax.text(size * 0.9, least * 1.3, name, fontsize=9.5, ha="right")
     style.log2_axis(ax, list(memory)[::2], [f"{n // 1024}k" for n in memory][::2], log_y=True)
-    ax.set(xlabel="numbers M that fit into fast memory", ylabel="numbers moved", ylim=(least * 0.4, standard * 30))
-    ax.legend(loc="upper right", fontsize=9)
+    ax.set(xlabel="numbers C that fit into fast memory", ylabel="numbers moved", ylim=(least * 0.4, standard * 60))
+    ax.legend(loc="upper right", fontsize=9.5)
     style.show()
 
 
 def errors(sizes: Sequence[float], curves: dict[str, Sequence[float]]) -> None:
     """Largest error against float64 over the size of the scores; a line ends where the result is no number."""
-    _, ax = style.figure(height=3.6)
+    _, ax = style.figure(width=NARROW, height=4.0)
     style.lines(ax, sizes, curves)
     for i, (name, values) in enumerate(curves.items()):
         finite = [j for j, value in enumerate(values) if np.isfinite(value)]
@@ -110,7 +119,7 @@ def errors(sizes: Sequence[float], curves: dict[str, Sequence[float]]) -> None:
             end = finite[-1]
             arrow = {"arrowstyle": "-", "color": style.PALETTE[i]}
             point, place = (sizes[end], values[end]), (sizes[end], values[end] / 6)
-            ax.annotate(f"{name}: NaN beyond", point, place, ha="center", fontsize=9, arrowprops=arrow)
+            ax.annotate(f"{name}: NaN beyond", point, place, ha="center", fontsize=9.5, arrowprops=arrow)
     style.log2_axis(ax, sizes, [f"{s:g}" for s in sizes], log_y=True)
     ax.set(xlabel="standard deviation of the scores", ylabel="largest error against float64")
     style.show()
@@ -118,7 +127,7 @@ def errors(sizes: Sequence[float], curves: dict[str, Sequence[float]]) -> None:
 
 def memory(lengths: Sequence[int], measured: dict[str, Sequence[float]], model: dict[str, Sequence[float]]) -> None:
     """Measured peak bytes of a forward and a backward (markers) beside what the model counts (lines), in MiB."""
-    _, ax = style.figure(height=3.6)
+    _, ax = style.figure(width=NARROW, height=4.0)
     for i, (name, values) in enumerate(measured.items()):
         look = {"color": style.PALETTE[i], "marker": style.MARKERS[i], "markersize": 7}
         ax.plot(lengths, np.array(values) / 2**20, linestyle="", label=f"{name}, measured", **look)
@@ -126,6 +135,6 @@ def memory(lengths: Sequence[int], measured: dict[str, Sequence[float]], model: 
         look = {"color": style.PALETTE[i], "linestyle": style.DASHES[i]}
         ax.plot(lengths, np.array(values) / 2**20, label=name, **look)
     style.log2_axis(ax, lengths, log_y=True)
-    ax.set(xlabel="tokens N", ylabel="peak MiB")
-    ax.legend(fontsize=9)
+    ax.set(xlabel="tokens T", ylabel="peak MiB")
+    ax.legend(fontsize=9.5)
     style.show()

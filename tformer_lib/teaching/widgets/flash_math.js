@@ -27,7 +27,7 @@ const number = (x) => (x === null ? "−∞" : x.toFixed(2).replace("-", "−"))
 
 function sentence(one, step, tiles, data) {
   if (step === 0) return "Before the first tile: the maximum m is −∞, the sum l and the output O are 0.";
-  if (step > tiles) return "No key is left. Divide O by l: that is the output. Keep L = m + log l for the backward. A row that saw nothing gives 0 and −∞.";
+  if (step > tiles) return "No key is left. Divide O by l: that is the output. Keep LSE = m + log l for the backward pass. A row that saw nothing gives 0 and −∞.";
   const { m, correction } = one.states[step];
   const before = one.states[step - 1].m;
   const rose = m.map((x, row) => (x !== before[row] ? row : -1)).filter((row) => row >= 0);
@@ -62,7 +62,7 @@ function grid(one, step, data, kit) {
     : null;
   const heads = data.v.map((_, key) => kit.svg("text", { x: left + width * (key + 0.5), y: top - 8, "text-anchor": "middle", "font-size": 13 }, key));
   const rows = scores.map((_, q) => kit.svg("text", { x: 0, y: top + height * q + 21, "font-size": 13 }, `row ${q}`));
-  const words = now < 0 ? "no tile yet" : now >= tiles ? "all tiles gone by" : `tile ${now + 1} of ${tiles} in fast memory`;
+  const words = now < 0 ? "no tile yet" : now >= tiles ? "all tiles have passed" : `tile ${now + 1} of ${tiles} in fast memory`;
   return kit.picture(left + width * data.v.length + 4, top + height * scores.length + 6, `Scores of ${scores.length} queries and ${data.v.length} keys, ${words}`,
     kit.svg("text", { x: left, y: 14, "font-size": 13 }, `key (${words})`), heads, rows, cells, frame);
 }
@@ -72,7 +72,7 @@ function stateTable(one, step, tiles, kit) {
   const { m, l, O, correction } = one.states[Math.min(step, tiles)];
   const cell = (text, bold) => kit.el("td", { style: `padding:0.15rem 0.35rem;text-align:right;font-variant-numeric:tabular-nums${bold ? ";font-weight:700" : ""}` }, text);
   const head = (text, scope) => kit.el("th", { scope, style: "padding:0.15rem 0.35rem;text-align:right" }, text);
-  const names = done ? ["", "L", "O / l"] : ["", "factor", "m", "l", "O"];
+  const names = done ? ["", "LSE", "O / l"] : ["", "factor", "m", "l", "O"];
   const rows = m.map((_, row) => {
     const values = done ? [number(one.lse[row])] : [step ? number(correction[row]) : "", number(m[row]), number(l[row])];
     const out = (done ? one.out : O)[row].map(number).join("  ");
