@@ -4,6 +4,7 @@
 #   make setup      only the environment in .venv; TORCH=cpu, here or with any other target, takes PyTorch without CUDA
 #   make lab        JupyterLab on your own copy of the chapters (learn/), where you stopped
 #   make fresh      a clean copy of a chapter, yours is kept beside it: make fresh NB=02-attention
+#   make class      the chapters without their solutions, for a class (TO=folder; by default class/)
 #   make bench      measure on the CPU, and on the GPU where there is one (`python -m benchmarks --help` picks topics)
 #   make notebooks  run the notebooks again and keep their outputs (NB=notebooks/02-attention.ipynb for one)
 #   make chapter    begin a chapter: make chapter NAME=13-mixture-of-experts TITLE="Mixture of experts"
@@ -26,7 +27,7 @@ export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config g
 # uv warns about a VIRTUAL_ENV that is not the project's own.
 unexport VIRTUAL_ENV
 
-.PHONY: setup book test lab fresh bench notebooks chapter address lint clean distclean
+.PHONY: setup book test lab fresh class bench notebooks chapter address lint clean distclean
 
 setup: $(READY)
 
@@ -56,6 +57,9 @@ lab: $(READY)
 
 fresh: $(READY)
 	$(BIN)/python -m tools.lab --fresh '$(NB)'
+
+class: $(READY)
+	$(BIN)/python -m tools.classroom write '$(or $(TO),class)'
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

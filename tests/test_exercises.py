@@ -197,7 +197,7 @@ def test_record_that_cannot_be_written_stops_nothing(toy, tmp_path, monkeypatch,
 
 def test_kernels_that_note_at_the_same_time_lose_nothing(tmp_path):
     code = "import sys; from tformer_lib.teaching.exercises import record\n"
-    code += "for i in range(20): record.add(f'{sys.argv[1]}.{i}')"
+    code += "for i in range(20): record.add(f'{sys.argv[1]}.{i}', answer='x', right=True)"
     environ = {**os.environ, "TFORMER_PROGRESS": str(tmp_path / "progress.json")}
     root = Path(__file__).parent.parent
     notes = [subprocess.Popen([sys.executable, "-c", code, name], env=environ, cwd=root) for name in "abc"]

@@ -3,12 +3,15 @@
 ``{{ chapters }}`` on the front page becomes the list of the chapters in ``book/chapters.toml``, and ``{{ part }}`` on
 the page of a part the list of that part's, with the time to read each. On the status page ``{{ outputs }}`` becomes the
 table of ``book/status.json``, which ``tools/status.py`` writes when the notebooks are run, and ``{{ measurements }}``
-the list of the files under ``benchmarks/results/``. The addresses that a page had before lead to it.
+the list of the files under ``benchmarks/results/``. The teachers' page gets its ``{{ syllabuses }}`` from
+``book/syllabuses.toml``, and ``{{ questions }}`` are those of ``tests/questions``. The addresses that a page had before
+lead to it.
 """
 
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 from sphinx.application import Sphinx
@@ -24,6 +27,8 @@ def fill(app: Sphinx, page: str, source: list[str]) -> None:
     marks = {
         "index": {"{{ chapters }}": chapters},
         "status": {"{{ outputs }}": outputs, "{{ measurements }}": measurements},
+        "teachers": {"{{ syllabuses }}": syllabuses},
+        "questions": {"{{ questions }}": questions},
     }
     root = Path(app.srcdir).resolve().parent
     if page.startswith("parts/"):
@@ -51,6 +56,46 @@ def part(root: Path, page: str) -> str:
         if c.ready
     ]
     return table(("chapter", "the question it answers", "minutes to read"), rows)
+
+
+def syllabuses(root: Path) -> str:
+    """A section for each course: its goal, and a table of its weeks."""
+    return "\n\n".join(syllabus(root, one) for one in read(root / "book" / "syllabuses.toml")["syllabus"])
+
+
+def syllabus(root: Path, course: dict) -> str:
+    """A course's weeks: the chapters, what they assume, and the exercises that are set."""
+    listed = load(root)
+    rows = []
+    for number, week in enumerate(course["week"], 1):
+        chapters = [listed.named(name) for name in week["chapters"]]
+        links = [f"[](notebooks/{c.name}.ipynb)" if c.ready else f"{c.number}. {c.title} (to come)" for c in chapters]
+        exercises = ", ".join(f"`{name}`" for name in week["exercises"]) or "none"
+        rows.append((number, "<br>".join(links), week["assumes"], exercises))
+    head = table(("week", "chapters", "a student knows before", "exercises"), rows)
+    return f"### {course['weeks']} weeks: {course['title']}\n\n{course['goal']}\n\n{head}"
+
+
+def questions(root: Path) -> str:
+    """The questions of each chapter, with the answer folded under each."""
+    sections = []
+    for chapter in load(root).chapters:
+        file = root / "tests" / "questions" / f"{chapter.name}.toml"
+        if chapter.ready and file.exists():
+            boxes = [folded(one["ask"], one["answer"]) for one in read(file)["questions"]]
+            title = f"## {chapter.number}. {chapter.title}"
+            sections.append("\n\n".join((title, f"[](notebooks/{chapter.name}.ipynb): {chapter.question}", *boxes)))
+    return "\n\n".join(sections)
+
+
+def folded(question: str, answer: str) -> str:
+    """A question whose answer stays folded until it is asked for."""
+    return f":::{{admonition}} {question}\n:class: dropdown\n{answer}\n:::"
+
+
+def read(file: Path) -> dict:
+    """What a TOML file holds."""
+    return tomllib.loads(file.read_text(encoding="utf-8"))
 
 
 def redirect(app: Sphinx, config: Config) -> None:

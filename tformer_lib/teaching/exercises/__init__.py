@@ -3,6 +3,6 @@
 A chapter's checks are imported when one of them is first called by name; nothing of a chapter is needed before.
 """
 
-from tformer_lib.teaching.exercises.engine import check, hint, progress
+from tformer_lib.teaching.exercises.engine import check, hand_in, hint, progress
 
-__all__ = ["check", "hint", "progress"]
+__all__ = ["check", "hand_in", "hint", "progress"]

@@ -22,23 +22,60 @@ def path() -> Path | None:
     return Path(".tformer-progress.json")
 
 
+def read(file: Path | None = None) -> dict:
+    """The record as it stands: ``{"passed": [names], "tries": {name: {"count": 3, "last": "an answer's mark"}}}``.
+
+    What is missing, unreadable or of another form is left out.
+
+    Args:
+        file: a learner's file; by default the local one.
+    """
+    file = file or path()
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError):
+        found = {}
+    found = found if isinstance(found, dict) else {}
+    names, tries = found.get("passed"), found.get("tries")
+    return {
+        "passed": sorted({name for name in names if isinstance(name, str)} if isinstance(names, list) else ()),
+        "tries": {
+            name: {"count": kept["count"], "last": str(kept.get("last", ""))}
+            for name, kept in (tries.items() if isinstance(tries, dict) else ())
+            if isinstance(kept, dict) and type(kept.get("count")) is int and kept["count"] > 0
+        },
+    }
+
+
 def passed() -> set[str]:
     """Names of the exercises that were passed; empty where there is no readable record."""
-    file = path()
-    try:
-        names = json.loads(file.read_text(encoding="utf-8"))["passed"] if file else []
-        return {name for name in names if isinstance(name, str)}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
+    return set(read()["passed"])
 
 
-def add(name: str) -> None:
-    """Note that an exercise was passed; quietly does nothing where the file cannot be written."""
+def add(name: str, *, answer: str, right: bool) -> None:
+    """Note that an exercise was tried; quietly does nothing where the file cannot be written.
+
+    After the first right answer nothing is counted any more.
+
+    Args:
+        name: the exercise.
+        answer: a mark of the answer. The same answer, checked again, is no new try.
+        right: whether it passed.
+    """
     file = path()
-    if file is None or name in passed():
+    if file is None:
         return
     try:
         with locked(file.parent, wait=True):  # another chapter's kernel may be noting its own
-            write_atomically(file, (json.dumps({"passed": sorted(passed() | {name})}, indent=1) + "\n").encode())
+            found = read(file)
+            if name in found["passed"]:
+                return
+            before = found["tries"].get(name, {"count": 0, "last": ""})
+            if before["last"] != answer:
+                found["tries"][name] = {"count": before["count"] + 1, "last": answer}
+            elif not right:
+                return
+            found["passed"] = sorted({*found["passed"], name} if right else found["passed"])
+            write_atomically(file, (json.dumps(found, indent=1) + "\n").encode())
     except OSError:
         return
