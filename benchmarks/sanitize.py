@@ -237,7 +237,6 @@ def run_sparse_backward(step: int) -> None:
     """The gradients at odd lengths."""
     from tformer_lib import sparse_attention as sparse
 
-    os.environ["TFORMER_UNTRIED_KERNELS"] = "1"  # so that step 1 has gradients of its own
     for d, (T, S) in itertools.product((40, 64, 128), ((70, 333), (333, 70))):
         for pattern in (sparse.sliding_window(50), sparse.everything()):
             leaves = [x.requires_grad_() for x in sparse_inputs(d, T, S)]

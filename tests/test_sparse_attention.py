@@ -548,8 +548,7 @@ SIZES = [(1, 9), (7, 300), (128, 128), (257, 257), (333, 100), (500, 1027)]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("device", "step"), PLACES)
-def test_the_operator_and_its_gradients_are_the_float64_formula(device, step, kind, monkeypatch):
-    monkeypatch.setenv("TFORMER_UNTRIED_KERNELS", "1")  # so that step 1 has gradients of its own
+def test_the_operator_and_its_gradients_are_the_float64_formula(device, step, kind):
     torch.manual_seed(len(kind))
     dims = (8, 17) if device == "cpu" or step == "0" else (32, 40, 64, 80, 96, 128)
     for n, (T, S) in enumerate(SIZES if device == "cuda" else SIZES[:5]):

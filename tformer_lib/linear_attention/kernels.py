@@ -31,7 +31,6 @@ from tformer_lib.ladder import (
     refusal_of_hopper,
     refusal_of_place,
     refusal_of_tensor_cores,
-    refusal_of_untried,
 )
 from tformer_lib.linear_attention.decay import scan_decayed
 from tformer_lib.linear_attention.delta import scan_delta
@@ -194,8 +193,6 @@ def refusal_of_chain(head_dim: int, value_dim: int, dtype: torch.dtype, device: 
     """Why chain.cu cannot be used."""
     if device.type != "cuda":
         return f"it runs on cuda, and q is on {device.type}"
-    if reason := refusal_of_untried():
-        return reason
     if head_dim > MOST_CHAIN_DIM or head_dim % 8 or value_dim % 8:
         return f"head_dim is at most {MOST_CHAIN_DIM}, all widths multiples of 8, got {head_dim} and {value_dim}"
     return refusal_of_tensor_cores(dtype, device)

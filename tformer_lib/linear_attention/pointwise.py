@@ -1,7 +1,6 @@
 """What stands between the sums of a normalised gradient: feature maps, their gradients, and that of a quotient.
 
-On a GPU the map is kernels/linear_attention/pointwise.cu for numbers of 16 bits; its gradients are there too, and are
-taken where :func:`~tformer_lib.ladder.refusal_of_untried` lets them. Elsewhere they are PyTorch.
+On a GPU all three are kernels/linear_attention/pointwise.cu for numbers of 16 bits. Elsewhere they are PyTorch.
 """
 
 import ctypes
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tformer_lib.ladder import DTYPE_CODES, is_aligned, refusal_of_tensor_cores, refusal_of_untried
+from tformer_lib.ladder import DTYPE_CODES, is_aligned, refusal_of_tensor_cores
 from tformer_lib.linear_attention.feature_maps import relu
 from tformer_lib.linear_attention.kernels import LADDER, MAP_OF_CODE
 from tformer_lib.linear_attention.shared import sum_dtype
@@ -50,7 +49,7 @@ def map_features(x: Tensor, map_code: int, map_scale: float) -> Tensor:
 def map_gradient(x: Tensor, first: Tensor, second: Tensor, map_code: int, map_scale: float) -> Tensor:
     """The gradient of x, where that of phi(x map_scale) is first + second."""
     x = x.contiguous()
-    if refusal_of_untried() or not by_kernel(x, first, second):
+    if not by_kernel(x, first, second):
         y = x.to(sum_dtype(x)) * map_scale
         slope = (y > 0).to(y.dtype) if MAP_OF_CODE[map_code] is relu else torch.where(y > 0, 1.0, y.clamp(max=0).exp())
         return ((first.to(y.dtype) + second) * slope * map_scale).to(x.dtype)
@@ -73,7 +72,7 @@ def split_quotient(dout: Tensor, out: Tensor, denominators: Tensor) -> tuple[Ten
         one number of 16 bits is not enough for it.
     """
     dout = dout.contiguous()
-    if refusal_of_untried() or not by_kernel(dout, out):
+    if not by_kernel(dout, out):
         seen = denominators > 0
         inverse = torch.where(seen, 1.0 / torch.where(seen, denominators, 1.0), 0.0).unsqueeze(-1)
         wide = dout.to(inverse.dtype)

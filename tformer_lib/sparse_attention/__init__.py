@@ -25,8 +25,8 @@ step   source               what it is                                        ru
 ====== ==================== ================================================= ======================================
 
 ``attend`` takes the top step that can do what is asked, on a CPU step 0; ``attend_chosen`` takes lists that the device
-chose itself. Gradients come from ``backward.cu`` on a Hopper GPU, from ``cpu.cpp`` for its own step, else from step
-0. ``backward_tensor_core.cu``, for any GPU from sm_80 on, waits for its tests on a GPU (``ladder.refusal_of_untried``).
+chose itself. Gradients come from ``backward.cu`` on a Hopper GPU, from ``backward_tensor_core.cu`` on others from
+sm_80 on and for step 1, from ``cpu.cpp`` for its own step, else from step 0.
 """
 
 from tformer_lib.sparse_attention.attention import attend, attend_chosen, choose_blocks

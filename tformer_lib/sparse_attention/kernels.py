@@ -15,7 +15,6 @@ from tformer_lib.ladder import (
     refusal_of_hopper,
     refusal_of_place,
     refusal_of_tensor_cores,
-    refusal_of_untried,
 )
 from tformer_lib.sparse_attention.checks import check_gradients, check_operator
 from tformer_lib.sparse_attention.lists import (
@@ -53,8 +52,6 @@ def refusal(step: str, q: Tensor, v: Tensor) -> str | None:
     if reason := refusal_of_tensor_cores(q.dtype, q.device):
         return reason
     if step in ("2", "backward") and (reason := refusal_of_hopper(q.device)):
-        return reason
-    if step == "backward_tensor_core" and (reason := refusal_of_untried()):
         return reason
     if q.shape[-1] % 8 or q.shape[-1] > MOST_HEAD_DIM[step]:
         return f"head_dim must be a multiple of 8 up to {MOST_HEAD_DIM[step]}, got {q.shape[-1]}"
