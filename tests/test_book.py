@@ -17,6 +17,7 @@ import yaml
 from IPython.core.interactiveshell import InteractiveShell
 from pybtex.database import parse_file
 
+from tools import record_figure
 from tools.chapters import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,6 +134,11 @@ def test_front_page_asks_the_question_of_every_chapter():
     listed = tables.chapters(ROOT)
     assert all(f"notebooks/{file.stem}.ipynb" in listed for file in NOTEBOOKS)
     assert all(chapter.question.endswith("?") and chapter.question in listed for chapter in load().chapters)
+
+
+def test_the_charts_of_the_front_page_are_those_of_the_records():
+    stale = [path.name for path, content in record_figure.files(ROOT).items() if path.read_text() != content]
+    assert stale == [], "python -m tools.record_figure draws them anew"
 
 
 def test_every_part_of_the_course_begins_with_a_page_that_lists_its_chapters():
