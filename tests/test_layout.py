@@ -18,8 +18,18 @@ LIBRARY = ROOT / "tformer_lib"
 COURSE = chapters.load()
 ROWS = {chapter.name: chapter for chapter in COURSE.chapters}
 FLOORS = tuple(COURSE.floors.values())
-ROOMS = {"__init__", "checkpoint", "command_line", "contract", "jit", "ladder", "pretrained", "stories"}
-"""Modules that serve all topics."""
+ROOMS = {
+    "__init__",
+    "checkpoint",
+    "command_line",
+    "contract",
+    "jit",
+    "ladder",
+    "mixture_of_experts",
+    "pretrained",
+    "stories",
+}
+"""Modules that serve all topics, or whose chapter is being written."""
 
 PICTURES = {"matplotlib", "ipywidgets", "anywidget", "IPython"}
 """Packages that only the teaching rooms import."""

@@ -67,6 +67,8 @@ class Cost:
 def pass_cost(config, *, held: int, new: int, itemsize: int = 4) -> Cost:
     """What one row's pass of a ``Decoder`` costs, embeddings and norms left out.
 
+    Of a mixture of experts, those that one token passes through are read: a row of several tokens may read more.
+
     Args:
         config: the model's ``ModelConfig``.
         held: tokens whose keys and values are in the cache already; 0 without a cache.
@@ -75,9 +77,8 @@ def pass_cost(config, *, held: int, new: int, itemsize: int = 4) -> Cost:
     """
     q_width = config.heads * config.size_of_head
     kv_width = config.number_of_kv_heads * config.size_of_head
-    matrices = 3 if config.feed_forward == "swiglu" else 2
-    layer = 2 * config.width * (q_width + kv_width) + matrices * config.width * config.size_of_feed_forward
-    weights = config.layers * layer + config.width * config.vocab_size
+    projections = config.layers * 2 * config.width * (q_width + kv_width)
+    weights = projections + config.active_feed_forward_weights + config.width * config.vocab_size
     pairs = new * held + new * (new + 1) // 2  # of a query with a key that it may see
     attention = config.layers * 4 * q_width * pairs  # a multiply and an add, in the scores and in the mix of values
     kv_numbers = 2 * config.layers * kv_width * (held + new)

@@ -37,7 +37,13 @@ from tformer_lib.training.data import (
     whole_documents,
     window_starts,
 )
-from tformer_lib.training.loss import accumulate_gradient, estimate_flops_per_token, evaluate, next_token_loss
+from tformer_lib.training.loss import (
+    accumulate_gradient,
+    estimate_flops_per_token,
+    evaluate,
+    next_token_loss,
+    training_loss,
+)
 from tformer_lib.training.machine import interrupts, pick_device, random_states, restore_random_states, seed_all
 from tformer_lib.training.optimizer import learning_rate, make_optimizer, parameter_groups
 from tformer_lib.training.run import Progress, Run, sample_text, train
@@ -79,6 +85,7 @@ __all__ = [
     "save_weights",
     "seed_all",
     "train",
+    "training_loss",
     "weights_of",
     "whole_documents",
     "window_starts",

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from tformer_lib import command_line
 from tformer_lib.checkpoint import load_weights, read_tensors, require
+from tformer_lib.mixture_of_experts import ExpertsConfig
 from tformer_lib.tokens import load_encoding
 from tformer_lib.training.config import PRESETS, TrainingConfig, config_from_dict, preset
 from tformer_lib.training.machine import pick_device
@@ -126,7 +127,7 @@ Presets:
 @contextlib.contextmanager
 def checks_deferred() -> Iterator[None]:
     """Let configs be built unchecked: tyro would put what their checks say into a box of its own, cut into lines."""
-    checks = {kind: kind.__post_init__ for kind in (ModelConfig, TrainingConfig)}
+    checks = {kind: kind.__post_init__ for kind in (ExpertsConfig, ModelConfig, TrainingConfig)}
     for kind in checks:
         kind.__post_init__ = lambda self: None
     try:
@@ -150,7 +151,8 @@ def read_command(arguments: Sequence[str]) -> TrainingConfig | Resume | Sample:
     with checks_deferred():
         command = command_line.parse(commands, arguments, program=PROGRAM, description=HELP + describe_presets())
     if isinstance(command, TrainingConfig):
-        replace(command.model), replace(command)  # built again, now with their checks
+        experts = command.model.experts and replace(command.model.experts)  # built again, now with their checks
+        replace(command.model, experts=experts), replace(command)
     return command
 
 

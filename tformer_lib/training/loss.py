@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tformer_lib.mixture_of_experts import mixtures, take_balance_loss
 from tformer_lib.training.data import IGNORED
 from tformer_lib.transformer import ModelConfig, evaluating
 
@@ -21,6 +22,12 @@ def next_token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor
     logits = model(inputs)  # (batch, T, vocab_size)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+
+def training_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """What training minimises: :func:`next_token_loss`, and the balance loss of the model's experts, if it has any."""
+    layers = mixtures(model)  # before they run, for a compiled model lists no modules that have changed
+    return next_token_loss(model, inputs, targets) + take_balance_loss(layers)
 
 
 def accumulate_gradient(loss_of, inputs: Tensor, targets: Tensor, pieces: int) -> Tensor:
@@ -79,7 +86,8 @@ def estimate_flops_per_token(config: ModelConfig, context: int | None = None) ->
     Every weight of a matrix multiplies once and adds once: 2 forward, and twice that backward (for the input's gradient
     and the weight's), 6 in all. The embedding table is looked up, not multiplied, but the output projection counts.
     Attention adds 2 products of length ``context`` per element of the heads, q k^T and weights v: 12 in all per layer.
-    As is the custom, the half that causality could save is counted.
+    As is the custom, the half that causality could save is counted. Of a mixture of experts, those that the token
+    passes through count.
 
     Args:
         config: the model's.
@@ -87,7 +95,6 @@ def estimate_flops_per_token(config: ModelConfig, context: int | None = None) ->
     """
     heads = config.heads * config.size_of_head
     kv = config.number_of_kv_heads * config.size_of_head
-    matrices = 3 if config.feed_forward == "swiglu" else 2
-    layer = config.width * (2 * heads + 2 * kv) + matrices * config.width * config.size_of_feed_forward
-    weights = config.layers * layer + config.width * config.vocab_size
+    projections = config.layers * config.width * (2 * heads + 2 * kv)
+    weights = projections + config.active_feed_forward_weights + config.width * config.vocab_size
     return 6 * weights + 12 * config.layers * heads * (context or config.max_length)

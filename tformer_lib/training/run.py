@@ -26,6 +26,7 @@ from tformer_lib.checkpoint import (
     write_atomically,
 )
 from tformer_lib.generation import generate
+from tformer_lib.mixture_of_experts import update_selection_biases
 from tformer_lib.tokens import END_OF_TEXT, Corpus, Encoding, save_encoding
 from tformer_lib.training.config import TrainingConfig, config_from_dict, difference
 from tformer_lib.training.data import (
@@ -40,7 +41,7 @@ from tformer_lib.training.data import (
     replace_some,
     window_starts,
 )
-from tformer_lib.training.loss import accumulate_gradient, evaluate, next_token_loss
+from tformer_lib.training.loss import accumulate_gradient, evaluate, training_loss
 from tformer_lib.training.machine import interrupts, pick_device, random_states, restore_random_states, seed_all
 from tformer_lib.training.optimizer import learning_rate, make_optimizer
 from tformer_lib.transformer import Decoder
@@ -98,6 +99,8 @@ class Run:
         seed_all(config.seed)
         self.model = Decoder(config.model).to(self.device)
         self.optimizer = make_optimizer(self.model, config)
+        if config.model.experts:
+            self.optimizer.register_step_post_hook(lambda *_: update_selection_biases(self.model))
         self.average = weights_of(self.model, copy=True) if config.average else {}
         self.step, self.best, self.history, self.started = 0, math.inf, [], False
         self.last_loss, self.stopped_by = None, None
@@ -107,7 +110,7 @@ class Run:
         self.val_tokens = int((self.val_targets != IGNORED).sum())
         self.floor = entropy_floor(self.corpus, windows[1])
         compiled = self.device.type == "cuda" if config.compile is None else config.compile
-        self.loss = torch.compile(next_token_loss) if compiled else next_token_loss
+        self.loss = torch.compile(training_loss) if compiled else training_loss
 
     @property
     def out(self) -> Path:

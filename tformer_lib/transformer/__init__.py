@@ -19,6 +19,7 @@ from tformer_lib.transformer.blocks import (
     Stack,
     check_tokens,
     initialise,
+    make_feed_forward,
     make_norm,
 )
 from tformer_lib.transformer.config import ACTIVATIONS, ATTENTION_FORMS, ModelConfig, attention_form, make_rope
@@ -43,6 +44,7 @@ __all__ = [
     "evaluating",
     "initialise",
     "label_smoothed_loss",
+    "make_feed_forward",
     "make_norm",
     "make_rope",
 ]

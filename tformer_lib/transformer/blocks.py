@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tformer_lib import positional_encoding, profiling
 from tformer_lib.attention import MultiHeadAttention
 from tformer_lib.contract import readable
+from tformer_lib.mixture_of_experts import MixtureOfExperts
 from tformer_lib.transformer.config import ACTIVATIONS, ModelConfig, attention_form
 
 
@@ -24,11 +25,15 @@ class FeedForward(nn.Module):
     """Two linear maps with a non-linearity between, on each token alone; SwiGLU gates it with a third.
 
     (batch, T, width) -> (batch, T, width)
+
+    Args:
+        config: what the model is made of.
+        inner: the size inside, if it is not the config's.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, inner: int | None = None):
         super().__init__()
-        inner, gated = config.size_of_feed_forward, config.feed_forward == "swiglu"
+        inner, gated = inner or config.size_of_feed_forward, config.gated
         self.up = nn.Linear(config.width, inner, bias=config.bias)
         self.gate = nn.Linear(config.width, inner, bias=config.bias) if gated else None
         self.down = nn.Linear(inner, config.width, bias=config.bias)
@@ -41,16 +46,27 @@ class FeedForward(nn.Module):
         return self.down(hidden)  # (batch, T, width)
 
 
+def make_feed_forward(config: ModelConfig, layer: int = 0) -> nn.Module:
+    """The feed-forward of a layer: the dense one, or the mixture of experts that the config has in its place."""
+    experts = config.experts
+    if experts is None or not experts.in_layer(layer):
+        return FeedForward(config)
+    shared = FeedForward(config, experts.shared_width) if experts.shared_width else None
+    kind = {"activation": ACTIVATIONS[config.feed_forward], "gated": config.gated, "bias": config.bias}
+    return MixtureOfExperts(config.width, config.size_of_feed_forward, experts, shared=shared, **kind)
+
+
 class Block(nn.Module):
     """Attention, then cross-attention if there is a memory to look at, then the feed-forward; each adds to its input.
 
     Args:
         config: what the block is made of.
+        layer: its number in the stack, counted from 0.
         cross: whether it also attends to an encoder's output.
         attend: the attention function, instead of the one that the config names.
     """
 
-    def __init__(self, config: ModelConfig, *, cross: bool = False, attend: Callable | None = None):
+    def __init__(self, config: ModelConfig, layer: int = 0, *, cross: bool = False, attend: Callable | None = None):
         super().__init__()
         attend = attend or attention_form(config.attention)
         new_attention = partial(
@@ -65,7 +81,7 @@ class Block(nn.Module):
         self.norm_first = config.norm_first
         self.attention_norm, self.attention = make_norm(config), new_attention()
         self.cross_norm, self.cross_attention = (make_norm(config), new_attention()) if cross else (None, None)
-        self.feed_forward_norm, self.feed_forward = make_norm(config), FeedForward(config)
+        self.feed_forward_norm, self.feed_forward = make_norm(config), make_feed_forward(config, layer)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -116,7 +132,7 @@ class Stack(nn.Module):
 
     def __init__(self, config: ModelConfig, *, cross: bool = False, attend: Callable | None = None):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(config, cross=cross, attend=attend) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, i, cross=cross, attend=attend) for i in range(config.layers))
         self.final_norm = make_norm(config) if config.has_final_norm else nn.Identity()
 
     def forward(self, x: Tensor, *, cache=None, **options) -> Tensor:
@@ -170,7 +186,7 @@ def initialise(model: nn.Module, config: ModelConfig) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             continue
-        last = name.endswith(("out_proj.weight", "down.weight"))
+        last = name.endswith(("out_proj.weight", "down.weight", "experts.down"))
         nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.layers) if last else 0.02)
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.bias is not None:

@@ -9,6 +9,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from tformer_lib.checkpoint import build
+from tformer_lib.mixture_of_experts import ExpertsConfig
 from tformer_lib.rope import Rope
 
 ATTENTION_FORMS = {
@@ -92,7 +94,12 @@ class ModelConfig:
     dropout: float = 0.0
     """The share of elements dropped from the embeddings and from what each sub-layer adds."""
 
+    experts: ExpertsConfig | None = None
+    """A mixture of experts in the place of feed-forwards; None is none. A file's JSON object is read as one."""
+
     def __post_init__(self):
+        if isinstance(self.experts, dict):
+            object.__setattr__(self, "experts", build(ExpertsConfig, self.experts, "experts"))
         self._check_sizes()
         self._check_choices()
         make_rope(self)  # refuses what RoPE cannot do
@@ -140,7 +147,23 @@ class ModelConfig:
         """``feed_forward_width``, or 4 x width; for SwiGLU 8/3 x width, rounded up to a multiple of 8."""
         if self.feed_forward_width is not None:
             return self.feed_forward_width
-        return 4 * self.width if self.feed_forward != "swiglu" else -(-8 * self.width // 24) * 8
+        return -(-8 * self.width // 24) * 8 if self.gated else 4 * self.width
+
+    @property
+    def gated(self) -> bool:
+        """Whether a third matrix gates the feed-forward's hidden numbers."""
+        return self.feed_forward == "swiglu"
+
+    @property
+    def active_feed_forward_weights(self) -> int:
+        """The weights that one token meets in the feed-forwards and routers of all layers; biases left out."""
+        matrices, experts = 3 if self.gated else 2, self.experts
+        dense = matrices * self.width * self.size_of_feed_forward
+        if experts is None:
+            return self.layers * dense
+        inner = experts.per_token * (experts.width or self.size_of_feed_forward) + experts.shared_width
+        mixture = self.width * (matrices * inner + experts.count + experts.shared_gate)
+        return sum(mixture if experts.in_layer(layer) else dense for layer in range(self.layers))
 
     @property
     def has_final_norm(self) -> bool:
