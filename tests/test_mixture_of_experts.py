@@ -788,3 +788,67 @@ def test_the_command_line_has_experts():
     assert read_command(["train"]).model.experts is None
     with pytest.raises(ValueError, match="a token takes 2 experts, but may choose from 1"):
         read_command([*command[:-1], "1"])
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "count", "k", "width", "inner"),
+    [(1, 8, 2, 64, 96), (300, 8, 2, 64, 96), (5, 64, 4, 128, 64), (77, 4, 1, 64, 64), (33, 6, 2, 50, 30)],
+)
+@pytest.mark.parametrize("one_expert", [False, True])
+def test_gpu_forms_equal_the_loop_in_float64(dtype, tokens, count, k, width, inner, one_expert):
+    """Widths of 50 and 30 are no multiples of 16 bytes, so the operator takes them."""
+    torch.manual_seed(0)
+    experts = Experts(count, width, inner, bias=True).cuda().to(dtype)
+    chosen = torch.rand(tokens, count, device="cuda").argsort(1)[:, :k]
+    chosen = (torch.zeros_like(chosen) + torch.arange(k, device="cuda")) if one_expert else chosen
+    weights = torch.rand(tokens, k, device="cuda")
+    x = torch.randn(tokens, width, device="cuda").to(dtype)
+    routing = Routing(chosen, weights, torch.rand(tokens, count, device="cuda"))
+    exact = outputs_and_gradients(
+        mix_by_loop, deepcopy(experts).double(), x.double(), routing._replace(weights=weights.double())
+    )
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    for form in FORMS.values():
+        for ours, theirs in zip(outputs_and_gradients(form, experts, x, routing), exact, strict=True):
+            assert (ours.double() - theirs).abs().max() <= tolerance * theirs.abs().max().clamp(min=1e-3)
+
+
+@needs_gpu
+def test_gpu_layer_is_captured_in_a_graph_and_compiles_whole():
+    torch.manual_seed(0)
+    config = replace(model_config(count=16, per_token=2, shared_width=64), width=64, feed_forward_width=96)
+    layer = make_feed_forward(config).cuda().to(torch.bfloat16).eval()
+    x = torch.randn(5, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer(x)  # what PyTorch sets up on a first call is no part of a graph
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.testing.assert_close(out, layer(x))
+        compiled = torch.compile(layer, fullgraph=True)
+        torch.testing.assert_close(compiled(x), layer(x), atol=2e-2, rtol=2e-2)
+
+
+@needs_gpu
+def test_gpu_training_step_compiles():
+    torch.manual_seed(0)
+    sizes = {"width": 64, "heads": 2, "feed_forward_width": 64}
+    model = Decoder(replace(model_config(count=8, per_token=2, bias_rate=0.01), **sizes)).cuda().train()
+    text = torch.randint(0, 61, (4, 33), device="cuda")
+    losses = []
+    for loss_of in (training_loss, torch.compile(training_loss)):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = loss_of(model, text, text)
+        loss.backward()
+        losses.append(loss.item())
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
