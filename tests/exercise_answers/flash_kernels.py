@@ -1,6 +1,65 @@
 """Answers to the exercises of the chapter on the kernels of flash attention."""
 
 
+def row_max(c, shuffle):
+    most = c.unflatten(2, (2, 2)).amax((1, 3))
+    for offset in (1, 2):
+        most = most.maximum(shuffle(most, offset))
+    return most
+
+
+def row_max_of_both_rows(c, shuffle):
+    most = c.amax((1, 2))
+    for offset in (1, 2):
+        most = most.maximum(shuffle(most, offset))
+    return most[:, None].expand(32, 2)
+
+
+def row_max_among_eight_lanes(c, shuffle):
+    most = c.unflatten(2, (2, 2)).amax((1, 3))
+    for offset in (1, 2, 4):
+        most = most.maximum(shuffle(most, offset))
+    return most
+
+
+def row_max_among_wrong_lanes(c, shuffle):
+    most = c.unflatten(2, (2, 2)).amax((1, 3))
+    for offset in (8, 16):
+        most = most.maximum(shuffle(most, offset))
+    return most
+
+
+def row_max_of_the_first_fragment(c, shuffle):
+    return row_max(c[:, :1], shuffle)
+
+
+def row_max_within_the_lane(c, shuffle):
+    return c.unflatten(2, (2, 2)).amax((1, 3))
+
+
+def row_max_by_columns(c, shuffle):
+    most = c.unflatten(2, (2, 2)).amax((1, 2))
+    for offset in (1, 2):
+        most = most.maximum(shuffle(most, offset))
+    return most
+
+
+def ldmatrix(lane):
+    return lane % 8 + lane // 16 * 8, lane // 8 % 2
+
+
+def ldmatrix_of_the_plain_form(lane):
+    return lane % 16, lane // 16
+
+
+def ldmatrix_of_one_matrix(lane):
+    return lane % 8, 0
+
+
+def ldmatrix_outside(lane):
+    return lane, 0
+
+
 def swizzle(row, chunk, chunks):
     line = row * chunks // 8 if chunks < 8 else row
     return row * chunks + (chunk ^ (line % min(chunks, 8)))
@@ -147,6 +206,8 @@ RESCALED_O = ("    for (int c = 0; c < d; ++c) O[c] *= correction;\n", "")
 ANCHOR = ("m_new == -INF ? 0.0f : m_new", "m_new")
 
 RIGHT = {
+    "flash_kernels.row_max": row_max,
+    "flash_kernels.ldmatrix": ldmatrix,
     "flash_kernels.swizzle": swizzle,
     "flash_kernels.occupancy": occupancy,
     "flash_kernels.limit": limit,
@@ -156,6 +217,15 @@ RIGHT = {
     "flash_kernels.window": source(WINDOW),
 }
 WRONG = {
+    "flash_kernels.row_max": [
+        row_max_of_both_rows,
+        row_max_among_eight_lanes,
+        row_max_among_wrong_lanes,
+        row_max_of_the_first_fragment,
+        row_max_within_the_lane,
+        row_max_by_columns,
+    ],
+    "flash_kernels.ldmatrix": [ldmatrix_of_the_plain_form, ldmatrix_of_one_matrix, ldmatrix_outside],
     "flash_kernels.swizzle": [
         swizzle_for_wide_rows_alone,
         swizzle_by_padding,

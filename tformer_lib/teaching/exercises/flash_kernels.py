@@ -20,6 +20,89 @@ def require_integer(x, name: str) -> None:
     require(isinstance(x, int) and not isinstance(x, bool), f"{name} should be an int, and is a {type(x).__name__}")
 
 
+# --- fragments -----------------------------------------------------------------------------------------------------
+
+
+@exercise(
+    "flash_kernels.row_max",
+    title="A row's maximum in fragments",
+    hints=(
+        "Which lanes hold elements of row g? Those with the numbers 4g, 4g + 1, 4g + 2 and 4g + 3.",
+        "First inside the lane: the elements 0 and 1 of a fragment are row g, the elements 2 and 3 are row g + 8.",
+        "c.unflatten(2, (2, 2)).amax((1, 3)) is (32, 2); then take the maximum with shuffle(.., 1), then (.., 2).",
+    ),
+)
+def check_row_max(fn):
+    for fragments in (1, 8, 3):
+        S = torch.randn(16, 8 * fragments) - 5.0
+        S[3, 1], S[11, 6], S[4, 0] = 7.0, 8.0, -math.inf
+        held = fragments_of(S)
+        used = []
+
+        def shuffle(x: Tensor, offset: int, used: list = used) -> Tensor:
+            used.append(offset)
+            require(isinstance(x, Tensor) and x.shape[:1] == (32,), "shuffle takes a tensor with a row for each lane")
+            require(isinstance(offset, int) and 0 < offset < 32, f"an offset is 1 to 31, and yours is {offset}")
+            return x[torch.arange(32) ^ offset]
+
+        result = fn(held.clone(), shuffle)
+        what = f"16 rows in {fragments} fragment{'s' if fragments > 1 else ''}"
+        require(isinstance(result, Tensor) and result.shape == (32, 2), f"{what}: return a tensor of shape (32, 2)")
+        rows = torch.arange(32) // 4
+        wanted = torch.stack((S.amax(1)[rows], S.amax(1)[rows + 8]), 1)
+        require(len(used) <= 2, f"{what}: you shuffle {len(used)} times, with offsets {used}; two are enough")
+        for lane in range(32):
+            for r in range(2):
+                row = int(rows[lane]) + 8 * r
+                found, right = float(result[lane, r]), float(wanted[lane, r])
+                require(
+                    found == right, f"{what}: the maximum of row {row} is {right:.4f}, and lane {lane} has {found:.4f}"
+                )
+
+
+def fragments_of(S: Tensor) -> Tensor:
+    """(16, columns) -> (32, columns / 8, 4): what each lane of a warp holds of it, as mma.sync leaves it."""
+    lane = torch.arange(32)
+    rows = lane[:, None, None] // 4 + torch.tensor([0, 0, 8, 8])
+    columns = 8 * torch.arange(S.shape[1] // 8)[:, None] + 2 * (lane[:, None, None] % 4) + torch.tensor([0, 1, 0, 1])
+    return S[rows, columns]
+
+
+@exercise(
+    "flash_kernels.ldmatrix",
+    title="Addresses for ldmatrix",
+    hints=(
+        "Matrix r becomes register r. Registers 0 and 1 of A are its columns 0 to 7, so rows 0 to 7 of the tile.",
+        "Register 1 is rows 8 to 15 of A: columns 8 to 15 of the tile, piece 1. Lanes 8 to 15 name its rows.",
+        "Lanes 0-7: rows 0-7, piece 0. Lanes 8-15: rows 0-7, piece 1. Lanes 16-23: rows 8-15, piece 0. Then piece 1.",
+    ),
+)
+def check_ldmatrix(fn):
+    A = torch.arange(256).reshape(16, 16)
+    named = [fn(lane) for lane in range(32)]
+    for lane, pair in enumerate(named):
+        require(isinstance(pair, (tuple, list)) and len(pair) == 2, f"lane {lane}: return two numbers, row and piece")
+        require_integer(pair[0], f"the row of lane {lane}")
+        require_integer(pair[1], f"the piece of lane {lane}")
+        require(0 <= pair[0] < 16 and 0 <= pair[1] < 2, f"lane {lane}: the tile has no row {pair[0]}, piece {pair[1]}")
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        for register in range(4):
+            found = transposed_load(A.T, named, register, lane)
+            top, left = g + 8 * (register % 2), 2 * t + 8 * (register // 2)
+            wanted = A[top, left : left + 2].tolist()
+            here = f"register {register} of lane {lane} should hold row {top}, columns {left} and {left + 1} of A"
+            row, column = divmod(found[0], 16)
+            require(found == wanted, f"{here}; its first number is row {row}, column {column}")
+
+
+def transposed_load(tile: Tensor, named: list, register: int, lane: int) -> list[int]:
+    """What ldmatrix.trans leaves in a register of a lane, when each lane has named (row, piece) of the tile."""
+    g, t = divmod(lane, 4)
+    rows = [named[8 * register + 2 * t + i] for i in range(2)]
+    return [int(tile[row, 8 * piece + g]) for row, piece in rows]
+
+
 # --- swizzle -------------------------------------------------------------------------------------------------------
 
 
