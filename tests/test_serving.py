@@ -42,7 +42,15 @@ VOCAB, CONTEXT = 23, 40
 
 def make_model(seed=5, **options):
     torch.manual_seed(seed)
-    shape = {"width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "positions": "rope", **options}
+    shape = {
+        "width": 16,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "positions": "rope",
+        "tie_embeddings": False,
+        **options,
+    }
     model = Decoder(ModelConfig(vocab_size=VOCAB, max_length=CONTEXT, **shape)).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -974,6 +982,9 @@ def test_the_command_answers_a_file(tmp_path, capsys):
     assert capsys.readouterr().out == "Once upon a time" + answers[0]["text"] + "\n"
     assert main(["--prompt", "Once upon a time", "The", "--max-new-tokens", "8", "--stop", "."]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[0])["text"] == answers[0]["text"]
+    for options in (["--drafts", "3"], ["--drafts", "3", "--draft-model", "stories"]):
+        assert main(["--prompt", "Once upon a time", "--max-new-tokens", "8", *options]) == 0
+        assert capsys.readouterr().out == "Once upon a time" + answers[0]["text"] + "\n"
     file.write_text(json.dumps({"prompt": "a\u2028b", "max_new_tokens": 2}, ensure_ascii=False))
     assert main(["--prompts", str(file)]) == 0
 
@@ -994,6 +1005,8 @@ def test_the_command_answers_a_file(tmp_path, capsys):
         (["--prompt", "a", "--max-context", "999999999999", "--budget", "1" + 14 * "0"], "a step of"),
         (["--prompts", "missing.jsonl"], "missing.jsonl"),
         (["--prompts", "FILE"], "line 1: one JSON object was expected"),
+        (["--prompt", "a", "--drafts", "-1"], "drafts must be at least 0, got -1"),
+        (["--prompt", "a", "--draft-model", "stories"], "draft_model is 'stories', but drafts is 0"),
         (["--prompt", "a", "--tempo", "1"], "--tempo"),
         (["--prompt", "a", "--seed", "one"], "one"),
     ],

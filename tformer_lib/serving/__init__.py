@@ -18,9 +18,10 @@ and is computed again later.
   are CUDA graphs.
 - :class:`Engine` joins them, one step ahead on a GPU: step n + 1 is launched before the tokens of step n are read.
 - :class:`TextStream` makes text of tokens as they come.
+- :class:`Speculation` lets somebody cheaper guess tokens that a step then checks: ``Engine(..., speculation=...)``.
 
-Each has a room: ``request``, ``scheduler``, ``runner``, ``engine``. The others are ``turns`` (one thread at a time),
-``protocol`` and ``server`` (OpenAI's API over HTTP, with the extra ``serve``), and ``command``:
+Each has a room: ``request``, ``scheduler``, ``runner``, ``engine``, ``speculation``. The others are ``turns`` (one
+thread at a time), ``protocol`` and ``server`` (OpenAI's API over HTTP, with the extra ``serve``), and ``command``:
 
     python -m tformer_lib.serving --prompt "Once upon a time"
     python -m tformer_lib.serving serve --model stories
@@ -48,6 +49,7 @@ from tformer_lib.serving.runner import (
     compile_blocks,
 )
 from tformer_lib.serving.scheduler import Row, Scheduler
+from tformer_lib.serving.speculation import Speculation, accepted, expected_tokens
 
 __all__ = [
     "DEFAULT_MEMORY",
@@ -67,11 +69,14 @@ __all__ = [
     "SAMPLED",
     "STEPS_REMEMBERED",
     "Scheduler",
+    "Speculation",
     "Step",
     "TextStream",
+    "accepted",
     "blocks_that_fit",
     "check_servable",
     "compile_blocks",
+    "expected_tokens",
     "graph_sizes",
     "overlap",
 ]

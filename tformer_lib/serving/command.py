@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated
 
 from tformer_lib import command_line, pretrained
-from tformer_lib.serving.engine import DEFAULT_MEMORY, LLM, blocks_that_fit, check_counts
-from tformer_lib.serving.request import Params, Request
+from tformer_lib.serving.engine import DEFAULT_MEMORY, LLM, blocks_that_fit
+from tformer_lib.serving.request import Params, Request, check_counts
+from tformer_lib.serving.speculation import Speculation
 from tformer_lib.tokens import Encoding
 from tformer_lib.training import pick_device
 
@@ -44,6 +45,10 @@ class EngineOptions:
     """Tokens computed in a step."""
     max_context: int | None = None
     """The longest text, prompt and new tokens; by default the model's."""
+    drafts: int = 0
+    """Tokens that are guessed ahead in a step, and checked (speculative decoding)."""
+    draft_model: str | None = None
+    """The model that guesses them, with the same tokens; by default they are looked up in the text itself."""
 
     def open(self) -> LLM:
         """The model behind an engine."""
@@ -52,7 +57,19 @@ class EngineOptions:
         if blocks < 1:
             raise ValueError(f"memory is {self.memory:,} bytes, less than a block of keys and values takes")
         options = {"seats": self.seats, "budget": self.budget, "max_context": self.max_context}
-        return LLM(model, encoding, blocks=blocks, **options)
+        return LLM(model, encoding, blocks=blocks, speculation=self.speculation(), **options)
+
+    def speculation(self) -> Speculation | None:
+        """How tokens are drafted, if they are."""
+        check_counts(0, drafts=self.drafts)
+        if self.drafts == 0:
+            if self.draft_model is not None:
+                raise ValueError(f"draft_model is {self.draft_model!r}, but drafts is 0: how many should it guess?")
+            return None
+        if self.draft_model is None:
+            return Speculation(tokens=self.drafts)
+        draft, _ = pretrained.load(self.draft_model, device=pick_device(self.device))
+        return Speculation(tokens=self.drafts, model=draft)
 
 
 @dataclass(frozen=True)

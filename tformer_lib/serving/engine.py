@@ -15,9 +15,10 @@ from tformer_lib import profiling
 from tformer_lib.generation import check_memory, check_number
 from tformer_lib.kv_cache import CacheShape
 from tformer_lib.paged_attention import BLOCK_SIZE, BlockAllocator, blocks_for
-from tformer_lib.serving.request import LogProbabilities, Params, Piece, Request, TextStream
+from tformer_lib.serving.request import LogProbabilities, Params, Piece, Request, TextStream, check_counts
 from tformer_lib.serving.runner import NONE, Inputs, Launched, Runner
 from tformer_lib.serving.scheduler import Row, Scheduler
+from tformer_lib.serving.speculation import ModelDrafter, Speculation, accepted, make_drafter
 from tformer_lib.serving.turns import Turns
 from tformer_lib.tokens import Encoding
 
@@ -47,6 +48,8 @@ class Step:
     held_blocks: int
     """Blocks that running rows hold; a shared one counts once."""
     block_size: int
+    drafted: int
+    """Drafts that were checked (see ``speculation``); they are among the rows' tokens."""
     started: float
     """Seconds, by a clock that counts from some moment or other."""
     launched: float = float("nan")
@@ -62,7 +65,7 @@ class Step:
     @property
     def is_decode(self) -> bool:
         """Whether every row wrote, and none read a prompt."""
-        return self.samples == len(self.rows) == self.tokens
+        return self.samples == len(self.rows) == self.tokens - self.drafted
 
     @property
     def waste(self) -> float:
@@ -114,6 +117,7 @@ class Engine:
         ahead: how many steps are launched before the tokens of a step are looked at; 1 on a GPU, 0 elsewhere.
         cuda_graphs: record steps in which all rows write; by default where the model is on a GPU.
         compile: see :class:`Runner`.
+        speculation: how tokens are drafted that a step then checks; None: they are not. See ``speculation``.
     """
 
     def __init__(
@@ -131,8 +135,11 @@ class Engine:
         ahead: int | None = None,
         cuda_graphs: bool | None = None,
         compile: bool = False,
+        speculation: Speculation | None = None,
     ):
         check_servable(model, max_context)
+        if speculation is not None and speculation.model is not None:
+            check_servable(speculation.model, None)
         check_counts(1, block_size=block_size, seats=seats, budget=budget)
         blocks = blocks_that_fit(model, DEFAULT_MEMORY, block_size) if blocks is None else blocks
         ahead = int(next(model.parameters()).is_cuda) if ahead is None else ahead
@@ -143,19 +150,26 @@ class Engine:
         self.model, self.encoding, self.ahead = model, encoding, ahead
         self.max_context = model.config.max_length if max_context is None else max_context
         max_blocks = min(blocks_for(self.max_context, block_size), blocks)
-        check_room(model, blocks * block_size, seats, budget, max_blocks)
+        lanes = 1 if speculation is None else 1 + speculation.tokens
+        check_room(model, blocks * block_size, lanes * seats, budget, max_blocks)
         self.allocator = BlockAllocator(blocks, block_size)
         sizes = {"seats": seats, "budget": budget, "max_blocks": max_blocks}
         self.scheduler = Scheduler(self.allocator, prefix_cache=prefix_cache, spare_blocks=spare_blocks, **sizes)
         with torch.inference_mode(False):  # steps outside of it will write to the pools
-            self.runner = Runner(model, self.allocator, compile=compile, **sizes)
+            self.runner = Runner(model, self.allocator, compile=compile, lanes=lanes, **sizes)
+            self.drafter = None
+            if speculation is not None:
+                more = {"blocks": blocks, "block_size": block_size, "max_context": self.max_context, **sizes}
+                self.drafter = make_drafter(speculation, model, **more)
         self.launched: deque[tuple[Launched, Step]] = deque()
         self.log: deque[Step] = deque(maxlen=STEPS_REMEMBERED)
         self.arrivals, self.turns = 0, Turns()
         self.is_stepping, self.is_stale, self.leaving = False, False, deque()
         if self.runner.device.type == "cuda" if cuda_graphs is None else cuda_graphs:
             with self.runner.as_current():
-                self.runner.capture(graph_sizes(seats))
+                self.runner.capture(graph_sizes(most_lanes(seats, speculation)))
+                if isinstance(self.drafter, ModelDrafter):
+                    self.drafter.runner.capture(graph_sizes(2 * min(seats, speculation.most_rows)))
 
     def add(
         self,
@@ -228,20 +242,32 @@ class Engine:
         pieces: list[Piece] = []
         if self.runner.weights_changed() or self.is_stale:
             self._start_over(pieces)
+        drafts = self._draft(pieces)
         if self.scheduler.is_short():  # a token on its way may end a request: look before taking blocks away
             while self.launched:
                 self._finish(pieces)
         before, started = self.scheduler.preemptions, time.perf_counter()
         with profiling.range("plan"):
-            rows = self.scheduler.plan()
+            rows = self.scheduler.plan(drafts)
         if rows:
             step = self._describe(rows, self.scheduler.preemptions - before, started)
             with profiling.range("launch"):
                 self.launched.append((self.runner.launch(rows, self.scheduler.tables), step))
             step.launched = time.perf_counter()
-        while len(self.launched) > (self.ahead if rows else 0):
+        is_known = not rows or any(row.drafts for row in rows)  # how long texts with drafts are, is known at once
+        while len(self.launched) > (0 if is_known else self.ahead):
             self._finish(pieces)
         return pieces
+
+    def _draft(self, pieces: list[Piece]) -> dict[Request, list[int]]:
+        """What may follow the texts that are written, if anybody guesses."""
+        candidates = [] if self.drafter is None else self.drafter.candidates(self.scheduler.running)
+        if not candidates:
+            return {}
+        while self.launched:  # a guess begins where the text ends
+            self._finish(pieces)
+        with profiling.range("draft"):
+            return self.drafter.propose(candidates)
 
     def _start_over(self, pieces: list[Piece]) -> None:
         """What was computed so far does not count: all blocks are emptied, those that run wait to be read again."""
@@ -250,6 +276,8 @@ class Engine:
         while self.scheduler.running:
             self.scheduler.preempt()
         self.allocator.reset()
+        if self.drafter is not None:
+            self.drafter.reset()
         self.is_stale = False
 
     def forget(self) -> None:
@@ -271,6 +299,7 @@ class Engine:
             unused_slots=sum(request.table.slack for request in running),
             held_blocks=self.allocator.held,
             block_size=self.allocator.block_size,
+            drafted=sum(len(row.drafts) for row in rows),
             started=started,
         )
 
@@ -280,14 +309,33 @@ class Engine:
         if launched.arrived is not None:
             with profiling.range("wait"):
                 launched.arrived.synchronize()
+        tokens = launched.tokens.tolist()
         reports = iter(() if launched.logprobs is None else launched.logprobs.tolist())
-        for request, token in zip(launched.requests, launched.tokens.tolist(), strict=True):
-            request.pending -= 1
-            logprobs = None if request.params.logprobs is None else reported(next(reports), request.params.logprobs)
-            if request.finish_reason is None:  # else it ended while this token was on its way
-                pieces.append(self._accept(request, token, logprobs))
+        place = 0
+        for row in launched.rows:
+            wished, row.request.pending = row.request.params.logprobs, row.request.pending - 1
+            chosen = tokens[place : place + 1 + len(row.drafts)]
+            place += len(chosen)
+            logprobs = [None if wished is None else reported(next(reports), wished) for _ in chosen]
+            if row.request.finish_reason is None:  # else it ended while these tokens were on their way
+                self._accept_row(row, chosen, logprobs, pieces)
         step.finished = time.perf_counter()
         self.log.append(step)
+
+    def _accept_row(self, row: Row, chosen: list[int], logprobs: list, pieces: list[Piece]) -> None:
+        """A row's token has come back; where it had drafts, one for each place, of which those before the first
+        refused draft and the one in its place count. The keys and values of refused drafts are rolled back."""
+        request, kept = row.request, accepted(row.drafts, chosen)
+        if row.drafts:
+            request.table.truncate(row.start + row.count - len(row.drafts) + kept)
+            request.drafted += len(row.drafts)
+            request.accepted += kept
+        for token, report in zip(chosen[: 1 + kept], logprobs, strict=False):
+            pieces.append(self._accept(request, token, report))
+            if request.finish_reason is not None:
+                return
+        if row.drafts:
+            self.drafter.settle(request, kept)
 
     def _accept(self, request: Request, token: int, logprobs: LogProbabilities | None) -> Piece:
         """A token has come back: it becomes text, and may be the last."""
@@ -313,6 +361,8 @@ class Engine:
             request.table.publish(request.tokens)
         request.finish_reason, request.error = reason, error
         self.scheduler.remove(request)
+        if self.drafter is not None:
+            self.drafter.forget(request)
         if request.stream is not None and not request.stream.stopped:
             text += request.stream.finish()
         return self._tell(request, token, text)
@@ -344,6 +394,8 @@ class Engine:
             for request in list(self.scheduler.running):
                 self._end(request, "error", error=error)
             self.allocator.reset()
+            if self.drafter is not None:
+                self.drafter.reset()
 
     def cancel_soon(self, request: Request) -> None:
         """:meth:`cancel` it at the end of the step that is under way, or of the next; any thread may call, none waits.
@@ -390,16 +442,14 @@ def graph_sizes(seats: int) -> list[int]:
     return [*(size for size in sizes if size < seats), seats]
 
 
+def most_lanes(seats: int, speculation: Speculation | None) -> int:
+    """The most tokens of a step in which all rows write: one a row, and the drafts."""
+    return seats if speculation is None else max(seats, min(seats, speculation.most_rows) * (1 + speculation.tokens))
+
+
 def blocks_that_fit(model: nn.Module, memory: int, block_size: int = BLOCK_SIZE) -> int:
     """How many blocks of this model's keys and values fit into ``memory`` bytes."""
     return memory // (CacheShape.of(model, 1).bytes_per_token * block_size)
-
-
-def check_counts(least: int, **counts: int) -> None:
-    """Refuse what is no whole number, or less than the least."""
-    for name, value in counts.items():
-        if check_number(name, value, numbers.Integral) < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def check_room(model: nn.Module, tokens: int, seats: int, budget: int, max_blocks: int) -> None:

@@ -70,6 +70,13 @@ class Params(Sampling):
         return Sampling(**{name: getattr(self, name) for name in names})
 
 
+def check_counts(least: int, **counts: int) -> None:
+    """Refuse what is no whole number, or less than the least."""
+    for name, value in counts.items():
+        if check_number(name, value, numbers.Integral) < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def is_text(x) -> bool:
     """Whether x is a string, and not an empty one."""
     return isinstance(x, str) and bool(x)
@@ -89,6 +96,7 @@ class Request:
         table: its blocks; ``table.length`` tokens have been computed or are being so.
         pending: tokens that were sampled for it and have not come back.
         reused: tokens that a prefix cache spared it; ``preemptions``: how often it had to start over.
+        drafted: tokens that were drafted for it and checked; ``accepted``: how many of them it has written.
     """
 
     def __init__(self, id, prompt: Sequence[int], params: Params, listener: Callable[["Piece"], None] | None = None):
@@ -101,7 +109,9 @@ class Request:
         self.seat, self.pending, self.reused, self.preemptions = -1, 0, 0, 0
         self.end = self.prompt_length + params.max_new_tokens
         self.stop_tokens = frozenset(params.stop_tokens)
+        self.drafted, self.accepted = 0, 0
         self.rules, self.random = params.rules, random_stream(params.seed) if params.temperature > 0 else None
+        self.uniforms: list[float] = []
         self.is_plain = params.temperature == 0 and params.repetition_penalty == 1
 
     @property
@@ -124,6 +134,15 @@ class Request:
         """Tokens to compute before its next one can be sampled: 1 for a row that writes, 0 if its last one was."""
         known = len(self.tokens) + self.pending
         return known - self.table.length if known < self.end else 0
+
+    def uniform(self, place: int) -> float:
+        """The number in [0, 1) that decides which token stands at this place of its text, if it is sampled.
+
+        It belongs to the place, not to the step that asks: drafts that are refused use none up.
+        """
+        while len(self.uniforms) <= place - self.prompt_length:
+            self.uniforms.append(self.random.random())
+        return self.uniforms[place - self.prompt_length]
 
     def __repr__(self) -> str:
         written = len(self.tokens) - self.prompt_length

@@ -1,6 +1,6 @@
 """A step on the device: one copy of its numbers, one pass through the model, the next tokens."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -122,13 +122,15 @@ class Inputs:
         """The size of a buffer that holds any step of so many tokens and rows."""
         return 8 * (4 * tokens + 2 * rows) + 4 * (2 * rows + 1 + rows * max_blocks)
 
-    def fill(self, rows: list[Row], tables: np.ndarray, block_size: int) -> None:
+    def fill(self, rows: list[Row], tables: np.ndarray, block_size: int, *, lanes: bool = False) -> None:
         """Write the rows in; a field that is longer than they are is padded with rows of length 0.
 
         Args:
             rows: the scheduler's.
             tables: (seats + 1, max_blocks) int32, by seat; the last seat is nobody's.
             block_size: tokens in a block.
+            lanes: whether each token stands in a row of its own, whose table is that of all the tokens of its request:
+                a row then has one query, as a recorded step has it.
         """
         counts = np.array([row.count for row in rows], dtype=np.int64)
         first = np.array([row.start for row in rows], dtype=np.int64)
@@ -137,14 +139,18 @@ class Inputs:
         row_of = np.repeat(np.arange(len(rows)), counts)  # (tokens,)
         positions = np.arange(starts[-1]) - starts[row_of] + first[row_of]
         blocks = tables[seats[row_of], positions // block_size].astype(np.int64)
-        samples = np.array([row.samples for row in rows], dtype=bool)
+        asked = np.array([row.asks for row in rows], dtype=np.int64)
+        asking = np.repeat(np.arange(len(rows)), asked)  # (samples,)
+        places = np.arange(len(asking)) + (starts[1:] - asked.cumsum())[asking]  # the last ones of each row
         nobody = len(tables) - 1
         put(self.given, np.array(known_tokens(rows), dtype=np.int64), 0)
         put(self.token_seats, seats[row_of], nobody)
         put(self.positions, positions, 0)
         put(self.slots, blocks * block_size + positions % block_size, -1)
-        put(self.places, starts[1:][samples] - 1, 0)
-        put(self.seats, seats[samples], nobody)
+        put(self.places, places, 0)
+        put(self.seats, seats[asking], nobody)
+        if lanes:
+            seats, first, counts, starts = seats[row_of], positions, 1, np.arange(len(positions) + 1)
         put(self.lengths, first + counts, 0)
         put(self.starts, starts, starts[-1])
         put(self.tables, tables[seats], 0)
@@ -158,12 +164,13 @@ def put(field: Tensor, values: np.ndarray, padding: int) -> None:
 
 
 def known_tokens(rows: list[Row]) -> list[int]:
-    """The rows' tokens end to end, SAMPLED for those that have not come back."""
+    """The rows' tokens end to end, drafts included, SAMPLED for those that have not come back."""
     tokens: list[int] = []
     for row in rows:
         part = row.request.tokens[row.start : row.start + row.count]
         tokens += part
-        if len(part) < row.count:
+        tokens += row.drafts
+        if len(part) + len(row.drafts) < row.count:
             tokens.append(SAMPLED)
     return tokens
 
@@ -171,13 +178,14 @@ def known_tokens(rows: list[Row]) -> list[int]:
 class Launched(NamedTuple):
     """A step whose tokens are on their way."""
 
-    requests: list[Request]
-    """Those for whom a token was sampled, in the order of the tokens."""
+    rows: list[Row]
+    """Those for which tokens were chosen: one for each, and one more for each of its drafts."""
     tokens: Tensor
-    """(requests,) int64 on the host, once ``arrived`` says so."""
+    """(tokens,) int64 in the order of the rows, on the host once ``arrived`` says so."""
     arrived: "torch.cuda.Event | None"
     logprobs: Tensor | None = None
-    """(requests that asked, 1 + 2 k) float64 on the host: the chosen token's, those of the k likeliest, and these."""
+    """(tokens of requests that asked, 1 + 2 k) float64 on the host: the chosen token's, those of the k likeliest, and
+    these."""
 
 
 class Runner:
@@ -191,11 +199,16 @@ class Runner:
         max_blocks: the most blocks of a row.
         compile: join and fuse each block's kernels with ``torch.compile``, which takes a while at the first steps. It
             changes the model for good: from then on it needs a cache.
+        lanes: the most tokens of a row for which a recorded step is used; a row's drafts are such tokens.
+        depth: how many steps may be launched before the first of them is known to have ended.
     """
 
-    def __init__(self, model: nn.Module, allocator: BlockAllocator, *, seats, budget, max_blocks, compile=False):
+    def __init__(
+        self, model: nn.Module, allocator: BlockAllocator, *, seats, budget, max_blocks, compile=False, lanes=1, depth=2
+    ):
         shape = CacheShape.of(model, seats)
         self.model, self.block_size, self.max_blocks = model, allocator.block_size, max_blocks
+        self.lanes = lanes
         self.device = torch.device(shape.device)
         size = (allocator.blocks, shape.kv_heads, allocator.block_size, shape.head_dim)
         new_pool = partial(torch.zeros, size, dtype=shape.dtype, device=self.device)
@@ -203,9 +216,9 @@ class Runner:
         self.last_tokens = torch.zeros(seats + 1, dtype=torch.int64, device=self.device)
         self.seen: Tensor | None = None
         on_gpu = self.device.type == "cuda"
-        room = Inputs.bytes_for(budget, seats, max_blocks)
-        self.staging = [torch.zeros(room, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
-        self.returned = [torch.zeros(seats, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
+        room = Inputs.bytes_for(max(budget, lanes * seats), lanes * seats, max_blocks)
+        self.staging = deque(torch.zeros(room, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(depth))
+        self.returned = deque(torch.zeros(lanes * seats, dtype=torch.int64, pin_memory=on_gpu) for _ in range(depth))
         self.buffer = torch.zeros(room, dtype=torch.uint8, device=self.device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         if compile:
@@ -215,15 +228,21 @@ class Runner:
 
     @torch.inference_mode(False)  # what is written here is written again by steps outside of it
     @torch.no_grad()
-    def launch(self, rows: list[Row], tables: np.ndarray) -> Launched:
-        """Start a step. On a GPU nothing here waits for it."""
-        self.staging.reverse()  # the device may still be reading the other one
-        self.returned.reverse()
-        requests = [row.request for row in rows if row.samples]
-        only_writing = len(requests) == len(rows) and all(row.count == 1 for row in rows)
-        size = next((size for size in self.graphs if size >= len(rows)), None) if only_writing else None
+    def launch(self, rows: list[Row], tables: np.ndarray, *, send_back: bool = True) -> Launched:
+        """Start a step. On a GPU nothing here waits for it.
+
+        Args:
+            rows: what it computes.
+            tables: the blocks of each seat, (seats + 1, max_blocks) int32.
+            send_back: whether the host asks for the tokens; else they stay on the device.
+        """
+        self.staging.rotate()  # the device may still be reading the others
+        self.returned.rotate()
+        sampling = [row for row in rows if row.samples]
+        requests = [row.request for row in sampling for _ in range(row.asks)]
+        size = self._recorded_size(rows)
         if size is not None:
-            logits, seats = self._replay(size, rows, tables)
+            logits, seats = self._replay(size, rows, tables, len(requests))
         else:
             logits, seats = self._run(rows, tables, len(requests))
         if not requests:
@@ -231,8 +250,17 @@ class Runner:
         with profiling.range("sampling"):
             tokens = self.choose(logits, requests, seats)
         self.last_tokens[seats] = tokens.clamp_min(0)  # a step ahead reads it before anybody has looked
+        if not send_back:
+            return Launched(sampling, tokens, None)
         logprobs = self._log_probabilities(logits, tokens, requests)
-        return Launched(requests, *self._send_back(tokens), logprobs)
+        return Launched(sampling, *self._send_back(tokens), logprobs)
+
+    def _recorded_size(self, rows: list[Row]) -> int | None:
+        """The recorded step that these rows fit into, with their tokens in lanes; None where they read a prompt."""
+        if not self.graphs or any(row.count > self.lanes for row in rows):
+            return None
+        tokens = sum(row.count for row in rows)
+        return next((size for size in self.graphs if size >= tokens), None)
 
     def as_current(self) -> AbstractContextManager:
         """The model's device as the current one, which each thread has for itself."""
@@ -245,16 +273,17 @@ class Runner:
         logits = self._forward(inputs, starts=inputs.starts, max_queries=most, only=inputs.places)
         return logits, inputs.seats
 
-    def _replay(self, size: int, rows: list[Row], tables: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Rows of one token each, padded to a recorded size."""
-        inputs = self._upload(rows, tables, size, size, size)
+    def _replay(self, size: int, rows: list[Row], tables: np.ndarray, samples: int) -> tuple[Tensor, Tensor]:
+        """Tokens in lanes, padded to a recorded size: the same results as :meth:`_run`'s."""
+        inputs = self._upload(rows, tables, size, size, size, lanes=True)
         graph, logits = self.graphs[size]
         graph.replay()
-        return logits[: len(rows)], inputs.seats[: len(rows)]
+        all_sample = samples == sum(row.count for row in rows)
+        return logits[:samples] if all_sample else logits[inputs.places[:samples]], inputs.seats[:samples]
 
-    def _upload(self, rows: list[Row], tables: np.ndarray, *sizes: int) -> Inputs:
+    def _upload(self, rows: list[Row], tables: np.ndarray, *sizes: int, lanes: bool = False) -> Inputs:
         host = Inputs(self.staging[0], *sizes, self.max_blocks)
-        host.fill(rows, tables, self.block_size)
+        host.fill(rows, tables, self.block_size, lanes=lanes)
         self.buffer[: host.size].copy_(self.staging[0][: host.size], non_blocking=True)
         return Inputs(self.buffer, *sizes, self.max_blocks)
 
@@ -324,7 +353,7 @@ class Runner:
 
         Args:
             logits: (rows, vocab_size).
-            requests: one a row.
+            requests: one a row; where it is the same in several rows, they are for the places one after another.
             seats: (rows,) int64, on the device.
         """
         tokens = logits.argmax(-1)
@@ -345,7 +374,7 @@ class Runner:
         if rules.temperature == 0:
             tokens = logits.argmax(-1)
         else:
-            uniforms = torch.tensor([request.random.random() for request in requests], dtype=torch.float64)
+            uniforms = torch.tensor(uniforms_of(requests), dtype=torch.float64)
             tokens = draw(distribution(logits, rules), uniforms.to(self.device, non_blocking=True))
         if rules.repetition_penalty != 1:
             self.seen[seats, tokens] = True
@@ -374,6 +403,15 @@ class Runner:
                 self.seen[request.seat] = False
                 self.seen[request.seat, torch.tensor(request.tokens, device=self.device)] = True
         return self.seen[seats]
+
+
+def uniforms_of(requests: list[Request]) -> list[float]:
+    """The random number of each row, by the place in its text for which it is; as :meth:`Runner.choose` takes them."""
+    numbers, before = [], Counter()
+    for request in requests:
+        numbers.append(request.uniform(len(request.tokens) + request.pending - 1 + before[request]))
+        before[request] += 1
+    return numbers
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Who computes what in the next step: blocks and counts, no tensors."""
 
 from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,13 @@ class Row(NamedTuple):
     count: int
     samples: bool
     """Whether they reach the end of what is known, so that a new token follows."""
+    drafts: tuple[int, ...] = ()
+    """Guesses of what follows; they are the last of its tokens."""
+
+    @property
+    def asks(self) -> int:
+        """How many tokens are chosen for it: its next one, and one after each draft."""
+        return 1 + len(self.drafts) if self.samples else 0
 
 
 class Scheduler:
@@ -68,22 +76,37 @@ class Scheduler:
             return False
         return sum(r.table.slack == 0 and r.wanted == 1 for r in self.running) > self.allocator.available
 
-    def plan(self) -> list[Row]:
-        """The rows of the next step, none if there is nothing to do. Their blocks are taken and counted as computed."""
+    def plan(self, drafts: Mapping[Request, Sequence[int]] | None = None) -> list[Row]:
+        """The rows of the next step, none if there is nothing to do. Their blocks are taken and counted as computed.
+
+        Args:
+            drafts: guesses of what follows some of the texts that are written. They come last: a row is given as many
+                as fit into budget and blocks that no other row's next token needs.
+        """
         while self.is_short():
             self.preempt()
         rows: list[Row] = []
         left = self.budget
-        for request in self.running:
-            left -= self._take(request, left, rows)
+        for place, request in enumerate(self.running):
+            guesses = drafts.get(request, ()) if drafts else ()
+            if guesses:
+                guesses = guesses[: self._room_for_drafts(place, left)]
+            left -= self._take(request, left, rows, tuple(guesses))
         while left and self.waiting and self.free_seats and self._admit(self.waiting[0]):
             left -= self._take(self.running[-1], left, rows)
         return rows
 
-    def _take(self, request: Request, left: int, rows: list[Row]) -> int:
+    def _room_for_drafts(self, place: int, left: int) -> int:
+        """How many drafts the running request at this place may have, if it and each one after it gets a token."""
+        waiting = self.running[place:]
+        blocks = self.allocator.available - sum(r.table.slack == 0 and r.wanted == 1 for r in waiting)
+        slack = (self.running[place].table.slack or self.allocator.block_size) - 1
+        return max(0, min(left - len(waiting), slack + blocks * self.allocator.block_size))
+
+    def _take(self, request: Request, left: int, rows: list[Row], drafts: tuple[int, ...] = ()) -> int:
         """Give a request its part of the step, as far as budget and blocks allow; returns how many tokens it has."""
         table = request.table
-        wanted = request.wanted
+        wanted = request.wanted + len(drafts)
         count = min(wanted, left)
         if count > table.slack:
             room = table.slack + self.allocator.available * self.allocator.block_size
@@ -91,7 +114,7 @@ class Scheduler:
             self._reserve(request, count)
         if count == 0:
             return 0
-        rows.append(Row(request, table.length, count, count == wanted))
+        rows.append(Row(request, table.length, count, count == wanted, drafts))
         table.length += count
         request.pending += count == wanted
         if self.prefix_cache and table.length // self.allocator.block_size > len(table.prefixes):

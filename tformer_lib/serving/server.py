@@ -108,6 +108,8 @@ class Metrics:
         self.prompt = Counter("tformer_prompt_tokens", "Tokens of prompts", **make)
         self.written = Counter("tformer_generation_tokens", "Tokens written", **make)
         self.reused = Counter("tformer_reused_tokens", "Tokens that the prefix cache spared", **make)
+        self.drafted = Counter("tformer_drafted_tokens", "Drafts that were checked", **make)
+        self.accepted = Counter("tformer_accepted_tokens", "Drafts that were written", **make)
         seconds = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
         self.first = Histogram("tformer_time_to_first_token_seconds", "TTFT of a text", buckets=seconds, **make)
         self.each = Histogram("tformer_time_per_output_token_seconds", "TPOT of a text", buckets=seconds, **make)
@@ -128,6 +130,8 @@ class Metrics:
         self.prompt.inc(request.prompt_length)
         self.written.inc(written)
         self.reused.inc(request.reused)
+        self.drafted.inc(request.drafted)
+        self.accepted.inc(request.accepted)
         self.whole.observe(now - began)
         if first is not None:
             self.first.observe(first - began)
