@@ -6,13 +6,14 @@ import torch
 from tformer_lib import pretrained
 from tformer_lib.attention import attend
 from tformer_lib.kv_cache import CacheShape
+from tformer_lib.teaching import STORY
 from tformer_lib.teaching.widgets import attention, grouped_query_attention, training
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
 
 
 def test_attention_explorer_shows_the_weights_of_the_pass_that_the_model_makes():
     model, encoding = pretrained.load()
-    tokens = [encoding.eot_token, *encoding.encode_ordinary(training.STORY)]
+    tokens = [encoding.eot_token, *encoding.encode_ordinary(STORY)]
     forms = [block.attention.attend for block in model.stack.blocks]
     weights, chances = training.read(model, tokens)
     T = len(tokens)
@@ -29,7 +30,7 @@ def test_attention_explorer_packs_what_the_page_unpacks():
     data = training.attention_explorer(model, encoding).data
     T = len(data["tokens"])
     assert len(data["next"]) == T
-    assert "".join(data["tokens"][1:]) == training.STORY
+    assert "".join(data["tokens"][1:]) == STORY
     for layer in data["weights"]:
         for head in layer:
             values = [int(head[i : i + 2], 16) for i in range(0, len(head), 2)]

@@ -177,7 +177,7 @@ def check_accumulate(fn):
 
 @exercise(
     "training.groups",
-    title="Who is decayed",
+    title="Which weights decay",
     hints=(
         "A matrix has two dimensions; a bias and the gain of a norm have one.",
         "Keep what has requires_grad; model.parameters() gives a tied table once.",
@@ -208,7 +208,7 @@ def check_groups(fn):
     for name, p in model.named_parameters():
         found = [*decayed, *spared].count(id(p))
         if name == "frozen":
-            require(found == 0, "`frozen` does not train (requires_grad is False): it belongs in neither list")
+            require(found == 0, "`frozen` does not train (its requires_grad is off): it belongs in neither list")
             continue
         require(found > 0, f"{name} is in neither list: it would never be trained")
         require(found == 1, f"{name} is there {found} times: the optimizer would refuse it")

@@ -6,6 +6,66 @@ import numpy as np
 
 from tformer_lib.teaching import style
 
+NARROW = 4.2
+"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
+
+
+def surprises(words: Sequence[str], nats: Sequence[float]) -> None:
+    """How surprising each token was, from top to bottom; drawn to one digit, the same on every machine."""
+    _, ax = style.figure(width=NARROW, height=0.24 * len(words) + 0.5)
+    values = [round(x, 1) for x in nats]
+    bars = ax.barh(range(len(words)), values, color=[style.VERMILION if x >= 1.5 else style.BLUE for x in values])
+    ax.bar_label(bars, [f"{x:.1f}" for x in values], padding=3, fontsize=9.5)
+    ax.set_yticks(range(len(words)), [word.replace(" ", "\u00b7") for word in words])
+    ax.set(xlabel="surprise in nats", xlim=(0, 1.15 * max(values)), ylim=(len(words) - 0.4, -0.6))
+    ax.grid(axis="y", visible=False)
+    style.show()
+
+
+def one_batch(losses: dict[str, Sequence[float]], floor: float) -> None:
+    """The loss on one batch, step by step, of runs that should learn it by heart.
+
+    Args:
+        losses: label -> the loss of each step.
+        floor: the entropy of the text, nats per token.
+    """
+    _, ax = style.figure(width=NARROW, height=3.2)
+    style.lines(ax, range(len(next(iter(losses.values())))), losses, markers=False)
+    ax.axhline(floor, color=style.INK, linewidth=1.0, linestyle="--")
+    ax.text(0, floor * 0.75, f"floor {floor:.2f}", fontsize=9.5, va="top")
+    ax.set(xlabel="step", ylabel="nats per token", yscale="log", ylim=(0.03, 9))
+    ax.set_yticks([0.03, 0.1, 0.3, 1, 3], ["0.03", "0.1", "0.3", "1", "3"])
+    ax.minorticks_off()
+    style.show()
+
+
+def sweep(rates: Sequence[float], losses: Sequence[float], steps: int) -> None:
+    """The loss after a few steps over the peak learning rate."""
+    _, ax = style.figure(width=NARROW, height=2.8)
+    ax.plot(rates, losses, marker="o")
+    for rate, loss in zip(rates, losses, strict=True):
+        ax.annotate(f"{loss:.1f}", (rate, loss), (0, 7), textcoords="offset points", ha="center", fontsize=9.5)
+    ax.set(xlabel="peak learning rate", ylabel="nats per token", xscale="log", ylim=(2, 7.8))
+    ax.set_title(f"validation loss after {steps} steps", fontsize=10.5)
+    style.show()
+
+
+def budget(sizes: Sequence[float], losses: dict[str, Sequence[float]]) -> None:
+    """The loss over the number of parameters at a fixed budget, by two fits of one law.
+
+    Args:
+        sizes: parameters.
+        losses: label -> the loss at each size.
+    """
+    _, ax = style.figure(width=NARROW, height=3.2)
+    for i, (label, values) in enumerate(losses.items()):
+        ax.plot(sizes, values, label=label, color=style.PALETTE[i], linestyle=style.DASHES[i])
+        best = int(np.argmin(values))
+        ax.plot(sizes[best], values[best], style.MARKERS[i], color=style.PALETTE[i], markersize=8)
+    ax.set(xlabel="parameters", ylabel="loss in nats", xscale="log", ylim=(1.9, 2.2))
+    ax.legend(loc="upper center")
+    style.show()
+
 
 def loop() -> None:
     """The loop of training, as boxes and arrows."""

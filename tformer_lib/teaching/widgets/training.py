@@ -4,13 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from tformer_lib.attention import allowed_pairs, gather, masked_softmax, scaled_scores
+from tformer_lib.teaching.running import STORY
 from tformer_lib.teaching.widgets import Interactive, module
 from tformer_lib.tokens import Encoding
-
-STORY = (
-    "Once, Ben lived near the forest. He had a blue lantern. Ben went to the park, but when he came home the lantern "
-    'was gone. "I have lost my blue lantern," said Ben.'
-)
 
 
 class AttentionExplorer(Interactive):
