@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,21 @@ from tools.chapters import load, stale
 from tools.new_chapter import NewChapter, make
 
 ROOT = Path(__file__).resolve().parents[1]
-NAME, TOPIC = "13-mixture-of-experts", "mixture_of_experts"
-NEW = NewChapter(NAME, "Mixture of experts", "Who answers?", "modern-models", "forms")
+NAME, TOPIC = "22-state-spaces", "state_spaces"
+NEW = NewChapter(NAME, "State spaces", "What is kept?", "modern-models", "forms")
+PLANNED = """
+[[chapters]]
+number = 22
+word = "state-spaces"
+title = "State spaces"
+part = "modern-models"
+modules = ["state_spaces"]
+question = "Which question will it answer?"
+subjects = "state space"
+state = "to come"
+
+[floors]
+"""
 LEFT_OUT = shutil.ignore_patterns(
     ".*", "__pycache__", "_build", "vendor", "data", "runs", "build", "*.ipynb", "results"
 )
@@ -27,7 +41,9 @@ def copied(tmp_path_factory) -> Path:
     shutil.copytree(ROOT, root, ignore=LEFT_OUT, symlinks=True)
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
         (root / "notebooks" / notebook.name).write_text("{}", encoding="utf-8")
-    command = [sys.executable, "-m", "tools.new_chapter", NAME, "--question", "Who answers?"]
+    listed = root / "book" / "chapters.toml"
+    listed.write_text(listed.read_text().replace("\n[floors]\n", PLANNED))
+    command = [sys.executable, "-m", "tools.new_chapter", NAME, "--question", NEW.question]
     subprocess.run(command, cwd=root, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(root)})
     run = "jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False"
     command = [str(Path(sys.executable).parent / "jupyter"), *run.split()[1:], f"notebooks/{NAME}.ipynb"]
@@ -64,25 +80,31 @@ def test_new_chapter_is_clean(copied):
 def test_new_chapter_is_listed(copied):
     assert f"      - file: notebooks/{NAME}\n" in (copied / "_toc.yml").read_text()
     assert f"(notebooks/{NAME}.ipynb) | `{TOPIC}.py` | ready |" in (copied / "README.md").read_text()
-    assert load(copied).named(NAME).question == "Who answers?"
+    assert load(copied).named(NAME).question == NEW.question
     assert not stale(copied)
+    courses = tomllib.loads((copied / "book" / "syllabuses.toml").read_text())["syllabus"]
+    weeks = max(courses, key=lambda course: course["weeks"])["week"]
+    assert weeks[-1]["chapters"][-1] == NAME
+    assert [name for name in weeks[-1]["exercises"] if name.startswith(TOPIC)] == [
+        f"{TOPIC}.{word}" for word in ("double", "keep_shape", "no_change")
+    ]
     comments = [line for line in (ROOT / "book" / "chapters.toml").read_text().splitlines() if line.startswith("#")]
     assert [c for c in (copied / "book" / "chapters.toml").read_text().splitlines() if c.startswith("#")] == comments
 
 
 def test_a_chapter_beyond_the_plan_gets_a_row_and_a_floor(copied):
-    make(copied, NewChapter("22-state-spaces", "State spaces", "What is kept?", "modern-models", "forms"))
+    make(copied, NewChapter("23-wavelets", "Wavelets", "Which wave?", "modern-models", "forms"))
     course = load(copied)
-    assert course.chapters[-1].title == "State spaces"
-    assert "state_spaces" in course.floors["forms"]
+    assert course.chapters[-1].title == "Wavelets"
+    assert "wavelets" in course.floors["forms"]
 
 
 @pytest.mark.parametrize(
     ("name", "part", "words"),
     [
         ("02-lookup", "modern-models", "02-attention"),
-        ("23-masks", "modern-models", "exists already"),
-        ("23-x", "none", "no part"),
+        ("24-masks", "modern-models", "exists already"),
+        ("24-x", "none", "no part"),
     ],
 )
 def test_a_chapter_that_cannot_be_is_refused_and_nothing_written(copied, name, part, words):
@@ -101,7 +123,7 @@ def test_nothing_is_overwritten(copied):
 
 @pytest.mark.parametrize("wrong", [{"name": "Experts"}, {"name": "18_experts"}, {"part": "No such part"}])
 def test_wrong_wishes_are_refused_before_anything_is_written(copied, wrong):
-    fields = {**vars(NEW), "name": "23-other", **wrong}
+    fields = {**vars(NEW), "name": "24-other", **wrong}
     listed = (copied / "_toc.yml").read_text()
     with pytest.raises(ValueError, match=r"name|part"):
         make(copied, NewChapter(**fields))

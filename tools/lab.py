@@ -9,17 +9,20 @@ no cell was edited is replaced by the new one, and an edited one stays. What is 
 trusts its drawings and its figures.
 """
 
-import argparse
 import hashlib
 import json
 import os
 import sys
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Annotated
 
 import nbformat
+import tyro
 from nbformat.sign import NotebookNotary
 
+from tformer_lib import command_line
 from tools.chapters import ROOT, load
 
 FOLDER = "learn"
@@ -28,26 +31,39 @@ RECORD = ".course.json"
 """In the learner's folder: what each chapter was when it was copied, and when that was."""
 
 
-def main() -> int:
+@dataclass(frozen=True)
+class Asked:
+    """Open JupyterLab on the learner's own copy of the chapters.
+
+    Args:
+        jupyter: options for JupyterLab itself, after two hyphens.
+        fresh: take a clean copy of this chapter, such as 02-attention, and stop.
+        no_open: bring the folder up to date and stop.
+    """
+
+    jupyter: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    fresh: str = ""
+    no_open: bool = False
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Bring the learner's folder up to date, and open it."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--fresh", metavar="CHAPTER", help="take a clean copy of this chapter, such as 02-attention")
-    parser.add_argument("--no-open", action="store_true", help="bring the folder up to date and stop")
-    given, rest = parser.parse_known_args()
+    return command_line.run(lambda: act(arguments))
+
+
+def act(arguments: list[str] | None) -> None:
+    """Do what the command line says; JupyterLab takes the place of this process."""
+    asked = command_line.parse(Asked, arguments, program="python -m tools.lab", description=__doc__)
     folder = ROOT / FOLDER
-    if given.fresh:
-        try:
-            print(fresh(ROOT, folder, Path(given.fresh).stem))
-        except ValueError as wrong:
-            print(wrong, file=sys.stderr)
-            return 2
-        return 0
+    if asked.fresh:
+        print(fresh(ROOT, folder, Path(asked.fresh).stem))
+        return
     for line in bring(ROOT, folder):
         print(line)
-    if given.no_open:
-        return 0
+    if asked.no_open:
+        return
     os.chdir(folder)
-    command = [sys.executable, "-m", "jupyterlab", *options(folder), *rest]
+    command = [sys.executable, "-m", "jupyterlab", *options(folder), *asked.jupyter]
     os.execv(sys.executable, command)
 
 

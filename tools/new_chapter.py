@@ -1,14 +1,13 @@
 """Begin a chapter: make every file that the layout asks for, small but whole, so that all tests pass from the first
 minute.
 
-    python -m tools.new_chapter 13-mixture-of-experts --title "Mixture of experts"
+    python -m tools.new_chapter 22-state-spaces --title "State spaces"
 
 It writes the module with its test, the notebook, the checks of its exercises with right and wrong answers, and enters
-the chapter into ``book/chapters.toml``, from which the table of contents and the README's table are made. Nothing that
-exists is overwritten.
+the chapter into ``book/chapters.toml``, from which the table of contents and the README's table are made, and into the
+longest course of ``book/syllabuses.toml``. Nothing that exists is overwritten.
 """
 
-import argparse
 import json
 import re
 import shutil
@@ -16,15 +15,16 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import tomlkit
+import tyro
 
+from tformer_lib import command_line
 from tools.chapters import LIST, ROOT, load, write
 
+SYLLABUSES = "book/syllabuses.toml"
 TEMPLATES = Path(__file__).with_name("new_chapter.md")
-
-FLOORS = ("ground", "forms", "models", "users")
-"""Who may import whom, from the ground up, as the list of the course has it."""
 
 
 @dataclass(frozen=True)
@@ -53,29 +53,43 @@ class NewChapter:
         return self.word.replace("-", "_")
 
 
-def main() -> int:
+@dataclass(frozen=True)
+class Asked:
+    """Begin a chapter.
+
+    Args:
+        name: number and topic, such as 22-state-spaces.
+        title: the chapter's title; by default the one that is planned, or the topic.
+        question: the question that it answers; by default the one that is planned.
+        part: the part's word in book/chapters.toml; by default the one that is planned.
+        floor: the module's floor in the same file.
+    """
+
+    name: Annotated[str, tyro.conf.Positional]
+    title: str = ""
+    question: str = ""
+    part: str = ""
+    floor: Literal["ground", "forms", "models", "users"] = "forms"
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Make the chapter that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("name", help="number and topic: 13-mixture-of-experts")
-    parser.add_argument("--title", help="the chapter's title; by default the one that is planned, or the topic")
-    parser.add_argument("--question", help="the question that it answers; by default the one that is planned")
-    parser.add_argument("--part", help=f"the part's word in {LIST}; by default the one that is planned")
-    parser.add_argument("--floor", choices=FLOORS, default="forms", help=f"the module's floor in {LIST}")
-    given = parser.parse_args()
+    return command_line.run(lambda: begin(arguments))
+
+
+def begin(arguments: list[str] | None) -> None:
+    """Make the chapter, and say what was written and what comes next."""
+    asked = command_line.parse(Asked, arguments, program="python -m tools.new_chapter", description=__doc__)
     if not (ROOT / "_toc.yml").exists():
-        parser.error("a chapter is begun in a checkout of the course, installed by `make setup`")
-    planned = load(ROOT).named(given.name)
-    title = given.title or (planned and planned.title) or given.name[3:].replace("-", " ").capitalize()
-    question = given.question or (planned and planned.question) or "What question does this chapter answer?"
-    part = given.part or (planned and planned.part) or "modern-models"
-    try:
-        written = make(ROOT, NewChapter(given.name, title, question, part, given.floor))
-    except ValueError as wrong:
-        parser.error(str(wrong))
+        raise ValueError("a chapter is begun in a checkout of the course, installed by `make setup`")
+    planned = load(ROOT).named(asked.name)
+    title = asked.title or (planned and planned.title) or asked.name[3:].replace("-", " ").capitalize()
+    question = asked.question or (planned and planned.question) or "What question does this chapter answer?"
+    part = asked.part or (planned and planned.part) or "modern-models"
+    written = make(ROOT, NewChapter(asked.name, title, question, part, asked.floor))
     tidy([path for path in written if path.endswith((".py", ".ipynb"))])
     print("\n".join(written))
-    print(f"Next: make notebooks NB=notebooks/{given.name}.ipynb, then make test; book/contributing.md has the rest.")
-    return 0
+    print(f"Next: make notebooks NB=notebooks/{asked.name}.ipynb, then make test; book/contributing.md has the rest.")
 
 
 def make(root: Path, chapter: NewChapter) -> list[str]:
@@ -92,10 +106,22 @@ def make(root: Path, chapter: NewChapter) -> list[str]:
     there = [path for path in files if (root / path).exists()]
     if there:
         raise ValueError(f"{', '.join(there)} exists already")
-    listed = enter(root, chapter)  # before a file is written: it may be refused
-    for path, text in (files | {LIST: listed}).items():
+    exercises = re.findall(r'^@exercise\("([\w.]+)"', files[f"tformer_lib/teaching/exercises/{chapter.topic}.py"], re.M)
+    # before a file is written: it may be refused
+    listed = {LIST: enter(root, chapter), SYLLABUSES: schedule(root, chapter, exercises)}
+    for path, text in (files | listed).items():
         (root / path).write_text(text, encoding="utf-8")
-    return [*files, LIST, *write(root)]
+    return [*files, *listed, *write(root)]
+
+
+def schedule(root: Path, chapter: NewChapter, exercises: list[str]) -> str:
+    """``book/syllabuses.toml`` with the chapter and its exercises in the course that has them all."""
+    document = tomlkit.parse((root / SYLLABUSES).read_text(encoding="utf-8"))
+    weeks = max(document["syllabus"], key=lambda course: course["weeks"])["week"]
+    week = next((week for week in reversed(weeks) if week["chapters"][0] <= chapter.name), weeks[0])
+    week["chapters"] = sorted({*week["chapters"], chapter.name})
+    week["exercises"] = [*week["exercises"], *(name for name in exercises if name not in week["exercises"])]
+    return tomlkit.dumps(document)
 
 
 def tidy(files: list[str]) -> None:
