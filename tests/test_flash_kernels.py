@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tformer_lib import jit
+from tformer_lib.attention import attend
+from tformer_lib.flash_attention import in_triton
 from tformer_lib.teaching import kernels
 from tformer_lib.teaching.exercises.flash_kernels import true_attention
 from tformer_lib.teaching.widgets import flash_kernels as widgets
@@ -121,3 +123,35 @@ def test_the_ledger_names_rows_that_were_measured():
 def test_the_ledger_holds_no_measured_number():
     for entry in json.loads((RESULTS / "flash_attention-ledger.json").read_text())["steps"]:
         assert not re.search(r"\d", entry["learnt"].replace("d 64", "").replace("d 128", "")), entry["step"]
+
+
+def test_the_translation_to_triton_refuses_in_words_what_it_cannot_do(monkeypatch):
+    q = torch.randn(1, 2, 5, 16)
+    monkeypatch.setattr(in_triton, "triton", None)
+    with pytest.raises(RuntimeError, match="Triton is not installed here"):
+        in_triton.flash_attention_in_triton(q, q, q)
+    monkeypatch.setattr(in_triton, "refusal", lambda: None)
+    with pytest.raises(ValueError, match=r"bfloat16 and float16, got torch\.float32"):
+        in_triton.flash_attention_in_triton(q, q, q)
+    half, odd = q.bfloat16(), torch.randn(1, 2, 5, 24).bfloat16()
+    with pytest.raises(ValueError, match=r"head_dim of .*, got 24"):
+        in_triton.flash_attention_in_triton(odd, odd, odd)
+    with pytest.raises(ValueError, match="a scale above 0, got -1"):
+        in_triton.flash_attention_in_triton(half, half, half, scale=-1.0)
+    with pytest.raises(ValueError, match="q has 2 heads"):
+        in_triton.flash_attention_in_triton(half, half.repeat(1, 3, 1, 1), half.repeat(1, 3, 1, 1))
+
+
+@pytest.mark.skipif(in_triton.refusal() is not None, reason=str(in_triton.refusal()))
+@pytest.mark.parametrize(
+    ("T", "S", "heads", "kv_heads"), [(1, 1, 1, 1), (5, 70, 2, 1), (40, 24, 2, 2), (129, 257, 4, 2)]
+)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("d", in_triton.HEAD_DIMS)
+def test_the_translation_to_triton_is_attention(T, S, heads, kv_heads, causal, d):
+    q = torch.randn(2, T, heads, d, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    k, v = (torch.randn(2, kv_heads, S, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    exact = attend(q.double(), k.double(), v.double(), causal=causal)
+    plain = (attend(q, k, v, causal=causal).double() - exact).abs().max()
+    out = in_triton.flash_attention_in_triton(q, k, v, causal=causal)
+    assert (out.double() - exact).abs().max() <= 2 * plain + 1e-5

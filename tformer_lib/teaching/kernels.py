@@ -3,7 +3,8 @@
 ``show_kernel("flash_attention/2_tiled.cu", "multiply_scores")`` shows a function as it stands in ``kernels/``, so that
 no kernel is typed twice. ``build`` is ``jit.load`` with one line of output. ``compile_small`` and ``run_small`` are the
 edit, compile, run loop of a learner: functions of ``kernels/flash_attention/small.cpp`` are replaced by the learner's,
-built by the same loader, and run in a process of their own, which may crash or hang without harm.
+built by the same loader, and run in a process of their own, which may crash or hang without harm. ``compile_step`` is
+the same for a whole step of the ladder, with its speed beside the original's.
 """
 
 import contextlib
@@ -24,7 +25,25 @@ from IPython.display import HTML, display
 from torch import Tensor
 
 from tformer_lib import jit
+from tformer_lib.teaching.bench import Bench, compile_step, step_file
 from tformer_lib.teaching.display import show_markdown
+
+__all__ = [
+    "Bench",
+    "KernelError",
+    "build",
+    "compile_small",
+    "compile_step",
+    "compile_text",
+    "definition",
+    "kernel_text",
+    "replace_functions",
+    "run_small",
+    "show_kernel",
+    "show_ledger",
+    "show_table",
+    "step_file",
+]
 
 SMALL = "flash_attention/small.cpp"
 EDITED = "your kernel"
