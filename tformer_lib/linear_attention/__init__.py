@@ -44,6 +44,7 @@ from tformer_lib.linear_attention.feature_maps import (
     taylor,
 )
 from tformer_lib.linear_attention.forms import attend, delta_attend, gated_attend
+from tformer_lib.linear_attention.layer import GatedDeltaLayer, LayerState, weights_from_checkpoint
 from tformer_lib.linear_attention.shared import CHUNK
 from tformer_lib.linear_attention.states import GatedState, LinearState
 from tformer_lib.linear_attention.sums import (
@@ -58,7 +59,9 @@ from tformer_lib.linear_attention.sums import (
 __all__ = [
     "CHUNK",
     "FeatureMap",
+    "GatedDeltaLayer",
     "GatedState",
+    "LayerState",
     "LinearState",
     "RandomFeatures",
     "associative",
@@ -70,6 +73,7 @@ __all__ = [
     "delta_recurrent",
     "draw_projection",
     "elu_plus_one",
+    "weights_from_checkpoint",
     "gated_attend",
     "gated_chunked",
     "gated_parallel",
