@@ -95,7 +95,8 @@ def mixture(width: int = WIDTH, seed: int = 0, bias: bool = False, **experts) ->
 def outputs_and_gradients(form, experts: Experts, x: torch.Tensor, routing: Routing) -> list[torch.Tensor]:
     x, weights = x.clone().requires_grad_(), routing.weights.clone().requires_grad_()
     out = form(experts, x, routing._replace(weights=weights))
-    out.mul(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+    slopes = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device)  # another for each number
+    out.mul(slopes.view_as(out)).sum().backward()
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in (x, weights, *experts.parameters())]
     experts.zero_grad()
     return [out.detach(), *gradients]
