@@ -11,9 +11,10 @@ import torch
 from draws import draws
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
-from tformer_lib import jit, masks
-from tformer_lib.flash_attention import GRADIENTS, RUNGS, flash_attention, flash_attention_varlen
+from tformer_lib import jit, masks, profiling
+from tformer_lib.flash_attention import GRADIENTS, RUNGS, flash_attention, flash_attention_varlen, plans
 
 HAS_CPU_TWIN = jit.can_build_cpp()
 HAS_GPU = torch.cuda.is_available()
@@ -39,16 +40,25 @@ needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 needs_cpu_twin = pytest.mark.skipif(not HAS_CPU_TWIN, reason="needs a C++ compiler and ninja")
 
 
-def plain(q, k, v, *, causal=False, window=None, mask=None, scale=None):
+def plain(q, k, v, *, causal=False, window=None, mask=None, scale=None, softcap=None, alibi_slopes=None):
     """Textbook attention and log-sum-exp, in the precision of its inputs; zeros for a query that sees nothing."""
     T, S, heads = q.shape[2], k.shape[2], q.shape[1]
+    position = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)  # query - key
     k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
     seen = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device) if mask is None else mask
+    if isinstance(window, tuple):
+        left, right = (math.inf if side is None else side for side in window)
+        seen = seen & (position <= left) & (-position <= right)
+        window = None
     if causal or window:
         seen = seen & masks.causal(T, S, device=q.device)
     if window:
         seen = seen & masks.sliding_window(T, S, window=window, device=q.device)
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores - (alibi_slopes[..., None, None] * position.abs()).to(scores.dtype)
     some = seen.any(-1, keepdim=True)
     probabilities = scores.masked_fill(~seen & some, -math.inf).softmax(-1) * some
     lse = scores.masked_fill(~seen, -math.inf).logsumexp(-1)
@@ -56,11 +66,11 @@ def plain(q, k, v, *, causal=False, window=None, mask=None, scale=None):
 
 
 def inputs(shape, dtype, device, *, seed=0, grad=False):
-    """q, k and v of (batch, heads, kv_heads, T, S, head_dim)."""
-    batch, heads, kv_heads, T, S, d = shape
+    """q, k and v of (batch, heads, kv_heads, T, S, head_dim), or with v's own width behind these."""
+    batch, heads, kv_heads, T, S, d, *value_dim = shape
     generator = torch.Generator().manual_seed(seed)
-    sizes = ((heads, T), (kv_heads, S), (kv_heads, S))
-    made = (torch.randn(batch, h, n, d, generator=generator) for h, n in sizes)
+    sizes = ((heads, T, d), (kv_heads, S, d), (kv_heads, S, *(value_dim or [d])))
+    made = (torch.randn(batch, *size, generator=generator) for size in sizes)
     return [x.to(device, dtype).requires_grad_(grad) for x in made]
 
 
@@ -84,7 +94,7 @@ def check_against_plain(shape, dtype, device, step, *, backward=False, **options
     exact_inputs = doubles(q, k, v)
     exact, exact_lse = plain(*exact_inputs, **options)
     low, _ = plain(q, k, v, **options)
-    assert out.shape == q.shape
+    assert out.shape == (*q.shape[:3], v.shape[-1])
     assert out.dtype == q.dtype
     assert_close(out, exact, low, factor=2)
     empty = exact_lse == -math.inf
@@ -92,7 +102,7 @@ def check_against_plain(shape, dtype, device, step, *, backward=False, **options
     assert out[empty].abs().sum() == 0
     torch.testing.assert_close(lse[~empty].double(), exact_lse[~empty], rtol=1e-4, atol=1e-4)
     if backward:
-        dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
         got = torch.autograd.grad(out, (q, k, v), dout)
         exact_grads = torch.autograd.grad(exact, exact_inputs, dout.double())
         low_grads = torch.autograd.grad(low, (q, k, v), dout)
@@ -147,6 +157,84 @@ def test_kv_head_ratios(step, device, dtype, kv_heads):
 def test_windows(step, device, dtype, window):
     check_against_plain((1, 2, 1, 300, 410, 128), dtype, device, step, backward=True, window=window)
     check_against_plain((1, 2, 1, 333, 60, 64), dtype, device, step, backward=True, window=window)
+
+
+@every_backend
+@pytest.mark.parametrize("window", [(0, 0), (5, 0), (0, 7), (63, 64), (None, 30), (100, None), (None, None), (1000, 3)])
+def test_two_sided_windows(step, device, dtype, window):
+    check_against_plain((1, 2, 1, 300, 410, 64), dtype, device, step, backward=True, window=window)
+    check_against_plain((1, 4, 2, 333, 60, 128), dtype, device, step, backward=True, window=window)
+    check_against_plain((1, 2, 1, 130, 140, 40), dtype, device, step, window=window, causal=True)
+
+
+def forms():
+    """The backends that cap scores, add a bias to them, and take values of another width."""
+    return [x for x in backends() if x.values[0] in (0, "cpu", 3, 4)]
+
+
+every_form = pytest.mark.parametrize(("step", "device", "dtype"), forms())
+
+
+@every_form
+@pytest.mark.parametrize("softcap", [0.5, 3.0, 50.0])
+def test_softcap(step, device, dtype, softcap):
+    for d, options in ((64, {}), (128, {"causal": True}), (160, {"window": 60}), (40, {"scale": -0.7})):
+        check_against_plain((2, 2, 1, 200, 270, d), dtype, device, step, backward=True, softcap=softcap, **options)
+
+
+@every_form
+@pytest.mark.parametrize("slopes", [(4,), (2, 4)], ids=["one a head", "one a head and sequence"])
+def test_alibi(step, device, dtype, slopes):
+    slopes = (2.0 ** -torch.arange(1.0, 1 + math.prod(slopes))).reshape(slopes).to(device)
+    for d, options in ((64, {}), (128, {"causal": True}), (64, {"softcap": 2.0}), (192, {"window": (50, 20)})):
+        shape = (2, 4, 2, 200, 270, d)
+        check_against_plain(shape, dtype, device, step, backward=True, alibi_slopes=slopes, **options)
+    check_against_plain((2, 4, 2, 270, 133, 80), dtype, device, step, backward=True, alibi_slopes=slopes)
+
+
+@every_form
+@pytest.mark.parametrize("dims", [(192, 128), (64, 128), (128, 40), (40, 64), (256, 8), (8, 256), (136, 96)], ids=str)
+def test_values_of_another_width(step, device, dtype, dims):
+    shape = (2, 4, 2, 200, 270, *dims)
+    check_against_plain(shape, dtype, device, step, backward=True)
+    check_against_plain(shape, dtype, device, step, backward=True, causal=True)
+    slopes = torch.tensor([0.5, 0.1, 0.01, 0.0], device=device)
+    check_against_plain(shape, dtype, device, step, backward=True, softcap=3.0, alibi_slopes=slopes, window=(70, None))
+
+
+@every_form
+def test_packed_sequences_of_every_form(step, device, dtype):
+    cu_q, cu_k = (
+        torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 1, 131, 131, 431], [0, 60, 61, 81, 500])
+    )
+    slopes = torch.rand(4, 4, generator=torch.Generator().manual_seed(1)).to(device)
+    generator = torch.Generator().manual_seed(2)
+    sizes = ((431, 4, 64), (500, 2, 64), (500, 2, 128))
+    leaves = [torch.randn(size, generator=generator).to(device, dtype).requires_grad_() for size in sizes]
+    for options in ({"softcap": 2.0}, {"window": (30, 50)}, {"causal": True, "softcap": 5.0, "window": (70, None)}):
+        out = flash_attention_varlen(*leaves, cu_q, cu_k, alibi_slopes=slopes, step=step, **options)
+        dout = torch.randn(out.shape, generator=generator).to(device, dtype)
+        grads = torch.autograd.grad(out, leaves, dout)
+        for i, (a, b, c, e) in enumerate(zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True)):
+            cuts = (slice(a, b), slice(c, e), slice(c, e))
+            part = [x[cut][None].transpose(1, 2).detach().requires_grad_() for x, cut in zip(leaves, cuts, strict=True)]
+            alone = flash_attention(*part, alibi_slopes=slopes[i], step=0, **options)
+            alone_grads = torch.autograd.grad(alone, part, dout[a:b][None].transpose(1, 2))
+            tolerance = 2e-5 if dtype == torch.float32 else 4e-2
+            torch.testing.assert_close(out[a:b], alone[0].transpose(0, 1), rtol=tolerance, atol=tolerance)
+            for x, cut, y in zip(grads, cuts, alone_grads, strict=True):
+                torch.testing.assert_close(x[cut], y[0].transpose(0, 1), rtol=tolerance, atol=tolerance)
+
+
+@needs_gpu
+def test_a_step_names_the_form_that_it_lacks():
+    q, k, v = inputs((1, 2, 2, 5, 6, 64), torch.bfloat16, "cuda")
+    with pytest.raises(ValueError, match=r"step 3b cannot do this: it does not cap scores"):
+        flash_attention(q, k, v, softcap=2.0, step="3b")
+    with pytest.raises(ValueError, match=r"step 3b cannot do this: it adds no bias"):
+        flash_attention(q, k, v, alibi_slopes=torch.ones(2, device="cuda"), step="3b")
+    with pytest.raises(ValueError, match=r"step 3b cannot do this: it takes values of head_dim 64 alone, got 32"):
+        flash_attention(q, k, v[..., :32], step="3b")
 
 
 @every_backend
@@ -308,6 +396,106 @@ def test_opcheck_and_compile(step, device, dtype):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 
+@every_form
+def test_opcheck_and_compile_of_every_form(step, device, dtype):
+    torch.compiler.reset()
+    q, k, v = inputs((1, 4, 2, 70, 90, 64, 32), dtype, device, grad=True)
+    slopes = torch.tensor([0.5, 0.1, 0.01, 0.0], device=device)
+    given = (None, None, None, 70, 90, False, 21, 0.125, str(step), False, False, 30, 2.0, slopes)
+    torch.library.opcheck(torch.ops.tformer_lab.flash_attention, (q, k, v, *given))
+    options = {"window": (20, 30), "softcap": 2.0, "alibi_slopes": slopes, "step": step}
+    compiled = torch.compile(lambda *x: flash_attention(*x, **options), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), flash_attention(q, k, v, **options), rtol=0, atol=0)
+
+
+# ---- the door
+
+
+def second_call(*tensors, **options):
+    """A call that goes by the plan that the first one left."""
+    plans._plans.clear()
+    flash_attention(*tensors, **options)
+    (plan,) = plans._plans.values()
+    assert plan is not None
+    return flash_attention(*tensors, **options)
+
+
+@every_backend
+def test_a_planned_call_gives_the_same_bits_and_gradients(step, device, dtype):
+    for layout in ("heads first", "tokens first"):
+        q, k, v = inputs((2, 4, 2, 70, 90, 64), dtype, device)
+        if layout == "tokens first":
+            q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        options = {"causal": True, "step": step, "return_lse": True, "deterministic": True}
+        plans._plans.clear()
+        expected = flash_attention(*leaves, **options)
+        expected_grads = torch.autograd.grad([x.sum() for x in expected], leaves)
+        if step != 0:
+            assert list(map(type, plans._plans.values())) == [plans.Plan]
+        found = flash_attention(*leaves, **options)
+        grads = torch.autograd.grad([x.sum() for x in found], leaves)
+        for a, b in zip((*found, *grads), (*expected, *expected_grads), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+            assert a.stride() == b.stride()
+        with torch.no_grad():
+            out = flash_attention(*leaves, **options)[0]
+        torch.testing.assert_close(out, expected[0].detach(), rtol=0, atol=0)
+        assert not out.requires_grad
+
+
+@needs_cpu_twin
+def test_a_plan_lets_nothing_pass_that_is_refused():
+    q, k, v = inputs((1, 2, 2, 5, 6, 8), torch.float32, "cpu")
+    second_call(q, k, v, window=2, scale=1.0)
+    with pytest.raises(ValueError, match=r"window must be a whole number of keys, got 2\.0"):
+        flash_attention(q, k, v, window=2.0, scale=1.0)
+    second_call(q, k, v, window=(2, 1))
+    with pytest.raises(ValueError, match=r"window's left side must be a whole number of keys, got 2\.0"):
+        flash_attention(q, k, v, window=(2.0, 1))
+    slopes = torch.ones(2)
+    second_call(q, k, v, alibi_slopes=slopes)
+    with pytest.raises(ValueError, match="must not require a gradient"):
+        flash_attention(q, k, v, alibi_slopes=slopes.clone().requires_grad_())
+    second_call(q, k, v)
+    with pytest.raises(ValueError, match="must share a dtype"):
+        flash_attention(q, k, v.double())
+    with pytest.raises(ValueError, match="head_dim 8, k has head_dim 7"):
+        flash_attention(q, k[..., :7], v)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"), forward_ad.dual_level():
+        flash_attention(forward_ad.make_dual(q, q), k, v)
+
+
+@needs_cpu_twin
+def test_who_watches_operators_sees_planned_calls_too():
+    q, k, v = inputs((1, 2, 2, 5, 6, 8), torch.float32, "cpu")
+    second_call(q, k, v)
+    with profiling.count() as work:
+        flash_attention(q, k, v)
+    assert work.flops == 2 * 2 * 2 * 5 * 6 * 8
+    with torch.profiler.profile() as trace:
+        flash_attention(q, k, v)
+    assert "tformer_lab::flash_attention" in {event.name for event in trace.events()}
+    batched = torch.func.vmap(flash_attention)(*(x[None] for x in (q, k, v)))
+    torch.testing.assert_close(batched[0], flash_attention(q, k, v), rtol=0, atol=0)
+
+
+@needs_cpu_twin
+def test_a_planned_call_keeps_to_the_rules_of_autograd():
+    q, k, v = inputs((1, 2, 2, 5, 6, 8), torch.float32, "cpu", grad=True)
+    second_call(q, k, v)
+    out, lse = flash_attention(q, k, v, return_lse=True)
+    (from_lse,) = torch.autograd.grad(lse.sum(), q, retain_graph=True)
+    torch.testing.assert_close(from_lse, torch.autograd.grad(plain(q, k, v)[1].sum(), q)[0], rtol=1e-5, atol=1e-6)
+    (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True, retain_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(grad.sum(), q)
+    with torch.no_grad():
+        k.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 @draws(25)
 @given(
     T=st.integers(1, 70),
@@ -385,8 +573,25 @@ def test_errors_name_what_came():
         flash_attention(q, k, v, step=7)
     with pytest.raises(ValueError, match="runs on cuda"):
         flash_attention(q, k, v, step=3)
-    with pytest.raises(ValueError, match="v must have q's head_dim 8"):
-        flash_attention(q, k, torch.zeros(1, 2, 6, 4))
+    for window, message in (
+        ((3,), "a number of keys or a pair"),
+        ((-1, 2), "left side must be at least 0"),
+        ((2.0, 0), "w"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            flash_attention(q, k, v, window=window)
+    for softcap in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"softcap must be positive and finite, got {softcap}"):
+            flash_attention(q, k, v, softcap=softcap)
+    for slopes, message in (
+        (torch.ones(3), r"\(4,\) or \(1, 4\), got \(3,\)"),
+        (torch.ones(2, 4), r"\(4,\) or \(1, 4\), got \(2, 4\)"),
+        (torch.ones(4).double(), "must be a float32 tensor, got torch.float64"),
+        ([0.5] * 4, "must be a float32 tensor, got list"),
+        (torch.ones(4, requires_grad=True), "must not require a gradient"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            flash_attention(q, k, v, alibi_slopes=slopes)
     with pytest.raises(ValueError, match="q has 4 heads, which 3 kv heads do not divide"):
         flash_attention(q, k.new_zeros(1, 3, 6, 8), v.new_zeros(1, 3, 6, 8))
     with pytest.raises(ValueError, match="must have 3 dimensions"):

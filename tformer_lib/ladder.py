@@ -106,6 +106,17 @@ class Ladder:
 
     def first(self, names: tuple[str, ...], device: torch.device, refusal: Callable[[str], str | None]) -> str:
         """The first of these steps that can do what is asked; the last is taken where no other can."""
+        name, reasons, unbuilt = self.best(names, device, refusal)
+        if unbuilt or (reasons and name == "0" and device.type == "cuda"):
+            why = "; ".join(dict.fromkeys(unbuilt + reasons))
+            what = "step 0, plain PyTorch, which is slow" if name == "0" else f"step {name}, which is not the fastest"
+            warnings.warn(f"{self.topic.replace('_', ' ')} runs {what}: {why}", stacklevel=3)
+        return name
+
+    def best(
+        self, names: tuple[str, ...], device: torch.device, refusal: Callable[[str], str | None]
+    ) -> tuple[str, list[str], list[str]]:
+        """The same without a warning, with the reasons why those before it cannot do it, or cannot be built."""
         reasons, unbuilt = [], []
         for name in names[:-1]:
             if reason := refusal(name):
@@ -113,14 +124,8 @@ class Ladder:
             elif reason := build_failure(self.topic, name, device, jit.kernels_folder()):
                 unbuilt.append(reason)
             else:
-                break
-        else:
-            name = names[-1]
-        if unbuilt or (reasons and name == "0" and device.type == "cuda"):
-            why = "; ".join(dict.fromkeys(unbuilt + reasons))
-            what = "step 0, plain PyTorch, which is slow" if name == "0" else f"step {name}, which is not the fastest"
-            warnings.warn(f"{self.topic.replace('_', ' ')} runs {what}: {why}", stacklevel=3)
-        return name
+                return name, reasons, unbuilt
+        return names[-1], reasons, unbuilt
 
     def kernel(self, step: str, name: str, device: torch.device) -> "Kernel":
         """A C function of a step, built at the first call.

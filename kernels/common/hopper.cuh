@@ -15,18 +15,19 @@ constexpr int STAGES = 2, MOST_STAGES = 3;  // buffers of K and of V, where a sh
 constexpr int CLEARED = 8;  // hardware barrier; turns take 1 to 3
 constexpr int ROW_BYTES = BOX_COLUMNS * 2;
 
-// KEYS is as wide as the registers of a consumer allow: scores KEYS / 2, P KEYS / 4 and O D / 2 of them. Q_STAGES: buffers of
-// Q, with two of which the next tile of rows is there before this one is done. More STAGES let warpgroups drift apart.
-template <int D_, int GROUPS_, int KEYS_, int Q_STAGES_ = 1, int STAGES_ = hopper::STAGES>
+// KEYS is as wide as the registers of a consumer allow: scores KEYS / 2, P KEYS / 4 and O V_D / 2 of them. Q_STAGES: buffers
+// of Q, with two of which the next tile of rows is there before this one is done. More STAGES let warpgroups drift apart.
+// Q and K have D columns, V and O have V_D.
+template <int D_, int GROUPS_, int KEYS_, int Q_STAGES_ = 1, int STAGES_ = hopper::STAGES, int V_D_ = D_>
 struct Shape {
-    static constexpr int D = D_, GROUPS = GROUPS_, KEYS = KEYS_, ROWS = GROUPS * GROUP_ROWS;
+    static constexpr int D = D_, V_D = V_D_, GROUPS = GROUPS_, KEYS = KEYS_, ROWS = GROUPS * GROUP_ROWS;
     static constexpr int Q_STAGES = Q_STAGES_, STAGES = STAGES_;
     static constexpr bool TURNS = D == 64;  // at wider d the products are long enough to hide a softmax in any order
     static constexpr bool OVERLAP = true;   // of products and softmax inside a warpgroup
     static constexpr int THREADS = (GROUPS + 1) * WARPGROUP;
-    static constexpr int BOXES = D / BOX_COLUMNS;
-    static constexpr int Q_BYTES = ROWS * D * 2, TILE_BYTES = KEYS * D * 2;
-    static constexpr int SHARED_BYTES = Q_STAGES * Q_BYTES + 2 * STAGES * TILE_BYTES + 1024;  // aligned to 1,024 by hand
+    static constexpr int BOXES = D / BOX_COLUMNS, V_BOXES = V_D / BOX_COLUMNS;
+    static constexpr int Q_BYTES = ROWS * D * 2, TILE_BYTES = KEYS * D * 2, V_BYTES = KEYS * V_D * 2;
+    static constexpr int SHARED_BYTES = Q_STAGES * Q_BYTES + STAGES * (TILE_BYTES + V_BYTES) + 1024;  // aligned by hand
     static constexpr int PRODUCER_REGISTERS = GROUPS == 2 ? 40 : 32, CONSUMER_REGISTERS = GROUPS == 2 ? 232 : 160;
     static constexpr int CONSUMER_WARPS = GROUPS * WARPS;
 };
@@ -75,7 +76,7 @@ __device__ void issue_scores(float (&S)[Sh::KEYS / 8][4], uint32_t Q, uint32_t K
 
 // O += P V: KEYS / 16 products, each of 16 rows of V.
 template <class Half, class Sh>
-__device__ void issue_values(float (&O)[Sh::D / 8][4], const uint32_t (&P)[Sh::KEYS / 16][4], uint32_t V) {
+__device__ void issue_values(float (&O)[Sh::V_D / 8][4], const uint32_t (&P)[Sh::KEYS / 16][4], uint32_t V) {
 #pragma unroll
     for (int k = 0; k < Sh::KEYS / 16; ++k)
         multiply_registers<Half>(O, P[k], n_major(V + k * 16 * ROW_BYTES, Sh::KEYS * ROW_BYTES), true);
@@ -118,7 +119,7 @@ struct Consumer {
     __device__ void clear_values(int first) const {
         constexpr int THREADS = Sh::GROUPS * WARPGROUP;
         wait(&barriers.v_full[v.stage], v.parity);
-        clear_rows(buffers.V + v.stage * Sh::TILE_BYTES, Sh::BOXES, Sh::KEYS, first, threadIdx.x, THREADS);
+        clear_rows(buffers.V + v.stage * Sh::V_BYTES, Sh::V_BOXES, Sh::KEYS, first, threadIdx.x, THREADS);
         show_to_async();
         meet(CLEARED, THREADS);
     }
@@ -135,7 +136,7 @@ struct Consumer {
     // The rows' attention over `count` tiles of keys, the last of which begins at `key`; they come from the last to the
     // first. `mask(S, key)` sets scores that do not count to -inf, `prepare(key)` is called before V is first read.
     template <class Mask, class Prepare>
-    __device__ void attend(float (&O)[Sh::D / 8][4], float (&m)[2], float (&l)[2], int key, int count, const Mask& mask,
+    __device__ void attend(float (&O)[Sh::V_D / 8][4], float (&m)[2], float (&l)[2], int key, int count, const Mask& mask,
                            const Prepare& prepare) {
         float S[Sh::KEYS / 8][4], correction[2];
         uint32_t P[Sh::KEYS / 16][4];
@@ -159,7 +160,7 @@ struct Consumer {
             products_begin();
             issue_scores<Half, Sh>(S, Q, K + k.stage * Sh::TILE_BYTES);
             wait(&barriers.v_full[v.stage], v.parity);
-            issue_values<Half, Sh>(O, P, V + v.stage * Sh::TILE_BYTES);
+            issue_values<Half, Sh>(O, P, V + v.stage * Sh::V_BYTES);
             pass_turn();
             wait_products<1>();
             pin(S);
@@ -177,7 +178,7 @@ struct Consumer {
         release(barriers.q_empty);
         wait(&barriers.v_full[v.stage], v.parity);
         products_begin();
-        issue_values<Half, Sh>(O, P, V + v.stage * Sh::TILE_BYTES);
+        issue_values<Half, Sh>(O, P, V + v.stage * Sh::V_BYTES);
         wait_products<0>();
         pin(O);
         release(&barriers.v_empty[v.stage]);
@@ -208,7 +209,7 @@ struct Stream : Consumer<Half, Sh> {
     using Base::barriers, Base::k, Base::v, Base::Q, Base::K, Base::V, Base::to_base_2, Base::release, Base::wait_turn,
         Base::pass_turn;
     Ring<Sh::Q_STAGES> q = {};
-    float S[Sh::KEYS / 8][4], O[Sh::D / 8][4], m[2], l[2];
+    float S[Sh::KEYS / 8][4], O[Sh::V_D / 8][4], m[2], l[2];
     uint32_t P[Sh::KEYS / 16][4];
 
     using Base::Base;
@@ -226,7 +227,7 @@ struct Stream : Consumer<Half, Sh> {
         if constexpr (!Sh::OVERLAP) wait_products<0>();
         if constexpr (VALUES) {
             wait(&barriers.v_full[v.stage], v.parity);
-            issue_values<Half, Sh>(O, P, V + v.stage * Sh::TILE_BYTES);
+            issue_values<Half, Sh>(O, P, V + v.stage * Sh::V_BYTES);
         }
         if constexpr (SCORES) pass_turn();
 
@@ -285,7 +286,7 @@ struct Stream : Consumer<Half, Sh> {
 
     __device__ void clear_output() {
 #pragma unroll
-        for (int j = 0; j < Sh::D / 8; ++j)
+        for (int j = 0; j < Sh::V_D / 8; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e) O[j][e] = 0.0f;
     }

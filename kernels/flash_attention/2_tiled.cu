@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(Shape<D>::THREADS) forward_kernel(Arguments a)
     float* const Q = reinterpret_cast<float*>(shared);
     float *const KV = Q + S::ROWS * S::STRIDE, *const P = KV + S::KEYS * S::STRIDE;
 
-    const Work work = work_of(blockIdx.x, a.heads, int((a.queries + S::ROWS - 1) / S::ROWS), a.causal != 0);
+    const Work work = work_of(blockIdx.x, a.heads, int((a.queries + S::ROWS - 1) / S::ROWS), a.ahead == 0);
     const Sequence sequence = sequence_of(a, work.b);
     const int top = work.tile * S::ROWS, rows = min(S::ROWS, sequence.T - top);
     if (rows <= 0) return;

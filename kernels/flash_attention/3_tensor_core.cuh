@@ -22,10 +22,13 @@
 // The rungs that led here, each a file of its own that asks for less of this one (`Rung`): 3a has the tensor cores alone, 3b
 // adds the swizzle, 3c the second buffer, 3d 32 rows a warp, and step 3 itself one multiply-add and one exponential a score.
 #pragma once
+#include <algorithm>
+
 #include "common/launch.cuh"
 #include "common/mma.cuh"
 #include "common/softmax.cuh"
 #include "common/resources.cuh"
+#include "scores.cuh"
 #include "sight.cuh"
 
 namespace flash {
@@ -40,8 +43,9 @@ constexpr int CHUNK = 8;  // halves in 16 bytes
 // 32 rows a warp: every fragment of K and V feeds two products, without which shared memory is the limit. Two blocks a
 // multiprocessor, so that one's softmax runs beside the other's products: at most 255 registers and 113 KB each.
 // A d of 256 leaves registers for 16 rows a warp alone.
-template <int D_, Rung RUNG>
+template <int D_, Rung RUNG, bool MODIFIED_ = false>
 struct Shape {
+    static constexpr bool MODIFIED = MODIFIED_;  // scores are capped or biased
     static constexpr int D = D_;
     static constexpr bool SWIZZLED = RUNG >= SWIZZLE, FOLDED = RUNG >= FOLDED_SCALE;
     static constexpr int BUFFERS = RUNG >= DOUBLE_BUFFER ? 2 : 1;
@@ -149,7 +153,7 @@ __global__ void __launch_bounds__(THREADS, Sh::BLOCKS) forward_kernel(const __gr
     extern __shared__ __align__(128) uint8_t shared[];
     const uint32_t Q = shared_address(shared), tiles = Q + Sh::Q_BYTES;
 
-    const Work work = work_of(blockIdx.x, a.heads, int((a.queries + Sh::ROWS - 1) / Sh::ROWS), a.causal != 0);
+    const Work work = work_of(blockIdx.x, a.heads, int((a.queries + Sh::ROWS - 1) / Sh::ROWS), a.ahead == 0);
     const Sequence sequence = sequence_of(a, work.b);
     const int top = work.tile * Sh::ROWS, rows = min(Sh::ROWS, sequence.T - top);
     if (rows <= 0) return;
@@ -162,7 +166,7 @@ __global__ void __launch_bounds__(THREADS, Sh::BLOCKS) forward_kernel(const __gr
     const auto start_tile = [&](int key, int half) {
         const uint32_t tile = tiles + half * 2 * Sh::TILE_BYTES;
         start_copy<Sh, Sh::KEYS>(tile, K + key * a.k.row, a.k.row, sequence.S - key, int(a.head_dim));
-        start_copy<Sh, Sh::KEYS>(tile + Sh::TILE_BYTES, V + key * a.v.row, a.v.row, sequence.S - key, int(a.head_dim));
+        start_copy<Sh, Sh::KEYS>(tile + Sh::TILE_BYTES, V + key * a.v.row, a.v.row, sequence.S - key, int(a.value_dim));
     };
     start_copy<Sh, Sh::ROWS>(Q, row_of<Half>(a.q, sequence.b, work.h, sequence.q_begin + top), a.q.row, rows,
                             int(a.head_dim));
@@ -170,7 +174,8 @@ __global__ void __launch_bounds__(THREADS, Sh::BLOCKS) forward_kernel(const __gr
     commit_copies();
 
     const int lane = threadIdx.x % WARP, warp_top = top + threadIdx.x / WARP * Sh::WARP_ROWS;
-    const float to_base_2 = a.scale * LOG2E;
+    const float to_base_2 = unit_of<Sh::MODIFIED>(a) * LOG2E;
+    const ScoreForm form = Sh::MODIFIED ? form_of(a, work.b, work.h) : ScoreForm{};
     float O[Sh::M][Sh::D / 8][4] = {};
     float m[Sh::M][2], l[Sh::M][2] = {};
     for (auto& pair : m) pair[0] = pair[1] = -INFINITY;
@@ -192,6 +197,14 @@ __global__ void __launch_bounds__(THREADS, Sh::BLOCKS) forward_kernel(const __gr
 
         float S[Sh::M][Sh::N][4] = {};
         multiply_scores<Half, Sh>(S, Q, tile);
+        if constexpr (Sh::MODIFIED)
+#pragma unroll
+            for (int i = 0; i < Sh::M; ++i)
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    cap_row(S[i], r, form);
+                    bias_row(S[i], r, form, warp_top + i * 16 + r * 8 + lane / 4 + sight.S - sight.T - key);
+                }
         if (!sight.sees_all(warp_top, Sh::WARP_ROWS, key, Sh::KEYS))
 #pragma unroll
             for (int i = 0; i < Sh::M; ++i)
@@ -216,7 +229,7 @@ __global__ void __launch_bounds__(THREADS, Sh::BLOCKS) forward_kernel(const __gr
         for (int r = 0; r < 2; ++r) {
             const int row = warp_top + i * 16 + r * 8 + lane / 4;
             const float sum = quad_sum(l[i][r]);
-            store_row<Half>(out + row * a.out.row, O[i], r, sum > 0.0f ? 1.0f / sum : 0.0f, row < sequence.T, a.head_dim);
+            store_row<Half>(out + row * a.out.row, O[i], r, sum > 0.0f ? 1.0f / sum : 0.0f, row < sequence.T, a.value_dim);
             if (row < sequence.T && lane % 4 == 0)
                 a.lse[lse_index(a, sequence.b, work.h, sequence.q_begin + row)] =
                     log_sum_exp(m[i][r], sum, Sh::FOLDED ? to_base_2 : LOG2E);
@@ -224,27 +237,28 @@ __global__ void __launch_bounds__(THREADS, Sh::BLOCKS) forward_kernel(const __gr
 }
 
 // Call `run` with the element type and the width that head_dim is padded to.
-template <Rung RUNG, class Run>
+template <Rung RUNG, bool MODIFIED, class Run>
 const char* with_types(const Arguments& a, const Run& run) {
+    const int64_t widest = std::max(a.head_dim, a.value_dim);
     const auto with_half = [&]<class Half>(Half) {
-        if (a.head_dim <= 64) return run.template operator()<Half, Shape<64, RUNG>>();
-        if (a.head_dim <= 128) return run.template operator()<Half, Shape<128, RUNG>>();
-        return run.template operator()<Half, Shape<256, RUNG>>();
+        if (widest <= 64) return run.template operator()<Half, Shape<64, RUNG, MODIFIED>>();
+        if (widest <= 128) return run.template operator()<Half, Shape<128, RUNG, MODIFIED>>();
+        return run.template operator()<Half, Shape<256, RUNG, MODIFIED>>();
     };
     return a.dtype == BFLOAT16 ? with_half(Bf16{}) : with_half(Fp16{});
 }
 
-template <Rung RUNG>
+template <Rung RUNG, bool MODIFIED = false>
 const char* run_forward(const Arguments& a, void* stream) {
-    return with_types<RUNG>(a, [&]<class Half, class Sh>() {
+    return with_types<RUNG, MODIFIED>(a, [&]<class Half, class Sh>() {
         const int64_t tiles = (a.queries + Sh::ROWS - 1) / Sh::ROWS;
         return launch(forward_kernel<Half, Sh>, a.batch * a.heads * tiles, THREADS, Sh::SHARED_BYTES, stream, a);
     });
 }
 
-template <Rung RUNG>
+template <Rung RUNG, bool MODIFIED = false>
 const char* find_resources(const Arguments& a, Resources* out) {
-    return with_types<RUNG>(a, [&]<class Half, class Sh>() {
+    return with_types<RUNG, MODIFIED>(a, [&]<class Half, class Sh>() {
         return measure_resources(forward_kernel<Half, Sh>, THREADS, Sh::SHARED_BYTES, out);
     });
 }

@@ -45,6 +45,7 @@
 #include "common/hopper.cuh"
 #include "common/launch.cuh"
 #include "common/resources.cuh"
+#include "scores.cuh"
 #include "sight.cuh"
 
 namespace flash {
@@ -61,10 +62,10 @@ using namespace hopper;
 //   PERSISTENT      4:  a block a multiprocessor, which goes from tile of rows to tile of rows without a pause
 enum Rung { ONE_WARPGROUP, PRODUCER, IN_TURNS, OVERLAP, PERSISTENT };
 
-
-template <class Shape, Rung RUNG_, bool PACKED_>
+template <class Shape, Rung RUNG_, bool PACKED_, bool MODIFIED_>
 struct Rows : Shape {
     static constexpr Rung RUNG = RUNG_;
+    static constexpr bool MODIFIED = MODIFIED_;  // scores are capped or biased
     static constexpr bool TURNS = RUNG == PERSISTENT ? Shape::TURNS : RUNG >= IN_TURNS;
     static constexpr bool OVERLAP = RUNG >= flash::OVERLAP;
     // Packed sequences: rows behind a sequence's end are the next one's. Only what differs is compiled, so that one sequence
@@ -82,7 +83,8 @@ struct Plan {
 
 // A tile of rows, as the producer hands it to the consumers.
 struct Task {
-    int batch, head, top;        // its first row
+    int batch, head, top;        // where in memory, and its first row
+    int sequence;                // which of the batch, packed or not
     int begin, count;            // the tiles of keys begin, begin + KEYS, ...; count -1: there are no more tiles of rows
     int T, S, q_begin, k_begin;  // of its sequence
 };
@@ -132,11 +134,11 @@ struct Producer {
         ring.next();
     }
 
-    template <int ROWS>
+    template <int ROWS, int BOXES = Sh::BOXES>
     __device__ void load_tile(uint8_t* target, const CUtensorMap* map, uint64_t* full, int row, int head, int batch) {
-        arrive_and_expect(full, ROWS * Sh::D * 2);
+        arrive_and_expect(full, ROWS * BOXES * ROW_BYTES);
 #pragma unroll
-        for (int box = 0; box < Sh::BOXES; ++box)
+        for (int box = 0; box < BOXES; ++box)
             load_box(target + box * ROWS * ROW_BYTES, map, full, box * BOX_COLUMNS, row, head, batch);
     }
 
@@ -147,7 +149,7 @@ struct Producer {
         const int top = work.tile * Sh::ROWS, bottom = min(top + Sh::ROWS, sight.T) - 1;
         const int begin = sight.first(top) / Sh::KEYS * Sh::KEYS, end = top < sight.T ? sight.last(bottom) : 0;
         const int count = end > begin ? (end - begin + Sh::KEYS - 1) / Sh::KEYS : 0;
-        return {int(sequence.b), int(work.h), top, begin, count, sequence.T, sequence.S, int(sequence.q_begin),
+        return {int(sequence.b), int(work.h), top, int(work.b), begin, count, sequence.T, sequence.S, int(sequence.q_begin),
                 int(sequence.k_begin)};
     }
 
@@ -169,8 +171,8 @@ struct Producer {
             }
             if (i > 0) {
                 wait(&shared.barriers.v_empty[v.stage], v.parity ^ 1);
-                load_tile<Sh::KEYS>(buffers.V + v.stage * Sh::TILE_BYTES, &plan.v, &shared.barriers.v_full[v.stage],
-                                    row + Sh::KEYS, kv, batch);
+                load_tile<Sh::KEYS, Sh::V_BOXES>(buffers.V + v.stage * Sh::V_BYTES, &plan.v,
+                                                 &shared.barriers.v_full[v.stage], row + Sh::KEYS, kv, batch);
                 v.next();
             }
         }
@@ -207,7 +209,7 @@ __device__ void mask(const Consumer<Half, Sh>& consumer, float (&S)[Sh::KEYS / 8
 
 template <class Half, class Sh>
 __device__ void store(const Consumer<Half, Sh>& consumer, const Arguments& a, const Task& task,
-                      const float (&O)[Sh::D / 8][4], const float (&m)[2], const float (&l)[2]) {
+                      const float (&O)[Sh::V_D / 8][4], const float (&m)[2], const float (&l)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int row = task.top + consumer.group * GROUP_ROWS + consumer.row_in_group(r);
@@ -215,7 +217,7 @@ __device__ void store(const Consumer<Half, Sh>& consumer, const Arguments& a, co
         const int64_t at = task.q_begin + row;
         const float sum = quad_sum(l[r]);
         Half* target = row_of<Half>(a.out, task.batch, task.head, at);
-        store_row<Half>(target, O, r, sum > 0.0f ? 1.0f / sum : 0.0f, valid, a.head_dim);
+        store_row<Half>(target, O, r, sum > 0.0f ? 1.0f / sum : 0.0f, valid, a.value_dim);
         if (valid && consumer.lane % 4 == 0)
             a.lse[lse_index(a, task.batch, task.head, at)] = log_sum_exp(m[r], sum, consumer.to_base_2);
     }
@@ -230,6 +232,7 @@ struct Tiles {
     int current = -1, before = -1;  // their places in the ring
     int count = 0, begin = 0, group_top = 0;
     int clear_begin = 0, clear_end = 0;  // keys that all rows of the group see
+    ScoreForm form = {};
 
     __device__ Sight sight() const {
         const Task& task = shared.tasks[current];
@@ -247,12 +250,21 @@ struct Tiles {
         const Sight sight = this->sight();
         group_top = task.top + consumer.group * GROUP_ROWS;
         clear_begin = sight.first(group_top + GROUP_ROWS - 1), clear_end = sight.last(group_top);
+        if constexpr (Sh::MODIFIED) form = form_of(a, task.sequence, task.head);
         return true;
     }
 
     __device__ int key(int left) const { return begin + left * Sh::KEYS; }
 
     __device__ void mask(const Consumer<Half, Sh>& consumer, float (&S)[Sh::KEYS / 8][4], int key) const {
+        if constexpr (Sh::MODIFIED) {
+            const Task& task = shared.tasks[current];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                cap_row(S, r, form);
+                bias_row(S, r, form, group_top + consumer.row_in_group(r) + task.S - task.T - key);
+            }
+        }
         if (key >= clear_begin && key + Sh::KEYS <= clear_end) return;
         flash::mask(consumer, S, sight(), group_top, key);
     }
@@ -263,7 +275,7 @@ struct Tiles {
         if (Sh::PACKED && key + Sh::KEYS > S) consumer.clear_values(S - key);
     }
 
-    __device__ void store(const Consumer<Half, Sh>& consumer, const float (&O)[Sh::D / 8][4], const float (&m)[2],
+    __device__ void store(const Consumer<Half, Sh>& consumer, const float (&O)[Sh::V_D / 8][4], const float (&m)[2],
                           const float (&l)[2], bool current) const {
         const int place = current ? this->current : before;
         flash::store(consumer, a, shared.tasks[place], O, m, l);
@@ -292,7 +304,7 @@ __global__ void __launch_bounds__(Sh::THREADS, 1)
     } else {
         take_registers<Sh::CONSUMER_REGISTERS>();
         const int group = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
-        Stream<Half, Sh> stream(shared.barriers, buffers, group, a.scale);
+        Stream<Half, Sh> stream(shared.barriers, buffers, group, unit_of<Sh::MODIFIED>(a));
         Tiles<Half, Sh> tiles{a, shared};
         stream.attend_all(tiles);
     }
@@ -368,49 +380,53 @@ template <class Sh>
 const char* make_plan(Plan& plan, const Arguments& a) {
     const bool is_bf16 = a.dtype == BFLOAT16;
     const int64_t batch = Sh::PACKED ? 1 : a.batch, heads = a.batch * a.heads;
-    const auto make = [&](CUtensorMap& map, const Matrix& x, int64_t heads, int64_t rows, int box_rows) {
-        return make_map(&map, is_bf16, x.data, {batch, heads, rows, a.head_dim}, {x.batch, x.head, x.row}, box_rows);
+    const auto make = [&](CUtensorMap& map, const Matrix& x, int64_t heads, int64_t rows, int64_t columns, int box_rows) {
+        return make_map(&map, is_bf16, x.data, {batch, heads, rows, columns}, {x.batch, x.head, x.row}, box_rows);
     };
-    if (const char* error = make(plan.q, a.q, a.heads, a.total_q, Sh::ROWS)) return error;
-    if (const char* error = make(plan.k, a.k, a.kv_heads, a.total_k, Sh::KEYS)) return error;
-    if (const char* error = make(plan.v, a.v, a.kv_heads, a.total_k, Sh::KEYS)) return error;
+    if (const char* error = make(plan.q, a.q, a.heads, a.total_q, a.head_dim, Sh::ROWS)) return error;
+    if (const char* error = make(plan.k, a.k, a.kv_heads, a.total_k, a.head_dim, Sh::KEYS)) return error;
+    if (const char* error = make(plan.v, a.v, a.kv_heads, a.total_k, a.value_dim, Sh::KEYS)) return error;
     plan.tiles = int((a.queries + Sh::ROWS - 1) / Sh::ROWS);
     if (heads * plan.tiles > MOST_BLOCKS / 2) return "more than 2^30 tiles: split the batch";
     plan.tiles_in_all = int(heads * plan.tiles);
-    const int64_t fitting = BUNDLE_BYTES / (std::max<int64_t>(a.keys, 1) * a.head_dim * 2 * 2) * (a.heads / a.kv_heads);
-    plan.heads_together = a.causal && a.window == 0 ? int(std::clamp<int64_t>(fitting, 1, heads)) : 1;
+    const int64_t fitting = BUNDLE_BYTES / (std::max<int64_t>(a.keys, 1) * (a.head_dim + a.value_dim) * 2) * (a.heads / a.kv_heads);
+    plan.heads_together = a.ahead == 0 && a.window == 0 ? int(std::clamp<int64_t>(fitting, 1, heads)) : 1;
     return nullptr;
 }
 
 constexpr int64_t LONG = 8192;  // keys from which on a causal mask loses little in the corners of wide tiles
 
 // Call `run` with the element type and the tiles. A wide tile of keys costs less a key.
-template <Rung RUNG, class Half, class Run>
+template <Rung RUNG, bool MODIFIED, class Half, class Run>
 const char* with_shape(const Arguments& a, const Run& run) {
     const auto run_with = [&]<class Sh>(Sh) {
-        return a.cu_seqlens_q != nullptr ? run.template operator()<Half, Rows<Sh, RUNG, true>>()
-                                         : run.template operator()<Half, Rows<Sh, RUNG, false>>();
+        return a.cu_seqlens_q != nullptr ? run.template operator()<Half, Rows<Sh, RUNG, true, MODIFIED>>()
+                                         : run.template operator()<Half, Rows<Sh, RUNG, false, MODIFIED>>();
     };
+    const int64_t widest = std::max(a.head_dim, a.value_dim);
     if constexpr (RUNG == ONE_WARPGROUP) {  // 64 rows a block, two or three blocks a multiprocessor
-        if (a.head_dim <= 64) return run_with(Shape<64, 1, 128>{});
-        if (a.head_dim <= 128) return run_with(Shape<128, 1, 64>{});
+        if (widest <= 64) return run_with(Shape<64, 1, 128>{});
+        if (widest <= 128) return run_with(Shape<128, 1, 64>{});
         return run_with(Shape<256, 1, 80>{});
     } else {
-        if (a.head_dim <= 64) return run_with(Shape<64, 3, 128, 2, 3>{});
-        if (a.head_dim > 128) return run_with(Shape<256, 2, 80>{});
-        if (a.causal && a.keys < LONG) return run_with(Shape<128, 2, 128, 2>{});
+        if (widest <= 64) return run_with(Shape<64, 3, 128, 2, 3>{});
+        if constexpr (RUNG == PERSISTENT)  // latent attention: keys of 192 columns, values of 128
+            if (a.head_dim > 128 && a.head_dim <= 192 && a.value_dim <= 128)
+                return run_with(Shape<192, 2, 128, 1, 2, 128>{});
+        if (widest > 128) return run_with(Shape<256, 2, 80>{});
+        if (a.ahead == 0 && a.keys < LONG) return run_with(Shape<128, 2, 128, 2>{});
         return run_with(Shape<128, 2, 176>{});
     }
 }
 
-template <Rung RUNG, class Run>
+template <Rung RUNG, bool MODIFIED, class Run>
 const char* with_types(const Arguments& a, const Run& run) {
-    return a.dtype == BFLOAT16 ? with_shape<RUNG, Bf16>(a, run) : with_shape<RUNG, Fp16>(a, run);
+    return a.dtype == BFLOAT16 ? with_shape<RUNG, MODIFIED, Bf16>(a, run) : with_shape<RUNG, MODIFIED, Fp16>(a, run);
 }
 
-template <Rung RUNG>
+template <Rung RUNG, bool MODIFIED = false>
 const char* run_forward(const Arguments& a, void* stream) {
-    return with_types<RUNG>(a, [&]<class Half, class Sh>() -> const char* {
+    return with_types<RUNG, MODIFIED>(a, [&]<class Half, class Sh>() -> const char* {
         Plan plan;
         if (const char* error = make_plan<Sh>(plan, a)) return error;
         if constexpr (RUNG == ONE_WARPGROUP)
@@ -423,9 +439,9 @@ const char* run_forward(const Arguments& a, void* stream) {
     });
 }
 
-template <Rung RUNG>
+template <Rung RUNG, bool MODIFIED = false>
 const char* find_resources(const Arguments& a, Resources* out) {
-    return with_types<RUNG>(a, [&]<class Half, class Sh>() {
+    return with_types<RUNG, MODIFIED>(a, [&]<class Half, class Sh>() {
         if constexpr (RUNG == ONE_WARPGROUP)
             return measure_resources(one_warpgroup_kernel<Half, Sh>, WARPGROUP, Sh::SHARED_BYTES, out);
         else return measure_resources(forward_kernel<Half, Sh>, Sh::THREADS, Sh::SHARED_BYTES, out);

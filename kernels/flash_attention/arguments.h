@@ -6,7 +6,7 @@ namespace flash {
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
-// One of q, k, v, out and their gradients: (batch, heads, rows, head_dim). Strides are in elements; columns are adjacent.
+// One of q, k, v, out and their gradients: (batch, heads, rows, columns). Strides are in elements; columns are adjacent.
 // Packed sequences have one batch row, in which `cu_seqlens` says where each sequence begins.
 struct Matrix {
     void* data;
@@ -24,14 +24,17 @@ struct Arguments {
     int32_t* dealt;                // step 4: two zeros that it leaves zero; tiles of rows handed out, blocks that are done
     const int32_t* cu_seqlens_q;   // (batch + 1) or null
     const int32_t* cu_seqlens_k;   // (batch + 1) or null
+    const float* alibi_slopes;     // (heads) or (batch, heads), or null: what a score loses for each key of distance
     int64_t lse_batch, lse_head;   // strides of lse, dlse and delta in elements
+    int64_t slopes_batch;          // of alibi_slopes; 0: all sequences have the same
     int64_t batch, heads, kv_heads;
     int64_t queries, keys;         // of the longest sequence
     int64_t total_q, total_k;      // rows of q and k in memory
-    int64_t head_dim;
-    int64_t window;                // a query sees this many keys, its own the last; 0: no window
+    int64_t head_dim, value_dim;   // columns of q and k, and of v and out
+    int64_t window;                // a query sees this many keys up to its own; 0: all
     float scale;
-    int32_t causal;
+    float softcap;                 // scores become softcap * tanh(score / softcap); 0: they do not
+    int32_t ahead;                 // how many keys after its own a query sees: 0 is causal, -1 all
     int32_t dtype;
 };
 

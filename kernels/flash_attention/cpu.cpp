@@ -183,11 +183,15 @@ Sequence sequence_of(const Arguments& a, int64_t b) {
 
 // The query in row i of a sequence sees the keys first .. last - 1; its own position is i + S - T.
 struct Sight {
-    int64_t S, shift, window;
-    bool causal;
+    int64_t S, shift, window, ahead;
     int64_t first(int64_t i) const { return window ? std::max<int64_t>(0, i + shift - window + 1) : 0; }
-    int64_t last(int64_t i) const { return causal ? std::clamp<int64_t>(i + shift + 1, 0, S) : S; }
+    int64_t last(int64_t i) const { return ahead >= 0 ? std::clamp<int64_t>(i + shift + 1 + ahead, 0, S) : S; }
 };
+
+// Panels begin at multiples of PANEL of the packed rows, a sequence anywhere: `lead` rows of others come before its first.
+Sight sight_of(const Arguments& a, const Sequence& seq, int64_t lead = 0) {
+    return {seq.S + lead, seq.S - seq.T + lead, a.window, a.ahead};
+}
 
 // Set the scores that a query may not see to -inf. Columns past `columns` of the last panel count as unseen.
 void mask_scores(float* S, const Sight& sight, int64_t row, int64_t rows, int64_t column, int64_t columns) {
@@ -197,6 +201,41 @@ void mask_scores(float* S, const Sight& sight, int64_t row, int64_t rows, int64_
         std::fill(S + i * KEY_TILE, S + i * KEY_TILE + first, -INF);
         std::fill(S + i * KEY_TILE + last, S + i * KEY_TILE + round_up(columns, PANEL), -INF);
     }
+}
+
+// --- scores that are more than products ------------------------------------------------------------------------------
+
+bool modifies_scores(const Arguments& a) { return a.softcap > 0.0f || a.alibi_slopes != nullptr; }
+
+// Exponentials are of base 2; a score that is modified changes its base after that.
+float q_factor(const Arguments& a) { return modifies_scores(a) ? a.scale : a.scale * LOG2E; }
+
+// Near zero the series, since 1 - 2 / (1 + e^2x) would leave few digits there.
+Floats tanh(Floats x) {
+    const Floats x2 = x * x;
+    const Floats series = x + x * x2 * (-0.33333333f + x2 * (0.13333333f + x2 * (-0.053968254f + x2 * 0.021869488f)));
+    const Floats whole = 1.0f - 2.0f / (1.0f + exp2(x * (2.0f * LOG2E)));
+    return x2 < 0.0625f ? series : whole;
+}
+
+// softcap * tanh(score / softcap), then less for each key of distance, all in base 2. The first row stands at key
+// `position`. `gradient`, where it is not null, gets the derivative of the cap.
+void modify_scores(const Arguments& a, float* S, float* gradient, int64_t b, int64_t h, int64_t position, int64_t rows,
+                   int64_t column, int64_t columns) {
+    const float slope = a.alibi_slopes != nullptr ? a.alibi_slopes[b * a.slopes_batch + h] : 0.0f;
+    Floats lanes;
+    for (int i = 0; i < LANES; ++i) lanes[i] = float(i);
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; j += LANES) {
+            Floats& x = at(S + i * KEY_TILE + j);
+            if (a.softcap > 0.0f) {
+                const Floats t = tanh(x / a.softcap);
+                if (gradient != nullptr) at(gradient + i * KEY_TILE + j) = 1.0f - t * t;
+                x = t * a.softcap;
+            }
+            const Floats apart = lanes + float(column + j - position - i);
+            x = (x - (apart < 0.0f ? -apart : apart) * slope) * LOG2E;
+        }
 }
 
 // --- forward ---------------------------------------------------------------------------------------------------------
@@ -219,24 +258,24 @@ void softmax_row(float* scores, int64_t columns, float& m, float& l, float* O, i
 template <class T>
 void forward_tile(Arguments& a, const Panels& K, const Panels& V, int64_t b, int64_t h, int64_t row, float* scratch) {
     const Sequence seq = sequence_of(a, b);
-    const Sight sight{seq.S, seq.S - seq.T, a.window, a.causal != 0};
-    const int64_t d = a.head_dim, width = round_up(d, PANEL), rows = std::min<int64_t>(QUERY_TILE, seq.T - row);
-    const int64_t kv = h / (a.heads / a.kv_heads);
+    const Sight sight = sight_of(a, seq);
+    const int64_t d = a.head_dim, width = round_up(a.value_dim, PANEL);
+    const int64_t rows = std::min<int64_t>(QUERY_TILE, seq.T - row), kv = h / (a.heads / a.kv_heads);
     float *Q = scratch, *O = Q + QUERY_TILE * d, *S = O + QUERY_TILE * width;
     float m[QUERY_TILE], l[QUERY_TILE];
-    load_tile<T>(a.q, seq.b, h, seq.q_begin + row, rows, d, a.scale * LOG2E, Q);
+    load_tile<T>(a.q, seq.b, h, seq.q_begin + row, rows, d, q_factor(a), Q);
     std::fill(O, O + QUERY_TILE * width, 0.0f);
     std::fill(m, m + rows, -INF);
     std::fill(l, l + rows, 0.0f);
 
-    // Panels begin at multiples of PANEL of the packed rows, a sequence anywhere: `lead` rows of others come first.
     const int64_t lead = seq.k_begin % PANEL, base = seq.k_begin - lead;
-    const Sight shifted{seq.S + lead, seq.S - seq.T + lead, a.window, a.causal != 0};
+    const Sight shifted = sight_of(a, seq, lead);
     const int64_t begin = (sight.first(row) + lead) / PANEL * PANEL, end = sight.last(row + rows - 1) + lead;
     for (int64_t column = begin; column < end; column += KEY_TILE) {
         const int64_t columns = std::min<int64_t>(KEY_TILE, end - column), padded = round_up(columns, PANEL);
         multiply<false>(rows, padded / PANEL, d, {Q, d, 1}, K.head(seq.b, kv) + (base + column) * d, K.panel_stride, S,
                         KEY_TILE);
+        if (modifies_scores(a)) modify_scores(a, S, nullptr, b, h, row + shifted.shift, rows, column, padded);
         mask_scores(S, shifted, row, rows, column, columns);
         if (column < lead)
             for (int64_t i = 0; i < rows; ++i) std::fill(S + i * KEY_TILE, S + i * KEY_TILE + lead - column, -INF);
@@ -247,7 +286,7 @@ void forward_tile(Arguments& a, const Panels& K, const Panels& V, int64_t b, int
     }
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t at_row = seq.q_begin + row + i;
-        store_row<T>(a.out, seq.b, h, at_row, d, l[i] == 0 ? 0.0f : 1.0f / l[i], O + i * width);
+        store_row<T>(a.out, seq.b, h, at_row, a.value_dim, l[i] == 0 ? 0.0f : 1.0f / l[i], O + i * width);
         a.lse[seq.b * a.lse_batch + h * a.lse_head + at_row] = l[i] == 0 ? -INF : (m[i] + std::log2(l[i])) * LN2;
     }
 }
@@ -270,9 +309,9 @@ int64_t batches_in_memory(const Arguments& a) { return a.cu_seqlens_q ? 1 : a.ba
 
 template <class T>
 void run_forward(Arguments& a) {
-    const int64_t batch = batches_in_memory(a), width = round_up(a.head_dim, PANEL);
+    const int64_t batch = batches_in_memory(a), width = round_up(a.value_dim, PANEL);
     const Panels K = pack_columns<T>(a.k, batch, a.kv_heads, a.total_k, a.head_dim);
-    const Panels V = pack_rows<T>(a.v, batch, a.kv_heads, a.total_k, a.head_dim);
+    const Panels V = pack_rows<T>(a.v, batch, a.kv_heads, a.total_k, a.value_dim);
     const int64_t scratch = QUERY_TILE * (a.head_dim + width + KEY_TILE);
     for_each_tile(a, a.heads, false, QUERY_TILE, scratch, [&](int64_t b, int64_t h, int64_t row, float* buffer) {
         forward_tile<T>(a, K, V, b, h, row, buffer);
@@ -292,21 +331,24 @@ struct BackwardPanels {
 
 // P and dS of the queries row .. row + rows - 1 and the keys column .. column + columns - 1 (multiples of PANEL).
 struct ScoreTile {
-    float P[QUERY_TILE * KEY_TILE], dS[QUERY_TILE * KEY_TILE];
+    float P[QUERY_TILE * KEY_TILE], dS[QUERY_TILE * KEY_TILE], cap_gradient[QUERY_TILE * KEY_TILE];
 };
 
 template <class T>
-void score_tile(Arguments& a, const BackwardPanels& panels, const Sequence& seq, int64_t h, int64_t row, int64_t rows,
-                int64_t column, int64_t columns, float* Q, float* dO, ScoreTile& tile) {
-    const int64_t d = a.head_dim, kv = h / (a.heads / a.kv_heads), padded = round_up(columns, PANEL);
+void score_tile(Arguments& a, const BackwardPanels& panels, const Sequence& seq, int64_t b, int64_t h, int64_t row,
+                int64_t rows, int64_t column, int64_t columns, float* Q, float* dO, ScoreTile& tile) {
+    const int64_t d = a.head_dim, dv = a.value_dim, kv = h / (a.heads / a.kv_heads), padded = round_up(columns, PANEL);
     const int64_t lead = seq.k_begin % PANEL, base = seq.k_begin - lead;
-    load_tile<T>(a.q, seq.b, h, seq.q_begin + row, rows, d, a.scale * LOG2E, Q);
-    load_tile<T>(a.dout, seq.b, h, seq.q_begin + row, rows, d, 1.0f, dO);
+    load_tile<T>(a.q, seq.b, h, seq.q_begin + row, rows, d, q_factor(a), Q);
+    load_tile<T>(a.dout, seq.b, h, seq.q_begin + row, rows, dv, 1.0f, dO);
     multiply<false>(rows, padded / PANEL, d, {Q, d, 1}, panels.K_columns.head(seq.b, kv) + (base + column) * d,
                     panels.K_columns.panel_stride, tile.P, KEY_TILE);
-    multiply<false>(rows, padded / PANEL, d, {dO, d, 1}, panels.V_columns.head(seq.b, kv) + (base + column) * d,
+    multiply<false>(rows, padded / PANEL, dv, {dO, dv, 1}, panels.V_columns.head(seq.b, kv) + (base + column) * dv,
                     panels.V_columns.panel_stride, tile.dS, KEY_TILE);
-    mask_scores(tile.P, {seq.S + lead, seq.S - seq.T + lead, a.window, a.causal != 0}, row, rows, column, columns);
+    const Sight shifted = sight_of(a, seq, lead);
+    if (modifies_scores(a))
+        modify_scores(a, tile.P, tile.cap_gradient, b, h, row + shifted.shift, rows, column, padded);
+    mask_scores(tile.P, shifted, row, rows, column, columns);
     const int64_t unseen = std::clamp<int64_t>(lead - column, 0, columns);
     const int64_t offset = seq.b * a.lse_batch + h * a.lse_head + seq.q_begin + row;
     for (int64_t i = 0; i < rows; ++i) {
@@ -316,7 +358,8 @@ void score_tile(Arguments& a, const BackwardPanels& panels, const Sequence& seq,
         const float anchor = lse == -INF ? 0.0f : lse * LOG2E;
         for (int64_t j = 0; j < padded; j += LANES) {
             const Floats p = exp2(at(P + j) - anchor);
-            const Floats ds = p * (at(dS + j) - delta);
+            Floats ds = p * (at(dS + j) - delta);
+            if (a.softcap > 0.0f) ds *= at(tile.cap_gradient + i * KEY_TILE + j);
             at(P + j) = p;
             at(dS + j) = p == 0.0f ? Floats{} : ds;  // dP of another sequence's V may be NaN
         }
@@ -332,7 +375,7 @@ void compute_delta(Arguments& a) {
                 const T* dO = row_of<T>(a.dout, bh / a.heads, bh % a.heads, row);
                 const T* O = row_of<T>(a.out, bh / a.heads, bh % a.heads, row);
                 float sum = 0;
-                for (int64_t column = 0; column < a.head_dim; ++column) sum += float(dO[column]) * float(O[column]);
+                for (int64_t column = 0; column < a.value_dim; ++column) sum += float(dO[column]) * float(O[column]);
                 const int64_t i = bh * a.total_q + row;
                 a.delta[i] = sum - (a.dlse ? a.dlse[i] : 0.0f);
             }
@@ -342,16 +385,16 @@ void compute_delta(Arguments& a) {
 template <class T>
 void backward_queries(Arguments& a, const BackwardPanels& panels, int64_t b, int64_t h, int64_t row, float* scratch) {
     const Sequence seq = sequence_of(a, b);
-    const Sight sight{seq.S, seq.S - seq.T, a.window, a.causal != 0};
+    const Sight sight = sight_of(a, seq);
     const int64_t d = a.head_dim, width = round_up(d, PANEL), rows = std::min<int64_t>(QUERY_TILE, seq.T - row);
     const int64_t kv = h / (a.heads / a.kv_heads), lead = seq.k_begin % PANEL, base = seq.k_begin - lead;
-    float *Q = scratch, *dO = Q + QUERY_TILE * d, *dQ = dO + QUERY_TILE * d;
+    float *Q = scratch, *dO = Q + QUERY_TILE * d, *dQ = dO + QUERY_TILE * a.value_dim;
     auto& tile = *reinterpret_cast<ScoreTile*>(dQ + QUERY_TILE * width);
     std::fill(dQ, dQ + QUERY_TILE * width, 0.0f);
     const int64_t end = sight.last(row + rows - 1) + lead;
     for (int64_t column = (sight.first(row) + lead) / PANEL * PANEL; column < end; column += KEY_TILE) {
         const int64_t columns = std::min<int64_t>(KEY_TILE, end - column), skip = std::max<int64_t>(0, lead - column);
-        score_tile<T>(a, panels, seq, h, row, rows, column, columns, Q, dO, tile);
+        score_tile<T>(a, panels, seq, b, h, row, rows, column, columns, Q, dO, tile);
         multiply<true>(rows, width / PANEL, columns - skip, {tile.dS + skip, KEY_TILE, 1},
                        panels.K_rows.head(seq.b, kv) + (base + column + skip) * PANEL, panels.K_rows.panel_stride, dQ,
                        width);
@@ -362,48 +405,48 @@ void backward_queries(Arguments& a, const BackwardPanels& panels, int64_t b, int
 template <class T>
 void backward_keys(Arguments& a, const BackwardPanels& panels, int64_t b, int64_t kv, int64_t key, float* scratch) {
     const Sequence seq = sequence_of(a, b);
-    const Sight sight{seq.S, seq.S - seq.T, a.window, a.causal != 0};
-    const int64_t d = a.head_dim, width = round_up(d, PANEL), group = a.heads / a.kv_heads;
+    const Sight sight = sight_of(a, seq);
+    const int64_t d = a.head_dim, dv = a.value_dim, width = round_up(d, PANEL), v_width = round_up(dv, PANEL);
+    const int64_t group = a.heads / a.kv_heads;
     const int64_t lead = seq.k_begin % PANEL;
     // The tile's first panel may hold `lead` rows of the sequence before; they get no gradient from here.
     const int64_t stop = std::min(key + KEY_TILE - PANEL, seq.S);
     const int64_t begin = key + lead - (key + lead) % PANEL, columns = stop + lead - begin;
-    float *Q = scratch, *dO = Q + QUERY_TILE * d, *dK = dO + QUERY_TILE * d, *dV = dK + KEY_TILE * width;
-    auto& tile = *reinterpret_cast<ScoreTile*>(dV + KEY_TILE * width);
-    std::fill(dK, dK + 2 * KEY_TILE * width, 0.0f);
+    float *Q = scratch, *dO = Q + QUERY_TILE * d, *dK = dO + QUERY_TILE * dv, *dV = dK + KEY_TILE * width;
+    auto& tile = *reinterpret_cast<ScoreTile*>(dV + KEY_TILE * v_width);
+    std::fill(dK, dK + KEY_TILE * (width + v_width), 0.0f);
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
         for (int64_t row = 0; row < seq.T; row += QUERY_TILE) {
             const int64_t rows = std::min<int64_t>(QUERY_TILE, seq.T - row);
             if (sight.last(row + rows - 1) <= key || sight.first(row) >= stop) continue;
-            score_tile<T>(a, panels, seq, h, row, rows, begin, columns, Q, dO, tile);
+            score_tile<T>(a, panels, seq, b, h, row, rows, begin, columns, Q, dO, tile);
             const int64_t at_row = (seq.q_begin + row) * PANEL;
-            multiply<true>(columns, width / PANEL, rows, {tile.P, 1, KEY_TILE}, panels.dO_rows.head(seq.b, h) + at_row,
-                           panels.dO_rows.panel_stride, dV, width);
+            multiply<true>(columns, v_width / PANEL, rows, {tile.P, 1, KEY_TILE}, panels.dO_rows.head(seq.b, h) + at_row,
+                           panels.dO_rows.panel_stride, dV, v_width);
             multiply<true>(columns, width / PANEL, rows, {tile.dS, 1, KEY_TILE}, panels.Q_rows.head(seq.b, h) + at_row,
                            panels.Q_rows.panel_stride, dK, width);
         }
     for (int64_t i = key; i < stop; ++i) {
-        const int64_t at_row = (i + lead - begin) * width;
-        store_row<T>(a.dk, seq.b, kv, seq.k_begin + i, d, a.scale, dK + at_row);
-        store_row<T>(a.dv, seq.b, kv, seq.k_begin + i, d, 1.0f, dV + at_row);
+        store_row<T>(a.dk, seq.b, kv, seq.k_begin + i, d, a.scale, dK + (i + lead - begin) * width);
+        store_row<T>(a.dv, seq.b, kv, seq.k_begin + i, dv, 1.0f, dV + (i + lead - begin) * v_width);
     }
 }
 
 template <class T>
 void run_backward(Arguments& a) {
-    const int64_t batch = batches_in_memory(a), d = a.head_dim, width = round_up(d, PANEL);
+    const int64_t batch = batches_in_memory(a), d = a.head_dim, dv = a.value_dim, width = round_up(d, PANEL);
     const BackwardPanels panels{
-        pack_columns<T>(a.k, batch, a.kv_heads, a.total_k, d), pack_columns<T>(a.v, batch, a.kv_heads, a.total_k, d),
+        pack_columns<T>(a.k, batch, a.kv_heads, a.total_k, d), pack_columns<T>(a.v, batch, a.kv_heads, a.total_k, dv),
         pack_rows<T>(a.k, batch, a.kv_heads, a.total_k, d),    pack_rows<T>(a.q, batch, a.heads, a.total_q, d),
-        pack_rows<T>(a.dout, batch, a.heads, a.total_q, d),
+        pack_rows<T>(a.dout, batch, a.heads, a.total_q, dv),
     };
     compute_delta<T>(a);
-    const int64_t tiles = 2 * QUERY_TILE * d + sizeof(ScoreTile) / sizeof(float);
+    const int64_t tiles = QUERY_TILE * (d + dv) + sizeof(ScoreTile) / sizeof(float);
     for_each_tile(a, a.heads, false, QUERY_TILE, tiles + QUERY_TILE * width,
                   [&](int64_t b, int64_t h, int64_t row, float* scratch) {
                       backward_queries<T>(a, panels, b, h, row, scratch);
                   });
-    for_each_tile(a, a.kv_heads, true, KEY_TILE - PANEL, tiles + 2 * KEY_TILE * width,
+    for_each_tile(a, a.kv_heads, true, KEY_TILE - PANEL, tiles + KEY_TILE * (width + round_up(dv, PANEL)),
                   [&](int64_t b, int64_t kv, int64_t key, float* scratch) {
                       backward_keys<T>(a, panels, b, kv, key, scratch);
                   });

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_c
         if (work.tile * Sh::ROWS + i < sequence.T) {
             const Half* out = row_of<Half>(a.out, sequence.b, work.h, row);
             const Half* dout = row_of<Half>(a.dout, sequence.b, work.h, row);
-            for (int column = lane; column < a.head_dim; column += WARP) sum += widen(out[column]) * widen(dout[column]);
+            for (int column = lane; column < a.value_dim; column += WARP) sum += widen(out[column]) * widen(dout[column]);
             for (int offset = WARP / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffff, sum, offset);
             const int64_t index = lse_index(a, sequence.b, work.h, row);
             row_lse = a.lse[index];

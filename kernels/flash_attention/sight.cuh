@@ -21,11 +21,11 @@ __device__ inline Sequence sequence_of(const Arguments& a, int64_t b) {
 // first(i) .. last(i) - 1. Both grow with i, so a tile of rows sees first(top row) .. last(bottom row) - 1.
 struct Sight {
     int T, S;
-    int window;  // 0: none
-    bool causal;
+    int window;  // keys up to its own; 0: all
+    int ahead;   // keys after its own: 0 is causal, -1 all
 
     __device__ int first(int i) const { return window > 0 ? max(0, i + S - T - window + 1) : 0; }
-    __device__ int last(int i) const { return causal ? min(S, max(0, i + S - T + 1)) : S; }
+    __device__ int last(int i) const { return ahead >= 0 ? min(S, max(0, i + S - T + 1 + ahead)) : S; }
     __device__ bool sees(int i, int j) const { return j >= first(i) && j < last(i); }
 
     // Whether every row of row .. row + rows - 1 sees all of the keys j .. j + keys - 1: then nothing is masked.
@@ -34,13 +34,13 @@ struct Sight {
     }
 
     // The queries that see key j are first_query(j) .. last_query(j) - 1.
-    __device__ int first_query(int j) const { return causal ? max(0, j - (S - T)) : 0; }
+    __device__ int first_query(int j) const { return ahead >= 0 ? max(0, j - (S - T) - ahead) : 0; }
     __device__ int last_query(int j) const { return window > 0 ? max(0, min(T, j + window - (S - T))) : T; }
 };
 
 __device__ inline Sight sight_of(const Arguments& a, const Sequence& sequence) {
     const int window = a.window >= sequence.S ? 0 : int(a.window);
-    return {sequence.T, sequence.S, window, a.causal != 0};
+    return {sequence.T, sequence.S, window, a.ahead};
 }
 
 // Where element (row, 0) of one head is.

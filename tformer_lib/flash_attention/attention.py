@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from tformer_lib.contract import check_inputs, score_scale
-from tformer_lib.flash_attention import operators  # noqa: F401 (registers torch.ops.tformer_lab.flash_attention)
-from tformer_lib.flash_attention.checks import check_options, check_packed
+from tformer_lib.flash_attention import operators, plans
+from tformer_lib.flash_attention.checks import Window, check_options, check_packed
 from tformer_lib.flash_attention.kernels import LADDER
+from tformer_lib.flash_attention.options import Options, Packing
 from tformer_lib.ladder import check_no_tangent
 
 
@@ -18,7 +19,9 @@ def flash_attention(
     mask: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
-    window: int | None = None,
+    window: Window = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
     step: int | str | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
@@ -28,20 +31,24 @@ def flash_attention(
     Args:
         q: (batch, heads, T, head_dim), any strides.
         k: (batch, kv_heads, S, head_dim); kv_heads divides heads.
-        v: (batch, kv_heads, S, head_dim).
+        v: (batch, kv_heads, S, value_dim).
         mask: boolean, broadcastable to (batch, heads, T, S), True where a query may look. The kernels know causal and
             window alone, so any other mask runs step 0 (on a GPU with a warning: it is slower).
         causal: a query sees no later key; the last query sees the last key.
         scale: of the scores, head_dim ** -0.5 if not given.
-        window: a query sees itself and the ``window - 1`` keys before it; implies causal.
+        window: a number: a query sees itself and the ``window - 1`` keys before it; implies causal. A pair
+            (left, right): it sees so many keys before and after its own position, None of a side for no bound.
+        softcap: scores become ``softcap * tanh(score / softcap)``, which keeps them between -softcap and softcap.
+        alibi_slopes: (heads,) or (batch, heads) float32: a score loses its head's slope times the distance of the key
+            from the query's own position, ALiBi (arXiv:2108.12409). It has no gradient.
         step: which implementation, see the table above; the top one that can do it if not given.
         return_lse: return the log-sum-exp of every row's scores too.
         deterministic: the same bits of dq in every run, on a GPU at some cost in speed; follows
             ``torch.use_deterministic_algorithms`` if not given. The forward always is.
 
     Returns:
-        out, of q's shape and dtype, a row that sees no key is zero; with ``return_lse`` also lse, (batch, heads, T)
-        float32 (float64 for float64 inputs), -inf for such a row.
+        out, (batch, heads, T, value_dim) of q's dtype, a row that sees no key is zero; with ``return_lse`` also lse,
+        (batch, heads, T) float32 (float64 for float64 inputs), -inf for such a row.
 
     Raises:
         ValueError: the inputs break the contract, or the step cannot do what is asked.
@@ -49,26 +56,23 @@ def flash_attention(
         tformer_lib.jit.BuildError: the step's kernel cannot be built here; the message says what to install.
 
     A kernel reads q, k and v where they lie, by their strides. The tensor-core steps load 16 bytes at a time: a tensor
-    whose columns are not adjacent or whose rows are not 16-byte aligned is copied first.
+    whose columns are not adjacent or whose rows are not 16-byte aligned is copied first. The first call of a layout
+    checks it and chooses a step; those after it go by the plan that it left (``tformer_lib.flash_attention.plans``).
     """
+    deterministic = is_deterministic(deterministic)
+    key = None
+    if mask is None:
+        key = plans.key_of((q, k, v, alibi_slopes, None, None), window, (causal, scale, softcap, step, deterministic))
+        if key is not None and (plan := plans.find(key)) is not None:
+            return run_planned(plan, return_lse, q, k, v, alibi_slopes, None, None)
     check_inputs(q, k, v, mask)
-    check_options(q, v, window)
+    check_options(q, window, softcap, alibi_slopes)
     check_no_tangent("flash attention", q, k, v, instead="attention.attend")
-    out, lse = torch.ops.tformer_lab.flash_attention(
-        q,
-        k,
-        v,
-        mask,
-        None,
-        None,
-        q.shape[2],
-        k.shape[2],
-        bool(causal or window),
-        window or 0,
-        float(score_scale(scale, q.shape[-1])),
-        LADDER.name(step),
-        is_deterministic(deterministic),
-    )
+    options = options_of(q, causal, scale, window, softcap, alibi_slopes, deterministic)
+    name = LADDER.name(step)
+    out, lse = operate(q, k, v, mask, None, options, name)
+    if key is not None:
+        plans.keep(key, lambda: plans.make_plan(q, k, v, options, None, name, checked=False))
     return (out, lse) if return_lse else out
 
 
@@ -83,7 +87,9 @@ def flash_attention_varlen(
     *,
     causal: bool = False,
     scale: float | None = None,
-    window: int | None = None,
+    window: Window = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
     step: int | str | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
@@ -93,7 +99,8 @@ def flash_attention_varlen(
 
     Args:
         q: (total_q, heads, head_dim).
-        k, v: (total_k, kv_heads, head_dim).
+        k: (total_k, kv_heads, head_dim).
+        v: (total_k, kv_heads, value_dim).
         cu_seqlens_q: (batch + 1,) int32, where each sequence's queries begin; the last entry is total_q.
         cu_seqlens_k: (batch + 1,) int32, the same of the keys. A sequence may be empty.
         max_seqlen_q, max_seqlen_k: the longest lengths; read from the tensors if not given, which waits for the GPU.
@@ -101,32 +108,101 @@ def flash_attention_varlen(
         checked: check them on a GPU too.
 
     Returns:
-        out (total_q, heads, head_dim), and with ``return_lse`` lse (heads, total_q). The other arguments, and what is
-        raised, are those of :func:`flash_attention`.
+        out (total_q, heads, value_dim), and with ``return_lse`` lse (heads, total_q). The other arguments, and what is
+        raised, are those of :func:`flash_attention`; the batch of alibi_slopes counts the packed sequences.
     """
+    deterministic = is_deterministic(deterministic)
+    if max_seqlen_q is None or max_seqlen_k is None:
+        check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
+        max_seqlen_q = longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q
+        max_seqlen_k = longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k
+    given = (causal, scale, softcap, step, deterministic, max_seqlen_q, max_seqlen_k, checked)
+    key = plans.key_of((q, k, v, alibi_slopes, cu_seqlens_q, cu_seqlens_k), window, given)
+    plan = None if key is None else plans.find(key)
+    if plan is not None:
+        q4, k4, v4 = map(as_batch, (q, k, v))
+        found = run_planned(plan, return_lse, q4, k4, v4, alibi_slopes, cu_seqlens_q, cu_seqlens_k)
+        return (found[0][0].transpose(0, 1), found[1][0]) if return_lse else found[0].transpose(0, 1)
     check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    q4, k4, v4 = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (total, heads, d) -> (1, heads, total, d)
+    q4, k4, v4 = map(as_batch, (q, k, v))
     check_inputs(q4, k4, v4)
-    check_options(q4, v4, window)
+    check_options(q4, window, softcap, alibi_slopes, cu_seqlens_q.shape[0] - 1)
     check_no_tangent("flash attention", q, k, v, instead="attention.attend")
-    out, lse = torch.ops.tformer_lab.flash_attention(
-        q4,
-        k4,
-        v4,
-        None,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q,
-        longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k,
-        bool(causal or window),
-        window or 0,
-        float(score_scale(scale, q.shape[-1])),
-        LADDER.name(step),
-        is_deterministic(deterministic),
-        checked,
-    )
-    out, lse = out[0].transpose(0, 1), lse[0]  # (total_q, heads, d), (heads, total_q)
+    options = options_of(q4, causal, scale, window, softcap, alibi_slopes, deterministic)
+    packing, name = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), LADDER.name(step)
+    out, lse = operate(q4, k4, v4, None, packing, options, name, checked)
+    if key is not None:
+        plans.keep(key, lambda: plans.make_plan(q4, k4, v4, options, packing, name, checked))
+    out, lse = out[0].transpose(0, 1), lse[0]  # (total_q, heads, value_dim), (heads, total_q)
     return (out, lse) if return_lse else out
+
+
+def options_of(
+    q: Tensor,
+    causal: bool,
+    scale: float | None,
+    window: Window,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+) -> Options:
+    """What a caller asked for, in the terms that every step knows."""
+    keys, ahead = 0, -1
+    if isinstance(window, tuple):
+        left, right = window
+        keys, ahead = 0 if left is None else left + 1, -1 if right is None else right
+    elif window is not None:
+        keys, ahead = window, 0
+    scale = float(score_scale(scale, q.shape[-1]))
+    causal = bool(causal or ahead == 0)
+    return Options(scale, causal, keys, deterministic, -1 if causal else ahead, softcap or 0.0, alibi_slopes)
+
+
+def operate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    packing: Packing | None,
+    options: Options,
+    step: str,
+    checked: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Call the operator."""
+    packed = (None, None, q.shape[2], k.shape[2])
+    if packing is not None:
+        packed = (packing.cu_seqlens_q, packing.cu_seqlens_k, packing.max_seqlen_q, packing.max_seqlen_k)
+    return torch.ops.tformer_lab.flash_attention(
+        q,
+        k,
+        v,
+        mask,
+        *packed,
+        options.causal,
+        options.window,
+        options.scale,
+        step,
+        options.deterministic,
+        checked,
+        options.ahead,
+        options.softcap,
+        options.alibi_slopes,
+    )
+
+
+def run_planned(
+    plan: plans.Plan, with_lse: bool, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A planned call, with a node for autograd where a gradient is wanted."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return operators.Planned.apply(plan, with_lse, q, k, v, *others)
+    found = plan.run(q, k, v, others)
+    return found if with_lse else found[0]
+
+
+def as_batch(x: Tensor) -> Tensor:
+    """(total, heads, d) -> (1, heads, total, d)."""
+    return x.transpose(0, 1).unsqueeze(0)
 
 
 def longest(cu_seqlens: Tensor) -> int:

@@ -4,23 +4,66 @@ Shapes are looked at on every device. What ``cu_seqlens`` hold is looked at on a
 a GPU it would wait for the device, so there it is looked at where ``checked`` says so.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from tformer_lib.contract import check_inputs
-from tformer_lib.flash_attention.options import Packing
+from tformer_lib.flash_attention.options import Options, Packing
 from tformer_lib.ladder import accumulation_dtype
 
+Window = int | tuple[int | None, int | None] | None
 
-def check_options(q: Tensor, v: Tensor, window: int | None) -> None:
-    """Refuse what no step can do."""
-    if v.shape[-1] != q.shape[-1]:
-        raise ValueError(f"v must have q's head_dim {q.shape[-1]}, got {v.shape[-1]}")
-    if isinstance(window, float):
-        raise ValueError(f"window must be a whole number of keys, got {window}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 (the query itself), got {window}")
+
+def check_options(
+    q: Tensor,
+    window: Window,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    batch: int | None = None,
+) -> None:
+    """Refuse what no step can do. ``batch``: how many sequences are packed; q's first dimension if not given."""
+    if isinstance(window, tuple):
+        check_sides(window)
+    elif window is not None:
+        check_whole("window", window, 1, "(the query itself)")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap}")
+    if alibi_slopes is not None:
+        check_slopes(alibi_slopes, q, q.shape[0] if batch is None else batch)
+
+
+def check_whole(name: str, number: int, least: int, why: str) -> None:
+    """Refuse a number of keys that is not whole or too small."""
+    if isinstance(number, float):
+        raise ValueError(f"{name} must be a whole number of keys, got {number}")
+    if number < least:
+        raise ValueError(f"{name} must be at least {least} {why}, got {number}")
+
+
+def check_sides(window: tuple[int | None, int | None]) -> None:
+    """Refuse a window that does not say how many keys before and how many after a query's own it sees."""
+    if len(window) != 2:
+        raise ValueError(f"window must be a number of keys or a pair (left, right), got {window}")
+    for name, side in zip(("left", "right"), window, strict=True):
+        if side is not None:
+            check_whole(f"window's {name} side", side, 0, "(None: no bound)")
+
+
+def check_slopes(slopes: Tensor, q: Tensor, batch: int) -> None:
+    """Refuse slopes that are not one number a head, or a head and sequence."""
+    if not isinstance(slopes, Tensor) or slopes.dtype != torch.float32:
+        came = slopes.dtype if isinstance(slopes, Tensor) else type(slopes).__name__
+        raise ValueError(f"alibi_slopes must be a float32 tensor, got {came}")
+    if slopes.device != q.device:
+        raise ValueError(f"alibi_slopes must be on the device of q, {q.device}, got {slopes.device}")
+    if slopes.shape not in ((q.shape[1],), (batch, q.shape[1])):
+        expected = f"({q.shape[1]},) or ({batch}, {q.shape[1]})"
+        raise ValueError(f"alibi_slopes must be (heads,) or (batch, heads), {expected}, got {tuple(slopes.shape)}")
+    if slopes.requires_grad:
+        raise ValueError("alibi_slopes must not require a gradient, for none would reach them")
 
 
 def check_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
@@ -41,13 +84,14 @@ def check_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqle
 
 
 def check_operands(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int, packing: Packing | None, checked: bool
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, packing: Packing | None, checked: bool
 ) -> None:
     """Refuse what a kernel cannot index by, for who calls an operator without the public door."""
     on_cpu = q.device.type == "cpu"
     if on_cpu:
         check_inputs(q, k, v, mask)
-        check_options(q, v, window or None)
+        batch = None if packing is None else packing.cu_seqlens_q.shape[0] - 1
+        check_options(q, options.window or None, options.softcap or None, options.alibi_slopes, batch)
     if packing is not None and (on_cpu or checked):
         if q.shape[0] != 1 or mask is not None:
             raise ValueError(f"packed sequences lie in one batch row and have no mask, got batch {q.shape[0]}")
@@ -56,10 +100,11 @@ def check_operands(
         check_packing("k", packing.cu_seqlens_k, k.shape[2], packing.max_seqlen_k)
 
 
-def check_gradients(q: Tensor, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> None:
-    """Refuse gradients and results that are not laid out as those of q are."""
+def check_gradients(q: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> None:
+    """Refuse gradients and results that do not fit q and v."""
     wide = accumulation_dtype(q)
-    expected = {"dout": (dout, q.shape, q.dtype), "out": (out, q.shape, q.dtype), "lse": (lse, q.shape[:3], wide)}
+    shape = (*q.shape[:3], v.shape[-1])
+    expected = {"dout": (dout, shape, q.dtype), "out": (out, shape, q.dtype), "lse": (lse, q.shape[:3], wide)}
     if dlse is not None:
         expected["dlse"] = (dlse, q.shape[:3], wide)
     for name, (x, shape, dtype) in expected.items():

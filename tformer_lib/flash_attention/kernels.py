@@ -10,6 +10,7 @@ from torch import Tensor
 from tformer_lib.flash_attention.options import Options, Packing
 from tformer_lib.flash_attention.reference import empty_outputs, laid_out_as
 from tformer_lib.ladder import (
+    AUTO,
     DTYPE_CODES,
     HALVES,
     Ladder,
@@ -19,6 +20,7 @@ from tformer_lib.ladder import (
     refusal_of_hopper,
     refusal_of_place,
     refusal_of_tensor_cores,
+    refusal_of_untried,
 )
 
 MOST_HEAD_DIM = 256
@@ -39,11 +41,19 @@ GRADIENTS = {
 }
 GRADIENTS |= {rung: GRADIENTS[step] for step, rungs in RUNGS.items() for rung in rungs}
 
+FORMS = ("3", "4", "backward", "backward_tensor_core")  # can cap scores, add ALiBi, and take another width of values
+MODIFIED = {
+    "3": "3_tensor_core_scores",
+    "4": "4_hopper_scores",
+    "backward": "backward_scores",
+    "backward_tensor_core": "backward_tensor_core_scores",
+}
+
 
 # --- which step ----------------------------------------------------------------------------------------------------
 
 
-def refusal(step: str, q: Tensor, mask: Tensor | None) -> str | None:
+def refusal(step: str, q: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> str | None:
     """Why ``step`` cannot do this, or None if it can."""
     if step == "0":
         return None
@@ -51,26 +61,62 @@ def refusal(step: str, q: Tensor, mask: Tensor | None) -> str | None:
         return reason
     if mask is not None:
         return "kernels know the masks causal and window alone; step 0 takes any"
-    if q.shape[-1] > MOST_HEAD_DIM:
-        return f"head_dim must be at most {MOST_HEAD_DIM}, got {q.shape[-1]}"
+    for name, width in (("head_dim", q.shape[-1]), ("value_dim", v.shape[-1])):
+        if width > MOST_HEAD_DIM:
+            return f"{name} must be at most {MOST_HEAD_DIM}, got {width}"
+    if v.shape[-1] == 0:
+        return "the values have no columns"
     if step == "cpu":
         return refusal_of_dtype(q)
+    if reason := refusal_of_form(step, q, v, options):
+        return reason
     if step in ("1", "2", "backward_tiled"):
         return refusal_of_dtype(q, (torch.float32,))
-    return refusal_of_16_bits(step, q)
+    return refusal_of_16_bits(step, q, v)
 
 
-def refusal_of_16_bits(step: str, q: Tensor) -> str | None:
+def refusal_of_form(step: str, q: Tensor, v: Tensor, options: Options) -> str | None:
+    """Why a CUDA step cannot do what goes beyond plain scores, one head_dim, and a window that ends with the query."""
+    is_new = options.modifies_scores or v.shape[-1] != q.shape[-1] or options.ahead >= 0
+    if is_new and (reason := refusal_of_untried()):
+        return reason
+    if step in FORMS:
+        return None
+    if options.softcap:
+        return "it does not cap scores (softcap)"
+    if options.alibi_slopes is not None:
+        return "it adds no bias to scores (alibi_slopes)"
+    if v.shape[-1] != q.shape[-1]:
+        return f"it takes values of head_dim {q.shape[-1]} alone, got {v.shape[-1]}"
+    return None
+
+
+def refusal_of_16_bits(step: str, q: Tensor, v: Tensor) -> str | None:
     """Why a tensor-core step cannot do this."""
     if reason := refusal_of_tensor_cores(q.dtype, q.device):
         return reason
-    if q.shape[-1] % 8:
-        return f"16-byte loads need a head_dim that is a multiple of 8, got {q.shape[-1]}"
+    widest = max(q.shape[-1], v.shape[-1])
+    for name, width in (("head_dim", q.shape[-1]), ("value_dim", v.shape[-1])):
+        if width % 8:
+            return f"16-byte loads need a {name} that is a multiple of 8, got {width}"
     if (step[0] == "4" or step == "backward") and (reason := refusal_of_hopper(q.device)):
         return reason
-    if step == "backward" and q.shape[-1] > 128:
-        return f"a head_dim over 128 does not fit the registers of backward.cu, got {q.shape[-1]}"
+    if step == "backward" and widest > 128:
+        return f"a head_dim over 128 does not fit the registers of backward.cu, got {widest}"
     return None
+
+
+def best_step(step: str, q: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> str:
+    """The step that the operator takes, without a word about those that it cannot take."""
+    if step != AUTO:
+        return step
+    names = LADDER.fastest.get(q.device.type, ("0",))
+    return LADDER.best(names, q.device, lambda name: refusal(name, q, v, mask, options))[0]
+
+
+def source_of(step: str, options: Options) -> str:
+    """The file of a step: scores that are capped or biased have one of their own, so that plain ones cost no more."""
+    return MODIFIED[step] if options.modifies_scores and step in MODIFIED else step
 
 
 # --- the structs ---------------------------------------------------------------------------------------------------
@@ -89,15 +135,26 @@ class Arguments(ctypes.Structure):
         *((name, Matrix) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
         *(
             (name, ctypes.c_void_p)
-            for name in ("lse", "dlse", "delta", "dq_sum", "turn", "dealt", "cu_seqlens_q", "cu_seqlens_k")
+            for name in (
+                "lse",
+                "dlse",
+                "delta",
+                "dq_sum",
+                "turn",
+                "dealt",
+                "cu_seqlens_q",
+                "cu_seqlens_k",
+                "alibi_slopes",
+            )
         ),
         *(
             (name, ctypes.c_int64)
-            for name in ("lse_batch", "lse_head", "batch", "heads", "kv_heads", "queries", "keys")
+            for name in ("lse_batch", "lse_head", "slopes_batch", "batch", "heads", "kv_heads", "queries", "keys")
         ),
-        *((name, ctypes.c_int64) for name in ("total_q", "total_k", "head_dim", "window")),
+        *((name, ctypes.c_int64) for name in ("total_q", "total_k", "head_dim", "value_dim", "window")),
         ("scale", ctypes.c_float),
-        ("causal", ctypes.c_int32),
+        ("softcap", ctypes.c_float),
+        ("ahead", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
     ]
 
@@ -126,8 +183,9 @@ def matrix(x: Tensor) -> Matrix:
 def describe(q: Tensor, k: Tensor, v: Tensor, options: Options, packing: Packing | None = None) -> Arguments:
     """The arguments that every kernel needs; the caller adds the outputs."""
     arguments = Arguments(q=matrix(q), k=matrix(k), v=matrix(v), scale=options.scale)
-    arguments.causal, arguments.window = options.causal, options.window
+    arguments.window, arguments.softcap = options.window, options.softcap
     arguments.batch, arguments.heads, arguments.total_q, arguments.head_dim = q.shape
+    arguments.value_dim = v.shape[3]
     arguments.kv_heads, arguments.total_k = k.shape[1], k.shape[2]
     arguments.queries, arguments.keys = q.shape[2], k.shape[2]
     arguments.dtype = DTYPE_CODES[q.dtype]
@@ -139,6 +197,11 @@ def describe(q: Tensor, k: Tensor, v: Tensor, options: Options, packing: Packing
         )
         arguments.queries, arguments.keys = packing.max_seqlen_q, packing.max_seqlen_k
         arguments.batch = packing.cu_seqlens_q.shape[0] - 1
+    ahead = options.last_ahead
+    arguments.ahead = -1 if ahead >= arguments.queries else ahead  # then the first query sees the last key too
+    if (slopes := options.alibi_slopes) is not None:
+        arguments.alibi_slopes = slopes.data_ptr()
+        arguments.slopes_batch = 0 if slopes.dim() == 1 else q.shape[1]
     return arguments
 
 
@@ -149,8 +212,8 @@ def run_forward(
     step: str, q: Tensor, k: Tensor, v: Tensor, options: Options, packing: Packing | None
 ) -> tuple[Tensor, Tensor]:
     """Run a kernel on (batch, heads, T, d) or packed (1, heads, total, d) tensors: out and lse."""
-    out, lse = empty_outputs(q)
-    if q.numel() == 0 or k.numel() == 0:
+    out, lse = empty_outputs(q, v)
+    if 0 in (q.numel(), k.numel(), v.numel()):
         return out.zero_(), lse.fill_(-math.inf)
     if q.is_cuda:
         q, options, _ = positive_scale(q, options)
@@ -159,7 +222,7 @@ def run_forward(
     arguments.out, arguments.lse = matrix(out), lse.data_ptr()
     dealt = counters(q.device) if q.is_cuda else None  # alive until the launch
     arguments.dealt = None if dealt is None else dealt.data_ptr()
-    LADDER.launch(step, "forward", arguments, q.device)
+    LADDER.launch(source_of(step, options), "forward", arguments, q.device)
     del dealt
     return out, lse
 
@@ -178,7 +241,7 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v by a kernel of GRADIENTS."""
     dq, dk, dv = map(laid_out_as, (q, k, v))
-    if q.numel() == 0 or k.numel() == 0:
+    if 0 in (q.numel(), k.numel(), v.numel()):
         return dq.zero_(), dk.zero_(), dv.zero_()
     sign = 1.0
     if q.is_cuda:
@@ -191,8 +254,11 @@ def run_backward(
     arguments.dq, arguments.dk, arguments.dv = matrix(dq), matrix(dk), matrix(dv)
     arguments.lse, arguments.delta = lse.data_ptr(), delta.data_ptr()
     arguments.dlse = None if dlse is None else dlse.data_ptr()
-    scratch = bring_scratch(step, arguments, q, options.deterministic) if q.is_cuda else None  # alive until the launch
-    LADDER.launch(step, "backward", arguments, q.device)
+    source = source_of(step, options)
+    scratch = (
+        bring_scratch(source, arguments, q, options.deterministic) if q.is_cuda else None
+    )  # alive until the launch
+    LADDER.launch(source, "backward", arguments, q.device)
     del scratch
     return dq if sign == 1.0 else dq * sign, dk, dv
 

@@ -1,5 +1,7 @@
 """The operators behind the public door: torch.compile, autograd and the profiler see these."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from tformer_lib.flash_attention import kernels, reference
 from tformer_lib.flash_attention.checks import check_gradients, check_operands
 from tformer_lib.flash_attention.kernels import GRADIENTS, LADDER, refusal
 from tformer_lib.flash_attention.options import Options, Packing
+from tformer_lib.flash_attention.plans import Plan
 from tformer_lib.ladder import AUTO
 
 
@@ -27,17 +30,25 @@ def flash_attention_op(
     step: str,
     deterministic: bool,
     checked: bool = False,
+    ahead: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operator behind both public functions; it sees one batch row where sequences are packed."""
-    options = Options(scale, causal, window, deterministic)
+    options = Options(scale, causal, window, deterministic, ahead, softcap, in_rows(alibi_slopes))
     packing = pack(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    check_operands(q, k, v, mask, window, packing, checked)
-    chosen = LADDER.choose(step, q.device, lambda name: refusal(name, q, mask))
+    check_operands(q, k, v, mask, options, packing, checked)
+    chosen = LADDER.choose(step, q.device, lambda name: refusal(name, q, v, mask, options))
     if chosen != "0":
         return kernels.run_forward(chosen, q, k, v, options, packing)
     if packing is None:
         return reference.tiled_forward(q, k, v, options, mask)
     return reference.packed_forward(q, k, v, options, packing)
+
+
+def in_rows(alibi_slopes: Tensor | None) -> Tensor | None:
+    """Slopes as kernels read them, one after another."""
+    return None if alibi_slopes is None else alibi_slopes.contiguous()
 
 
 def pack(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, *longest: int) -> Packing | None:
@@ -48,9 +59,9 @@ def pack(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, *longest: int
 
 
 @flash_attention_op.register_fake
-def flash_attention_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def flash_attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
     """The shapes, dtypes and strides of what the operator returns."""
-    return reference.empty_outputs(q)
+    return reference.empty_outputs(q, v)
 
 
 @torch.library.custom_op("tformer_lab::flash_attention_backward", mutates_args=())
@@ -72,72 +83,108 @@ def flash_attention_backward_op(
     scale: float,
     step: str,
     deterministic: bool,
+    ahead: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
-    options = Options(scale, causal, window, deterministic)
+    options = Options(scale, causal, window, deterministic, ahead, softcap, in_rows(alibi_slopes))
     packing = pack(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    check_operands(q, k, v, mask, window, packing, False)
-    check_gradients(q, dout, dlse, out, lse)
-    chosen = choose_backward(step, q, mask)
-    given = (dout, dlse, q, k, v, out, lse, options)
+    check_operands(q, k, v, mask, options, packing, False)
+    check_gradients(q, v, dout, dlse, out, lse)
+    return differentiate(step, (dout, dlse, q, k, v, out, lse), mask, options, packing)
+
+
+def differentiate(
+    step: str, given: tuple[Tensor | None, ...], mask: Tensor | None, options: Options, packing: Packing | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v; ``given`` are dout, dlse, q, k, v, out and lse."""
+    _, _, q, k, v, _, _ = given
+    chosen = choose_backward(step, q, v, mask, options)
     if chosen != "0":
-        return kernels.run_backward(chosen, *given, packing)
+        return kernels.run_backward(chosen, *given, options, packing)
     if packing is None:
-        gradients = reference.tiled_backward(*given, mask)
+        gradients = reference.tiled_backward(*given, options, mask)
     else:
-        gradients = reference.packed_backward(*given, packing)
+        gradients = reference.packed_backward(*given, options, packing)
     return tuple(reference.laid_out_as(x).copy_(dx) for x, dx in zip((q, k, v), gradients, strict=True))
 
 
 @flash_attention_backward_op.register_fake
 def flash_attention_backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: object
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The shapes, dtypes and strides of the gradients."""
     return tuple(map(reference.laid_out_as, (q, k, v)))
 
 
-def choose_backward(step: str, q: Tensor, mask: Tensor | None) -> str:
+def choose_backward(step: str, q: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> str:
     """Whose gradients: those that belong to the step that was asked for, or to the fastest of the device."""
     names = GRADIENTS[LADDER.fastest.get(q.device.type, ("0",))[0] if step == AUTO else step]
-    return LADDER.first(names, q.device, lambda name: refusal(name, q, mask))
+    return LADDER.first(names, q.device, lambda name: refusal(name, q, v, mask, options))
 
 
 def save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     """Keep what the gradients need: the inputs, out and lse; nothing of size T x S."""
-    q, k, v, mask, cu_seqlens_q, cu_seqlens_k, *options, _ = inputs  # the last one says whether they are checked
-    ctx.save_for_backward(q, k, v, *output, mask, cu_seqlens_q, cu_seqlens_k)
-    ctx.options = options
+    q, k, v, mask, cu_seqlens_q, cu_seqlens_k, *options, _, ahead, softcap, alibi_slopes = inputs  # _: checked
+    ctx.save_for_backward(q, k, v, *output, mask, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
+    ctx.options, ctx.form = options, (ahead, softcap)
     ctx.set_materialize_grads(False)
 
 
 def backward(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple:
     """The gradients of the operator's inputs; lse has one too, where it was used."""
-    q, k, v, out, lse, mask, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    q, k, v, out, lse, mask, cu_seqlens_q, cu_seqlens_k, alibi_slopes = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv = torch.ops.tformer_lab.flash_attention_backward(
-        dout, dlse, q, k, v, out, lse, mask, cu_seqlens_q, cu_seqlens_k, *ctx.options
+        dout, dlse, q, k, v, out, lse, mask, cu_seqlens_q, cu_seqlens_k, *ctx.options, *ctx.form, alibi_slopes
     )
-    return dq, dk, dv, *(None for _ in range(4 + len(ctx.options)))
+    return dq, dk, dv, *(None for _ in range(7 + len(ctx.options)))
 
 
-def flops(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, products: int) -> int:
-    """FLOPs of so many products of (T, head_dim) by (head_dim, S), causal or not, of each head and sequence."""
-    batch, heads, T, head_dim = q.shape
+class Planned(torch.autograd.Function):
+    """The same for a planned call, without ``torch.library`` in between."""
+
+    @staticmethod
+    def forward(ctx, plan: Plan, with_lse: bool, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None):
+        """out, or out and lse; ``others`` are alibi_slopes, cu_seqlens_q and cu_seqlens_k."""
+        out, lse = plan.run(q, k, v, others)
+        ctx.save_for_backward(q, k, v, out, lse, *others)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        return (out, lse) if with_lse else out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor | None, dlse: Tensor | None = None) -> tuple:
+        """The gradients of q, k and v. For a second derivative the operator is called, which says that it has none."""
+        plan, (q, k, v, out, lse, slopes, *starts) = ctx.plan, ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        given, o, packing = (dout, dlse, q, k, v, out, lse), plan.options, pack(*starts, *plan.longest)
+        if torch.is_grad_enabled():
+            asked = (*plan.longest, o.causal, o.window, o.scale, plan.step, o.deterministic, o.ahead, o.softcap, slopes)
+            gradients = torch.ops.tformer_lab.flash_attention_backward(*given, None, *starts, *asked)
+        else:
+            gradients = differentiate(plan.step, given, None, replace(o, alibi_slopes=slopes), packing)
+        return None, None, *gradients, None, None, None
+
+
+def flops(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, columns: int) -> int:
+    """FLOPs of products between T queries and S keys, causal or not, of each head and sequence; ``columns`` in all."""
+    batch, heads, T, _ = q.shape
     pairs = batch * T * k.shape[2]
     if cu_seqlens_q is not None:
         pairs = int((cu_seqlens_q.diff().long() * cu_seqlens_k.diff()).sum())
-    return 2 * products * heads * head_dim * pairs
+    return 2 * columns * heads * pairs
 
 
 def forward_flops(q, k, v, mask, cu_seqlens_q, cu_seqlens_k, *_, out_val=None) -> int:
     """For ``profiling.count``: S = Q K^T and O = P V."""
-    return flops(q, k, cu_seqlens_q, cu_seqlens_k, 2)
+    return flops(q, k, cu_seqlens_q, cu_seqlens_k, q.shape[3] + v.shape[3])
 
 
 def backward_flops(dout, dlse, q, k, v, out, lse, mask, cu_seqlens_q, cu_seqlens_k, *_, out_val=None) -> int:
     """For ``profiling.count``: S again, dP, dV, dQ and dK."""
-    return flops(q, k, cu_seqlens_q, cu_seqlens_k, 5)
+    return flops(q, k, cu_seqlens_q, cu_seqlens_k, 3 * q.shape[3] + 2 * v.shape[3])
 
 
 flash_attention_op.register_autograd(backward, setup_context=save_for_backward)

@@ -1,6 +1,6 @@
 """What is asked of an attention beside its tensors, and where packed sequences begin."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -12,14 +12,31 @@ class Options:
     Attributes:
         scale: of the scores.
         causal: a query sees no later key; the last query sees the last key.
-        window: a query sees so many keys, its own the last; 0: no window. With a window, causal is True.
+        window: a query sees its own key and the ``window - 1`` before it, and what ``ahead`` allows; 0: no such bound.
         deterministic: the gradients have the same bits in every run.
+        ahead: without ``causal``, how many keys after its own a query sees; -1: all of them.
+        softcap: scores become ``softcap * tanh(score / softcap)``; 0: they do not.
+        alibi_slopes: (heads,) or (batch, heads) float32: a score loses its head's slope times the distance of the key
+            from the query's own, after it was capped.
     """
 
     scale: float
     causal: bool = False
     window: int = 0
     deterministic: bool = False
+    ahead: int = -1
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def last_ahead(self) -> int:
+        """How many keys after its own a query sees: 0 with ``causal``, -1 for all."""
+        return 0 if self.causal else self.ahead
+
+    @property
+    def modifies_scores(self) -> bool:
+        """Whether scores are more than products times the scale."""
+        return self.softcap > 0 or self.alibi_slopes is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Step 0: flash attention in plain PyTorch, tile by tile. It is the oracle of the kernels."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -20,10 +21,10 @@ def tiled_forward(
     """Algorithm 1 of FlashAttention-2 (arXiv:2307.08691), one tile of queries after another.
 
     Returns:
-        out (batch, heads, T, head_dim) of q's dtype; lse (batch, heads, T) in the accumulation dtype.
+        out (batch, heads, T, value_dim) of q's dtype; lse (batch, heads, T) in the accumulation dtype.
     """
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
-    out = torch.empty_like(q)
+    out = q.new_empty((*q.shape[:3], v.shape[-1]))
     lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))
     for rows in tiles(q.shape[2], tile):
         out[:, :, rows], lse[:, :, rows] = forward_rows(q, k, v, rows, options, mask, tile)
@@ -38,9 +39,9 @@ def forward_rows(
     q_tile = q[:, :, rows].to(dtype)  # (batch, heads, tile, head_dim)
     m = q_tile.new_full(q_tile.shape[:3], -math.inf)  # running maximum of each row
     l = torch.zeros_like(m)  # running sum of exp(score - m)
-    O = torch.zeros_like(q_tile)  # running sum of exp(score - m) v
+    O = q_tile.new_zeros((*q_tile.shape[:3], v.shape[-1]))  # running sum of exp(score - m) v
     for columns in key_tiles(rows, T, S, options, tile):
-        scores = score_tile(q_tile, k, rows, columns, T, options, mask)  # (batch, heads, tile, tile)
+        scores, _ = score_tile(q_tile, k, rows, columns, T, options, mask)  # (batch, heads, tile, tile)
         m_new = torch.maximum(m, scores.amax(-1))
         anchor = m_new.masked_fill(m_new == -math.inf, 0.0)  # a row that has seen no key: -inf - 0, not -inf - -inf
         P = torch.exp(scores - anchor[..., None])
@@ -67,7 +68,8 @@ def tiled_backward(
     """Algorithm 2 of FlashAttention-2: the probabilities come back from the scores and the log-sum-exp.
 
     With P = exp(S - lse): dV = P^T dO, dP = dO V^T, dS = P (dP - delta), dQ = dS K scale, dK = dS^T Q scale, where
-    delta = rowsum(dO O) is the softmax's own correction. A gradient of lse adds dlse P to dS, so it joins delta.
+    delta = rowsum(dO O) is the softmax's own correction. A gradient of lse adds dlse P to dS, so it joins delta. Where
+    scores were capped, dS passes through the derivative of tanh on its way.
     """
     dtype, T, S, kv_heads = accumulation_dtype(q), q.shape[2], k.shape[2], k.shape[1]
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
@@ -78,10 +80,12 @@ def tiled_backward(
         q_tile, dout_tile = q[:, :, rows].to(dtype), dout[:, :, rows].to(dtype)
         anchor = lse[:, :, rows].masked_fill(lse[:, :, rows] == -math.inf, math.inf)[..., None]  # such a row has P = 0
         for columns in key_tiles(rows, T, S, options, tile):
-            scores = score_tile(q_tile, k, rows, columns, T, options, mask)
+            scores, capped = score_tile(q_tile, k, rows, columns, T, options, mask)
             P = torch.exp(scores - anchor)
             dP = dout_tile @ v[:, :, columns].to(dtype).mT
             dS = P * (dP - delta[:, :, rows, None])
+            if options.softcap:
+                dS = dS * (1 - (capped / options.softcap) ** 2)
             dv[:, :, columns] += P.mT @ dout_tile
             dk[:, :, columns] += dS.mT @ q_tile * options.scale
             dq[:, :, rows] += dS @ k[:, :, columns].to(dtype) * options.scale
@@ -91,20 +95,25 @@ def tiled_backward(
 
 def score_tile(
     q_tile: Tensor, k: Tensor, rows: slice, columns: slice, T: int, options: Options, mask: Tensor | None
-) -> Tensor:
-    """The scaled scores of one tile, -inf where the query may not look: (batch, heads, rows, columns)."""
-    scores = q_tile @ k[:, :, columns].to(q_tile.dtype).mT * options.scale
+) -> tuple[Tensor, Tensor]:
+    """The scores of one tile, -inf where the query may not look, and before a bias: (batch, heads, rows, columns)."""
+    capped = q_tile @ k[:, :, columns].to(q_tile.dtype).mT * options.scale
+    if options.softcap:
+        capped = options.softcap * torch.tanh(capped / options.softcap)
     query = torch.arange(rows.start, rows.stop, device=k.device)[:, None] + (
         k.shape[2] - T
     )  # aligned to the bottom right
     key = torch.arange(columns.start, columns.stop, device=k.device)
-    if options.causal:
-        scores = scores.masked_fill(key > query, -math.inf)
+    scores = capped
+    if options.alibi_slopes is not None:  # (heads,) or (batch, heads)
+        scores = scores - options.alibi_slopes[..., None, None].to(scores.dtype) * (query - key).abs()
+    if options.last_ahead >= 0:
+        scores = scores.masked_fill(key > query + options.last_ahead, -math.inf)
     if options.window:
         scores = scores.masked_fill(key <= query - options.window, -math.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask_tile(mask, rows, columns), -math.inf)
-    return scores
+    return scores, capped
 
 
 def mask_tile(mask: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -116,9 +125,11 @@ def mask_tile(mask: Tensor, rows: slice, columns: slice) -> Tensor:
 
 def packed_forward(q: Tensor, k: Tensor, v: Tensor, options: Options, packing: Packing) -> tuple[Tensor, Tensor]:
     """Step 0 on packed sequences: one after another."""
-    out, lse = empty_outputs(q)
-    for rows, columns in sequences(packing):
-        out[:, :, rows], lse[:, :, rows] = tiled_forward(q[:, :, rows], k[:, :, columns], v[:, :, columns], options)
+    out, lse = empty_outputs(q, v)
+    for i, (rows, columns) in enumerate(sequences(packing)):
+        out[:, :, rows], lse[:, :, rows] = tiled_forward(
+            q[:, :, rows], k[:, :, columns], v[:, :, columns], options_of(options, i)
+        )
     return out, lse
 
 
@@ -135,7 +146,7 @@ def packed_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Step 0's gradients on packed sequences."""
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for rows, columns in sequences(packing):
+    for i, (rows, columns) in enumerate(sequences(packing)):
         dq[:, :, rows], dk[:, :, columns], dv[:, :, columns] = tiled_backward(
             dout[:, :, rows],
             None if dlse is None else dlse[:, :, rows],
@@ -144,9 +155,15 @@ def packed_backward(
             v[:, :, columns],
             out[:, :, rows],
             lse[:, :, rows],
-            options,
+            options_of(options, i),
         )
     return dq, dk, dv
+
+
+def options_of(options: Options, sequence: int) -> Options:
+    """What is asked of one packed sequence, whose slopes may be its own."""
+    slopes = options.alibi_slopes
+    return options if slopes is None or slopes.dim() == 1 else replace(options, alibi_slopes=slopes[sequence])
 
 
 def sequences(packing: Packing) -> list[tuple[slice, slice]]:
@@ -165,7 +182,7 @@ def tiles(length: int, tile: int) -> list[slice]:
 def key_tiles(rows: slice, T: int, S: int, options: Options, tile: int) -> list[slice]:
     """The tiles of keys that any query of ``rows`` may see; the others are never touched."""
     first = max(0, rows.start + S - T - options.window + 1) if options.window else 0
-    last = min(S, rows.stop + S - T) if options.causal else S
+    last = min(S, rows.stop + S - T + options.last_ahead) if options.last_ahead >= 0 else S
     return [columns for columns in tiles(S, tile) if columns.stop > first and columns.start < last]
 
 
@@ -179,9 +196,15 @@ def sum_groups(x: Tensor, kv_heads: int) -> Tensor:
     return x if x.shape[1] == kv_heads else x.unflatten(1, (kv_heads, -1)).sum(2)
 
 
-def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """out, laid out as q is where q's columns are adjacent, and lse (batch, heads, T)."""
-    return laid_out_as(q), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))
+def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out (batch, heads, T, value_dim), laid out as q is where q's columns are adjacent, and lse (batch, heads, T)."""
+    lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))
+    if v.shape[-1] == q.shape[-1]:
+        return laid_out_as(q), lse
+    batch, heads, T, _ = q.shape
+    if q.stride(1) < q.stride(2):  # a view of (batch, T, heads, head_dim)
+        return q.new_empty(batch, T, heads, v.shape[-1]).transpose(1, 2), lse
+    return q.new_empty(batch, heads, T, v.shape[-1]), lse
 
 
 def laid_out_as(x: Tensor) -> Tensor:

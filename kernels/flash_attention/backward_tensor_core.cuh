@@ -1,0 +1,403 @@
+// The gradients by mma.sync (sm_80 and later), any head_dim up to 256: what a GPU before Hopper runs, and what Hopper runs
+// where head_dim is too wide for the registers of backward.cu. The plan is FlashAttention-2's (arXiv:2307.08691).
+//
+// A block owns KEYS keys: their K and V stay in shared memory, their dK and dV in registers. Tiles of queries pass by.
+//
+//     S  = Q K^T          P  = exp2(S - lse)       dV += P^T dO
+//     dP = dO V^T         dS = P (dP - delta)      dK += dS^T Q        dQ = dS K, added to float32 in global memory
+//
+// For each product the warps stand in a grid of 2 x WARPS / 2 over its result, and read both sides from shared memory:
+//
+//     S, dP:  ROWS x KEYS         dV, dK:  KEYS x D         dQ:  ROWS x D            e.g. D 128, four warps
+//     | 0  1 |                    |  0   1  |               |  0   1  |
+//     | 2  3 |                    |  2   3  |               |  2   3  |              32 x 32 and 32 x 64 a warp
+//
+// So P and dS change hands through shared memory. There is one buffer each of Q and dO: Q(i + 1) is loaded during the last
+// two products of tile i, dO(i + 1) during the last, and the other blocks of the multiprocessor fill what waits remain.
+//
+// Ledger (H200, bfloat16, 16,384 tokens, figures in benchmarks/results/nvidia-h200/flash_attention.json)
+//   hypothesis  with every operand in shared memory, one plan fits every head_dim; two or three blocks a multiprocessor
+//               hide one another's waits
+//   predicted   FlashAttention-2's 286 TFLOP/s at d 64 and 307 at d 128, since the plan is the same
+//   measured    264 and 278; causal 232 and 275 (272 and 310); d 256 at 4,096 tokens 238 (245)
+//   limit       shared memory, nearly: at d 128 a tile's fragments take it 4,350 cycles, the products 5,120
+//   tried       one block of 128 keys and eight warps at d 128: 284 instead of 288. At d 64, tiles of 128 queries: 263
+//               instead of 270; two blocks instead of three: 251. The small tiles at d 256: 187 instead of 229
+#pragma once
+#include <algorithm>
+
+#include "common/launch.cuh"
+#include "common/mma.cuh"
+#include "common/softmax.cuh"
+#include "gradients.cuh"
+#include "common/resources.cuh"
+#include "scores.cuh"
+#include "sight.cuh"
+
+namespace flash {
+namespace {
+
+constexpr int CHUNK = 8;  // halves in 16 bytes
+
+// BLOCKS on a multiprocessor, as far as registers go: 255 a thread for two blocks of four warps.
+template <int D_, int KEYS_, int ROWS_, int WARPS_, int BLOCKS_>
+struct Shape {
+    static constexpr bool IN_TURN = false, MODIFIED = false;
+    static constexpr int D = D_, KEYS = KEYS_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_, THREADS = WARPS * WARP;
+    static constexpr int WARP_ROWS = ROWS / 2, WARP_KEYS = KEYS / 2;                     // of S and dQ; of dK and dV
+    static constexpr int SCORE_COLUMNS = KEYS / (WARPS / 2), COLUMNS = D / (WARPS / 2);  // of S; of dQ, dK and dV
+    static constexpr int KEY_BYTES = KEYS * D * 2, ROW_BYTES = ROWS * D * 2, SCORE_BYTES = ROWS * KEYS * 2;
+    static constexpr int SHARED_BYTES = 2 * (KEY_BYTES + ROW_BYTES + SCORE_BYTES);
+    static constexpr int STATISTICS = 2 * ROWS, DQ_FLOATS = ROWS * D;
+};
+
+// The same bits in every run, and scores that are capped or biased: compiled apart, since registers are full.
+template <class Shape>
+struct InTurn : Shape {
+    static constexpr bool IN_TURN = true;
+};
+template <class Shape>
+struct Modified : Shape {
+    static constexpr bool MODIFIED = true;
+};
+
+// A tile in shared memory, rows of COLUMNS halves. Chunk c of a row lies at place c ^ (row % 8), as in step 3; where a row
+// has four chunks alone, two rows share the banks of eight.
+template <int COLUMNS>
+struct Tile {
+    uint32_t address;
+
+    static __device__ int place(int row, int chunk) {
+        constexpr int CHUNKS = COLUMNS / CHUNK;
+        return row * COLUMNS * 2 + (chunk ^ (CHUNKS < 8 ? row / 2 % 4 : row % 8)) * 16;
+    }
+    __device__ uint32_t at(int row, int chunk) const { return address + place(row, chunk); }
+};
+
+// Start copying ROWS rows; rows from `rows` on and columns from head_dim on are filled with zeros.
+template <class Sh, int ROWS, class Half>
+__device__ void start_copy(Tile<Sh::D> tile, const Half* source, int64_t stride, int rows, int head_dim) {
+    constexpr int CHUNKS = Sh::D / CHUNK, STEP = Sh::THREADS / CHUNKS;
+    const int chunk = threadIdx.x % CHUNKS, top = threadIdx.x / CHUNKS;
+    const Half* pointer = source + top * stride + chunk * CHUNK;
+#pragma unroll
+    for (int i = 0; i < ROWS / STEP; ++i) {
+        const bool valid = top + i * STEP < rows && chunk * CHUNK < head_dim;
+        copy_async(tile.at(top + i * STEP, chunk), valid ? pointer : source, valid);
+        pointer += STEP * stride;
+    }
+}
+
+// C += A B for a warp's part of C, whose first row is `row` and first column `column`. The rows of A's tile run along the
+// rows of C, or (A_TRANSPOSED) along the sum. The rows of B's tile run along the columns of C, or (B_ROWS) along the sum.
+template <class Half, int DEPTH, bool A_TRANSPOSED, bool B_ROWS, int M, int N, int A_COLUMNS, int B_COLUMNS>
+__device__ void multiply(float (&C)[M][N][4], Tile<A_COLUMNS> A, int row, Tile<B_COLUMNS> B, int column) {
+    const int lane = threadIdx.x % WARP, in_16 = lane % 16, half = lane / 16;    // matrices 0 1 above one another, 2 3 beside
+    const int in_8_of_16 = lane % 8 + lane / 16 * 8, next = lane / 8 % 2;        // matrices 0 1 beside one another, 2 3 below
+#pragma unroll
+    for (int k = 0; k < DEPTH; k += 16) {
+        uint32_t a[M][4];
+#pragma unroll
+        for (int i = 0; i < M; ++i)
+            if constexpr (A_TRANSPOSED) ldmatrix_transposed(a[i], A.at(k + in_8_of_16, row / CHUNK + 2 * i + next));
+            else ldmatrix(a[i], A.at(row + 16 * i + in_16, k / CHUNK + half));
+#pragma unroll
+        for (int j = 0; j < N; j += 2) {
+            uint32_t b[4];
+            if constexpr (B_ROWS) ldmatrix_transposed(b, B.at(k + in_16, column / CHUNK + j + half));
+            else ldmatrix(b, B.at(column + 8 * j + in_8_of_16, k / CHUNK + next));
+#pragma unroll
+            for (int i = 0; i < M; ++i) {
+                mma<Half>(C[i][j], a[i], b[0], b[1]);
+                mma<Half>(C[i][j + 1], a[i], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// A warp's part of P or dS to shared memory, packed.
+template <class Half, class Sh, int M, int N>
+__device__ void share(uint8_t* tile, const float (&C)[M][N][4], int row, int column) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int i = 0; i < M; ++i)
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int place = Tile<Sh::KEYS>::place(row + 16 * i + 8 * r + lane / 4, column / CHUNK + j);
+                *reinterpret_cast<uint32_t*>(tile + place + lane % 4 * 4) = pack<Half>(C[i][j][2 * r], C[i][j][2 * r + 1]);
+            }
+}
+
+// One float added to global memory, nothing returned.
+__device__ void add_global(float* target, float x) {
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(target), "f"(x) : "memory");
+}
+
+// What one block works on: keys from `key` on of one kv head, and every tile of queries of its heads that sees any of them.
+template <class Half, class Sh>
+struct Block {
+    const Arguments& a;
+    const Sequence sequence;
+    const Sight sight;
+    const int64_t b, kv;
+    const int key;
+    uint8_t* const shared;
+
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int row = warp / (Sh::WARPS / 2) * Sh::WARP_ROWS, key_row = warp / (Sh::WARPS / 2) * Sh::WARP_KEYS;
+    const int score_column = warp % (Sh::WARPS / 2) * Sh::SCORE_COLUMNS, column = warp % (Sh::WARPS / 2) * Sh::COLUMNS;
+    const Tile<Sh::D> K{shared_address(shared)}, V{K.address + Sh::KEY_BYTES}, Q{V.address + Sh::KEY_BYTES},
+        dO{Q.address + Sh::ROW_BYTES};
+    uint8_t *const P_bytes = shared + 2 * (Sh::KEY_BYTES + Sh::ROW_BYTES), *const dS_bytes = P_bytes + Sh::SCORE_BYTES;
+    const Tile<Sh::KEYS> P{shared_address(P_bytes)}, dS{shared_address(dS_bytes)};
+    const float to_base_2 = unit_of<Sh::MODIFIED>(a) * LOG2E;
+
+    using Scores = float[Sh::WARP_ROWS / 16][Sh::SCORE_COLUMNS / 8][4];
+    using Gradient = float[Sh::WARP_KEYS / 16][Sh::COLUMNS / 8][4];
+    using RowGradient = float[Sh::WARP_ROWS / 16][Sh::COLUMNS / 8][4];
+
+    __device__ void start_rows(Tile<Sh::D> target, const Matrix& x, int64_t head, int top, int64_t columns) const {
+        start_copy<Sh, Sh::ROWS>(target, row_of<Half>(x, sequence.b, head, sequence.q_begin + top), x.row, sight.T - top,
+                                 int(columns));
+        commit_copies();
+    }
+
+    __device__ void start_keys(Tile<Sh::D> target, const Matrix& x, int64_t columns) const {
+        start_copy<Sh, Sh::KEYS>(target, row_of<Half>(x, sequence.b, kv, sequence.k_begin + key), x.row, sight.S - key,
+                                 int(columns));
+    }
+
+    // What becomes of products: tanh of them, less a slope for each key of distance. dP - delta passes through the
+    // derivative of tanh.
+    __device__ void modify(Scores& S, Scores& dP, const float* lse, int64_t head, int top) const {
+        const ScoreForm form = form_of(a, b, head);
+#pragma unroll
+        for (int i = 0; i < Sh::WARP_ROWS / 16; ++i)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int at = row + 16 * i + 8 * r + lane / 4;
+                cap_row(S[i], r, form);
+                const float delta = lse[Sh::ROWS + at];
+#pragma unroll
+                for (int j = 0; j < Sh::SCORE_COLUMNS / 8; ++j)
+#pragma unroll
+                    for (int e = 2 * r; e < 2 * r + 2; ++e) {
+                        const float slope = form.to_tanh == 0.0f ? 1.0f : 1.0f - S[i][j][e] * S[i][j][e];
+                        dP[i][j][e] = slope * (dP[i][j][e] - delta);
+                    }
+                bias_row(S[i], r, form, top + at + sight.S - sight.T - key - score_column);
+            }
+    }
+
+    // P = exp2(S - lse), zero where the query does not see the key, and dS = P (dP - delta), both to shared memory.
+    __device__ void probabilities(Scores& S, Scores& dP, const float* lse, int64_t head, int top) const {
+        if constexpr (Sh::MODIFIED) modify(S, dP, lse, head, top);
+        const bool masked = !sight.sees_all(top + row, Sh::WARP_ROWS, key + score_column, Sh::SCORE_COLUMNS);
+#pragma unroll
+        for (int i = 0; i < Sh::WARP_ROWS / 16; ++i)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int at = row + 16 * i + 8 * r + lane / 4, first_key = key + score_column;
+                if (masked) mask_row(S[i], r, sight.first(top + at) - first_key, sight.last(top + at) - first_key);
+                const float minus_lse = -lse[at], delta = Sh::MODIFIED ? 0.0f : lse[Sh::ROWS + at];
+#pragma unroll
+                for (int j = 0; j < Sh::SCORE_COLUMNS / 8; ++j)
+#pragma unroll
+                    for (int e = 2 * r; e < 2 * r + 2; ++e) {
+                        S[i][j][e] = fast_exp2(fmaf(S[i][j][e], to_base_2, minus_lse));
+                        dP[i][j][e] = S[i][j][e] * (dP[i][j][e] - delta);
+                    }
+            }
+        share<Half, Sh>(P_bytes, S, row, score_column);
+        share<Half, Sh>(dS_bytes, dP, row, score_column);
+    }
+
+    // In the order of the fragments, so that a warp adds to 128 neighbouring bytes at once.
+    __device__ void add_dq(const RowGradient& dQ, int64_t tile) const {
+        float* const target = a.dq_sum + tile * Sh::DQ_FLOATS + threadIdx.x;
+        const float* const source = &dQ[0][0][0];
+#pragma unroll
+        for (int i = 0; i < int(sizeof(RowGradient) / sizeof(float)); ++i) add_global(target + i * Sh::THREADS, source[i]);
+    }
+
+    // Turns, for the same bits in every run: the blocks of a head add to a tile of dQ in the order of their keys. Thread 0
+    // waits and hands on, before and after barriers that are there anyway; a turn is handed on in the next tile, when the
+    // sums have long reached memory.
+    __device__ void wait_turn(int64_t tile, int top, int seen) const {
+        const int order = key / Sh::KEYS - sight.first(top) / Sh::KEYS;
+        if (Sh::IN_TURN && threadIdx.x == 0)
+            while (seen != order) seen = atomicAdd(a.turn + tile, 0);
+    }
+    __device__ void sums_are_done() const {
+        if constexpr (Sh::IN_TURN) __threadfence();
+    }
+    __device__ void pass_turn(int64_t tile) const {
+        if (Sh::IN_TURN && tile >= 0 && threadIdx.x == 0) atomicAdd(a.turn + tile, 1);
+    }
+
+    __device__ void run() {
+        const int last_key = min(key + Sh::KEYS, sight.S) - 1;
+        const int first = sight.first_query(key) / Sh::ROWS, end = min(sight.T, sight.last_query(last_key));
+        const int tiles = max(0, (end + Sh::ROWS - 1) / Sh::ROWS - first), heads = int(a.heads / a.kv_heads);
+        Gradient dK = {}, dV = {};
+        int64_t last = -1;  // the tile whose turn is to be handed on
+        start_keys(K, a.k, a.head_dim);
+        start_keys(V, a.v, a.value_dim);
+        if (tiles > 0) {
+            start_rows(Q, a.q, kv * heads, first * Sh::ROWS, a.head_dim);
+            start_rows(dO, a.dout, kv * heads, first * Sh::ROWS, a.value_dim);
+        }
+        for (int i = 0; i < tiles * heads; ++i) {
+            const int top = (first + i % tiles) * Sh::ROWS, next_top = (first + (i + 1) % tiles) * Sh::ROWS;
+            const int64_t head = kv * heads + i / tiles, next_head = kv * heads + (i + 1) / tiles;
+            const bool more = i + 1 < tiles * heads;
+            const int64_t index = tile_index<Sh>(a, sequence, b, head, top / Sh::ROWS);
+            const int seen = Sh::IN_TURN ? *static_cast<volatile int32_t*>(a.turn + index) : 0;
+            wait_copies<0>();
+            __syncthreads();  // all have arrived, for all; P and dS of the last tile have been read
+            {
+                Scores S = {}, dP = {};
+                multiply<Half, Sh::D, false, false>(S, Q, row, K, score_column);
+                multiply<Half, Sh::D, false, false>(dP, dO, row, V, score_column);
+                probabilities(S, dP, a.delta + index * Sh::STATISTICS, head, top);
+            }
+            sums_are_done();
+            __syncthreads();  // P and dS are written
+            pass_turn(last);
+            multiply<Half, Sh::ROWS, true, true>(dK, dS, key_row, Q, column);
+            __syncthreads();  // Q has been read
+            if (more) start_rows(Q, a.q, next_head, next_top, a.head_dim);
+            multiply<Half, Sh::ROWS, true, true>(dV, P, key_row, dO, column);
+            wait_turn(index, top, seen);
+            __syncthreads();  // dO has been read
+            if (more) start_rows(dO, a.dout, next_head, next_top, a.value_dim);
+            RowGradient dQ = {};
+            multiply<Half, Sh::KEYS, false, true>(dQ, dS, row, K, column);
+            add_dq(dQ, index);
+            last = index;
+        }
+        if constexpr (Sh::IN_TURN) {
+            sums_are_done();
+            __syncthreads();
+            pass_turn(last);
+        }
+        store(a.dk, dK, a.scale, a.head_dim);
+        store(a.dv, dV, 1.0f, a.value_dim);
+    }
+
+    __device__ void store(const Matrix& x, const Gradient& C, float factor, int64_t columns) const {
+#pragma unroll
+        for (int i = 0; i < Sh::WARP_KEYS / 16; ++i)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int at = key + key_row + 16 * i + 8 * r + lane / 4;
+                Half* target = row_of<Half>(x, sequence.b, kv, sequence.k_begin + at) + column;
+                store_row<Half>(target, C[i], r, factor, at < sight.S, columns - column);
+            }
+    }
+};
+
+template <class Half, class Sh>
+__global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) backward_kernel(const __grid_constant__ Arguments a) {
+    extern __shared__ __align__(128) uint8_t shared[];
+    const bool in_step = Sh::IN_TURN && a.ahead == 0;  // blocks of one head would wait for one another at the diagonal
+    const Work work = in_step ? work_across_heads(blockIdx.x, a.batch, a.kv_heads)
+                              : work_of(blockIdx.x, a.kv_heads, int((a.keys + Sh::KEYS - 1) / Sh::KEYS), false);
+    const Sequence sequence = sequence_of(a, work.b);
+    const int key = work.tile * Sh::KEYS;
+    if (key < sequence.S) Block<Half, Sh>{a, sequence, sight_of(a, sequence), work.b, work.h, key, shared}.run();
+}
+
+// dQ from the order of the fragments to rows, times the scale.
+template <class Half, class Sh>
+__global__ void __launch_bounds__(Sh::THREADS) round_dq_kernel(const __grid_constant__ Arguments a) {
+    const Work work = work_of(blockIdx.x, a.heads, int((a.queries + Sh::ROWS - 1) / Sh::ROWS), false);
+    const Sequence sequence = sequence_of(a, work.b);
+    const int top = work.tile * Sh::ROWS, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    if (top >= sequence.T) return;
+    const float* source =
+        a.dq_sum + tile_index<Sh>(a, sequence, work.b, work.h, work.tile) * Sh::DQ_FLOATS + threadIdx.x;
+    const int column = warp % (Sh::WARPS / 2) * Sh::COLUMNS;
+#pragma unroll
+    for (int i = 0; i < Sh::WARP_ROWS / 16; ++i) {
+        float dQ[Sh::COLUMNS / 8][4];
+#pragma unroll
+        for (int j = 0; j < Sh::COLUMNS / 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) dQ[j][e] = source[((i * (Sh::COLUMNS / 8) + j) * 4 + e) * Sh::THREADS];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = top + warp / (Sh::WARPS / 2) * Sh::WARP_ROWS + 16 * i + 8 * r + lane / 4;
+            Half* target = row_of<Half>(a.dq, sequence.b, work.h, sequence.q_begin + row) + column;
+            store_row<Half>(target, dQ, r, a.scale, row < sequence.T, a.head_dim - column);
+        }
+    }
+}
+
+// --- host ------------------------------------------------------------------------------------------------------------
+
+template <class Half, class Sh>
+const char* run_backward(const Arguments& a, void* stream) {
+    const int64_t row_tiles = a.batch * a.heads * ((a.queries + Sh::ROWS - 1) / Sh::ROWS);
+    const int64_t key_tiles = a.batch * a.kv_heads * ((a.keys + Sh::KEYS - 1) / Sh::KEYS);
+    if (const char* error = launch(prepare_kernel<Half, Sh>, row_tiles, PREPARE_THREADS, 0, stream, a)) return error;
+    if (const char* error = launch(backward_kernel<Half, Sh>, key_tiles, Sh::THREADS, Sh::SHARED_BYTES, stream, a))
+        return error;
+    return launch(round_dq_kernel<Half, Sh>, row_tiles, Sh::THREADS, 0, stream, a);
+}
+
+int most_shared_bytes() {
+    int device = 0, bytes = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return bytes;
+}
+
+// Call `run` with the element type and the tiles. A GPU with 100 KB a block (sm_86, sm_89) gets small ones at a D of 256.
+template <bool MODIFIED, class Half, class Run>
+const char* with_shape(const Arguments& a, const Run& run) {
+    using Wide = Shape<256, 64, 64, 8, 1>;
+    const auto run_as = [&]<class Sh>(Sh) {
+        if constexpr (MODIFIED) return run.template operator()<Half, Modified<Sh>>();
+        else return run.template operator()<Half, Sh>();
+    };
+    const auto run_with = [&]<class Sh>(Sh shape) { return a.turn != nullptr ? run_as(InTurn<Sh>{}) : run_as(shape); };
+    const int64_t widest = std::max(a.head_dim, a.value_dim);
+    if (widest <= 64) return run_with(Shape<64, 64, 64, 4, 3>{});
+    if (widest <= 128) return run_with(Shape<128, 64, 64, 4, 2>{});
+    return Wide::SHARED_BYTES <= most_shared_bytes() ? run_with(Wide{}) : run_with(Shape<256, 32, 32, 4, 1>{});
+}
+
+template <bool MODIFIED, class Run>
+const char* with_types(const Arguments& a, const Run& run) {
+    return a.dtype == BFLOAT16 ? with_shape<MODIFIED, Bf16>(a, run) : with_shape<MODIFIED, Fp16>(a, run);
+}
+
+// How much scratch the caller must bring: floats of `delta`, floats of `dq_sum` (zeroed), integers of `turn` (zeroed).
+template <bool MODIFIED = false>
+const char* find_scratch(const Arguments& a, int64_t* sizes) {
+    return with_types<MODIFIED>(a, [&]<class Half, class Sh>() -> const char* {
+        const int64_t tiles = a.heads * tiles_in_all<Sh>(a);
+        sizes[0] = tiles * Sh::STATISTICS;
+        sizes[1] = tiles * Sh::DQ_FLOATS;
+        sizes[2] = tiles;
+        return nullptr;
+    });
+}
+
+template <bool MODIFIED = false>
+const char* run_gradients(const Arguments& a, void* stream) {
+    return with_types<MODIFIED>(a, [&]<class Half, class Sh>() { return run_backward<Half, Sh>(a, stream); });
+}
+
+template <bool MODIFIED = false>
+const char* find_resources(const Arguments& a, Resources* out) {
+    return with_types<MODIFIED>(a, [&]<class Half, class Sh>() {
+        return measure_resources(backward_kernel<Half, Sh>, Sh::THREADS, Sh::SHARED_BYTES, out);
+    });
+}
+
+}  // namespace
+}  // namespace flash
