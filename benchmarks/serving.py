@@ -24,6 +24,10 @@ The part "latency" lets requests arrive while others are served, one by one at r
 request's arrival to its first token, TPOT the time per token after it; goodput counts the requests a second for which
 neither was several times as long as on an idle engine. The policies are budgets: a step that may read whole prompts
 serves the newcomer first and makes those that write wait; a step of small pieces does the opposite.
+
+The parts "speculation", "float8" and "deterministic" ask what each of these gains or costs: drafts at batch 1, on texts
+that repeat themselves, that never do, and that mislead; float8 in the same bytes of keys and values; and steps of one
+shape, under which no bit of a text depends on its neighbours. The part "soak" runs for twenty minutes on a CPU.
 """
 
 import json
@@ -33,8 +37,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -47,7 +52,8 @@ from benchmarks.harness import Options, Report, Timing, command_line, synchroniz
 from tformer_lib import pretrained
 from tformer_lib.generation import changing_shapes, generate, prefill
 from tformer_lib.kv_cache import CacheShape, GrowingCache
-from tformer_lib.serving import Engine, Step, blocks_that_fit
+from tformer_lib.serving import Engine, Request, Speculation, Step, blocks_that_fit, calibrate
+from tformer_lib.tokens import Encoding
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
 
 LLAMA_1B = ModelConfig(
@@ -72,10 +78,12 @@ BANDWIDTH = 4.3e12
 REQUESTS, SHORTEST, LONGEST = 256, 100, 1024
 ROWS_RESERVED = MEMORY // (FULL_LENGTH * 2 * 16 * 8 * 64 * 2)
 SECONDS = {"engine": 120, "skewed": 80, "transformers": 80, "contiguous": 80, "latency": 300, "stories": 60}
+SECONDS |= {"soak": 1500} | dict.fromkeys(("speculation", "float8", "deterministic"), 80)
 """How long each part may take."""
 
 
 PEERS = ("static", "sequential", "engine", "64 tokens a step", "1024 tokens a step", "no prefix cache")
+PEERS += ("no drafts", "bfloat16", "any order")
 MANY_STEPS = "a run of many steps; the bound of a step stands beside the decode steps"
 
 
@@ -106,7 +114,9 @@ def run(args: ServingOptions) -> None:
     report = Report("serving", args.device, args.out, peers=PEERS)
     if args.device == "cuda":
         report.note(requests=REQUESTS, kv_memory_bytes=MEMORY, rows_reserved_at_full_length=ROWS_RESERVED)
-    parts = args.parts or (["stories", "latency"] if args.device == "cpu" else [p for p in PARTS if p != "stories"])
+    parts = args.parts or (
+        ["stories", "latency"] if args.device == "cpu" else [p for p in PARTS if p not in ("stories", "soak")]
+    )
     for part in parts:
         result = run_apart(part, args.device)
         add_rows(report, result.pop("rows", []))
@@ -179,7 +189,8 @@ def make_engine(model: Decoder, *, seats: int, **options) -> Engine:
     """An engine with 4 GiB of keys and values, warmed up."""
     begin = time.perf_counter()
     settings = {"budget": 4096, "prefix_cache": False, "compile": True, "spare_blocks": 1.0, **options}
-    engine = Engine(model, blocks=blocks_that_fit(model, MEMORY), seats=seats, **settings)
+    blocks = blocks_that_fit(model, MEMORY, kv_dtype=settings.get("kv_dtype", "auto"))
+    engine = Engine(model, blocks=blocks, seats=seats, **settings)
     for length in (700, 300, 700, 2000):  # compiles for any number of tokens, and lets libraries choose their kernels
         engine.add(list(range(length)), {"max_new_tokens": 4})
         engine.add(list(range(length // 2)), {"max_new_tokens": 4})
@@ -600,13 +611,179 @@ def llama_load(device: str) -> tuple[Load, Load, tuple[int, ...]]:
     return Load([p for p, _ in pairs], [new for _, new in pairs], engine), shared, (256, 1024, 8192)
 
 
+# speculation, float8 pools, texts without neighbours
+
+
+def run_row(case: str, who: str, seconds: Sequence[float], tokens: int, **extra) -> dict:
+    """A contestant's runs as a row."""
+    timing = (median(seconds), min(seconds), max(seconds), len(seconds))
+    names = {"name": f"{case}: {who}", "case": case, "contestant": who, "unbounded": MANY_STEPS}
+    return {**names, "timing": timing, "tokens": tokens, "tokens_per_second": round(tokens / median(seconds)), **extra}
+
+
+def first_layers(model: Decoder, layers: int) -> Decoder:
+    """A draft model for nothing: the first blocks, with the embeddings and the last norm of the whole."""
+    with torch.device("meta"):
+        draft = Decoder(replace(model.config, layers=layers))
+    draft.embedding, draft.unembedding = model.embedding, model.unembedding
+    draft.stack.blocks, draft.stack.final_norm = model.stack.blocks[:layers], model.stack.final_norm
+    return draft.eval()
+
+
+TEXTS = {
+    "repeating text": {},
+    "three likely tokens": {"temperature": 2.0, "top_k": 3},
+    "text without repetition": {"temperature": 1.0},
+}
+"""How each kind of text is written. A greedy text of random weights repeats itself; one that is drawn from all of a
+large vocabulary never does; where three tokens are as likely at each place, most pairs of tokens have stood before, and
+what followed them then rarely follows again."""
+
+
+def speculation_part(device: str) -> dict:
+    """One request at a time: with and without drafts, on texts for which they are good, useless and misleading."""
+    model = llama(device)
+    options = {"seats": 1, "budget": 512}
+    contestants = {"no drafts": make_engine(model, **options)}
+    contestants["n-grams"] = make_engine(model, speculation=Speculation(tokens=6), **options)
+    draft = Speculation(tokens=4, model=first_layers(model, 2))
+    contestants["first 2 of 16 layers"] = make_engine(model, speculation=draft, **options)
+    random, rows, facts = Random(3), [], {}
+    prompt, new = [random.randrange(LLAMA_1B.vocab_size) for _ in range(64)] * 4, 256
+    for case, rules in TEXTS.items():
+        seconds, last = {who: [] for who in contestants}, {}
+        for seed in range(3):
+            for who, engine in contestants.items():
+                begin = time.perf_counter()
+                last[who] = engine.add(prompt, {"max_new_tokens": new, "seed": seed, **rules})
+                engine.run()
+                seconds[who].append(time.perf_counter() - begin)
+        for who, times in seconds.items():
+            request = last[who]
+            shares = {"drafted": request.drafted, "accepted": request.accepted}
+            rows.append(run_row(f"batch 1, {case}", who, times, new, **shares))
+            facts[f"speed-up, {case}, {who}"] = round(median(seconds["no drafts"]) / median(times), 3)
+            facts[f"same text, {case}, {who}"] = request.new_tokens == last["no drafts"].new_tokens
+    return {"rows": rows, **facts}
+
+
+def float8_part(device: str) -> dict:
+    """The same requests in the same bytes of keys and values: bfloat16 and float8 in turns."""
+    model, requests = llama(device), workload()
+    scales = calibrate(model, [prompt for prompt, _ in requests[:4]])
+    precisions = {"bfloat16": {}, "float8": {"kv_dtype": "float8", "kv_scales": scales}}
+    engines = {who: make_engine(model, seats=REQUESTS, **options) for who, options in precisions.items()}
+    return in_turns("256 requests, 4 GiB", engines, requests, "float8", turns=2)
+
+
+def deterministic_part(device: str) -> dict:
+    """What it costs that a text does not depend on its neighbours."""
+    model, requests = llama(device), workload()[:128]
+    engines = {"any order": make_engine(model, seats=128)}
+    engines["deterministic"] = make_engine(model, seats=128, budget=128, deterministic=True)
+    return in_turns("128 requests, 4 GiB", engines, requests, "deterministic", turns=2)
+
+
+def in_turns(case: str, engines: dict[str, Engine], requests: list, who: str, *, turns: int) -> dict:
+    """The requests through each engine in turn, and how much faster ``who`` is than the first."""
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    most = dict.fromkeys(engines, 0)
+    for _ in range(turns):
+        for name, engine in engines.items():
+            engine.log.clear()
+            seconds[name].append(time_engine(engine, [requests]))
+            most[name] = max(len(step.rows) for step in engine.log)
+    written = sum(new for _, new in requests)
+    rows = [run_row(case, name, times, written, most_rows=most[name]) for name, times in seconds.items()]
+    first = next(iter(engines))
+    return {"rows": rows, f"{who} / {first}": round(median(seconds[first]) / median(seconds[who]), 3)}
+
+
+# a soak
+
+
+SOAK_SECONDS, SOAK_REQUESTS = 1200, 1000
+
+
+def soak_part(device: str) -> dict:
+    """Twenty minutes of everything at once in pools that are too small: what is left over, and what memory grew by.
+
+    Requests share beginnings, are greedy or sampled, ask for log-probabilities, stop early, and every fifth is
+    cancelled at some moment; one engine is plain, two draft, one has float8 pools. The texts of the first three are
+    compared with what the same request gets alone.
+    """
+    model, encoding = pretrained.load(device=device)
+    options = ({}, {"speculation": Speculation()}, {"speculation": Speculation(model=model)}, {"kv_dtype": "float8"})
+    engines = [Engine(model, encoding, blocks=14, block_size=8, seats=6, budget=24, **more) for more in options]
+    random, begin, ends, memory, texts = Random(0), time.perf_counter(), Counter(), [], []
+    for number in range(SOAK_REQUESTS):
+        engine, (prompt, wish) = engines[number % len(engines)], soak_request(random, encoding, number)
+        ours = [engine.add(prompt, wish, listener=lambda piece: ends.update([piece.finish_reason]))]
+        for _ in range(random.randrange(12)):
+            engine.step()
+        if random.random() < 0.2:
+            engine.cancel(random.choice([*ours, *engine.scheduler.running, *engine.scheduler.waiting]))
+        if number % 10 < 3:
+            engine.run()
+            texts.append(same_alone(engine, ours[0], wish))
+        if number % 100 == 99:
+            for busy in engines:
+                busy.run()
+            memory.append(resident_bytes())
+        time.sleep(max(0.0, SOAK_SECONDS * (number + 1) / SOAK_REQUESTS - (time.perf_counter() - begin)))
+    return {
+        "soak_requests": SOAK_REQUESTS,
+        "soak_seconds": round(time.perf_counter() - begin),
+        "soak_ends": {str(reason): count for reason, count in ends.items() if reason is not None},
+        "soak_pieces": sum(ends.values()),
+        "soak_steps": sum(len(engine.log) for engine in engines),
+        "soak_preemptions": sum(engine.scheduler.preemptions for engine in engines),
+        "soak_evictions": sum(engine.allocator.evictions for engine in engines),
+        "soak_drafted": sum(step.drafted for engine in engines for step in engine.log),
+        "soak_texts_compared": sum(same is not None for same in texts),
+        "soak_texts_that_differ": sum(same is False for same in texts),
+        "soak_blocks_held": [engine.allocator.held for engine in engines],
+        "soak_draft_blocks_held": engines[2].drafter.allocator.held,
+        "soak_resident_megabytes": [round(size / 1e6, 1) for size in memory],
+    }
+
+
+def soak_request(random: Random, encoding: Encoding, number: int) -> tuple[list[int], dict]:
+    """A prompt, which begins as many others do, and what is asked for."""
+    opening = random.choice(("Once upon a time there was a little", "One day a dog", "The"))
+    noise = [random.randrange(encoding.n_vocab) for _ in range(random.randrange(40))]
+    wish = {"max_new_tokens": random.randint(1, 60), "seed": number, "temperature": random.choice([0.0, 0.8])}
+    more = ({}, {"logprobs": 2}, {"stop": ["."]}, {"stop_tokens": [random.randrange(encoding.n_vocab)]})
+    return encoding.encode_ordinary(opening) + noise, wish | random.choice(more)
+
+
+def same_alone(engine: Engine, request: Request, wish: dict) -> bool | None:
+    """Whether a text is the one that its request gets alone; None where it was cancelled, or its cache is rounded."""
+    if request.finish_reason == "cancelled" or engine.runner.scales is not None:
+        return None
+    alone = Engine(engine.model, engine.encoding, seats=1)
+    again = alone.add(request.prompt, wish)
+    alone.run()
+    return again.new_tokens == request.new_tokens
+
+
+def resident_bytes() -> int:
+    """What the process holds in memory now, by Linux's count."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 PARTS: dict[str, Callable[[str], dict]] = {
     "engine": engine_part,
     "skewed": skewed_part,
     "transformers": transformers_part,
     "contiguous": contiguous_part,
     "latency": latency_part,
+    "speculation": speculation_part,
+    "float8": float8_part,
+    "deterministic": deterministic_part,
     "stories": stories_part,
+    "soak": soak_part,
 }
 
 if __name__ == "__main__":

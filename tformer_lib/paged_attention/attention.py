@@ -66,6 +66,7 @@ def paged_attention(
     v_scale: float = 1.0,
     step: int | str | None = None,
     checked: bool = False,
+    batch_invariant: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of each row's newest tokens over all its keys, which lie in blocks.
@@ -87,6 +88,8 @@ def paged_attention(
         step: which implementation; the best that the device runs if not given, 0 is PyTorch.
         checked: look for block ids out of range, lengths past the table and starts that cut no rows on a GPU too, which
             waits for it; on a CPU they are always looked for.
+        batch_invariant: give each row the same bits whatever the other rows are. It takes one query a row; the kernels
+            that promise this need ``query_starts``, and do not share a long row among the GPU's multiprocessors.
         return_lse: return the log-sum-exp of every query's scores too.
 
     Returns:
@@ -97,7 +100,7 @@ def paged_attention(
         ValueError: shapes, dtypes or devices do not fit, or an index is out of range: the message names the row.
     """
     rows = Rows(block_tables, lengths, query_starts, max_queries)
-    options = attention_options(q, scale, window, k_scale, v_scale, step, checked)
+    options = attention_options(q, scale, window, k_scale, v_scale, step, checked, batch_invariant)
     if is_traced(q):
         out, lse = torch.ops.tformer_lab.paged_attention(q, k_pool, v_pool, *rows, *options)
     else:
@@ -105,10 +108,10 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
-def attention_options(q: Tensor, scale, window, k_scale, v_scale, step, checked) -> Options:
+def attention_options(q: Tensor, scale, window, k_scale, v_scale, step, checked, batch_invariant) -> Options:
     """The options of a call, with what was not given filled in."""
     scale = float(score_scale(scale, max(1, q.shape[-1])))
-    return Options(scale, window, float(k_scale), float(v_scale), DECODE.name(step), checked)
+    return Options(scale, window, float(k_scale), float(v_scale), DECODE.name(step), checked, batch_invariant)
 
 
 def plan_attention(
@@ -126,6 +129,7 @@ def plan_attention(
     v_scale: float = 1.0,
     step: int | str | None = None,
     checked: bool = False,
+    batch_invariant: bool = False,
 ) -> AttentionPlan:
     """Check and choose once for all layers of a pass, whose queries and pools are laid out alike::
 
@@ -136,7 +140,8 @@ def plan_attention(
     their numbers may change on a GPU between runs, as they do when a CUDA graph is replayed.
     """
     rows = Rows(block_tables, lengths, query_starts, max_queries)
-    return make_plan(q, k_pool, v_pool, rows, attention_options(q, scale, window, k_scale, v_scale, step, checked))
+    options = attention_options(q, scale, window, k_scale, v_scale, step, checked, batch_invariant)
+    return make_plan(q, k_pool, v_pool, rows, options)
 
 
 def plan_write(

@@ -110,6 +110,8 @@ def check_paged(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, options: 
         raise ValueError(f"window must be a whole number of keys, at least 1, got {options.window}")
     if max_queries is not None and max_queries < 0:
         raise ValueError(f"max_queries must be at least 0, got {max_queries}")
+    if options.batch_invariant and not rows.one_query:
+        raise ValueError("batch_invariant takes one query a row: give query_starts with max_queries=1")
 
 
 def check_indices(pool: Tensor, rows: Rows, total: int) -> None:

@@ -23,6 +23,7 @@ PREFILL_STEPS = ("prefill_hopper", "prefill_tensor_core")  # the better first
 STEPS = ("0", "cpu", "1", "2", "prefill", *PREFILL_STEPS)
 DECODE = Ladder(TOPIC, STEPS, {"cpu": ("cpu", "0"), "cuda": ("2", "1", "0")})
 PREFILL = Ladder(TOPIC, STEPS, {"cpu": ("cpu", "0"), "cuda": (*PREFILL_STEPS, "0")})
+INVARIANT = Ladder(TOPIC, STEPS, {"cpu": ("cpu", "0"), "cuda": (*PREFILL_STEPS, "1", "0")})
 WRITE = Ladder(TOPIC, STEPS, {"cpu": ("cpu", "0"), "cuda": ("write_cache", "0")})  # a GPU has one kernel that writes
 DECODE_HEAD_DIMS, PREFILL_HEAD_DIMS, MOST_HEAD_DIM = (64, 128), (64, 128, 256), 256
 TMA_ROWS, TILE_ROWS = 8, 128  # of prefill_hopper.cu: a box of TMA has so many rows at least, a tile of queries at least
@@ -35,6 +36,8 @@ def choose_step(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, options: 
     """The step asked for, if it can do this; without one, the top one that can."""
     reason_of = lambda name: refusal(name, q, k_pool, v_pool, rows.one_query, options.scale)  # noqa: E731
     step = options.step
+    if options.batch_invariant:
+        return INVARIANT.choose(step, q.device, lambda name: refusal_of_invariance(name, rows) or reason_of(name))
     if step == "prefill":  # the better of the two, or the reason of the one that asks for less
         step = next((name for name in PREFILL_STEPS if reason_of(name) is None), PREFILL_STEPS[-1])
     return (DECODE if rows.one_query else PREFILL).choose(step, q.device, reason_of)
@@ -57,6 +60,19 @@ def refusal(step: str, q: Tensor, k_pool: Tensor, v_pool: Tensor, one_query: boo
     if step in PREFILL_STEPS and scale <= 0:
         return f"it takes the maximum of the scores before it scales them: scale must be positive, got {scale}"
     return refusal_of_tma(q, k_pool) if step == "prefill_hopper" else None
+
+
+def refusal_of_invariance(step: str, rows: Rows) -> str | None:
+    """Why a step's sums depend on the other rows, or None if they do not.
+
+    Step 2 cuts all rows' keys, end to end, into equal shares, so where a row is cut depends on the others. The prefill
+    steps go through a row's keys in tiles that begin at its first one, and share a tile of queries only within a row.
+    """
+    if step == "2" or step == "prefill":
+        return "where it cuts a row's keys depends on the other rows"
+    if step in PREFILL_STEPS and rows.query_starts is None:
+        return "it needs query_starts"
+    return None
 
 
 def refusal_of_memory(*tensors: Tensor) -> str | None:

@@ -23,10 +23,11 @@ def paged_attention_op(
     v_scale: float,
     step: str,
     checked: bool = False,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What torch.compile sees of :func:`paged_attention`."""
     rows = Rows(block_tables, lengths, query_starts, max_queries)
-    options = Options(scale, window, k_scale, v_scale, step, checked)
+    options = Options(scale, window, k_scale, v_scale, step, checked, batch_invariant)
     return make_plan(q, k_pool, v_pool, rows, options).call(q, k_pool, v_pool, True)
 
 

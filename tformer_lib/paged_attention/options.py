@@ -20,6 +20,8 @@ class Options(NamedTuple):
     step: str = AUTO
     checked: bool = False
     """Whether the numbers in tables, lengths and starts are looked at on a GPU too."""
+    batch_invariant: bool = False
+    """Whether a row's result must be the same in every bit, whatever the other rows are."""
 
 
 class Rows(NamedTuple):

@@ -182,7 +182,7 @@ def attention_call(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, option
         DTYPE_CODES[k_pool.dtype],
     )
     strides = (q.stride()[:2], (heads * d, d), k_pool.stride()[:3], v_pool.stride()[:3])
-    with_step_2 = step in PREFILL_STEPS and d in DECODE_HEAD_DIMS
+    with_step_2 = step in PREFILL_STEPS and d in DECODE_HEAD_DIMS and not options.batch_invariant
     pairs = max(2, batch * heads) if with_step_2 or step in ("2", "prefill_hopper") else 0
     return Call(step, q.device, kernels_of(step, k_pool, with_step_2), strides, numbers, pairs)
 

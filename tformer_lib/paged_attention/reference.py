@@ -1,5 +1,7 @@
 """Step 0: blocks gathered with PyTorch, and plain attention over them. It is the oracle of the kernels."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,8 @@ def as_numbers(x: Tensor) -> Tensor:
 def attend_in_pytorch(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, options: Options) -> tuple[Tensor, Tensor]:
     """Step 0 of :func:`paged_attention`: rows with equally many queries are gathered and attended together."""
     tables, lengths, query_starts, _ = rows
+    if options.batch_invariant and lengths.numel() > 1:  # products of another shape may add in another order
+        return attend_one_by_one(q, k_pool, v_pool, rows, options)
     wide = accumulation_dtype(q)
     out = q.new_zeros(q.shape)
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=wide)
@@ -59,6 +63,17 @@ def attend_in_pytorch(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, opt
         mixed = gather(masked_softmax(scores, seen), values)  # (rows, heads, count, head_dim)
         out[places] = mixed.transpose(1, 2).to(q.dtype)
         lse[places] = scores.masked_fill(~seen, -torch.inf).logsumexp(-1).transpose(1, 2)
+    return out, lse
+
+
+def attend_one_by_one(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, options: Options) -> tuple[Tensor, Tensor]:
+    """The same with each row, of one query at most, by itself: its result cannot depend on the others."""
+    out, lse = q.new_zeros(q.shape), q.new_full(q.shape[:2], -torch.inf, dtype=accumulation_dtype(q))
+    starts = list(range(q.shape[0] + 1)) if rows.query_starts is None else rows.query_starts.tolist()
+    for row, (start, stop) in enumerate(pairwise(starts)):
+        if stop > start:
+            alone = Rows(rows.block_tables[row : row + 1], rows.lengths[row : row + 1])
+            out[start:stop], lse[start:stop] = attend_in_pytorch(q[start:stop], k_pool, v_pool, alone, options)
     return out, lse
 
 

@@ -20,13 +20,15 @@ and is computed again later.
 - :class:`TextStream` makes text of tokens as they come.
 - :class:`Speculation` lets somebody cheaper guess tokens that a step then checks: ``Engine(..., speculation=...)``.
 
-Each has a room: ``request``, ``scheduler``, ``runner``, ``engine``, ``speculation``. The others are ``turns`` (one
-thread at a time), ``protocol`` and ``server`` (OpenAI's API over HTTP, with the extra ``serve``), and ``command``:
+Each has a room: ``request``, ``scheduler``, ``runner``, ``engine``, ``speculation``, ``calibration`` (the scales of
+float8 pools). The others are ``turns`` (one thread at a time), ``protocol`` and ``server`` (OpenAI's API over HTTP,
+with the extra ``serve``), and ``command``:
 
     python -m tformer_lib.serving --prompt "Once upon a time"
     python -m tformer_lib.serving serve --model stories
 """
 
+from tformer_lib.serving.calibration import calibrate
 from tformer_lib.serving.engine import (
     DEFAULT_MEMORY,
     LLM,
@@ -74,6 +76,7 @@ __all__ = [
     "TextStream",
     "accepted",
     "blocks_that_fit",
+    "calibrate",
     "check_servable",
     "compile_blocks",
     "expected_tokens",

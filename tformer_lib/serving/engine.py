@@ -5,7 +5,7 @@ import operator
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from tformer_lib import profiling
 from tformer_lib.generation import check_memory, check_number
 from tformer_lib.kv_cache import CacheShape
+from tformer_lib.ladder import FP8
 from tformer_lib.paged_attention import BLOCK_SIZE, BlockAllocator, blocks_for
 from tformer_lib.serving.request import LogProbabilities, Params, Piece, Request, TextStream, check_counts
 from tformer_lib.serving.runner import NONE, Inputs, Launched, Runner
@@ -24,6 +25,9 @@ from tformer_lib.tokens import Encoding
 
 DEFAULT_MEMORY = 2**27
 """Bytes of keys and values that an engine holds unless told otherwise."""
+
+KV_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "float8": FP8}
+"""What pools may hold; None is the model's own numbers."""
 
 STEPS_REMEMBERED = 10_000
 """How many of the latest steps ``Engine.log`` keeps."""
@@ -118,6 +122,18 @@ class Engine:
         cuda_graphs: record steps in which all rows write; by default where the model is on a GPU.
         compile: see :class:`Runner`.
         speculation: how tokens are drafted that a step then checks; None: they are not. See ``speculation``.
+        kv_dtype: "auto" is the model's; "float8" has half the bytes of bfloat16, and 4 bits of precision.
+        kv_scales: what keys and values are divided by on their way to float8, see :func:`calibrate`.
+        deterministic: let no bit of a request's logits depend on the other requests, see below.
+
+    What is promised: a request's greedy text is the one that it would get alone as long as equal sums have equal bits.
+    In float64 and on small models that is the rule. In bfloat16 on a GPU it is not: a matrix product picks its kernel
+    by the number of rows, and split-KV decode cuts a row where the other rows' lengths say, so a sum may be taken in
+    another order. Where two logits are nearly equal, the text may then go on differently. With ``deterministic`` each
+    step computes exactly ``budget`` tokens, padding included, each as a row of one query whose keys are read in one
+    fixed order. So a small budget fits, of 64 to 128. How prompts are cut, who is preempted and what comes from the
+    prefix cache changes nothing then. It costs the padding, and attention that does not share a long row among
+    multiprocessors.
     """
 
     def __init__(
@@ -136,12 +152,15 @@ class Engine:
         cuda_graphs: bool | None = None,
         compile: bool = False,
         speculation: Speculation | None = None,
+        kv_dtype: str = "auto",
+        kv_scales: tuple[float, float] = (1.0, 1.0),
+        deterministic: bool = False,
     ):
         check_servable(model, max_context)
         if speculation is not None and speculation.model is not None:
             check_servable(speculation.model, None)
         check_counts(1, block_size=block_size, seats=seats, budget=budget)
-        blocks = blocks_that_fit(model, DEFAULT_MEMORY, block_size) if blocks is None else blocks
+        blocks = blocks_that_fit(model, DEFAULT_MEMORY, block_size, kv_dtype) if blocks is None else blocks
         ahead = int(next(model.parameters()).is_cuda) if ahead is None else ahead
         check_counts(1, blocks=blocks)
         check_counts(0, ahead=ahead)
@@ -151,12 +170,15 @@ class Engine:
         self.max_context = model.config.max_length if max_context is None else max_context
         max_blocks = min(blocks_for(self.max_context, block_size), blocks)
         lanes = 1 if speculation is None else 1 + speculation.tokens
-        check_room(model, blocks * block_size, lanes * seats, budget, max_blocks)
+        check_scales(kv_dtype, kv_scales)
+        rows = max(budget, lanes * seats) if deterministic else lanes * seats
+        check_room(model, blocks * block_size, rows, budget, max_blocks, kv_dtype)
         self.allocator = BlockAllocator(blocks, block_size)
         sizes = {"seats": seats, "budget": budget, "max_blocks": max_blocks}
         self.scheduler = Scheduler(self.allocator, prefix_cache=prefix_cache, spare_blocks=spare_blocks, **sizes)
         with torch.inference_mode(False):  # steps outside of it will write to the pools
-            self.runner = Runner(model, self.allocator, compile=compile, lanes=lanes, **sizes)
+            precision = {"kv_dtype": KV_DTYPES[kv_dtype], "kv_scales": kv_scales, "deterministic": deterministic}
+            self.runner = Runner(model, self.allocator, compile=compile, lanes=lanes, **sizes, **precision)
             self.drafter = None
             if speculation is not None:
                 more = {"blocks": blocks, "block_size": block_size, "max_context": self.max_context, **sizes}
@@ -167,7 +189,7 @@ class Engine:
         self.is_stepping, self.is_stale, self.leaving = False, False, deque()
         if self.runner.device.type == "cuda" if cuda_graphs is None else cuda_graphs:
             with self.runner.as_current():
-                self.runner.capture(graph_sizes(most_lanes(seats, speculation)))
+                self.runner.capture([budget] if deterministic else graph_sizes(most_lanes(seats, speculation)))
                 if isinstance(self.drafter, ModelDrafter):
                     self.drafter.runner.capture(graph_sizes(2 * min(seats, speculation.most_rows)))
 
@@ -447,14 +469,35 @@ def most_lanes(seats: int, speculation: Speculation | None) -> int:
     return seats if speculation is None else max(seats, min(seats, speculation.most_rows) * (1 + speculation.tokens))
 
 
-def blocks_that_fit(model: nn.Module, memory: int, block_size: int = BLOCK_SIZE) -> int:
-    """How many blocks of this model's keys and values fit into ``memory`` bytes."""
-    return memory // (CacheShape.of(model, 1).bytes_per_token * block_size)
+def shape_of(model: nn.Module, kv_dtype: str = "auto") -> CacheShape:
+    """What an engine's pools hold for each token.
 
-
-def check_room(model: nn.Module, tokens: int, seats: int, budget: int, max_blocks: int) -> None:
-    """Refuse sizes that no memory holds, before any of it is asked for."""
+    Raises:
+        ValueError: there is no such kv_dtype.
+    """
+    if kv_dtype not in KV_DTYPES:
+        raise ValueError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
     shape = CacheShape.of(model, 1)
+    return replace(shape, dtype=KV_DTYPES[kv_dtype] or shape.dtype)
+
+
+def blocks_that_fit(model: nn.Module, memory: int, block_size: int = BLOCK_SIZE, kv_dtype: str = "auto") -> int:
+    """How many blocks of this model's keys and values fit into ``memory`` bytes."""
+    return memory // (shape_of(model, kv_dtype).bytes_per_token * block_size)
+
+
+def check_scales(kv_dtype: str, kv_scales: tuple[float, float]) -> None:
+    """Refuse scales that are no pair of positive numbers, and scales where nothing is scaled."""
+    scales = [check_number("each of kv_scales", scale, numbers.Real) for scale in kv_scales]
+    if len(scales) != 2 or not all(0 < scale < float("inf") for scale in scales):
+        raise ValueError(f"kv_scales must be two positive numbers, of keys and of values, got {kv_scales}")
+    if kv_dtype != "float8" and scales != [1.0, 1.0]:
+        raise ValueError(f"kv_scales are for kv_dtype 'float8', got {kv_scales} for {kv_dtype!r}")
+
+
+def check_room(model: nn.Module, tokens: int, seats: int, budget: int, max_blocks: int, kv_dtype: str = "auto") -> None:
+    """Refuse sizes that no memory holds, before any of it is asked for."""
+    shape = shape_of(model, kv_dtype)
     check_memory(f"a pool of {tokens} tokens' keys and values", shape.bytes_per_token * tokens, shape.device)
     step = 3 * Inputs.bytes_for(budget, seats, max_blocks)
     check_memory(f"a step of {budget} tokens in {seats} seats of {max_blocks} blocks", step, "cpu")

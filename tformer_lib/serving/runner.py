@@ -15,6 +15,7 @@ from tformer_lib import profiling
 from tformer_lib.attention import MultiHeadAttention, merge
 from tformer_lib.generation import Sampling, distribution, draw, penalise_repetition
 from tformer_lib.kv_cache import CacheShape
+from tformer_lib.ladder import FP8
 from tformer_lib.paged_attention import (
     AttentionPlan,
     BlockAllocator,
@@ -49,12 +50,29 @@ class PackedPass:
         lengths: (rows,) int32, tokens of each row, the new ones included.
         starts: (rows + 1,) int32, where each row's tokens begin; None where each row has one.
         max_queries: the most tokens that a row brings.
+        scales: what keys and values are divided by on their way into pools of float8; None elsewhere.
+        batch_invariant: whether a row's attention must not depend on the other rows, in any bit.
     """
 
-    def __init__(self, pools, positions, slots, tables, lengths, starts=None, max_queries=None):
+    def __init__(
+        self,
+        pools,
+        positions,
+        slots,
+        tables,
+        lengths,
+        starts=None,
+        max_queries=None,
+        *,
+        scales: tuple[float, float] | None = None,
+        batch_invariant: bool = False,
+    ):
         self.pools, self.places, self.slots = pools, positions, slots
         self.rows = (tables, lengths)
-        self.starts, self.max_queries = starts, max_queries
+        self.scales = {} if scales is None else {"k_scale": scales[0], "v_scale": scales[1]}
+        self.options = {"query_starts": starts, "max_queries": max_queries, **self.scales}
+        if batch_invariant:
+            self.options["batch_invariant"] = True
         self.plans: tuple[WritePlan, AttentionPlan] | None = None  # made by the first layer, for all of them
 
     def positions(self, T: int) -> Tensor:
@@ -84,13 +102,13 @@ class PackedLayer:
         """
         now, pools = self.packed, (self.k_pool, self.v_pool)
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (total, heads or kv_heads, head_dim)
-        rows = {"query_starts": now.starts, "max_queries": now.max_queries}
         if is_traced(q):  # a compiler looks on, who must see one operator for each
-            write_cache(k, v, *pools, now.slots)
-            out = paged_attention(q, *pools, *now.rows, **rows)
+            write_cache(k, v, *pools, now.slots, **now.scales)
+            out = paged_attention(q, *pools, *now.rows, **now.options)
         else:
             if now.plans is None:
-                now.plans = plan_write(k, v, *pools, now.slots), plan_attention(q, *pools, *now.rows, **rows)
+                writing = plan_write(k, v, *pools, now.slots, **now.scales)
+                now.plans = writing, plan_attention(q, *pools, *now.rows, **now.options)
             writing, reading = now.plans
             writing.run(k, v, *pools)
             out = reading.run(q, *pools)
@@ -150,7 +168,7 @@ class Inputs:
         put(self.places, places, 0)
         put(self.seats, seats[asking], nobody)
         if lanes:
-            seats, first, counts, starts = seats[row_of], positions, 1, np.arange(len(positions) + 1)
+            seats, first, counts, starts = seats[row_of], positions, 1, np.arange(len(self.starts))
         put(self.lengths, first + counts, 0)
         put(self.starts, starts, starts[-1])
         put(self.tables, tables[seats], 0)
@@ -201,26 +219,45 @@ class Runner:
             changes the model for good: from then on it needs a cache.
         lanes: the most tokens of a row for which a recorded step is used; a row's drafts are such tokens.
         depth: how many steps may be launched before the first of them is known to have ended.
+        kv_dtype: of the pools; the model's if not given.
+        kv_scales: what keys and what values are divided by on their way into pools of float8.
+        deterministic: compute the same bits for a token whatever else the step computes. Each step then has ``budget``
+            tokens, each in a lane of its own, so that every product has one shape and adds in one order.
     """
 
     def __init__(
-        self, model: nn.Module, allocator: BlockAllocator, *, seats, budget, max_blocks, compile=False, lanes=1, depth=2
+        self,
+        model: nn.Module,
+        allocator: BlockAllocator,
+        *,
+        seats: int,
+        budget: int,
+        max_blocks: int,
+        compile: bool = False,
+        lanes: int = 1,
+        depth: int = 2,
+        kv_dtype: torch.dtype | None = None,
+        kv_scales: tuple[float, float] = (1.0, 1.0),
+        deterministic: bool = False,
     ):
         shape = CacheShape.of(model, seats)
         self.model, self.block_size, self.max_blocks = model, allocator.block_size, max_blocks
-        self.lanes = lanes
+        self.lanes, self.budget, self.deterministic = lanes, budget, deterministic
+        kv_dtype = shape.dtype if kv_dtype is None else kv_dtype
+        self.scales = kv_scales if kv_dtype == FP8 else None
         self.device = torch.device(shape.device)
         size = (allocator.blocks, shape.kv_heads, allocator.block_size, shape.head_dim)
-        new_pool = partial(torch.zeros, size, dtype=shape.dtype, device=self.device)
+        new_pool = partial(torch.zeros, size, dtype=kv_dtype, device=self.device)
         self.pools = [(new_pool(), new_pool()) for _ in range(shape.layers)]  # memory of their own: see PackedPass
         self.last_tokens = torch.zeros(seats + 1, dtype=torch.int64, device=self.device)
         self.seen: Tensor | None = None
         on_gpu = self.device.type == "cuda"
-        room = Inputs.bytes_for(max(budget, lanes * seats), lanes * seats, max_blocks)
+        rows = max(budget, lanes * seats) if deterministic else lanes * seats
+        room = Inputs.bytes_for(max(budget, lanes * seats), rows, max_blocks)
         self.staging = deque(torch.zeros(room, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(depth))
         self.returned = deque(torch.zeros(lanes * seats, dtype=torch.int64, pin_memory=on_gpu) for _ in range(depth))
         self.buffer = torch.zeros(room, dtype=torch.uint8, device=self.device)
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by the number of lanes
         if compile:
             compile_blocks(model)
         self.parameters = [module._parameters for module in model.modules() if module._parameters]
@@ -257,6 +294,8 @@ class Runner:
 
     def _recorded_size(self, rows: list[Row]) -> int | None:
         """The recorded step that these rows fit into, with their tokens in lanes; None where they read a prompt."""
+        if self.deterministic:
+            return self.budget if self.graphs else None
         if not self.graphs or any(row.count > self.lanes for row in rows):
             return None
         tokens = sum(row.count for row in rows)
@@ -268,6 +307,9 @@ class Runner:
 
     def _run(self, rows: list[Row], tables: np.ndarray, samples: int) -> tuple[Tensor, Tensor]:
         """Any rows: the logits (samples, vocab_size) and the seats (samples,) of those that sample."""
+        if self.deterministic:
+            inputs = self._upload(rows, tables, self.budget, self.budget, self.budget, lanes=True)
+            return self._forward(inputs)[inputs.places[:samples]], inputs.seats[:samples]
         inputs = self._upload(rows, tables, sum(row.count for row in rows), len(rows), samples)
         most = max(row.count for row in rows)
         logits = self._forward(inputs, starts=inputs.starts, max_queries=most, only=inputs.places)
@@ -290,8 +332,11 @@ class Runner:
     def _forward(self, inputs: Inputs, *, starts=None, max_queries=None, only=None) -> Tensor:
         """(tokens that are looked at, vocab_size)."""
         tokens = torch.where(inputs.given == SAMPLED, self.last_tokens[inputs.token_seats], inputs.given)  # (total,)
+        if self.deterministic:
+            starts, max_queries = inputs.starts, 1
         rows = (inputs.tables, inputs.lengths, starts, max_queries)
-        cache = PackedPass(self.pools, inputs.positions, inputs.slots, *rows)
+        options = {"scales": self.scales, "batch_invariant": self.deterministic}
+        cache = PackedPass(self.pools, inputs.positions, inputs.slots, *rows, **options)
         with evaluating(self.model):
             return self.model(tokens[None], cache=cache, only=only)[0]
 
@@ -358,11 +403,11 @@ class Runner:
         """
         tokens = logits.argmax(-1)
         finite = logits.gather(1, tokens[:, None])[:, 0].isfinite()  # NaN counts as the largest
-        groups: dict[Sampling, list[int]] = defaultdict(list)
+        groups: dict[tuple, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
-            if not request.is_plain:
-                groups[request.rules].append(place)
-        for rules, places in groups.items():
+            if not request.is_plain:  # a sum over the vocabulary may take another order where there are more rows
+                groups[request.rules, place if self.deterministic else None].append(place)
+        for (rules, _), places in groups.items():
             index = torch.tensor(places).to(self.device, non_blocking=True)
             tokens[index] = self._sample(logits[index], rules, [requests[i] for i in places], seats[index])
         return tokens.masked_fill_(~finite, NONE)
