@@ -719,3 +719,20 @@ def test_bytes_are_those_of_the_pool_and_of_the_blocks_held(model):
     assert cache.nbytes_held == 8 * shape.bytes_per_token
     cache.reset()
     assert (cache.nbytes_held, cache.host_lengths) == (0, [0, 0])
+
+
+@pytest.mark.parametrize("step", [0, "cpu"])
+def test_batch_invariant_rows_have_the_same_bits_in_any_company(step):
+    torch.manual_seed(0)
+    pools = [torch.randn(40, 2, 4, 16) for _ in range(2)]
+    tables, lengths = torch.randperm(40)[:36].view(4, 9).int(), torch.tensor([33, 0, 7, 36], dtype=torch.int32)
+    q = torch.randn(4, 6, 16)
+    options = {"batch_invariant": True, "step": step}
+    together = paged_attention(q, *pools, tables, lengths, **options)
+    torch.testing.assert_close(together, paged_attention(q, *pools, tables, lengths, step=0))
+    for rows in ([0], [3, 0], [2, 3, 1], [1]):
+        apart = paged_attention(q[rows], *pools, tables[rows], lengths[rows], **options)
+        assert torch.equal(apart, together[rows])
+    starts = torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="batch_invariant takes one query a row"):
+        paged_attention(q, *pools, tables[:1], lengths[:1], query_starts=starts, max_queries=4, **options)

@@ -23,7 +23,7 @@ from tformer_lib.paged_attention.kernels import (
     scratch_of,
 )
 from tformer_lib.paged_attention.options import Options, Places, Rows, WriteOptions
-from tformer_lib.paged_attention.reference import attend_in_pytorch, write_in_pytorch
+from tformer_lib.paged_attention.reference import attend_in_pytorch, attend_one_by_one, write_in_pytorch
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,8 @@ class AttentionPlan:
         """The same for tensors that are known to fit; lse is None where it was not asked for and costs something."""
         shared, rows = self.shared, self.rows
         if shared.step == "0":
-            return attend_in_pytorch(q, k_pool, v_pool, rows, self.options)
+            step_0 = attend_one_by_one if self.options.batch_invariant else attend_in_pytorch
+            return step_0(q, k_pool, v_pool, rows, self.options)
         if shared.copies:
             q = q.clone(memory_format=torch.contiguous_format)
             return make_plan(q, k_pool, v_pool, rows, self.options).call(q, k_pool, v_pool, with_lse)

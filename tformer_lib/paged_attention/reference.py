@@ -43,8 +43,6 @@ def as_numbers(x: Tensor) -> Tensor:
 def attend_in_pytorch(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, options: Options) -> tuple[Tensor, Tensor]:
     """Step 0 of :func:`paged_attention`: rows with equally many queries are gathered and attended together."""
     tables, lengths, query_starts, _ = rows
-    if options.batch_invariant and lengths.numel() > 1:  # products of another shape may add in another order
-        return attend_one_by_one(q, k_pool, v_pool, rows, options)
     wide = accumulation_dtype(q)
     out = q.new_zeros(q.shape)
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=wide)
@@ -67,7 +65,7 @@ def attend_in_pytorch(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, opt
 
 
 def attend_one_by_one(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, options: Options) -> tuple[Tensor, Tensor]:
-    """The same with each row, of one query at most, by itself: its result cannot depend on the others."""
+    """Step 0 with each row, of one query at most, by itself: products of one shape add in one order."""
     out, lse = q.new_zeros(q.shape), q.new_full(q.shape[:2], -torch.inf, dtype=accumulation_dtype(q))
     starts = list(range(q.shape[0] + 1)) if rows.query_starts is None else rows.query_starts.tolist()
     for row, (start, stop) in enumerate(pairwise(starts)):
