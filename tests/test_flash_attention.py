@@ -1,5 +1,6 @@
 """Every step of the flash-attention ladder that this machine can run, against plain float64 attention."""
 
+import itertools
 import math
 import os
 import shutil
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
 from tformer_lib import jit, masks, profiling
-from tformer_lib.flash_attention import GRADIENTS, RUNGS, flash_attention, flash_attention_varlen, plans
+from tformer_lib.flash_attention import GRADIENTS, RUNGS, flash_attention, flash_attention_varlen, merge_states, plans
 
 HAS_CPU_TWIN = jit.can_build_cpp()
 HAS_GPU = torch.cuda.is_available()
@@ -157,6 +158,23 @@ def test_kv_head_ratios(step, device, dtype, kv_heads):
 def test_windows(step, device, dtype, window):
     check_against_plain((1, 2, 1, 300, 410, 128), dtype, device, step, backward=True, window=window)
     check_against_plain((1, 2, 1, 333, 60, 64), dtype, device, step, backward=True, window=window)
+
+
+@every_backend
+@pytest.mark.parametrize("head_dim", [8, 64, 128])
+def test_what_is_left_of_a_gradient_that_is_zero(step, device, dtype, head_dim):
+    """A query that sees one key has P = 1: out is that value, and dP - delta the difference of two equal sums."""
+    q, k, v = inputs((2, 4, 2, 90, 90, head_dim), dtype, device, grad=True)
+    out = flash_attention(q, k, v, window=1, step=step)
+    torch.testing.assert_close(out, v.repeat_interleave(2, 1), rtol=0, atol=0)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
+    terms = (dout.double() * out.double()).abs().sum(-1).max().item()  # of the sums
+    left = 2**-20 * terms * head_dim**-0.5
+    assert dq.abs().max() <= left * k.abs().max()
+    assert dk.abs().max() <= 2 * left * q.abs().max()  # of two heads
+    expected = dout.double().unflatten(1, (2, 2)).sum(2)
+    torch.testing.assert_close(dv.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @every_backend
@@ -406,6 +424,55 @@ def test_opcheck_and_compile_of_every_form(step, device, dtype):
     options = {"window": (20, 30), "softcap": 2.0, "alibi_slopes": slopes, "step": step}
     compiled = torch.compile(lambda *x: flash_attention(*x, **options), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v), flash_attention(q, k, v, **options), rtol=0, atol=0)
+
+
+@every_backend
+def test_states_of_parts_merge_to_the_whole(step, device, dtype):
+    q, k, v = inputs((2, 4, 2, 70, 130, 64), dtype, device)
+    exact, exact_lse = plain(*doubles(q, k, v))
+    cuts = (0, 50, 50, 51, 130)  # an empty part and a part of one key among them
+    parts = [
+        flash_attention(q, k[:, :, a:b], v[:, :, a:b], step=step, return_lse=True) for a, b in itertools.pairwise(cuts)
+    ]
+    out, lse = merge_states(*zip(*parts, strict=True))
+    assert out.dtype == dtype
+    assert_close(out, exact, plain(q, k, v)[0], factor=3)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-4)
+    nested = merge_states(*zip(merge_states(*zip(*parts[:2], strict=True)), parts[2], parts[3], strict=True))
+    torch.testing.assert_close(nested[1], lse, rtol=1e-5, atol=1e-5)
+
+
+def test_merged_states_are_exact_have_gradients_and_know_blind_queries():
+    q, k, v = inputs((1, 2, 1, 6, 9, 4), torch.float64, "cpu", grad=True)
+
+    parts = [flash_attention(q, k[:, :, a:b], v[:, :, a:b], return_lse=True) for a, b in ((0, 4), (4, 9))]
+    out, lse = merge_states(*zip(*parts, strict=True))
+    for found, expected in zip((out, lse), plain(q, k, v), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
+    exact, exact_lse = plain(q, k, v)
+    expected = torch.autograd.grad(exact.square().sum() + exact_lse.sum(), (q, k, v))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    blind = torch.full((1, 2, 6), -math.inf, dtype=torch.float64)
+    blind.requires_grad_()
+    out, lse = merge_states([torch.zeros_like(exact)] * 2, [blind] * 2)
+    assert torch.autograd.grad(out.sum() + lse.exp().sum(), blind)[0].abs().sum() == 0
+    assert out.abs().sum() == 0
+    assert torch.equal(lse, blind)
+
+
+def test_states_that_do_not_fit_are_refused():
+    out, lse = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)
+    for outs, lses, message in (
+        ([], [], "got 0 and 0"),
+        ([out], [lse, lse], "got 1 and 2"),
+        ([out, out[..., :2]], [lse, lse], r"outputs must be .*\(1, 2, 3, 4\) .*got .*\(1, 2, 3, 2\)"),
+        ([out], [lse.double()], "log-sum-exps must be torch.float32 .*got torch.float64"),
+        ([out], [lse[..., :1]], r"got torch.float32 of shape \(1, 2, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_states(outs, lses)
 
 
 # ---- the door

@@ -25,6 +25,11 @@ constexpr int PREPARE_THREADS = 128;
 
 // The log-sum-exp in base 2 and delta, tile by tile. One warp a row. Rows past the end of a sequence and rows that see no
 // key get lse = inf, which makes their P zero.
+//
+// dP and delta are sums of the same products in another order, and delta's come from an out that was rounded. Hence two things
+// that a comparison shows. Where a query sees one key, and dS is zero, about 1e-7 sum |dO V| is left of it. And where a
+// gradient is a sum over few queries, its error is that of one bfloat16 rounding of out: over 300 seeds with two keys, it
+// passes three times that of plain bfloat16 in 17, and never with 128 keys; with an out in float32, in 4.
 template <class Half, class Sh>
 __global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_constant__ Arguments a) {
     const int tiles = int((a.queries + Sh::ROWS - 1) / Sh::ROWS), lane = threadIdx.x % WARP;

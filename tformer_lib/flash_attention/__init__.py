@@ -25,14 +25,20 @@ and none of those that come after it.
 ``backward.cu`` on a Hopper GPU (step 4; bf16 and f16, head_dim up to 128), from ``backward_tensor_core.cu`` on any GPU
 from sm_80 on (step 3; bf16 and f16), from ``backward_tiled.cu`` in float32, and from step 0 otherwise.
 
-Each part has a room: ``attention`` (the public door), ``options``, ``reference`` (step 0), ``kernels`` (what they are
-given, and which can do what), ``operators`` (what torch sees).
+Scores may be capped by tanh and biased by distance (ALiBi), windows may be open to the right, and values may have a
+width of their own: steps 0, "cpu", 3 and 4 do that, the last two by files of their own where scores are more than
+products. :func:`merge_states` puts attention over parts of the keys together.
+
+Each part has a room: ``attention`` (the public door), ``plans`` (what the second call of a layout goes by),
+``options``, ``reference`` (step 0), ``kernels`` (what they are given, and which can do what), ``operators`` (what torch
+sees), ``states``.
 """
 
 from tformer_lib.flash_attention.attention import flash_attention, flash_attention_varlen
 from tformer_lib.flash_attention.kernels import GRADIENTS, LADDER, RUNGS, resources
 from tformer_lib.flash_attention.options import Options, Packing
 from tformer_lib.flash_attention.reference import forward_rows, tiled_backward, tiled_forward, tiles
+from tformer_lib.flash_attention.states import merge_states
 
 __all__ = [
     "GRADIENTS",
@@ -43,6 +49,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_varlen",
     "forward_rows",
+    "merge_states",
     "resources",
     "tiled_backward",
     "tiled_forward",
