@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from tformer_lib import command_line
+from tformer_lib import command_line, distributed
 from tformer_lib.checkpoint import load_weights, read_tensors, require
 from tformer_lib.mixture_of_experts import ExpertsConfig
 from tformer_lib.tokens import load_encoding
@@ -32,6 +32,10 @@ class Resume:
     """Where the corpus is now, if it was moved."""
     device: str | None = None
     """Go on on another device."""
+    parallel: Literal["ddp", "fsdp"] | None = None
+    """Go on with the other scheme."""
+    timeout: float = distributed.TIMEOUT
+    """Seconds that a process waits for the others before it gives up."""
 
 
 @dataclass(frozen=True)
@@ -55,28 +59,36 @@ class Sample:
 
 
 def command_train(config: TrainingConfig) -> int:
-    """Train a run from the beginning."""
-    return train_and_tell(Run(config))
+    """Train a run from the beginning, together with the other processes if torchrun has started several."""
+    with distributed.joined(cpu=config.device == "cpu", timeout=config.timeout):
+        return train_and_tell(Run(config))
 
 
 def command_resume(command: Resume) -> int:
-    """Go on with a run."""
-    changes = {name: getattr(command, name) for name in ("steps", "data", "device")}
-    return train_and_tell(Run.resume(command.out, **{k: v for k, v in changes.items() if v is not None}))
+    """Go on with a run, in as many processes as torchrun has started now."""
+    changes = {name: getattr(command, name) for name in ("steps", "data", "device", "parallel")}
+    with distributed.joined(cpu=command.device == "cpu", timeout=command.timeout):
+        return train_and_tell(Run.resume(command.out, **{k: v for k, v in changes.items() if v is not None}))
 
 
 def train_and_tell(run: Run) -> int:
     """Train, say where things are, and return the exit status: 128 and the signal's number where one stopped it."""
-    config = run.config
-    print(
-        f"{count_parameters(run.model):,} parameters on {run.device}, {config.batch * config.context:,} tokens a step, "
-        f"steps {run.step} to {config.steps}, validation on {run.val_tokens:,} tokens; Ctrl-C saves and stops"
+    config, say = run.config, print if run.world.is_first else lambda text: None
+    say(
+        f"{count_parameters(run.model):,} parameters on {describe_place(run)}, "
+        f"{config.batch * config.context:,} tokens a step, steps {run.step} to {config.steps}, "
+        f"validation on {run.val_tokens:,} tokens; Ctrl-C saves and stops"
     )
     finished = run.train()
     floor = "" if run.floor is None else f" (the entropy of the text is {run.floor:.4f})"
-    print(f"{'finished' if finished else 'stopped'} at step {run.step}, best validation loss {run.best:.4f}{floor}")
-    print(f"next: python -m tformer_lib.training {'sample' if finished else 'resume'} --out {run.out}")
+    say(f"{'finished' if finished else 'stopped'} at step {run.step}, best validation loss {run.best:.4f}{floor}")
+    say(f"next: python -m tformer_lib.training {'sample' if finished else 'resume'} --out {run.out}")
     return 0 if finished else 128 + run.stopped_by
+
+
+def describe_place(run: Run) -> str:
+    """The device, and how many processes share the work."""
+    return f"{run.device}" if run.world.size == 1 else f"{run.world.size} x {run.device.type} ({run.config.parallel})"
 
 
 def command_sample(command: Sample) -> int:
@@ -119,6 +131,7 @@ HELP = """Train a small Transformer, go on with it after a stop, and let it writ
   python -m tformer_lib.training train --help                      every setting, with the preset's value
   python -m tformer_lib.training resume --out runs/quick           go on after Ctrl-C or a crash
   python -m tformer_lib.training sample --out runs/quick --prompt Once
+  torchrun --nproc-per-node 2 -m tformer_lib.training train        the same on two GPUs (or in two processes)
 
 Presets:
 """

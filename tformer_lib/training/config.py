@@ -69,6 +69,10 @@ class TrainingConfig:
     """The type of the matrix products; 'auto' is bfloat16 (autocast) on a GPU that has it, else float32."""
     compile: bool | None = None
     """Whether to fuse the model with torch.compile; None is: on a GPU yes, on a CPU no."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Where torchrun starts several processes: 'ddp' keeps the whole model in each of them, 'fsdp' a part in each."""
+    timeout: float = 600.0
+    """Seconds that a process waits for the others before it gives up."""
 
     def __post_init__(self):
         at_least = {"batch": 1, "context": 1, "steps": 1, "warmup": 0, "accumulation": 1, "eval_interval": 1}
@@ -82,6 +86,10 @@ class TrainingConfig:
             )
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype must be auto, float32 or bfloat16, got {self.dtype!r}")
+        if self.parallel not in ("ddp", "fsdp"):
+            raise ValueError(f"parallel must be ddp or fsdp, got {self.parallel!r}")
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"timeout must be a number of seconds above 0, got {self.timeout}")
         if not math.isfinite(self.learning_rate):
             raise ValueError(f"learning_rate must be finite, got {self.learning_rate}")
         if not 0 <= self.min_learning_rate <= self.learning_rate:

@@ -1,5 +1,7 @@
 """The loss of a batch, its gradient in pieces, its mean over the validation text, and what a token costs."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,18 +21,35 @@ def next_token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor
         inputs: (batch, T) int64.
         targets: (batch, T) int64; ``IGNORED`` ones do not count.
     """
-    logits = model(inputs)  # (batch, T, vocab_size)
+    return mean_cross_entropy(model(inputs), targets)
+
+
+def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The loss of logits (batch, T, vocab_size): see :func:`next_token_loss`."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
-def training_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """What training minimises: :func:`next_token_loss`, and the balance loss of the model's experts, if it has any."""
+def training_loss(
+    model: nn.Module, inputs: Tensor, targets: Tensor, head: Callable[[Tensor, Tensor], Tensor] = mean_cross_entropy
+) -> Tensor:
+    """What training minimises: :func:`next_token_loss`, and the balance loss of the model's experts, if it has any.
+
+    Args:
+        model, inputs, targets: as for :func:`next_token_loss`.
+        head: (logits, targets) to the loss, such as a compiled :func:`mean_cross_entropy`.
+    """
     layers = mixtures(model)  # before they run, for a compiled model lists no modules that have changed
-    return next_token_loss(model, inputs, targets) + take_balance_loss(layers)
+    return head(model(inputs), targets) + take_balance_loss(layers)
 
 
-def accumulate_gradient(loss_of, inputs: Tensor, targets: Tensor, pieces: int) -> Tensor:
+def accumulate_gradient(
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    pieces: int,
+    announce: Callable[[bool], None] = lambda last: None,
+) -> Tensor:
     """Add up the gradient of a batch piece by piece, and return the batch's loss.
 
     The mean over the batch is that of the pieces' means, each weighted by its share of the targets that count: by
@@ -42,6 +61,7 @@ def accumulate_gradient(loss_of, inputs: Tensor, targets: Tensor, pieces: int) -
         inputs: (batch, T) int64.
         targets: (batch, T) int64.
         pieces: how many micro-batches, at most ``batch``.
+        announce: told before each of them whether it is the last.
 
     Returns:
         The mean loss of the batch, in nats, of the dtype that ``loss_of`` returns.
@@ -52,7 +72,8 @@ def accumulate_gradient(loss_of, inputs: Tensor, targets: Tensor, pieces: int) -
     if not 1 <= pieces <= len(inputs):
         raise ValueError(f"a batch of {len(inputs)} windows cannot be cut into {pieces} micro-batches")
     total, all_counted = 0.0, (targets != IGNORED).sum()
-    for x, y in zip(inputs.tensor_split(pieces), targets.tensor_split(pieces), strict=True):
+    for i, (x, y) in enumerate(zip(inputs.tensor_split(pieces), targets.tensor_split(pieces), strict=True)):
+        announce(i == pieces - 1)
         counted = (y != IGNORED).sum()  # stays on the device: nothing waits for it
         loss = loss_of(x, y)
         share = counted.to(loss.dtype) / all_counted

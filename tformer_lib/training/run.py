@@ -3,15 +3,20 @@
 import contextlib
 import json
 import math
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tformer_lib import distributed
 from tformer_lib.checkpoint import (
     check_like,
     load_weights,
@@ -21,7 +26,6 @@ from tformer_lib.checkpoint import (
     read_tensors,
     require,
     save_tensors,
-    save_weights,
     weights_of,
     write_atomically,
 )
@@ -41,7 +45,7 @@ from tformer_lib.training.data import (
     replace_some,
     window_starts,
 )
-from tformer_lib.training.loss import accumulate_gradient, evaluate, training_loss
+from tformer_lib.training.loss import accumulate_gradient, evaluate, mean_cross_entropy, training_loss
 from tformer_lib.training.machine import interrupts, pick_device, random_states, restore_random_states, seed_all
 from tformer_lib.training.optimizer import learning_rate, make_optimizer
 from tformer_lib.transformer import Decoder
@@ -75,14 +79,19 @@ def sample_text(model: Decoder, encoding: Encoding, prompt: list[int], count: in
 class Run:
     """A training run in progress: the model, its optimizer, and how far it has come.
 
+    In a world of several processes (torchrun) each of them makes a Run of the same config. Together they take the steps
+    that one process would take: a batch is shared, and every process calls the same methods in the same order.
+
     Args:
         config: the settings.
         corpus: the text; read from ``config.data`` if not given.
 
     Raises:
-        ValueError: if the settings do not fit the corpus.
+        ValueError: if the settings do not fit the corpus, or a batch cannot be shared evenly.
 
     Attributes:
+        world: which of how many processes this is.
+        network: what a step calls: the model, or what stands around it where it is trained by several processes.
         step: steps of the optimizer done.
         best: the lowest validation loss so far, in nats per token.
         history: every measurement, as in metrics.jsonl.
@@ -95,9 +104,13 @@ class Run:
     def __init__(self, config: TrainingConfig, corpus: Corpus | None = None):
         self.corpus = corpus or Corpus.load(config.data)
         self.config = config = fit_to_corpus(config, self.corpus)
-        self.device = pick_device(config.device)
+        self.world = distributed.world()
+        self.share = self.world.share(config.batch, "a batch")
+        self.world.share(config.batch // config.accumulation, "a micro-batch")
+        self.device = distributed.own_device(pick_device(config.device))
         seed_all(config.seed)
         self.model = Decoder(config.model).to(self.device)
+        self.network = distributed.data_parallel(self.model, config.parallel)
         self.optimizer = make_optimizer(self.model, config)
         if config.model.experts:
             self.optimizer.register_step_post_hook(lambda *_: update_selection_biases(self.model))
@@ -106,11 +119,16 @@ class Run:
         self.last_loss, self.stopped_by = None, None
         end = end_of_document(self.corpus)
         windows = evaluation_windows(self.corpus.val, config.context, count=config.eval_windows, end_of_document=end)
-        self.val_inputs, self.val_targets = (x.to(self.device) for x in windows)
-        self.val_tokens = int((self.val_targets != IGNORED).sum())
+        self.val_tokens = int((windows[1] != IGNORED).sum())
+        self.val_inputs, self.val_targets = (x.to(self.device) for x in self.share_of_windows(*windows))
         self.floor = entropy_floor(self.corpus, windows[1])
         compiled = self.device.type == "cuda" if config.compile is None else config.compile
-        self.loss = torch.compile(training_loss) if compiled else training_loss
+        self.loss = training_loss
+        if compiled:
+            self.loss = distributed.compile_loss(self.network, training_loss, mean_cross_entropy)
+        self.saver = distributed.Saver(self.out) if self.world.size > 1 else None
+        if self.world.size > 1:  # dropout differs from process to process
+            self.seed_anew()
 
     @property
     def out(self) -> Path:
@@ -120,7 +138,7 @@ class Run:
     @property
     def checkpoint(self) -> Path:
         """The file that holds all that is needed to go on."""
-        return self.out / "checkpoint.safetensors"
+        return self.out / distributed.SINGLE
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Matrix products in bfloat16 where config and device say so; weights, norms and the loss stay in float32."""
@@ -132,12 +150,13 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def take_step(self) -> tuple[Tensor, Tensor]:
-        """One step of the optimizer; returns the batch's loss and the gradient's norm before clipping."""
+        """Do one step; returns the loss of this process's share and the gradient's norm before clipping."""
         config = self.config
         inputs, targets = self.next_batch()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, config)
-        loss = accumulate_gradient(self.batch_loss, inputs, targets, config.accumulation)
+        announce = partial(distributed.announce_piece, self.network)
+        loss = accumulate_gradient(self.batch_loss, inputs, targets, config.accumulation, announce)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -155,21 +174,21 @@ class Run:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """The model with the averaged weights, if the run keeps them, and afterwards with its own again."""
-        if not self.average:
-            yield
-            return
-        own = weights_of(self.model, copy=True)
-        load_weights(self.model, self.average)
+        own = weights_of(self.model, copy=True) if self.average else {}
+        if self.average:
+            load_weights(self.model, self.average)
         try:
             yield
         finally:
-            load_weights(self.model, own)
+            distributed.free_gathered(self.network)
+            if self.average:
+                load_weights(self.model, own)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """The windows of the step to come, (batch, context) int64 each, on the device."""
+        """This process's windows of the step to come, (batch / processes, context) int64 each, on the device."""
         starts = window_starts(len(self.corpus.train), self.config, self.step)
         inputs, targets = read_windows(self.corpus.train, starts, self.config.context)
-        windows = replace_some(inputs, self.config, self.step), targets
+        windows = replace_some(inputs, self.config, self.step)[self.share], targets[self.share]
         if self.device.type == "cuda":  # from pinned memory the copy does not wait for the step before
             windows = tuple(x.pin_memory() for x in windows)
         return tuple(x.to(self.device, non_blocking=True) for x in windows)
@@ -177,7 +196,7 @@ class Run:
     def batch_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of one micro-batch, in the run's precision."""
         with self.autocast():
-            return self.loss(self.model, inputs, targets)
+            return self.loss(self.network, inputs, targets)
 
     def evaluate(self) -> float:
         """Measure the validation loss, record it, and keep the weights if they are the best so far.
@@ -187,7 +206,7 @@ class Run:
         """
         with self.averaged():
             with self.autocast():
-                loss = evaluate(self.model, self.val_inputs, self.val_targets)
+                loss = self.mean_over_processes(evaluate(self.model, self.val_inputs, self.val_targets))
             self.check_finite(loss, "validation loss")
             self.keep_best(loss)
         self.record(val_loss=loss, val_tokens=self.val_tokens, **({} if self.floor is None else {"floor": self.floor}))
@@ -197,7 +216,9 @@ class Run:
         """Write the model's weights to best.safetensors if their validation loss is the lowest so far."""
         if loss < self.best:
             self.best = loss
-            save_weights(self.out / "best.safetensors", self.model, {**self.facts(), "val_loss": loss})
+            weights = {name: p.float() for name, p in distributed.whole_weights(self.model).items()}
+            if self.world.is_first:
+                save_tensors(self.out / "best.safetensors", weights, {**self.facts(), "val_loss": loss})
 
     def sample(self) -> str:
         """What the model writes now, from the beginning of a text."""
@@ -210,6 +231,8 @@ class Run:
         """Append one measurement to the history and to metrics.jsonl."""
         line = {"step": self.step, **values}
         self.history.append(line)
+        if not self.world.is_first:
+            return
         path = self.out / "metrics.jsonl"
         try:
             with open(path, "a", encoding="utf-8") as file:
@@ -231,15 +254,23 @@ class Run:
             OSError: if it cannot be written; the checkpoint before it stays.
         """
         if self.last_loss is not None:
-            self.check_finite(self.last_loss.item(), "loss")
+            self.check_finite(self.world.mean(self.last_loss).item(), "loss")
+        facts = {**self.facts(), "best": self.best}
+        if self.saver is not None:
+            self.saver.save(self.state(), facts, self.step)
+            return
         tensors, states = random_states()
-        tensors |= {f"weights.{name}": p for name, p in weights_of(self.model).items()}
+        save_tensors(self.checkpoint, tensors | self.state(), {**facts, "random": states})
+        distributed.remove_others(self.out, None)  # those of several processes
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint by name; where several processes share one, each holds its part."""
+        tensors = {f"weights.{name}": p for name, p in weights_of(self.model).items()}
         tensors |= {f"average.{name}": x for name, x in self.average.items()}
         names = {p: name for name, p in self.model.named_parameters()}
         for parameter, state in self.optimizer.state.items():
             tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
-        facts = {**self.facts(), "best": self.best, "random": states}
-        save_tensors(self.checkpoint, tensors, facts)
+        return tensors
 
     def check_finite(self, value: float, name: str) -> None:
         """Stop a run whose numbers have left the finite ones: nothing of it is worth saving."""
@@ -262,16 +293,68 @@ class Run:
             FileNotFoundError: if the folder has no checkpoint.
             ValueError: if the checkpoint is damaged, or of another configuration or corpus.
         """
-        tensors, facts = read_tensors(Path(out) / "checkpoint.safetensors")
-        source = str(Path(out) / "checkpoint.safetensors")
+        spread = distributed.newest(Path(out))
+        source = Path(out) / distributed.SINGLE
+        tensors, facts = ({}, spread[1]) if spread and not source.exists() else read_tensors(source)
+        if spread and spread[1]["step"] >= facts.get("step", 0):  # a kill may leave both
+            source, facts = spread
         if not {"config", "random"} & facts.keys():
             raise ValueError(f"{source} holds weights, but no training run")
-        require(facts, {"config", "random", "corpus", "step", "best"}, source)
+        needed = {"config", "corpus", "step", "best"} | (set() if source.is_dir() else {"random"})
+        require(facts, needed, str(source))
         run = cls(replace(config_from_dict(facts["config"], f"{source}: config"), out=str(out), **changes), corpus)
         if facts["corpus"] != fingerprint(run.corpus):
             raise ValueError(f"the run in {out} was trained on another corpus than {run.config.data} holds now")
-        run.restore(tensors, facts)
+        if source.is_dir():
+            run.restore_spread(source, facts)
+        else:
+            run.restore(tensors, facts)
         return run
+
+    def restore_spread(self, folder: Path, facts: dict) -> None:
+        """Take over a checkpoint that several processes wrote, however many there are now.
+
+        Dropout's random numbers go on from the seed and the step: how many streams there are has changed.
+        """
+        self.begin_optimizer(distributed.shapes(folder))
+        distributed.load(folder, self.state())
+        self.come_back(facts)
+        self.seed_anew()
+
+    def begin_optimizer(self, shapes: dict) -> None:
+        """Give the optimizer the state that a checkpoint has of it, still empty: name -> shape and dtype."""
+        for name, parameter in self.model.named_parameters():
+            for key, (shape, dtype) in part(shapes, f"optimizer.{name}.").items():
+                fused = self.optimizer.defaults["fused"]
+                if shape == parameter.shape and shape:
+                    empty = torch.zeros_like(parameter, dtype=dtype)  # spread as the parameter is
+                else:
+                    empty = torch.zeros(shape, dtype=dtype, device=self.device if fused else "cpu")
+                self.optimizer.state[parameter][key] = empty
+
+    def seed_anew(self) -> None:
+        """Seed this process's random numbers by the run's seed, the step and the rank."""
+        seed_all(int(np.random.SeedSequence((self.config.seed, self.step, self.world.rank)).generate_state(1)[0]))
+
+    def come_back(self, facts: dict) -> None:
+        """Take over how far a run had come."""
+        self.step, self.best, self.started = facts["step"], facts["best"], True
+        self.history = [line for line in read_metrics(self.out) if line.get("step", 0) <= self.step]
+
+    def share_of_windows(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """This process's part of the evaluation's windows; all get equally many, of which the last may not count."""
+        missing = -len(inputs) % self.world.size
+        inputs, targets = F.pad(inputs, (0, 0, 0, missing)), F.pad(targets, (0, 0, 0, missing), value=IGNORED)
+        mine = self.world.share(len(inputs), "the evaluation's windows")
+        return inputs[mine], targets[mine]
+
+    def mean_over_processes(self, loss: float) -> float:
+        """The mean loss over all targets, from the mean over this process's."""
+        if self.world.size == 1:
+            return loss
+        counted = int((self.val_targets != IGNORED).sum())
+        total = self.world.sum(torch.tensor([loss * counted if counted else 0.0, counted], dtype=torch.float64))
+        return (total[0] / total[1]).item()
 
     def restore(self, tensors: dict[str, Tensor], facts: dict) -> None:
         """Take over the state of a checkpoint: the inverse of :meth:`save`.
@@ -280,6 +363,9 @@ class Run:
             ValueError: if something is missing, left over or of another shape; the message says what.
         """
         source = str(self.checkpoint)
+        if self.world.size > 1:
+            self.restore_shared(tensors, facts)
+            return
         load_weights(self.model, part(tensors, "weights."), source)
         if self.average:
             average = part(tensors, "average.")  # copied below, for what was read is a map of the file
@@ -289,14 +375,24 @@ class Run:
         if facts["step"] and not states:
             raise ValueError(f"{source} is of another version: it lacks the optimizer's state")
         self.restore_optimizer(states, f"{source}: optimizer")
-        self.step, self.best, self.started = facts["step"], facts["best"], True
-        self.history = [line for line in read_metrics(self.out) if line.get("step", 0) <= self.step]
+        self.come_back(facts)
         require(tensors, {"random.torch"}, source)
         require(facts["random"], {"python", "numpy"}, f"{source}: random")
         try:
             restore_random_states(tensors, facts["random"])
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{source} has random states of another version: {error}") from error
+
+    def restore_shared(self, tensors: dict[str, Tensor], facts: dict) -> None:
+        """Take over the checkpoint of one process in several: each takes its part."""
+        tensors = {name: x for name, x in tensors.items() if not name.startswith("random.")}
+        self.begin_optimizer({name: (x.shape, x.dtype) for name, x in tensors.items()})
+        state = self.state()
+        check_like(tensors, state, str(self.checkpoint))
+        for name, x in state.items():
+            distributed.copy_whole(x, tensors[name])
+        self.come_back(facts)
+        self.seed_anew()
 
     def restore_optimizer(self, states: dict[str, Tensor], source: str) -> None:
         """Take over AdamW's state; a parameter that never had a gradient has none."""
@@ -317,8 +413,9 @@ class Run:
         Raises:
             ValueError: if the folder holds another run.
         """
-        if self.checkpoint.exists():
-            _, facts = read_tensors(self.checkpoint)
+        spread = distributed.newest(self.out)
+        if self.checkpoint.exists() or spread:
+            facts = spread[1] if spread else read_tensors(self.checkpoint)[1]
             raise ValueError(
                 f"{self.out} already holds a run: {difference(facts.get('config', {}), asdict(self.config))}"
             )
@@ -341,33 +438,75 @@ class Run:
             FloatingPointError: if the loss or a weight is not finite any more; the last checkpoint is left as it was.
             BlockingIOError: if another process trains in the run's folder.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        with locked(self.out):
-            if self.started:  # the log of what came after the checkpoint is written again
+        if self.world.size > 1 and not self.world.is_first:
+            quiet = True
+        with self.one_run_in_folder():
+            if not self.world.is_first:
+                self.started = True
+            elif self.started:  # the log of what came after the checkpoint is written again
                 write_atomically(self.out / "metrics.jsonl", "".join(map(as_line, self.history)).encode())
             else:
                 self.start()
-            with Progress(self, quiet) as progress, interrupts() as interrupted:
-                if not self.history:
-                    progress.evaluated(self.evaluate())
-                while self.step < self.config.steps and not interrupted:
-                    loss, norm = self.take_step()
-                    self.after_step(loss, norm, progress)
-                if interrupted:
+            with Progress(self, quiet) as progress, interrupts() as interrupted, self.peers_watched():
+                stopped = self.take_steps(progress, interrupted)
+                if stopped:
                     self.save()
-        self.stopped_by = interrupted[0] if interrupted else None
-        return not interrupted
+                if self.saver is not None:
+                    self.saver.finish()
+        # one that heard of it from the others alone ends as if it had been asked to
+        self.stopped_by = (interrupted[0] if interrupted else signal.SIGTERM) if stopped else None
+        return not stopped
+
+    def take_steps(self, progress: "Progress", interrupted: list[int]) -> bool:
+        """Steps to the end, or until any process is asked to stop; returns whether one was."""
+        if not self.history:
+            progress.evaluated(self.evaluate())
+        while not (stopped := self.world.any(bool(interrupted))) and self.step < self.config.steps:
+            loss, norm = self.take_step()
+            self.after_step(loss, norm, progress)
+        return stopped
+
+    @contextlib.contextmanager
+    def one_run_in_folder(self) -> Iterator[None]:
+        """Keep the run's folder for this run; the first process does it for all."""
+        if not self.world.is_first:
+            yield
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        with locked(self.out):
+            yield
+
+    @contextlib.contextmanager
+    def peers_watched(self) -> Iterator[None]:
+        """Say in one sentence what has happened where another process has gone.
+
+        Raises:
+            ConnectionError: in place of what the communication library says.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not distributed.is_lost_peer(error):
+                raise
+            raise ConnectionError(
+                f"process {self.world.rank} of {self.world.size} has lost another one at step {self.step}; the last "
+                f"checkpoint is kept, and any number of processes can resume it: python -m tformer_lib.training resume "
+                f"--out {self.out} (it was: {str(error).splitlines()[0]})"
+            ) from error
 
     def after_step(self, loss: Tensor, norm: Tensor, progress: "Progress") -> None:
         """Log, evaluate, sample and save when it is time to."""
         config, last = self.config, self.step == self.config.steps
         if self.step % config.log_interval == 0 or last:
-            progress.logged(self.log(loss.item(), norm.item(), progress.tokens_per_second()))
+            values = self.world.mean(loss).item(), distributed.whole(norm).item()
+            progress.logged(self.log(*values, progress.tokens_per_second()))
         if self.step % config.eval_interval == 0 or last:
             progress.evaluated(self.evaluate(), self.sample() if config.sample_tokens else None)
         if self.step % config.save_interval == 0 or last:
             self.save()
             progress.skip_time()
+        elif self.saver is not None:
+            self.saver.publish_if_done()
 
     def log(self, loss: float, norm: float, tokens_per_second: float) -> float:
         """Record the training loss, and stop if it is not finite."""
