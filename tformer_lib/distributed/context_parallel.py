@@ -12,6 +12,7 @@ the layout is that of Llama 3, arXiv:2407.21783, section 3.3.2).
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ def contiguous(length: int, size: int) -> list[list[Span]]:
 
 
 def zigzag(length: int, size: int) -> list[list[Span]]:
-    """Cut a text into two chunks a process, an early one and a late one, so that causal attention costs all the same."""
+    """Cut a text into two chunks a process, an early and a late one, so that causal attention costs each the same."""
     parts = chunks(length, 2 * size)
     return [[parts[rank], parts[2 * size - 1 - rank]] for rank in range(size)]
 
@@ -49,7 +50,7 @@ def chunks(length: int, count: int) -> list[Span]:
     if length < 0:
         raise ValueError(f"a text cannot have {length} tokens")
     ends = [length * i // count for i in range(count + 1)]
-    return list(zip(ends, ends[1:], strict=False))
+    return list(pairwise(ends))
 
 
 def own_part(x: Tensor, spans: Sequence[Span], dim: int) -> Tensor:

@@ -100,13 +100,9 @@ def joined(*, cpu: bool = False, timeout: float = TIMEOUT) -> Iterator[World]:
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
-    try:
-        yield world()
-    except BaseException:
-        raise  # the others may be gone: who waits for them to part would never end
-    else:
-        dist.barrier()
-        dist.destroy_process_group()
+    yield world()  # after an error the others may be gone, and parting from them would never end
+    world().any(False)  # nobody leaves before all are here
+    dist.destroy_process_group()
 
 
 def own_device(device: torch.device) -> torch.device:

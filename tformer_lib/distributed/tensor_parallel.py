@@ -30,9 +30,7 @@ WHOLE, TOKENS, LAST = Replicate(), Shard(1), Shard(-1)
 """How (batch, T, features) lies: all in every process, cut along the tokens, cut along the features."""
 
 
-def tensor_parallel(
-    model: Decoder, mesh: DeviceMesh, *, sequence: bool = False, gather_logits: bool = True
-) -> Decoder:
+def tensor_parallel(model: Decoder, mesh: DeviceMesh, *, sequence: bool = False, gather_logits: bool = True) -> Decoder:
     """Cut a ``Decoder`` for the processes of a mesh, in place: the same logits, and gradients of each process's pieces.
 
     Afterwards ``model.config`` says what this process computes: its share of the heads and of the feed-forward. So a KV
