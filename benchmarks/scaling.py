@@ -433,10 +433,8 @@ class Bench:
         for length in self.asked.lengths if self.on_gpu else (min(2048, *self.asked.lengths),):
             layout = distributed.zigzag(length, self.world.size)
             forms["ring"] = partial(distributed.ring_attention, layout=layout, causal=True)
-            for way, tokens in (
-                ("one device", length),
-                ("ring", len(distributed.positions_of(layout[self.world.rank]))),
-            ):
+            mine = len(distributed.positions_of(layout[self.world.rank]))
+            for way, tokens in (("one device", length), ("ring", mine)):
                 tensors = self.made_up(tokens, heads, kv_heads, head_dim)
                 # 2 products forward and 5 backward of T x S x head_dim; causality leaves half of each
                 for what, call, products in (

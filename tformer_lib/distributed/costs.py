@@ -1,8 +1,8 @@
 """What each scheme holds, sends and takes, on paper: the formulas that the chapter derives and the benchmark checks.
 
 Sources: Rajbhandari et al. 2020, ZeRO (arXiv:1910.02054), section 3 and table 1, for the bytes of weights, gradients
-and optimizer state; Korthikanti et al. 2022 (arXiv:2205.05198), table 2, for activations; Thakur et al. 2005, "Optimization
-of Collective Communication Operations in MPICH", for what a ring sends.
+and optimizer state; Korthikanti et al. 2022 (arXiv:2205.05198), table 2, for activations; Thakur et al. 2005,
+"Optimization of Collective Communication Operations in MPICH", for what a ring sends.
 """
 
 from collections.abc import Callable

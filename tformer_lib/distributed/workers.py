@@ -61,8 +61,8 @@ class Workers:
     def run(self, function: Callable, *args, timeout: float | None = None, **options) -> list:
         """What each process returns from ``function(*args, **options)``, in the order of the ranks.
 
-        The function may be one of a module, or one of a notebook: then its code travels, with the modules, functions
-        and values that it names. A worker knows its rank from ``torch.distributed.get_rank()``.
+        The function may be one of a module, or one of a notebook or made on the spot: then its code travels, with the
+        modules, functions and values that it names. A worker knows its rank from ``torch.distributed.get_rank()``.
 
         Raises:
             TimeoutError: if they have not all answered in time.
@@ -173,10 +173,10 @@ def serve(line: Connection, rank: int, size: int, meeting: str, timeout: float, 
 
 
 def packed(value) -> tuple:
-    """A value as pickle can carry it: a module by its name, a notebook's function by its code and what it names."""
+    """A value as pickle can carry it: a module by its name, a function that no module has by its code and its names."""
     if isinstance(value, ModuleType):
         return "module", value.__name__
-    if not isinstance(value, FunctionType) or value.__module__ != "__main__":
+    if not isinstance(value, FunctionType) or not (value.__module__ == "__main__" or "<" in value.__qualname__):
         return "value", value
     names = names_in(value.__code__)
     known = {n: value.__globals__[n] for n in names if n in value.__globals__ and value.__globals__[n] is not value}
