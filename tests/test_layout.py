@@ -23,6 +23,7 @@ ROOMS = {
     "checkpoint",
     "command_line",
     "contract",
+    "distributed",
     "jit",
     "ladder",
     "mixture_of_experts",

@@ -17,10 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.chapters import load
 
-TITLES = {"rope": "RoPE", "kv_cache": "The KV cache", "ratios": "The guard: each kernel beside its peer"}
+TITLES = {
+    "scaling": "Scaling out",
+    "rope": "RoPE",
+    "kv_cache": "The KV cache",
+    "ratios": "The guard: each kernel beside its peer",
+}
 """Topic -> heading, where it is not the topic's words."""
 
 DEVICES = {"cpu": "a CPU", "nvidia-h200": "an NVIDIA H200"}
+DEVICES |= {f"nvidia-h200-x{count}": f"{count} NVIDIA H200" for count in (2, 4, 8)}
 """Folder -> what it is called."""
 
 PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("", 1.0))

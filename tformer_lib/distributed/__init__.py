@@ -1,8 +1,16 @@
-"""Scaling out: one program on several devices.
+"""Scaling out: one program on several devices, by torch's own engine.
 
-torchrun --nproc-per-node 2 -m tformer_lib.training train --preset quick               # one machine, 2 processes
-torchrun --nproc-per-node 2 -m tformer_lib.training train --preset quick --parallel fsdp
-torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 -m tformer_lib.training ...
+    torchrun --nproc-per-node 2 -m tformer_lib.training train --preset quick                  # DDP
+    torchrun --nproc-per-node 2 -m tformer_lib.training train --preset quick --parallel fsdp
+    torchrun --nproc-per-node 4 -m tformer_lib.training resume --out runs/quick               # on other devices
+
+and on several machines the same line on each of them, which finds the others at HOST:
+
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 -m tformer_lib.training train
+
+Each topic has a room: ``processes`` (who runs, and how they meet), ``data_parallel`` (DDP and FSDP2),
+``tensor_parallel``, ``context_parallel`` (ring attention), ``sharded_checkpoint``, ``workers`` (processes for notebooks
+and tests) and ``costs`` (what each scheme holds, sends and takes).
 """
 
 from tformer_lib.distributed.context_parallel import (

@@ -41,14 +41,9 @@ from tformer_lib.training.loss import (
     accumulate_gradient,
     estimate_flops_per_token,
     evaluate,
-from tformer_lib.training.loss import (
-    accumulate_gradient,
-    estimate_flops_per_token,
-    evaluate,
     mean_cross_entropy,
     next_token_loss,
     training_loss,
-)
 )
 from tformer_lib.training.machine import interrupts, pick_device, random_states, restore_random_states, seed_all
 from tformer_lib.training.optimizer import learning_rate, make_optimizer, parameter_groups

@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -150,13 +149,12 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def take_step(self) -> tuple[Tensor, Tensor]:
-        """Do one step; returns the loss of this process's share and the gradient's norm before clipping."""
+        """One step of the optimizer; returns the loss of this process's share, and the norm before clipping."""
         config = self.config
         inputs, targets = self.next_batch()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, config)
-        announce = partial(distributed.announce_piece, self.network)
-        loss = accumulate_gradient(self.batch_loss, inputs, targets, config.accumulation, announce)
+        loss = accumulate_gradient(self.batch_loss, inputs, targets, config.accumulation, self.announce)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -164,6 +162,10 @@ class Run:
         self.last_loss = loss
         self.update_average()
         return loss, norm
+
+    def announce(self, last: bool) -> None:
+        """Let the gradients of a step travel between processes with its last micro-batch, and not before."""
+        distributed.announce_piece(self.network, last)
 
     def update_average(self) -> None:
         """Move the average towards the weights of now; at first in larger steps, to forget the random start."""
