@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from tformer_lib import distributed, generation, serving, tokens, training
 from tformer_lib.attention import attend
 from tformer_lib.distributed import Workers, costs, workers
+from tformer_lib.mixture_of_experts import ExpertsConfig
 from tformer_lib.tokens import CorpusConfig
 from tformer_lib.training import Run, TrainingConfig
 from tformer_lib.transformer import Decoder, count_parameters
@@ -421,6 +422,20 @@ def test_several_processes_learn_what_one_learns(pools, data, tmp_path, unbroken
     best = training.read_tensors(tmp_path / "best.safetensors")[0]
     model = Decoder(tiny(data, tmp_path).model)
     assert {name: tuple(x.shape) for name, x in best.items()}.keys() == dict(model.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("scheme", ["ddp", "fsdp"])
+def test_experts_are_balanced_by_the_loads_of_all_processes(pools, data, tmp_path, scheme):
+    experts = ExpertsConfig(count=4, per_token=2, balance_weight=0.0, bias_rate=0.05)
+    model = training.llama_like(width=16, layers=2, heads=2, experts=experts)
+    train(tiny(data, tmp_path / "one", model=model))
+    pools[2].run(train, tiny(data, tmp_path / "two", model=model, parallel=scheme))
+    alone, ours = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert all(ours[key] == pytest.approx(alone[key], rel=1e-5) for key in alone)
+    biases = [training.read_tensors(tmp_path / x / "best.safetensors")[0] for x in ("one", "two")]
+    names = [name for name in biases[0] if name.endswith("selection_bias")]
+    assert names
+    assert all(torch.allclose(biases[0][name], biases[1][name]) and biases[0][name].any() for name in names)
 
 
 def test_a_resumed_run_has_the_losses_of_an_unbroken_one(pools, data, tmp_path, unbroken):

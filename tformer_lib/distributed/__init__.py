@@ -28,6 +28,7 @@ from tformer_lib.distributed.data_parallel import (
     copy_whole,
     data_parallel,
     free_gathered,
+    own,
     whole,
     whole_weights,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "load",
     "merge",
     "newest",
+    "own",
     "own_device",
     "own_part",
     "positions_of",

@@ -47,18 +47,20 @@ def data_parallel(model: nn.Module, scheme: str = "ddp", mesh: DeviceMesh | None
     if mesh is None and world().size == 1:
         return model
     if scheme == "ddp":
-        # Gradients are views of the buckets: one copy less, in memory and in time.
-        devices = {} if device.type == "cpu" else {"device_ids": [device.index]}
-        group = {} if mesh is None else {"process_group": mesh.get_group()}
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, **devices, **group)
+        options = {} if device.type == "cpu" else {"device_ids": [device.index]}
+        options |= {} if mesh is None else {"process_group": mesh.get_group()}
+        # Gradients are views of the buckets: one copy less, in memory and in time. Buffers are each process's own.
+        options |= {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+        return DistributedDataParallel(model, **options)
     return shard(model, mesh or init_device_mesh(device.type, (world().size,), mesh_dim_names=("data",)))
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """FSDP2 of a ``Decoder``: each block is gathered and freed as one, embeddings and the rest as another."""
+    untrained = {p for p in model.parameters() if not p.requires_grad}  # what no gradient reaches stays whole
     for block in model.stack.blocks:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, ignored_params=untrained)
+    return fully_shard(model, mesh=mesh, ignored_params=untrained)
 
 
 def announce_piece(network: nn.Module, last: bool) -> None:
@@ -92,6 +94,11 @@ def compile_loss(network: nn.Module, loss: Callable, head: Callable) -> Callable
         block.compile()
     compiled_head = torch.compile(head)
     return partial(loss, head=compiled_head)
+
+
+def own(x: Tensor) -> Tensor:
+    """This process's part of a tensor, in the same memory: all of it where it is not spread."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def whole(x: Tensor) -> Tensor:

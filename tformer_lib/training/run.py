@@ -29,7 +29,7 @@ from tformer_lib.checkpoint import (
     write_atomically,
 )
 from tformer_lib.generation import generate
-from tformer_lib.mixture_of_experts import update_selection_biases
+from tformer_lib.mixture_of_experts import mixtures, update_selection_biases
 from tformer_lib.tokens import END_OF_TEXT, Corpus, Encoding, save_encoding
 from tformer_lib.training.config import TrainingConfig, config_from_dict, difference
 from tformer_lib.training.data import (
@@ -112,7 +112,7 @@ class Run:
         self.network = distributed.data_parallel(self.model, config.parallel)
         self.optimizer = make_optimizer(self.model, config)
         if config.model.experts:
-            self.optimizer.register_step_post_hook(lambda *_: update_selection_biases(self.model))
+            self.optimizer.register_step_post_hook(lambda *_: self.balance_experts())
         self.average = weights_of(self.model, copy=True) if config.average else {}
         self.step, self.best, self.history, self.started = 0, math.inf, [], False
         self.last_loss, self.stopped_by = None, None
@@ -167,11 +167,20 @@ class Run:
         """Let the gradients of a step travel between processes with its last micro-batch, and not before."""
         distributed.announce_piece(self.network, last)
 
+    def balance_experts(self) -> None:
+        """Move the experts' selection biases by the loads of the whole batch, whichever processes have read it."""
+        for mixture in mixtures(self.model):
+            mixture.load.copy_(self.world.sum(mixture.load))
+        update_selection_biases(self.model)
+
     def update_average(self) -> None:
         """Move the average towards the weights of now; at first in larger steps, to forget the random start."""
         if self.average:
             memory = min(self.config.average, self.step / (self.step + 9))
-            torch._foreach_lerp_(list(self.average.values()), list(weights_of(self.model).values()), 1 - memory)
+            averages, weights = (
+                [distributed.own(x) for x in d.values()] for d in (self.average, weights_of(self.model))
+            )
+            torch._foreach_lerp_(averages, weights, 1 - memory)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
