@@ -13,7 +13,6 @@ from random import Random
 import torch
 from torch import Tensor
 
-from tformer_lib import attention, masks
 from tformer_lib.flash_attention import flash_attention, flash_attention_varlen
 from tformer_lib.paged_attention import blocks_for, paged_attention, write_cache
 
@@ -278,6 +277,8 @@ PAGED_ODD = {
     "every second length": of("lengths", spread),
     "every second start": of("query_starts", spread),
     "a window past everything": given(window=2**31),
+    "sides past everything": given(window=(2**31, 2**31)),
+    "slopes that lie apart": of("alibi_slopes", spread),
 }
 
 
@@ -384,13 +385,41 @@ WRITE_ODD = {
 def exact_dense(arguments: dict) -> Tensor:
     """Attention with the whole matrix of scores, in float64."""
     q, k, v = (arguments[name].double() for name in "qkv")
-    T, S, mask = q.shape[2], k.shape[2], arguments.get("mask")
-    if arguments.get("causal") or arguments.get("window"):
-        seen = masks.causal(T, S)
-        mask = seen if mask is None else mask & seen
-    if window := arguments.get("window"):
-        mask = mask & masks.sliding_window(T, S, window=window)
-    return attention.attend(q, k, v, mask=mask)
+    T, S = q.shape[2], k.shape[2]
+    before = torch.arange(S - T, S)[:, None] - torch.arange(S)  # how many keys lie between a query's own and a key
+    left, right = sides_of(arguments)
+    seen = (before <= left) & (-before <= right)
+    seen = seen if arguments.get("mask") is None else seen & arguments["mask"]
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * q.shape[-1] ** -0.5
+    if softcap := arguments.get("softcap"):
+        scores = softcap * torch.tanh(scores / softcap)
+    if (slopes := arguments.get("alibi_slopes")) is not None:
+        scores = scores - slopes.double()[..., None, None] * before.abs()
+    weights = torch.exp(scores.masked_fill(~seen, -torch.inf) - scores.amax(-1, keepdim=True) if S else scores)
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1.0) @ v.repeat_interleave(q.shape[1] // k.shape[1], 1)
+
+
+def sides_of(arguments: dict) -> tuple[float, float]:
+    """How many keys before and after its own a query sees."""
+    window, endless = arguments.get("window"), float("inf")
+    left, right = window if isinstance(window, tuple) else (window - 1 if window else None, 0 if window else None)
+    right = 0 if arguments.get("causal") else right
+    return endless if left is None else left, endless if right is None else right
+
+
+def draw_form(random: Random, heads: int, batch: int) -> dict:
+    """What may be asked of scores, a window and values beside the plain."""
+    form = {"causal": random.random() < 0.5}
+    if random.random() < 0.4:
+        sides = tuple(random.choice((None, 0, random.randint(1, 80))) for _ in range(2))
+        form["window"] = random.choice((random.randint(1, 80), sides))
+    if random.random() < 0.25:
+        form["softcap"] = random.choice((0.5, 5.0, 50.0))
+    if random.random() < 0.25:
+        shape = random.choice(((heads,), (batch, heads)))
+        form["alibi_slopes"] = torch.rand(shape, generator=torch.Generator().manual_seed(random.randint(0, 99)))
+    return form
 
 
 def flash_call(random: Random) -> Call:
@@ -398,18 +427,16 @@ def flash_call(random: Random) -> Call:
     batch, kv_heads, group = random.randint(1, 2), random.randint(1, 2), random.randint(1, 3)
     T, S = (random.choice((0, 1, random.randint(2, 140))) for _ in range(2))
     d, dtype = random.choice((1, 5, 8, 24, 33)), random.choice(DTYPES)
-    heads = {"q": (group * kv_heads, T), "k": (kv_heads, S), "v": (kv_heads, S)}
-    arguments = {name: numbers(random, batch, *size, d, dtype=dtype) for name, size in heads.items()}
-    arguments["causal"] = random.random() < 0.5
-    if random.random() < 0.3:
-        arguments["window"] = random.randint(1, 80)
+    value_dim = d if random.random() < 0.7 else random.randint(1, 40)
+    heads = {"q": (group * kv_heads, T, d), "k": (kv_heads, S, d), "v": (kv_heads, S, value_dim)}
+    arguments = {name: numbers(random, batch, *size, dtype=dtype) for name, size in heads.items()}
+    arguments |= draw_form(random, group * kv_heads, batch)
     return changed(Call(flash_attention, arguments, exact_dense), FLASH_WRONG, FLASH_ODD, random)
 
 
 DENSE_WRONG = {
     "more columns of q": of("q", lambda x: more(x, x.dim() - 1), some),
     "more columns of k": of("k", lambda x: more(x, x.dim() - 1), some),
-    "more columns of v": of("v", lambda x: more(x, x.dim() - 1), some),
     "no columns": lambda a, random: {name: a[name][..., :0] for name in "qkv"},
     "q in float64": of("q", Tensor.double),
     "v in float64": of("v", Tensor.double),
@@ -418,6 +445,13 @@ DENSE_WRONG = {
     "v elsewhere": of("v", lambda x: x.to("meta")),
     "no window": given(window=0),
     "half a window": given(window=2.5),
+    "a window of three sides": given(window=(1, 2, 3)),
+    "a window that ends before it begins": given(window=(3, -1)),
+    "no cap": given(softcap=0.0),
+    "a cap below 0": given(softcap=-2.0),
+    "slopes of other heads": given(alibi_slopes=torch.ones(7)),
+    "slopes in float64": lambda a, random: {"alibi_slopes": torch.ones(a["q"].shape[-3]).double()},
+    "slopes elsewhere": lambda a, random: {"alibi_slopes": torch.ones(a["q"].shape[-3], device="meta")},
 }
 FLASH_WRONG = DENSE_WRONG | {
     "more batches of q": of("q", lambda x: more(x, 0)),
@@ -443,22 +477,26 @@ def varlen_call(random: Random) -> Call:
     sequences = random.randint(1, 4)
     counts = {name: [random.choice((0, 1, random.randint(2, 60))) for _ in range(sequences)] for name in "qk"}
     arguments = {f"cu_seqlens_{name}": running_sum(counts[name]) for name in "qk"}
+    widths = {"q": d, "k": d, "v": d if random.random() < 0.7 else random.randint(1, 40)}
     for name, heads in (("q", group * kv_heads), ("k", kv_heads), ("v", kv_heads)):
-        arguments[name] = numbers(random, sum(counts["q" if name == "q" else "k"]), heads, d, dtype=dtype)
+        arguments[name] = numbers(random, sum(counts["q" if name == "q" else "k"]), heads, widths[name], dtype=dtype)
     if random.random() < 0.5:
         arguments |= {f"max_seqlen_{name}": max(counts[name]) + random.randint(0, 3) for name in "qk"}
-    arguments["causal"] = random.random() < 0.5
+    arguments |= draw_form(random, group * kv_heads, sequences)
     return changed(Call(flash_attention_varlen, arguments, exact_packed), VARLEN_WRONG, VARLEN_ODD, random)
 
 
 def exact_packed(arguments: dict) -> Tensor:
     """One sequence after another."""
     rows, columns = (arguments[f"cu_seqlens_{name}"].tolist() for name in "qk")
-    out = torch.zeros_like(arguments["q"], dtype=torch.float64)
+    q, v, slopes = arguments["q"], arguments["v"], arguments.get("alibi_slopes")
+    out = torch.zeros((*q.shape[:2], v.shape[2]), dtype=torch.float64)
+    form = {name: arguments.get(name) for name in ("causal", "window", "softcap")}
     for i in range(len(rows) - 1):
         here, there = slice(rows[i], rows[i + 1]), slice(columns[i], columns[i + 1])
         one = {name: arguments[name][here if name == "q" else there].transpose(0, 1)[None] for name in "qkv"}
-        out[here] = exact_dense(one | {"causal": arguments["causal"]})[0].transpose(0, 1)
+        own = {"alibi_slopes": slopes if slopes is None or slopes.dim() == 1 else slopes[i]}
+        out[here] = exact_dense(one | form | own)[0].transpose(0, 1)
     return out
 
 

@@ -58,7 +58,10 @@ def from_cpu(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 def flash_cases() -> dict[str, Callable]:
     """The steps of the ladder, the gradients, and the two controls."""
-    cases = {f"step {step}": partial(run_flash_forward, step) for step in (1, 2, 3, 4)}
+    steps = (1, 2, *flash.RUNGS["3"], 3, *flash.RUNGS["4"], 4)
+    cases = {f"step {step}": partial(run_flash_forward, step) for step in steps}
+    cases |= {f"step {step}, other forms": partial(run_flash_forms, step) for step in (3, 4)}
+    cases["gradients, other forms"] = run_flash_form_gradients
     for name in GRADIENT_WIDTHS:
         cases[name] = partial(run_flash_backward, name)
     return cases | {"control: lse too short": write_past_lse, "control: a barrier left out": leave_out_a_barrier}
@@ -69,7 +72,7 @@ def flash_dtype(step: int | str) -> torch.dtype:
     return torch.float32 if step in (1, 2, "backward_tiled") else torch.bfloat16
 
 
-def run_flash_forward(step: int) -> None:
+def run_flash_forward(step: int | str) -> None:
     """Odd lengths, two heads to a kv head, every width of tile, causal, a window, packed sequences."""
     dtype = flash_dtype(step)
     for d, (T, S), options in itertools.product(
@@ -81,6 +84,41 @@ def run_flash_forward(step: int) -> None:
     for d in (64, 128, 256):
         q, k, v = (from_cpu(203, h, d, dtype=dtype) for h in (2, 1, 1))
         flash.flash_attention_varlen(q, k, v, starts, starts, 133, 133, causal=True, step=step)
+    torch.cuda.synchronize()
+
+
+FORMS = (
+    {"window": (20, 50)},
+    {"softcap": 5.0, "causal": True},
+    {"softcap": 5.0, "window": (33, 0), "alibi_slopes": (0.5, 0.1)},
+)
+FORM_WIDTHS = ((64, 64), (128, 40), (192, 128), (256, 256))
+
+
+def flash_form(options: dict) -> dict:
+    """Options whose slopes are a tensor on the GPU."""
+    slopes = {"alibi_slopes": torch.tensor(options["alibi_slopes"]).cuda()} if "alibi_slopes" in options else {}
+    return options | slopes
+
+
+def run_flash_forms(step: int) -> None:
+    """Windows with two sides, capped and biased scores, values of another width."""
+    for (d, value_dim), (T, S), options in itertools.product(FORM_WIDTHS, ((70, 203), (203, 70)), FORMS):
+        sizes = ((2, T, d), (1, S, d), (1, S, value_dim))
+        q, k, v = (from_cpu(1, *size, dtype=torch.bfloat16) for size in sizes)
+        flash.flash_attention(q, k, v, step=step, **flash_form(options))
+    torch.cuda.synchronize()
+
+
+def run_flash_form_gradients() -> None:
+    """The gradients of them, in both orders of dq."""
+    for step, (d, value_dim), options in itertools.product((3, 4), FORM_WIDTHS, FORMS):
+        leaves = [
+            from_cpu(1, *size, dtype=torch.bfloat16).requires_grad_()
+            for size in ((2, 70, d), (1, 203, d), (1, 203, value_dim))
+        ]
+        out = flash.flash_attention(*leaves, step=step, deterministic=step == 4, **flash_form(options))
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
     torch.cuda.synchronize()
 
 
@@ -102,7 +140,7 @@ def run_flash_backward(name: str) -> None:
 def write_past_lse(step: str = "1", device: str = "cuda") -> None:
     """A launch with an lse of half the elements: the tool must find the writes past its end."""
     q, k, v = (torch.randn(1, 1, 2048, 64).to(device) for _ in range(3))
-    out, lse = reference.empty_outputs(q)
+    out, lse = reference.empty_outputs(q, v)
     short = lse[..., :1024].clone()
     arguments = kernels.describe(q, k, v, flash.Options(1.0))
     arguments.out, arguments.lse = kernels.matrix(out), short.data_ptr()

@@ -82,7 +82,7 @@ DENSE = (None, None, None, 5, 6, True, 0, 0.5)
         (0, lambda x: x[..., :4], "q has head_dim 4, k has head_dim 8"),
         (1, lambda x: x[:, :, :3], "k and v must agree in batch, kv_heads and length"),
         (2, lambda x: x.double(), "q, k and v must share a dtype"),
-        (2, lambda x: x[..., :7], "v must have q's head_dim 8, got 7"),
+        (2, lambda x: x[:, :1], "k and v must agree in batch, kv_heads and length"),
         (0, lambda x: x[:, :3], "q has 3 heads, which 2 kv heads do not divide"),
         (0, lambda x: x[0], "q must have 4 dimensions"),
     ],
