@@ -13,13 +13,17 @@ from torch import nn
 from tformer_lib import masks
 from tformer_lib.attention import (
     MANY_TOKENS,
+    AttentionVariant,
     MultiHeadAttention,
     attend,
+    attend_scores,
     attend_sdpa,
     masked_softmax,
     scaled_scores,
     side_by_side,
 )
+from tformer_lib.flash_attention import flash_attention
+from tformer_lib.positional_encoding import alibi_slopes
 
 FORMS = pytest.mark.parametrize("form", [attend, attend_sdpa])
 
@@ -305,3 +309,104 @@ def test_one_compiled_function_serves_any_scale(form):
     q = torch.randn(1, 2, 5, 8)
     for scale in (0.5, 0.25, 0.1, 2):
         torch.testing.assert_close(compiled(q, scale), form(q, q, q, scale=scale))
+
+
+# --- what models add -------------------------------------------------------------------------------------------------
+
+
+def variant_by_formula(q, k, v, *, allowed, scale, softcap, sinks, slopes):
+    """Softmax attention as the formulas stand: the sink is one more key, whose value is zero."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = torch.einsum("bhtd,bhsd->bhts", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    T, S = scores.shape[2:]
+    distance = torch.arange(S - T, S)[:, None] - torch.arange(S)
+    scores = scores - slopes[:, None, None] * distance.abs()
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[None, :, None, None].expand(q.shape[0], -1, T, 1)], -1)
+        v = torch.cat([v, torch.zeros_like(v[:, :, :1])], 2)
+    return torch.einsum("bhts,bhsd->bhtd", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("form", [attend, attend_sdpa, partial(flash_attention, step=0)])
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("added", ["", "softcap", "sinks", "alibi", "softcap sinks alibi"])
+def test_variants_are_their_formulas_over_every_form(form, window, added):
+    if "alibi" in added and form not in (attend, attend_sdpa):
+        return  # flash attention takes no bias
+    generator = torch.Generator().manual_seed(1)
+    random = partial(torch.randn, generator=generator, dtype=torch.float64)
+    q, k, v, sinks = random(2, 4, 6, 8), random(2, 2, 9, 8), random(2, 2, 9, 8), random(4)
+    softcap = 1.5 if "softcap" in added else None
+    options = {"scale": 0.6, "softcap": softcap, "sinks": sinks if "sinks" in added else None}
+    variant = AttentionVariant(form, window=window, alibi="alibi" in added, **options)
+    allowed = masks.causal(6, 9) if window is None else masks.sliding_window(6, 9, window=window)
+    slopes = alibi_slopes(4).double() if variant.alibi else torch.zeros(4, dtype=torch.float64)
+    q.requires_grad_()
+    found = variant(q, k, v, causal=True)
+    expected = variant_by_formula(q, k, v, allowed=allowed, slopes=slopes, **options)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weights = random(found.shape)
+    gradients = [torch.autograd.grad((x * weights).sum(), q)[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-11)
+
+
+def test_a_variant_looks_by_the_places_that_it_is_told():
+    """Keys in any order, with their places beside them, are keys in order."""
+    q, k, v = (torch.randn(1, 2, n, 4, dtype=torch.float64) for n in (3, 7, 7))
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(2))
+    variant = AttentionVariant(window=4, alibi=True)
+    expected = variant(q, k, v)
+    places = (torch.arange(4, 7)[None], order[None])
+    torch.testing.assert_close(variant(q, k[:, :, order], v[:, :, order], places=places), expected)
+
+
+def test_a_sink_takes_all_where_nothing_may_be_seen():
+    q, k, v = (torch.randn(1, 1, 2, 4) for _ in range(3))
+    blind = torch.tensor([[True, True], [False, False]])
+    out = attend_scores(q, k, v, mask=blind, sinks=torch.zeros(1))
+    assert out[0, 0, 1].tolist() == [0.0] * 4
+    assert out[0, 0, 0].abs().sum() > 0
+
+
+def test_dropout_drops_weights_in_training_alone_and_keeps_the_mean():
+    torch.manual_seed(0)
+    layer = MultiHeadAttention(16, 2, variant=AttentionVariant(dropout=0.4)).double()
+    plain = MultiHeadAttention(16, 2).double()
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 9, 16, dtype=torch.float64)
+    torch.testing.assert_close(layer.eval()(x), plain(x), rtol=0, atol=1e-12)
+    runs = torch.stack([layer.train()(x) for _ in range(2000)])
+    assert runs.std(0).min() > 0
+    error = (runs.mean(0) - plain(x)).abs() / (runs.std(0) / 2000**0.5)
+    assert error.max() < 5  # standard errors, of 144 means
+
+
+@pytest.mark.parametrize("size", ["head", "projection"])
+def test_queries_and_keys_are_normalised_by_heads_or_all_together(size):
+    layer = MultiHeadAttention(12, 3, kv_heads=1, head_dim=4).double()
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    plain = layer.project(x, x)
+    heads = (1, 1) if size == "head" else (3, 1)
+    layer.q_norm, layer.k_norm = (nn.RMSNorm(4 * n, eps=0.0).double() for n in heads)
+    for norm in (layer.q_norm, layer.k_norm):
+        nn.init.normal_(norm.weight)
+    q, k, v = layer.project(x, x)
+    for found, before, norm in ((q, plain[0], layer.q_norm), (k, plain[1], layer.k_norm)):
+        parts = before.view(2, 5, -1, norm.weight.numel())
+        expected = parts / parts.pow(2).mean(-1, keepdim=True).sqrt() * norm.weight
+        torch.testing.assert_close(found, expected.flatten(-2))
+    assert torch.equal(v, plain[2])
+
+
+def test_a_gate_scales_what_the_heads_found():
+    layer = MultiHeadAttention(8, 2, gate=True).double()
+    plain = MultiHeadAttention(8, 2).double()
+    plain.load_state_dict({name: x for name, x in layer.state_dict().items() if "gate" not in name})
+    x = torch.randn(1, 4, 8, dtype=torch.float64)
+    found = plain.out_proj.weight.inverse() @ (plain(x) - plain.out_proj.bias)[0].T  # what the heads found, (8, 4)
+    expected = layer.out_proj(found.T * torch.sigmoid(x[0] @ layer.gate_proj.weight.T))
+    torch.testing.assert_close(layer(x)[0], expected)

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from tformer_lib import masks
-from tformer_lib.kv_cache import CacheShape, GrowingCache, PreallocatedCache, RingCache, pass_cost
+from tformer_lib.kv_cache import (
+    CacheShape,
+    GrowingCache,
+    ModelCache,
+    PreallocatedCache,
+    RingCache,
+    cache_bytes,
+    pass_cost,
+)
 from tformer_lib.paged_attention import PagedKVCache
 from tformer_lib.transformer import Decoder, ModelConfig
 
@@ -84,6 +92,102 @@ def test_cached_logits_equal_uncached_for_any_split_and_raggedness(name, model_n
     for row in range(rows):
         torch.testing.assert_close(torch.cat([p[row] for p in got]), wanted[row, : lengths[row]], rtol=0, atol=1e-12)
     assert cache.lengths.tolist() == cache.host_lengths == lengths
+
+
+# Models whose layers are of different kinds, and scores that depend on places
+
+MIXED = {
+    "windows and full layers": {
+        "positions": "rope",
+        "window": 4,
+        "layer_types": ("window", "window", "full"),
+        "window_rope_base": 100.0,
+        "qk_norm": "head",
+        "norm": "rmsnorm_1p",
+        "branch_norm": "both",
+    },
+    "windows alone": {"positions": "rope", "window": 5, "attention_sinks": True},
+    "wide windows and no RoPE": {"positions": "rope", "window": 30, "layer_types": ("window", "nope")},
+    "alibi": {"positions": "alibi"},
+    "alibi in windows": {
+        "positions": "alibi",
+        "window": 4,
+        "layer_types": ("window", "full"),
+        "attention_softcap": 2.0,
+    },
+}
+
+
+def mixed_model(name):
+    torch.manual_seed(8)
+    options = {"kv_heads": 2, "rotary_fraction": 0.5, **MIXED[name]}
+    model = Decoder(ModelConfig(vocab_size=23, max_length=48, width=32, layers=3, heads=4, **options)).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+MIXED_MODEL = {name: mixed_model(name) for name in MIXED}
+MIXED_CACHES = {
+    "growing": lambda model, rows: GrowingCache(CacheShape.of(model, rows)),
+    "preallocated": lambda model, rows: PreallocatedCache(CacheShape.of(model, rows), 40),
+    "paged": lambda model, rows: PagedKVCache(CacheShape.of(model, rows), 10 * rows, block_size=4),
+    "by kinds": lambda model, rows: ModelCache.of(model, rows, 40),
+}
+
+
+@pytest.mark.parametrize("model_name", MIXED)
+@pytest.mark.parametrize("name", MIXED_CACHES)
+@draws(12)
+@given(data=st.data())
+def test_layers_of_every_kind_are_cached_for_any_split_and_raggedness(name, model_name, data):
+    model, rows = MIXED_MODEL[model_name], data.draw(st.integers(1, 3), "rows")
+    chunk = st.lists(st.integers(0, 9), min_size=rows, max_size=rows).filter(any)
+    passes = data.draw(st.lists(st.one_of(chunk, st.just([1] * rows)), min_size=1, max_size=6), "passes")
+    lengths = [sum(column) for column in zip(*passes, strict=True)]
+    if max(lengths) > 40:
+        return
+    tokens, cache = tokens_of(rows, max(lengths)), MIXED_CACHES[name](model, rows)
+    with torch.no_grad():
+        wanted = model(tokens)
+        got = [feed(model, cache, tokens, counts) for counts in passes]
+    for row in range(rows):
+        torch.testing.assert_close(torch.cat([p[row] for p in got]), wanted[row, : lengths[row]], rtol=0, atol=1e-11)
+    assert cache.lengths.tolist() == cache.host_lengths == lengths
+
+
+def test_a_cache_by_kinds_takes_what_its_layers_can_see():
+    model = MIXED_MODEL["windows and full layers"]
+    cache = ModelCache.of(model, 2, 40)
+    assert {name: type(part) for name, part in cache.parts.items()} == {"window": RingCache, "full": PreallocatedCache}
+    assert cache.nbytes == 2 * cache_bytes(model.config, 40, itemsize=8) == 2 * 2 * 2 * 8 * 8 * (4 + 4 + 40)
+    assert cache.shape.layers == 3
+    assert cache.bytes_per_token == 3 * 2 * 2 * 8 * 8
+    with pytest.raises(ValueError, match="the cache has layers 0 to 2, got 3"):
+        cache.layer(3)
+    with pytest.raises(ValueError, match="part full must have 1 layers and 2 rows, got 2 and 2"):
+        ModelCache({"full": GrowingCache(CacheShape(2, 2, 1, 4))}, ("full",))
+
+
+@pytest.mark.parametrize("name", ["windows and full layers", "windows alone", "wide windows and no RoPE"])
+def test_a_cache_by_kinds_is_cut_reordered_emptied_and_static(name):
+    model = MIXED_MODEL[name]
+    cache, tokens = ModelCache.of(model, 2, 40), tokens_of(2, 12)
+    with torch.no_grad():
+        wanted = model(tokens)
+        model(tokens[:, :4], cache=cache)
+        cache.truncate([2, 3])
+        got = feed(model, cache, tokens, [2, 1])
+        torch.testing.assert_close(got[1], wanted[1, 3:4], rtol=0, atol=1e-11)
+        cache.reorder([1, 1])
+        model(tokens[1:, 4:8].repeat(2, 1), cache=cache)
+        with cache.static_shapes():
+            step = model(tokens[1:, 8:9].repeat(2, 1), cache=cache)
+        cache.replayed()
+        torch.testing.assert_close(step[:, 0], wanted[1, 8].repeat(2, 1), rtol=0, atol=1e-11)
+        assert cache.lengths.tolist() == cache.host_lengths == [9, 9]
+        cache.reset()
+        torch.testing.assert_close(model(tokens, cache=cache), wanted, rtol=0, atol=1e-11)
 
 
 # Sequences of operations

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tformer_lib import pretrained
-from tformer_lib.generation import cut, generate
+from tformer_lib.generation import cut, generate, generate_uncached
 from tformer_lib.paged_attention import BlockAllocator
 from tformer_lib.serving import (
     LLM,
     Engine,
     Inputs,
-    JoinedAttention,
+    JoinedProjections,
     Params,
     Scheduler,
     TextStream,
@@ -255,7 +255,18 @@ def test_sampled_requests_survive_a_preemption():
 # Other models
 
 
-@pytest.mark.parametrize("options", [{"positions": "learned"}, {"positions": "sinusoidal"}, {"feed_forward": "swiglu"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"positions": "learned"},
+        {"positions": "sinusoidal"},
+        {"feed_forward": "swiglu"},
+        {"positions": "alibi"},
+        {"window": 3},
+        {"window": 5, "layer_types": ("window", "nope"), "attention_sinks": True, "qk_norm": "head"},
+        {"attention_softcap": 2.0, "attention_scale": 0.7, "attention_gate": True},
+    ],
+)
 def test_other_decoders_are_served_too(options):
     model = make_model(**options)
     engine = Engine(model, blocks=14, block_size=4, seats=3, budget=6)
@@ -263,15 +274,19 @@ def test_other_decoders_are_served_too(options):
     made = [engine.add(prompt, {"max_new_tokens": 12}) for prompt in prompts]
     engine.run()
     assert [request.new_tokens for request in made] == generate(model, prompts, max_new_tokens=12)
+    assert [request.new_tokens for request in made] == [
+        generate_uncached(model, prompt, max_new_tokens=12) for prompt in prompts
+    ]
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_joined_projections_are_the_same_layer(bias):
     plain, joined = make_model(bias=bias), make_model(bias=bias)
     for block in joined.stack.blocks:
-        block.attention = JoinedAttention(block.attention)
-    weights = joined.stack.blocks[0].attention
-    assert weights.attention.k_proj.weight.data_ptr() == weights.weight[weights.sizes[0] :].data_ptr()
+        block.attention.joined = JoinedProjections(block.attention)
+    attention = joined.stack.blocks[0].attention
+    weights = attention.joined
+    assert attention.k_proj.weight.data_ptr() == weights.weight[weights.sizes[0] :].data_ptr()
     engines = [Engine(model, block_size=4, seats=3, budget=8) for model in (plain, joined)]
     texts = [[engine.add([1, 2, 3 + i], {"max_new_tokens": 8}) for i in range(4)] for engine in engines]
     for engine in engines:
@@ -280,8 +295,6 @@ def test_joined_projections_are_the_same_layer(bias):
 
 
 def test_models_whose_rows_depend_on_each_other_are_refused():
-    with pytest.raises(ValueError, match="ALiBi"):
-        Engine(make_model(positions="alibi"))
     with pytest.raises(ValueError, match="DynamicNTK turns keys by the length"):
         Engine(make_model(rope_scaling={"rope_type": "dynamic", "factor": 2.0}))
     with pytest.raises(ValueError, match="max_context is 41, the model has learned 40 positions"):

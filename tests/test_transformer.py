@@ -31,6 +31,20 @@ KINDS = {
     "alibi": {"positions": "alibi"},
     "reference": {"positions": "rope", "attention": "attention", "head_dim": 16},
     "no positions": {"positions": "none"},
+    "modern": {
+        **LLAMA_LIKE,
+        "window": 3,
+        "layer_types": ("window", "full"),
+        "window_rope_base": 100.0,
+        "feed_forward": "geglu",
+        "norm": "rmsnorm_1p",
+        "branch_norm": "both",
+        "qk_norm": "head",
+        "attention_sinks": True,
+        "attention_gate": True,
+        "logit_softcap": 5.0,
+        "rotary_fraction": 0.5,
+    },
 }
 
 
@@ -275,7 +289,7 @@ def test_translate_reads_no_padding_drops_nothing_and_leaves_the_mode():
     assert model.translate(short, start=1, end=2, max_length=0).shape == (1, 0)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "grouped", "paper", "alibi"])
+@pytest.mark.parametrize("kind", ["gpt2", "grouped", "paper", "alibi", "modern"])
 def test_models_compile_as_one_graph(kind):
     torch.manual_seed(6)
     source, target, lengths = torch.randint(3, 61, (2, 8)), torch.randint(3, 61, (2, 5)), torch.tensor([8, 3])
@@ -349,7 +363,7 @@ def test_label_smoothing_formula(smoothing):
     [
         ({"width": 30}, "width 30 is not a multiple of 4 heads"),
         ({"kv_heads": 3}, "4 heads are not a multiple of 3 kv_heads"),
-        ({"norm": "batchnorm"}, "norm must be one of layernorm, rmsnorm, got 'batchnorm'"),
+        ({"norm": "batchnorm"}, "norm must be one of layernorm, rmsnorm, rmsnorm_1p, got 'batchnorm'"),
         ({"positions": "rotary"}, "positions must be one of"),
         ({"attention": "magic"}, "attention must be one of"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
@@ -362,6 +376,20 @@ def test_label_smoothing_formula(smoothing):
         ({"positions": "rope", "rope_layout": "neox"}, "layout must be one of half, interleaved, got 'neox'"),
         ({"positions": "rope", "rope_scaling": {"rope_type": "linear"}}, "linear scaling needs factor"),
         ({"positions": "alibi", "attention": "flash_attention"}, "ALiBi adds a bias"),
+        ({"branch_norm": "after"}, "branch_norm must be one of in, out, both, got 'after'"),
+        ({"branch_norm": "out", "norm_first": False}, "needs norm_first"),
+        ({"qk_norm": "token"}, "qk_norm must be one of None, head, projection, got 'token'"),
+        ({"attention_bias": "q"}, "attention_bias must be one of"),
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"layer_types": ("window", "full")}, "layer_types and window go together, got window None"),
+        ({"layer_types": ("full",), "window": 4}, "layer_types and window go together, got window 4"),
+        ({"layer_types": ()}, "layer_types must name 1 to 2 layers, got 0"),
+        ({"layer_types": ("full", "local")}, "layer_types must be of full, window, nope, got 'local'"),
+        ({"attention_softcap": 0.0}, "attention_softcap must be positive and finite, got 0"),
+        ({"logit_softcap": float("nan")}, "logit_softcap must be positive and finite, got nan"),
+        ({"attention_dropout": 1.0}, r"attention_dropout must be in \[0, 1\), got 1"),
+        ({"rotary_fraction": 0.0}, r"rotary_fraction must be in \(0, 1\], got 0"),
+        ({"positions": "rope", "rotary_fraction": 0.4}, "rotary_dim"),
     ],
 )
 def test_config_refuses_what_does_not_fit(changes, message):

@@ -2,10 +2,13 @@
 
 ``attend`` is the reference that every faster form is compared with: the mathematics, under the contract of
 ``tformer_lib.contract``. ``attend_sdpa`` is the same function by PyTorch's fused kernels. ``MultiHeadAttention`` is the
-layer: it makes queries, keys and values from tokens, and takes any such function.
+layer: it makes queries, keys and values from tokens, and takes any such function. ``AttentionVariant`` adds to one what
+today's models add: a window, learned sinks, a soft cap, ALiBi.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from tformer_lib import masks
 from tformer_lib.contract import check_bias, check_heads, check_inputs, in_named_dtypes, score_scale
 from tformer_lib.ladder import accumulation_dtype
+from tformer_lib.positional_encoding import alibi_slopes
 from tformer_lib.rope import turn_both
 
 Attend = Callable[..., Tensor]
@@ -169,7 +173,7 @@ def additive(bias: Tensor, allowed: Tensor | None, q: Tensor, k: Tensor) -> Tens
     Numbers that q's dtype cannot hold become its largest ones: infinity minus infinity in a softmax is NaN.
     """
     check_bias(bias, q, k)
-    most = torch.finfo(q.dtype).max
+    most = min(torch.finfo(q.dtype).max, torch.finfo(bias.dtype).max)
     bias = bias.clamp(-most, most).masked_fill(bias == -torch.inf, -torch.inf).to(q.dtype)
     return four_dimensional(bias if allowed is None else bias.masked_fill(~allowed, float("-inf")))
 
@@ -177,6 +181,177 @@ def additive(bias: Tensor, allowed: Tensor | None, q: Tensor, k: Tensor) -> Tens
 def four_dimensional(x: Tensor) -> Tensor:
     """Put dimensions of size 1 in front until there are four."""
     return x[(None,) * (4 - x.dim())]
+
+
+@in_named_dtypes
+def attend_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """``attend`` for models that change the scores or the weights, which no fused form of torch does.
+
+    Args:
+        q, k, v, mask, causal, scale, bias: as for :func:`attend`.
+        softcap: scaled scores s become softcap * tanh(s / softcap), so that none is larger (Gemma 2, arXiv:2408.00118).
+        sinks: (heads,) a logit for each head that joins the softmax and has no value: a head that finds nothing to look
+            at gives its weight to it (gpt-oss, arXiv:2508.10925).
+        dropout: the share of weights that are dropped; the others grow by 1 / (1 - dropout).
+
+    Returns:
+        (batch, heads, T, value_dim) in the dtype of q.
+    """
+    check_inputs(q, k, v, mask)
+    scores = scaled_scores(q, k, score_scale(scale, q.shape[-1]))  # (batch, heads, T, S)
+    if softcap is not None:
+        scores = soft_capped(scores, softcap)
+    if bias is not None:
+        check_bias(bias, q, k)
+        scores = scores + bias.to(scores.dtype)
+    allowed = allowed_pairs(q, k, mask, causal)
+    weights = masked_softmax(scores, allowed) if sinks is None else softmax_with_sinks(scores, allowed, sinks)
+    weights = F.dropout(weights, dropout)
+    return gather(weights, v.to(weights.dtype)).to(q.dtype)
+
+
+def soft_capped(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap): nearly x where x is small, and never beyond the cap."""
+    return cap * (x / cap).tanh()
+
+
+def softmax_with_sinks(scores: Tensor, allowed: Tensor | None, sinks: Tensor) -> Tensor:
+    """The softmax over the keys and one sink, without the sink's own weight: rows sum to less than 1.
+
+    Args:
+        scores: (batch, heads, T, S).
+        allowed: boolean, broadcastable to scores.
+        sinks: (heads,).
+    """
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    sink = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)  # (batch, heads, T, 1)
+    return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionVariant:
+    """An attention form with what a model adds to it; it is called like any form.
+
+    What the form can do itself is left to it; where it cannot, :func:`attend_scores` computes the variant.
+
+    Attributes:
+        form: any attention form under the contract that takes a scale.
+        scale: what scores are multiplied by; 1 / sqrt(head_dim) if None.
+        window: a query sees itself and the ``window - 1`` keys before it.
+        softcap, sinks, bias, dropout: as in :func:`attend_scores`.
+        alibi: whether the score of a key falls with its distance (:func:`tformer_lib.positional_encoding.alibi`).
+    """
+
+    form: Attend = attend
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
+    alibi: bool = False
+    dropout: float = 0.0
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        places: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attention under the contract.
+
+        Args:
+            places: where the queries and the keys stand, (batch or 1, T) and (batch or 1, S) int64; if not given, the
+                last query stands where the last key does.
+        """
+        options = {"mask": mask, "causal": causal, "scale": self.scale}
+        plain = self.softcap is None and not self.dropout
+        if self.window is not None and plain and places is None and takes(self.form, "window"):
+            options["window"] = self.window
+        elif self.window is not None:
+            options["mask"] = masks.combine(mask, self.near(q, k, places))
+        if self.alibi or self.bias is not None:
+            options["bias"] = self.added(q, k, places)
+        if plain and self.sinks is None:
+            return self.form(q, k, v, **options)
+        if plain and takes(self.form, "return_lse"):
+            return self.with_sinks(*self.form(q, k, v, return_lse=True, **options))
+        return attend_scores(q, k, v, softcap=self.softcap, sinks=self.sinks, dropout=self.dropout, **options)
+
+    def distances(self, q: Tensor, k: Tensor, places: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(batch or 1, T, S) int64: how far behind its query each key stands, negative for one that follows."""
+        if places is None:
+            queries, keys = masks.positions(q.shape[2], k.shape[2], q.device)
+            return (queries - keys)[None]
+        queries, keys = places
+        return queries[:, :, None] - keys[:, None, :]
+
+    def near(self, q: Tensor, k: Tensor, places: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(batch or 1, 1, T, S) boolean: the keys of each query's window."""
+        distances = self.distances(q, k, places)
+        return ((distances >= 0) & (distances < self.window))[:, None]
+
+    def added(self, q: Tensor, k: Tensor, places: tuple[Tensor, Tensor] | None) -> Tensor:
+        """What is added to the scores, broadcastable to (batch, heads, T, S): the bias, ALiBi's penalty, or both."""
+        if not self.alibi:
+            return self.bias
+        slopes = slopes_on(q.shape[1], q.device)[:, None, None]
+        penalty = -slopes * self.distances(q, k, places).abs()[:, None]  # (batch or 1, heads, T, S)
+        return penalty if self.bias is None else penalty + self.bias
+
+    def with_sinks(self, out: Tensor, lse: Tensor) -> Tensor:
+        """What a form found without the sinks, as if they had been there.
+
+        The sink adds exp(sink) to a sum that was exp(lse), so every weight shrinks by 1 / (1 + exp(sink - lse)).
+
+        Args:
+            out: (batch, heads, T, value_dim), or (total, heads, value_dim).
+            lse: out's shape without value_dim, the log-sum-exp of each query's scores.
+        """
+        sinks = self.sinks.to(lse.dtype)
+        share = (lse - (sinks if lse.dim() == 2 else sinks[:, None])).sigmoid()
+        return (out * share[..., None]).to(out.dtype)
+
+
+@torch.compiler.assume_constant_result
+def takes(form: Attend, option: str) -> bool:
+    """Whether an attention form has that keyword."""
+    if form not in OPTIONS:
+        OPTIONS[form] = frozenset(inspect.signature(form).parameters)
+    return option in OPTIONS[form]
+
+
+OPTIONS: dict[Attend, frozenset[str]] = {}
+"""The keywords of attention forms, which take long to find."""
+
+
+@torch.compiler.assume_constant_result
+def slopes_on(heads: int, device: torch.device) -> Tensor:
+    """ALiBi's slopes, (heads,) float32, kept on the device: a CUDA graph must find them there."""
+    if (heads, device) not in SLOPES:
+        with torch.inference_mode(False):
+            SLOPES[heads, device] = alibi_slopes(heads).to(device)
+    return SLOPES[heads, device]
+
+
+SLOPES: dict[tuple[int, torch.device], Tensor] = {}
+"""The slopes that :func:`slopes_on` has made."""
 
 
 MANY_TOKENS = 4096
@@ -211,6 +386,10 @@ class MultiHeadAttention(nn.Module):
         head_dim: width of a head; width / heads if not given.
         bias: whether the projections have one.
         attend: the attention form, any function under the contract.
+        out_bias: whether the last projection has a bias; as the others if not given.
+        variant: what is added to the form; None for nothing.
+        sinks: whether each head has a learned sink.
+        gate: whether each number that the heads found is multiplied by a sigmoid of the token (Qwen3-Next).
     """
 
     def __init__(
@@ -222,6 +401,10 @@ class MultiHeadAttention(nn.Module):
         head_dim: int | None = None,
         bias: bool = True,
         attend: Attend = attend,
+        out_bias: bool | None = None,
+        variant: AttentionVariant | None = None,
+        sinks: bool = False,
+        gate: bool = False,
     ) -> None:
         super().__init__()
         for name, size in (("width", width), ("heads", heads), ("head_dim", head_dim)):
@@ -237,7 +420,12 @@ class MultiHeadAttention(nn.Module):
         self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
-        self.out_proj = nn.Linear(self.heads * self.head_dim, width, bias=bias)
+        self.out_proj = nn.Linear(self.heads * self.head_dim, width, bias=bias if out_bias is None else out_bias)
+        self.variant = AttentionVariant() if sinks and variant is None else variant
+        self.sinks = nn.Parameter(torch.zeros(self.heads)) if sinks else None
+        self.gate_proj = nn.Linear(width, self.heads * self.head_dim, bias=False) if gate else None
+        self.q_norm, self.k_norm = None, None  # a model that normalises queries and keys puts its norms here
+        self.joined: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None  # all projections in one
 
     def forward(
         self,
@@ -271,10 +459,19 @@ class MultiHeadAttention(nn.Module):
         v = self.split(v, self.kv_heads)  # (batch, kv_heads, S, head_dim)
         if rotate is not None:
             q, k = turn_both(rotate, q, k)
-        attend = self.attend if bias is None else partial(self.attend, bias=bias)
+        attend = self.form(bias)
         if cache is not None:
-            return self.out_proj(merge(cache.attend(q, k, v, attend=attend, mask=mask)))
-        return self.out_proj(merge(attend(q, k, v, mask=mask, causal=causal)))
+            found = merge(cache.attend(q, k, v, attend=attend, mask=mask))
+        else:
+            found = merge(attend(q, k, v, mask=mask, causal=causal))  # (batch, T, heads * head_dim)
+        return self.out_proj(found if self.gate_proj is None else found * self.gate_proj(x).sigmoid())
+
+    def form(self, bias: Tensor | None = None) -> Attend:
+        """The attention form, completed by a bias and by the layer's variant where there is one."""
+        if self.variant is None:
+            return self.attend if bias is None else partial(self.attend, bias=bias)
+        dropout = self.variant.dropout if self.training else 0.0
+        return replace(self.variant, form=self.attend, sinks=self.sinks, bias=bias, dropout=dropout)
 
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three projections: (batch, T, heads * head_dim), and twice (batch, S, kv_heads * head_dim).
@@ -282,13 +479,27 @@ class MultiHeadAttention(nn.Module):
         Where many tokens on a GPU look at each other, one matmul makes all three: see :func:`side_by_side`.
         """
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        if context is x and x.is_cuda and x[..., 0].numel() >= MANY_TOKENS and all(type(p) is nn.Linear for p in parts):
-            return side_by_side(parts, x)
-        return self.q_proj(x), self.k_proj(context), self.v_proj(context)
+        if self.joined is not None:
+            q, k, v = self.joined(x)
+        elif (
+            context is x and x.is_cuda and x[..., 0].numel() >= MANY_TOKENS and all(type(p) is nn.Linear for p in parts)
+        ):
+            q, k, v = side_by_side(parts, x)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(context), self.v_proj(context)
+        return (q, k, v) if self.q_norm is None else (normalised(self.q_norm, q), normalised(self.k_norm, k), v)
 
     def split(self, x: Tensor, heads: int) -> Tensor:
         """(batch, T, heads * head_dim) -> (batch, heads, T, head_dim): one matmul made all heads, a view parts them."""
         return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+
+
+def normalised(norm: nn.Module, x: Tensor) -> Tensor:
+    """x (batch, T, n * size), each group of as many numbers as the norm has gains normalised on its own.
+
+    A norm of head_dim gains normalises each head (Qwen3), one of all of them the whole projection (OLMo 2).
+    """
+    return norm(x.unflatten(-1, (-1, norm.weight.numel()))).flatten(-2)
 
 
 def merge(x: Tensor) -> Tensor:

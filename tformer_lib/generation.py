@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from tformer_lib import profiling
-from tformer_lib.kv_cache import CacheShape, KVCache, PreallocatedCache
+from tformer_lib.kv_cache import CacheShape, KVCache, ModelCache, PreallocatedCache, cache_bytes
 from tformer_lib.transformer import evaluating
 
 STEPS_BETWEEN_CHECKS = 32
@@ -447,11 +447,14 @@ def decode(
 
 
 def cache_for(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> KVCache:
-    """A preallocated cache of the right size; refuses one that the device has no memory for, before asking for it."""
+    """A cache of the right size; refuses one that the device has no memory for, before asking for it."""
     shape, capacity = CacheShape.of(model, len(prompts)), max(map(len, prompts)) + max_new_tokens
     what = f"a cache of {len(prompts)} rows of {capacity} tokens"
-    check_memory(what, shape.bytes_per_token * len(prompts) * capacity, shape.device)
-    return PreallocatedCache(shape, capacity)
+    needed = len(prompts) * cache_bytes(model.config, capacity, itemsize=shape.dtype.itemsize)
+    check_memory(what, needed, shape.device)
+    if set(model.config.types_of_layers) == {"full"}:
+        return PreallocatedCache(shape, capacity)
+    return ModelCache.of(model, len(prompts), capacity)
 
 
 def check_memory(what: str, needed: int, device: torch.device | str) -> None:
@@ -516,7 +519,7 @@ def generate(
         prompts: one sequence of tokens per row; they may differ in length.
         max_new_tokens: the most tokens to add to a row.
         stop_tokens: a row ends with the first of these, which is its last token.
-        cache: an empty cache for as many rows as there are prompts; a preallocated one of the right size if not given.
+        cache: an empty cache for as many rows as there are prompts; one of the right size if not given.
         chunk: prefill the prompts in pieces of at most so many tokens.
         cuda_graph: record the decode step in a CUDA graph and replay it (GPU only).
         compile: run the decode step through ``torch.compile``.

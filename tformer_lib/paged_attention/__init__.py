@@ -52,12 +52,13 @@ from tformer_lib.paged_attention.blocks import (
     blocks_for,
     same_prefix,
 )
-from tformer_lib.paged_attention.cache import PLAIN_FORMS, PagedKVCache, PagedLayer, PagedPass
+from tformer_lib.paged_attention.cache import PLAIN_FORMS, PagedKVCache, PagedLayer, PagedPass, as_variant
 from tformer_lib.paged_attention.checks import POOL_DTYPES
 from tformer_lib.paged_attention.kernels import PREFILL_STEPS
 from tformer_lib.paged_attention.operators import is_traced
+from tformer_lib.paged_attention.options import Rows
 from tformer_lib.paged_attention.plans import AttentionPlan, WritePlan
-from tformer_lib.paged_attention.reference import attend_in_pytorch, gather_blocks, write_in_pytorch
+from tformer_lib.paged_attention.reference import attend_in_pytorch, attend_rows, gather_blocks, write_in_pytorch
 
 __all__ = [
     "AttentionPlan",
@@ -74,8 +75,11 @@ __all__ = [
     "PagedLayer",
     "PagedPass",
     "Prefix",
+    "Rows",
     "WritePlan",
+    "as_variant",
     "attend_in_pytorch",
+    "attend_rows",
     "blocks_for",
     "gather_blocks",
     "is_traced",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tformer_lib.attention import attend, attend_sdpa
+from tformer_lib.attention import AttentionVariant, attend, attend_sdpa
 from tformer_lib.flash_attention import flash_attention
 from tformer_lib.kv_cache import CacheShape, KVCache, LayerCache, Pass
 from tformer_lib.paged_attention.attention import paged_attention, write_cache
@@ -45,12 +45,20 @@ class PagedLayer(LayerCache):
         self, q: Tensor, k: Tensor, v: Tensor, *, attend: Callable[..., Tensor], mask: Tensor | None = None
     ) -> Tensor:
         """As for any cache; plain softmax attention is read from the blocks, other forms get a contiguous copy."""
-        if attend not in PLAIN_FORMS or mask is not None:
+        variant = as_variant(attend)
+        if variant is None or mask is not None:
             return super().attend(q, k, v, attend=attend, mask=mask)
         self.cache.check(k, v)
         now = self.cache.current_pass(k.shape[2])
         self.cache.write(self.index, k.detach(), v.detach(), now)
-        return self.cache.look(self.index, q, now)
+        return self.cache.look(self.index, q, now, variant)
+
+
+def as_variant(attend: Callable[..., Tensor]) -> AttentionVariant | None:
+    """The form as a variant that :func:`paged_attention` can compute (window, scale, sinks); None if it is another."""
+    variant = attend if isinstance(attend, AttentionVariant) else AttentionVariant(attend)
+    changes_scores = variant.softcap is not None or variant.alibi or variant.bias is not None or variant.dropout
+    return None if changes_scores or variant.form not in PLAIN_FORMS else variant
 
 
 class PagedKVCache(KVCache):
@@ -73,6 +81,8 @@ class PagedKVCache(KVCache):
         max_length: int | None = None,
         step: int | str | None = None,
     ):
+        if shape.size_of_value != shape.head_dim:
+            raise ValueError(f"a pool holds values of head_dim {shape.head_dim} numbers, got {shape.size_of_value}")
         super().__init__(shape)
         self.allocator = BlockAllocator(blocks, block_size)
         self.max_length = blocks * block_size if max_length is None else max_length
@@ -207,14 +217,17 @@ class PagedKVCache(KVCache):
         k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))  # (batch * T, kv_heads, head_dim)
         write_cache(k, v, *self.pools[layer], now.slots, step=self.step)
 
-    def look(self, layer: int, q: Tensor, now: PagedPass) -> Tensor:
+    def look(self, layer: int, q: Tensor, now: PagedPass, variant: AttentionVariant) -> Tensor:
         """Attention of q (batch, heads, T, head_dim) over the blocks; zeros for padding."""
         batch, _, T, _ = q.shape
         queries = q.transpose(1, 2).flatten(0, 1)  # (batch * T, heads, head_dim)
         real = queries if now.packed is None else queries[now.packed]
+        rows = {"query_starts": now.starts, "max_queries": T, "scale": variant.scale, "window": variant.window}
+        with_sinks = variant.sinks is not None
         found = paged_attention(
-            real, *self.pools[layer], now.tables, now.ends, query_starts=now.starts, max_queries=T, step=self.step
+            real, *self.pools[layer], now.tables, now.ends, step=self.step, return_lse=with_sinks, **rows
         )
+        found = variant.with_sinks(*found) if with_sinks else found
         out = found if now.packed is None else torch.zeros_like(queries).index_copy(0, now.packed, found)
         return out.unflatten(0, (batch, T)).transpose(1, 2)
 

@@ -1,11 +1,12 @@
 """Step 0: blocks gathered with PyTorch, and plain attention over them. It is the oracle of the kernels."""
 
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from tformer_lib.attention import gather, masked_softmax, scaled_scores
+from tformer_lib.attention import Attend, AttentionVariant, gather, masked_softmax, scaled_scores
 from tformer_lib.ladder import FP8, accumulation_dtype
 from tformer_lib.paged_attention.blocks import blocks_for
 from tformer_lib.paged_attention.options import Options, Places, Rows, WriteOptions
@@ -73,6 +74,47 @@ def attend_one_by_one(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, opt
             alone = Rows(rows.block_tables[row : row + 1], rows.lengths[row : row + 1])
             out[start:stop], lse[start:stop] = attend_in_pytorch(q[start:stop], k_pool, v_pool, alone, options)
     return out, lse
+
+
+def attend_rows(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, attend: Attend) -> Tensor:
+    """Any attention form over what lies in blocks, for forms that no kernel computes (a soft cap, ALiBi).
+
+    Rows with equally many queries are gathered and attend together. With one query a row nothing is read by the host,
+    so that a CUDA graph can record it.
+
+    Args:
+        q, k_pool, v_pool, rows: as for :func:`paged_attention`.
+        attend: an attention form under the contract; an ``AttentionVariant`` is told where queries and keys stand.
+
+    Returns:
+        (total, heads, value_dim).
+    """
+    tables, lengths, query_starts, _ = rows
+    if query_starts is None:
+        S = tables.shape[1] * k_pool.shape[2]
+        return attend_gathered(q[:, None], k_pool, v_pool, tables, lengths, S, attend)[:, 0]
+    starts = query_starts.long()
+    counts = starts.diff()  # (batch,)
+    out = q.new_zeros(*q.shape[:2], v_pool.shape[3])
+    for count in counts.unique().tolist():
+        same = (counts == count).nonzero().squeeze(1)
+        places = starts[same, None] + torch.arange(count, device=q.device)  # (rows, count)
+        S = int(lengths[same].max())
+        out[places] = attend_gathered(q[places], k_pool, v_pool, tables[same], lengths[same], S, attend)
+    return out
+
+
+def attend_gathered(
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, tables: Tensor, lengths: Tensor, S: int, attend: Attend
+) -> Tensor:
+    """The attention of each row's last tokens, q (rows, count, heads, head_dim), over its keys; the same shape."""
+    count = q.shape[1]
+    keys, values = (gather_blocks(pool, tables, lengths, S) for pool in (k_pool, v_pool))
+    seen = visible_keys(lengths, count, keys.shape[2], None)[:, None]  # (rows, 1, count, S)
+    if isinstance(attend, AttentionVariant):
+        queries = lengths[:, None] - count + torch.arange(count, device=q.device)  # (rows, count)
+        attend = partial(attend, places=(queries, torch.arange(keys.shape[2], device=q.device)[None]))
+    return attend(q.transpose(1, 2), keys, values, mask=seen).transpose(1, 2)
 
 
 def gather_blocks(pool: Tensor, block_tables: Tensor, lengths: Tensor, S: int) -> Tensor:

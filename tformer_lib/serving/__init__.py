@@ -43,7 +43,7 @@ from tformer_lib.serving.request import LogProbabilities, Params, Piece, Request
 from tformer_lib.serving.runner import (
     SAMPLED,
     Inputs,
-    JoinedAttention,
+    JoinedProjections,
     Launched,
     PackedLayer,
     PackedPass,
@@ -57,7 +57,7 @@ __all__ = [
     "DEFAULT_MEMORY",
     "Engine",
     "Inputs",
-    "JoinedAttention",
+    "JoinedProjections",
     "LLM",
     "Launched",
     "LogProbabilities",

@@ -506,8 +506,6 @@ def check_room(model: nn.Module, tokens: int, seats: int, budget: int, max_block
 def check_servable(model: nn.Module, max_context: int | None) -> None:
     """Refuse a model whose rows would not be independent of each other, or too long a context for its positions."""
     config = model.config
-    if config.positions == "alibi":
-        raise ValueError("a model with ALiBi runs without a cache, so it cannot be served")
     if model.rope is not None and model.rope.scaling.needs_length:
         kind = type(model.rope.scaling).__name__
         raise ValueError(f"{kind} turns keys by the length of the text, which differs from row to row")

@@ -12,21 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tformer_lib import profiling
-from tformer_lib.attention import MultiHeadAttention, merge
+from tformer_lib.attention import Attend, AttentionVariant, MultiHeadAttention
 from tformer_lib.generation import Sampling, distribution, draw, penalise_repetition
 from tformer_lib.kv_cache import CacheShape
 from tformer_lib.ladder import FP8
 from tformer_lib.paged_attention import (
     AttentionPlan,
     BlockAllocator,
+    Rows,
     WritePlan,
+    as_variant,
+    attend_rows,
     is_traced,
     paged_attention,
     plan_attention,
     plan_write,
     write_cache,
 )
-from tformer_lib.rope import turn_both
 from tformer_lib.serving.request import Request
 from tformer_lib.serving.scheduler import Row
 from tformer_lib.transformer import evaluating
@@ -73,7 +75,7 @@ class PackedPass:
         self.options = {"query_starts": starts, "max_queries": max_queries, **self.scales}
         if batch_invariant:
             self.options["batch_invariant"] = True
-        self.plans: tuple[WritePlan, AttentionPlan] | None = None  # made by the first layer, for all of them
+        self.plans: dict[tuple, WritePlan | AttentionPlan] = {}  # made by the first layer of a kind, for all of it
 
     def positions(self, T: int) -> Tensor:
         """(1, T) int64."""
@@ -93,26 +95,57 @@ class PackedLayer:
     def __init__(self, packed: PackedPass, k_pool: Tensor, v_pool: Tensor):
         self.packed, self.k_pool, self.v_pool = packed, k_pool, v_pool
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, attend=None, mask: Tensor | None = None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, attend: Attend, mask: Tensor | None = None) -> Tensor:
         """Store the new keys and values, then let each token look at its own row up to itself.
 
         Args:
             q: (1, heads, total, head_dim).
             k, v: (1, kv_heads, total, head_dim).
+            attend: the layer's attention form; a plain one, with a window, a scale or sinks, is read from the blocks.
         """
-        now, pools = self.packed, (self.k_pool, self.v_pool)
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (total, heads or kv_heads, head_dim)
-        if is_traced(q):  # a compiler looks on, who must see one operator for each
-            write_cache(k, v, *pools, now.slots, **now.scales)
-            out = paged_attention(q, *pools, *now.rows, **now.options)
+        self._write(k, v)
+        variant = as_variant(attend)
+        if variant is None:
+            out = self._gather(q, attend)
+        elif variant.sinks is None:
+            out = self._read(q, variant)
         else:
-            if now.plans is None:
-                writing = plan_write(k, v, *pools, now.slots, **now.scales)
-                now.plans = writing, plan_attention(q, *pools, *now.rows, **now.options)
-            writing, reading = now.plans
-            writing.run(k, v, *pools)
-            out = reading.run(q, *pools)
+            out = variant.with_sinks(*self._read(q, variant, return_lse=True))
         return out.transpose(0, 1)[None]  # (1, heads, total, head_dim)
+
+    def _gather(self, q: Tensor, attend: Attend) -> Tensor:
+        """Attention that no kernel computes, over copies of what the blocks hold.
+
+        Raises:
+            ValueError: the pools are float8, or the rows must not depend on each other in any bit.
+        """
+        now = self.packed
+        if now.scales or "batch_invariant" in now.options:
+            raise ValueError("float8 pools and deterministic steps serve attention without a soft cap, ALiBi or latents")
+        rows = Rows(*now.rows, now.options["query_starts"], now.options["max_queries"])
+        return attend_rows(q, self.k_pool, self.v_pool, rows, attend)
+
+    def _write(self, k: Tensor, v: Tensor) -> None:
+        """Store keys and values, (total, kv_heads, head_dim) each."""
+        now, pools = self.packed, (self.k_pool, self.v_pool)
+        if is_traced(k):  # a compiler looks on, who must see one operator
+            return write_cache(k, v, *pools, now.slots, **now.scales)
+        key = (k.stride(), v.stride())
+        if key not in now.plans:
+            now.plans[key] = plan_write(k, v, *pools, now.slots, **now.scales)
+        return now.plans[key].run(k, v, *pools)
+
+    def _read(self, q: Tensor, variant: AttentionVariant, **returned) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of q (total, heads, head_dim) over the blocks, as :func:`paged_attention` returns it."""
+        now, pools = self.packed, (self.k_pool, self.v_pool)
+        options = {**now.options, "scale": variant.scale, "window": variant.window}
+        if is_traced(q):
+            return paged_attention(q, *pools, *now.rows, **options, **returned)
+        key = (q.stride(), variant.scale, variant.window)
+        if key not in now.plans:
+            now.plans[key] = plan_attention(q, *pools, *now.rows, **options)
+        return now.plans[key].run(q, *pools, **returned)
 
 
 class Inputs:
@@ -462,13 +495,13 @@ def uniforms_of(requests: list[Request]) -> list[float]:
 def compile_blocks(model: nn.Module) -> None:
     """Fuse the kernels of each block with ``torch.compile``, for any number of tokens; all blocks share the result."""
     for block in model.stack.blocks:
-        if isinstance(block.attention, MultiHeadAttention):  # else an engine has done so before
-            block.attention = JoinedAttention(block.attention)
+        if isinstance(block.attention, MultiHeadAttention) and block.attention.joined is None:
+            block.attention.joined = JoinedProjections(block.attention)
         block.compile(dynamic=True)
 
 
-class JoinedAttention(nn.Module):
-    """A self-attention layer whose queries, keys and values come out of one matrix product instead of three.
+class JoinedProjections:
+    """Queries, keys and values of a self-attention layer out of one matrix product instead of three.
 
     A few rows fill a GPU badly: the product with a small matrix takes as long as its launch. The three matrices become
     parts of one, and stay parameters of the layer under their names.
@@ -478,8 +511,6 @@ class JoinedAttention(nn.Module):
     """
 
     def __init__(self, attention: MultiHeadAttention):
-        super().__init__()
-        self.attention = attention
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         self.sizes = [projection.out_features for projection in projections]
         self.weight = torch.cat([projection.weight.detach() for projection in projections])  # (sum of sizes, width)
@@ -488,11 +519,6 @@ class JoinedAttention(nn.Module):
         for projection, part in zip(projections, self.weight.split(self.sizes), strict=True):
             projection.weight.data = part
 
-    def forward(self, x: Tensor, *, mask=None, causal=False, bias=None, rotate=None, cache=None) -> Tensor:
-        """x (1, total, width) and a cache's layer, as :class:`MultiHeadAttention` takes them; causal in any case."""
-        layer, joined = self.attention, F.linear(x, self.weight, self.bias)  # (1, total, sum of sizes)
-        heads = (layer.heads, layer.kv_heads, layer.kv_heads)
-        q, k, v = (layer.split(part, n) for part, n in zip(joined.split(self.sizes, -1), heads, strict=True))
-        if rotate is not None:
-            q, k = turn_both(rotate, q, k)
-        return layer.out_proj(merge(cache.attend(q, k, v, attend=layer.attend, mask=mask)))
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (1, total, width) -> queries, keys and values, (1, total, size) each."""
+        return F.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)

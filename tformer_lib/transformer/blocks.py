@@ -5,24 +5,39 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tformer_lib import positional_encoding, profiling
-from tformer_lib.attention import MultiHeadAttention
+from tformer_lib.attention import AttentionVariant, MultiHeadAttention
 from tformer_lib.contract import readable
 from tformer_lib.mixture_of_experts import MixtureOfExperts
 from tformer_lib.transformer.config import ACTIVATIONS, ModelConfig, attention_form
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
-    """The config's norm over the last dimension, (..., width) -> (..., width)."""
-    if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.width, eps=config.norm_epsilon)
-    return nn.LayerNorm(config.width, eps=config.norm_epsilon, bias=config.bias)
+def make_norm(config: ModelConfig, size: int | None = None) -> nn.Module:
+    """The config's norm over the last dimension, (..., size) -> (..., size); the size is the width if not given."""
+    size = config.width if size is None else size
+    if config.norm == "layernorm":
+        return nn.LayerNorm(size, eps=config.norm_epsilon, bias=config.bias)
+    return (nn.RMSNorm if config.norm == "rmsnorm" else RMSNorm1p)(size, eps=config.norm_epsilon)
+
+
+class RMSNorm1p(nn.RMSNorm):
+    """RMSNorm that multiplies by 1 + gain: gains begin at 0, where weight decay pulls them to. (..., n) -> (..., n)."""
+
+    def reset_parameters(self) -> None:
+        """Gains of 0."""
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In float32 or better, rounded once."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, self.normalized_shape, 1 + self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with a non-linearity between, on each token alone; SwiGLU gates it with a third.
+    """Two linear maps with a non-linearity between, on each token alone; SwiGLU and GeGLU gate it with a third.
 
     (batch, T, width) -> (batch, T, width)
 
@@ -56,6 +71,45 @@ def make_feed_forward(config: ModelConfig, layer: int = 0) -> nn.Module:
     return MixtureOfExperts(config.width, config.size_of_feed_forward, experts, shared=shared, **kind)
 
 
+def make_attention(config: ModelConfig, kind: str = "full", *, attend: Callable | None = None) -> MultiHeadAttention:
+    """The attention of the config's layers of a kind.
+
+    Args:
+        config: what the model is made of.
+        kind: one of ``LAYER_TYPES``.
+        attend: the attention function, instead of the one that the config names.
+    """
+    bias = config.bias if config.attention_bias is None else bool(config.attention_bias)
+    attention = MultiHeadAttention(
+        config.width,
+        config.heads,
+        kv_heads=config.number_of_kv_heads,
+        head_dim=config.size_of_head,
+        bias=bias,
+        attend=attend or attention_form(config.attention),
+        out_bias=bias and config.attention_bias != "qkv",
+        variant=make_variant(config, kind),
+        sinks=config.attention_sinks,
+        gate=config.attention_gate,
+    )
+    if config.qk_norm is not None:
+        heads = (1, 1) if config.qk_norm == "head" else (config.heads, config.number_of_kv_heads)
+        attention.q_norm, attention.k_norm = (make_norm(config, n * config.size_of_head) for n in heads)
+    return attention
+
+
+def make_variant(config: ModelConfig, kind: str = "full") -> AttentionVariant | None:
+    """What layers of a kind add to the attention form; None for nothing."""
+    added = {
+        "scale": config.attention_scale,
+        "window": config.window if kind == "window" else None,
+        "softcap": config.attention_softcap,
+        "alibi": config.positions == "alibi",
+        "dropout": config.attention_dropout,
+    }
+    return AttentionVariant(**added) if any(added.values()) else None
+
+
 class Block(nn.Module):
     """Attention, then cross-attention if there is a memory to look at, then the feed-forward; each adds to its input.
 
@@ -68,20 +122,16 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int = 0, *, cross: bool = False, attend: Callable | None = None):
         super().__init__()
-        attend = attend or attention_form(config.attention)
-        new_attention = partial(
-            MultiHeadAttention,
-            config.width,
-            config.heads,
-            kv_heads=config.number_of_kv_heads,
-            head_dim=config.size_of_head,
-            bias=config.bias,
-            attend=attend,
-        )
-        self.norm_first = config.norm_first
+        self.kind, self.norm_first = config.types_of_layers[layer], config.norm_first
+        new_attention = partial(make_attention, config, self.kind, attend=attend)
         self.attention_norm, self.attention = make_norm(config), new_attention()
         self.cross_norm, self.cross_attention = (make_norm(config), new_attention()) if cross else (None, None)
         self.feed_forward_norm, self.feed_forward = make_norm(config), make_feed_forward(config, layer)
+        self.attention_out_norm, self.feed_forward_out_norm = None, None
+        if config.branch_norm != "in":
+            self.attention_out_norm, self.feed_forward_out_norm = make_norm(config), make_norm(config)
+        if config.branch_norm == "out":
+            self.attention_norm, self.feed_forward_norm = nn.Identity(), nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -113,18 +163,23 @@ class Block(nn.Module):
             needs, came = ("a", "none") if memory is None else ("no", "one")
             raise ValueError(f"this block has {needs} cross-attention and so takes {needs} memory, got {came}")
         with profiling.range("attention"):
-            x = self._add(x, self.attention_norm, attend)
+            x = self._add(x, self.attention_norm, followed_by(self.attention_out_norm, attend))
         if self.cross_attention is not None:
             with profiling.range("cross-attention"):
                 x = self._add(x, self.cross_norm, partial(self.cross_attention, context=memory, mask=memory_mask))
         with profiling.range("feed-forward"):
-            return self._add(x, self.feed_forward_norm, self.feed_forward)
+            return self._add(x, self.feed_forward_norm, followed_by(self.feed_forward_out_norm, self.feed_forward))
 
     def _add(self, x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """The residual connection: pre-norm keeps the sum untouched, post-norm normalises it."""
         if self.norm_first:
             return x + self.dropout(sublayer(norm(x)))
         return norm(x + self.dropout(sublayer(x)))
+
+
+def followed_by(norm: nn.Module | None, sublayer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The sub-layer, with a norm on what it gives if there is one."""
+    return sublayer if norm is None else lambda x: norm(sublayer(x))
 
 
 class Stack(nn.Module):
@@ -135,10 +190,18 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i, cross=cross, attend=attend) for i in range(config.layers))
         self.final_norm = make_norm(config) if config.has_final_norm else nn.Identity()
 
-    def forward(self, x: Tensor, *, cache=None, **options) -> Tensor:
-        """x: (batch, T, width); ``options`` go to each :class:`Block`, and to each its own layer of the cache."""
+    def forward(self, x: Tensor, *, cache=None, rotate=None, **options) -> Tensor:
+        """Run the blocks.
+
+        Args:
+            x: (batch, T, width).
+            cache: of which each block gets its own layer.
+            rotate: RoPE's rotation, or one for each kind of layer, by its name.
+            options: the other arguments of each :class:`Block`.
+        """
         for i, block in enumerate(self.blocks):
-            x = block(x, cache=None if cache is None else cache.layer(i), **options)
+            turn = rotate.get(block.kind) if isinstance(rotate, dict) else rotate
+            x = block(x, cache=None if cache is None else cache.layer(i), rotate=turn, **options)
         return self.final_norm(x)
 
 

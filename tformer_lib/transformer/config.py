@@ -1,5 +1,6 @@
 """What a model is made of: the settings of its blocks, and the functions that their names stand for."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "swiglu": F.silu,
+    "geglu": partial(F.gelu, approximate="tanh"),
 }
+
+GATED = ("swiglu", "geglu")
+"""Feed-forwards whose non-linearity acts on a gate, a third matrix (Shazeer 2020); Gemma's is ``geglu``."""
+
+NORMS = ("layernorm", "rmsnorm", "rmsnorm_1p")
+
+LAYER_TYPES = ("full", "window", "nope")
+"""What a layer can be: attention over all tokens before it, over a window of them, or over all without RoPE."""
 
 
 def attention_form(name: str) -> Callable:
@@ -63,16 +73,19 @@ class ModelConfig:
     head_dim: int | None = None
     """The size of one head; None is ``width / heads``."""
     feed_forward_width: int | None = None
-    """The size inside the feed-forward; None is 4 x width, or 8/3 x width for SwiGLU, which has three matrices."""
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """The normalisation."""
+    """The size inside the feed-forward; None is 4 x width, or 8/3 x width for SwiGLU and GeGLU: three matrices."""
+    norm: Literal["layernorm", "rmsnorm", "rmsnorm_1p"] = "layernorm"
+    """The normalisation; ``rmsnorm_1p`` multiplies by 1 + gain, with gains that begin at 0 (Gemma)."""
     norm_first: bool = True
     """True normalises what goes into a sub-layer (pre-norm), False the sum that comes out (the paper's post-norm)."""
+    branch_norm: Literal["in", "out", "both"] = "in"
+    """With ``norm_first``: what is normalised of each sub-layer. What goes in (GPT-2, Llama), what comes out before it
+    is added (OLMo 2), or both (the sandwich of Gemma 2)."""
     final_norm: bool | None = None
     """A last norm after the blocks; None is: with pre-norm yes, with post-norm no."""
     norm_epsilon: float = 1e-5
     """What the norm adds to the variance."""
-    feed_forward: Literal["relu", "gelu", "gelu_tanh", "swiglu"] = "gelu"
+    feed_forward: Literal["relu", "gelu", "gelu_tanh", "swiglu", "geglu"] = "gelu"
     """The feed-forward's non-linearity; GPT-2's is ``gelu_tanh``."""
     positions: Literal["sinusoidal", "learned", "rope", "alibi", "none"] = "learned"
     """How a token's place gets into the model."""
@@ -83,6 +96,35 @@ class ModelConfig:
     rope_scaling: dict | None = None
     """How RoPE is stretched past the trained length, as :meth:`tformer_lib.rope.Rope.from_parameters` reads it; None
     leaves it alone. The trained length is its ``original_max_position_embeddings``, or ``max_length``."""
+    rotary_fraction: float = 1.0
+    """The share of each head's channels that RoPE turns, the first ones; the rest knows no position (GPT-NeoX)."""
+    window: int | None = None
+    """A query of a window layer sees itself and the ``window - 1`` tokens before it (Mistral 7B)."""
+    layer_types: tuple[Literal["full", "window", "nope"], ...] | None = None
+    """What each layer attends to: ``full`` to all tokens before it, ``window`` to a window of them, ``nope`` to all
+    without RoPE. A pattern shorter than ``layers`` is repeated; Gemma 3's is five windows and a full layer. None: all
+    layers are window layers if there is a ``window``, else full."""
+    window_rope_base: float | None = None
+    """RoPE's base in window layers, which ``rope_scaling`` then leaves alone (Gemma 3, OLMo 3); None is as elsewhere.
+    """
+    attention_bias: bool | Literal["qkv"] | None = None
+    """Whether attention's projections have a bias: all, none, or queries, keys and values alone (Qwen2); None is as
+    ``bias`` says."""
+    qk_norm: Literal["head", "projection"] | None = None
+    """Normalise queries and keys before they are turned: each head on its own (Qwen3, Gemma 3), or all of a token's
+    queries together and all of its keys (OLMo 2)."""
+    attention_scale: float | None = None
+    """What scores are multiplied by; None is 1 / sqrt(head_dim)."""
+    attention_softcap: float | None = None
+    """Scores s become cap * tanh(s / cap) (Gemma 2)."""
+    attention_sinks: bool = False
+    """Whether each head has a learned logit that takes part in the softmax and has no value (gpt-oss)."""
+    attention_gate: bool = False
+    """Whether what heads find is multiplied by a sigmoid of the token before the last projection (Qwen3-Next)."""
+    attention_dropout: float = 0.0
+    """The share of attention weights dropped in training."""
+    logit_softcap: float | None = None
+    """Logits z become cap * tanh(z / cap) (Gemma 2)."""
     attention: str = "sdpa"
     """The attention form: 'attention' is the readable reference, 'sdpa' torch's fused one."""
     tie_embeddings: bool = True
@@ -100,12 +142,17 @@ class ModelConfig:
     def __post_init__(self):
         if isinstance(self.experts, dict):
             object.__setattr__(self, "experts", build(ExpertsConfig, self.experts, "experts"))
+        if self.layer_types is not None:
+            object.__setattr__(self, "layer_types", tuple(self.layer_types))  # a list where it was read from JSON
         self._check_sizes()
         self._check_choices()
-        make_rope(self)  # refuses what RoPE cannot do
+        self._check_layers()
+        for kind in set(self.types_of_layers):
+            make_rope(self, kind)  # refuses what RoPE cannot do
 
     def _check_sizes(self) -> None:
-        for name in ("vocab_size", "max_length", "width", "layers", "heads", "head_dim", "feed_forward_width"):
+        sizes = ("vocab_size", "max_length", "width", "layers", "heads", "head_dim", "feed_forward_width", "window")
+        for name in sizes:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.norm_epsilon >= 0:
@@ -116,21 +163,49 @@ class ModelConfig:
             raise ValueError(f"{self.heads} heads are not a multiple of {self.kv_heads} kv_heads")
         if self.positions == "rope" and self.size_of_head % 2:
             raise ValueError(f"RoPE turns pairs, so head_dim must be even, got {self.size_of_head}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("attention_scale", "attention_softcap", "logit_softcap"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if not 0 < self.rotary_fraction <= 1:
+            raise ValueError(f"rotary_fraction must be in (0, 1], got {self.rotary_fraction}")
 
     def _check_choices(self) -> None:
         choices = {
-            "norm": ("layernorm", "rmsnorm"),
+            "norm": NORMS,
+            "branch_norm": ("in", "out", "both"),
+            "attention_bias": (None, True, False, "qkv"),
+            "qk_norm": (None, "head", "projection"),
             "feed_forward": tuple(ACTIVATIONS),
             "positions": ("sinusoidal", "learned", "rope", "alibi", "none"),
             "attention": tuple(ATTENTION_FORMS),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
         if self.positions == "alibi" and self.attention not in ("attention", "sdpa"):
             raise ValueError(f"ALiBi adds a bias, which attention 'attention' and 'sdpa' take, got {self.attention!r}")
+
+    def _check_layers(self) -> None:
+        if self.branch_norm != "in" and not self.norm_first:
+            raise ValueError(f"branch_norm {self.branch_norm!r} needs norm_first: post-norm normalises the sum instead")
+        if self.layer_types is None:
+            return
+        if not 0 < len(self.layer_types) <= self.layers:
+            raise ValueError(f"layer_types must name 1 to {self.layers} layers, got {len(self.layer_types)}")
+        for kind in self.layer_types:
+            if kind not in LAYER_TYPES:
+                raise ValueError(f"layer_types must be of {', '.join(LAYER_TYPES)}, got {kind!r}")
+        if ("window" in self.layer_types) != (self.window is not None):
+            raise ValueError(f"layer_types and window go together, got window {self.window} for {self.layer_types}")
+
+    @property
+    def types_of_layers(self) -> tuple[str, ...]:
+        """The type of each layer: ``layer_types``, repeated, or one type for all."""
+        pattern = self.layer_types or ("full" if self.window is None else "window",)
+        return tuple(pattern[i % len(pattern)] for i in range(self.layers))
 
     @property
     def size_of_head(self) -> int:
@@ -144,7 +219,7 @@ class ModelConfig:
 
     @property
     def size_of_feed_forward(self) -> int:
-        """``feed_forward_width``, or 4 x width; for SwiGLU 8/3 x width, rounded up to a multiple of 8."""
+        """``feed_forward_width``, or 4 x width; for a gated one 8/3 x width, rounded up to a multiple of 8."""
         if self.feed_forward_width is not None:
             return self.feed_forward_width
         return -(-8 * self.width // 24) * 8 if self.gated else 4 * self.width
@@ -152,7 +227,7 @@ class ModelConfig:
     @property
     def gated(self) -> bool:
         """Whether a third matrix gates the feed-forward's hidden numbers."""
-        return self.feed_forward == "swiglu"
+        return self.feed_forward in GATED
 
     @property
     def active_feed_forward_weights(self) -> int:
@@ -171,11 +246,15 @@ class ModelConfig:
         return self.norm_first if self.final_norm is None else self.final_norm
 
 
-def make_rope(config: ModelConfig) -> Rope | None:
-    """The config's RoPE, or None if it places tokens otherwise."""
-    if config.positions != "rope":
+def make_rope(config: ModelConfig, kind: str = "full") -> Rope | None:
+    """The RoPE of the config's layers of a kind, or None if they place tokens otherwise."""
+    if config.positions != "rope" or kind == "nope":
         return None
     parameters = {**(config.rope_scaling or {}), "rope_theta": config.rope_base}
+    if kind == "window" and config.window_rope_base is not None:
+        parameters = {"rope_theta": config.window_rope_base}
+    if config.rotary_fraction != 1:
+        parameters["partial_rotary_factor"] = config.rotary_fraction
     return Rope.from_parameters(
         config.size_of_head, parameters, max_length=config.max_length, layout=config.rope_layout
     )

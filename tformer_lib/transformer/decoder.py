@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tformer_lib import positional_encoding, profiling
+from tformer_lib import profiling
+from tformer_lib.attention import soft_capped
 from tformer_lib.transformer.blocks import Embedding, Stack, initialise
 from tformer_lib.transformer.config import ModelConfig, make_rope
 
@@ -25,6 +26,7 @@ class Decoder(nn.Module):
         self.stack = Stack(config, attend=attend)
         self.unembedding = nn.Linear(config.width, config.vocab_size, bias=False)
         self.rope = make_rope(config)
+        self.window_rope = make_rope(config, "window") if config.window_rope_base is not None else None
         initialise(self, config)
         if config.tie_embeddings:
             self.unembedding.weight = self.embedding.tokens.weight
@@ -59,26 +61,29 @@ class Decoder(nn.Module):
             positions = cache.positions(tokens.shape[1])
         with profiling.range("embed"):
             x = self.embedding(tokens, positions)  # (batch, T, width)
-        bias = self.score_bias(tokens.shape[1], cache)
-        x = self.stack(x, mask=mask, causal=True, bias=bias, rotate=self.rotation(tokens, positions), cache=cache)
+        x = self.stack(x, mask=mask, causal=True, rotate=self.rotation(tokens, positions), cache=cache)
         if cache is not None:
             cache.advance(tokens.shape[1])
         with profiling.range("unembed"):
-            return self.unembedding(x if only is None else x[:, only])  # (batch, T or n, vocab_size)
+            return self.unembed(x if only is None else x[:, only])  # (batch, T or n, vocab_size)
 
-    def rotation(self, tokens: Tensor, positions: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-        """RoPE's rotation at these positions, worked out once for all layers, if the config asks for it."""
+    def unembed(self, x: Tensor) -> Tensor:
+        """What the blocks made of tokens to the logits of the next: (..., width) -> (..., vocab_size)."""
+        logits, cap = self.unembedding(x), self.config.logit_softcap
+        return logits if cap is None else soft_capped(logits, cap)
+
+    def rotation(self, tokens: Tensor, positions: Tensor | None) -> "Callable[[Tensor], Tensor] | dict | None":
+        """RoPE's rotation at these positions, worked out once for all layers, if the config asks for it.
+
+        Where layers of different kinds turn differently, it is one for each kind.
+        """
         if self.rope is None:
             return None
-        return self.rope.at(torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions)
-
-    def score_bias(self, length: int, cache) -> Tensor | None:
-        """ALiBi's bias, (heads, T, T), if the config asks for it."""
-        if self.config.positions != "alibi":
-            return None
-        if cache is not None:
-            raise ValueError("a model with ALiBi runs without a cache: its bias needs the place of every key")
-        return positional_encoding.alibi(self.config.heads, length, device=self.unembedding.weight.device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
+        if self.window_rope is None and "nope" not in self.config.types_of_layers:
+            return self.rope.at(positions)
+        full = self.rope.at(positions)
+        return {"full": full, "window": full if self.window_rope is None else self.window_rope.at(positions)}
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -23,6 +23,8 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         if config.positions in ("rope", "alibi"):
             raise ValueError(f"the encoder-decoder takes sinusoidal, learned or no positions, got {config.positions!r}")
+        if config.window is not None:
+            raise ValueError(f"the encoder-decoder has no window layers, got window {config.window}")
         self.config = config
         self.embedding = Embedding(config)
         self.encoder = Stack(config, attend=attend)

@@ -1,0 +1,46 @@
+"""What a pass of a model costs at least."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least that a pass must do: floating-point operations, and bytes read from or written to memory."""
+
+    flops: int
+    bytes: int
+
+
+def pass_cost(config, *, held: int, new: int, itemsize: int = 4) -> Cost:
+    """What one row's pass of a ``Decoder`` costs, embeddings and norms left out.
+
+    Of a mixture of experts, those that one token passes through are read: a row of several tokens may read more.
+
+    Args:
+        config: the model's ``ModelConfig``.
+        held: tokens whose keys and values are in the cache already; 0 without a cache.
+        new: tokens that the pass brings: 1 for a cached decode step, the whole text without a cache.
+        itemsize: bytes of a number.
+    """
+    q_width = config.heads * config.size_of_head
+    kv_width = config.number_of_kv_heads * config.size_of_head
+    projections = config.layers * 2 * config.width * (q_width + kv_width)
+    weights = projections + config.active_feed_forward_weights + config.width * config.vocab_size
+    pairs = new * held + new * (new + 1) // 2  # of a query with a key that it may see
+    attention = config.layers * 4 * q_width * pairs  # a multiply and an add, in the scores and in the mix of values
+    kv_numbers = 2 * config.layers * kv_width * (held + new)
+    return Cost(2 * weights * new + attention, (weights + kv_numbers) * itemsize)
+
+
+def cache_bytes(config, tokens: int, *, itemsize: int = 2) -> int:
+    """Bytes of keys and values that one row of ``tokens`` tokens takes in a ``Decoder``'s cache.
+
+    A window layer keeps no more than its window.
+
+    Args:
+        config: the model's ``ModelConfig``.
+        tokens: how many tokens the row holds.
+        itemsize: bytes of a number.
+    """
+    kept = [min(tokens, config.window) if kind == "window" else tokens for kind in config.types_of_layers]
+    return 2 * config.number_of_kv_heads * config.size_of_head * sum(kept) * itemsize

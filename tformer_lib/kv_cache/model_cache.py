@@ -1,0 +1,145 @@
+"""One cache for a model whose layers are of different kinds."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from tformer_lib.kv_cache.interface import CacheShape, KVCache, LayerCache
+from tformer_lib.kv_cache.preallocated import PreallocatedCache
+from tformer_lib.kv_cache.ring import RingCache
+
+
+class ModelCache:
+    """The interface of a cache over several, each of which holds the layers of one kind.
+
+    A window layer never looks past its window, so it keeps a ring, whose memory does not grow; a full layer keeps all.
+    All parts hold equally many tokens of each row.
+
+    Args:
+        parts: name -> cache. Parts that may refuse to forget (rings) come first.
+        kinds: for each layer of the model the name of its part, which has as many layers as there are of its name.
+
+    Raises:
+        ValueError: a part has another number of layers or rows.
+    """
+
+    def __init__(self, parts: Mapping[str, KVCache], kinds: Sequence[str]):
+        self.parts, self.kinds = dict(parts), tuple(kinds)
+        for name, part in self.parts.items():
+            layers, batch = self.kinds.count(name), self.first.shape.batch
+            if (part.shape.layers, part.shape.batch) != (layers, batch):
+                came = f"{part.shape.layers} and {part.shape.batch}"
+                raise ValueError(f"part {name} must have {layers} layers and {batch} rows, got {came}")
+        self.places = [self.kinds[:i].count(kind) for i, kind in enumerate(self.kinds)]
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: int, capacity: int) -> "ModelCache":
+        """The cache that ``model`` (a ``Decoder``) needs for ``batch`` rows of at most ``capacity`` tokens.
+
+        A window that holds ``capacity`` tokens needs no ring.
+        """
+        shape, config = CacheShape.of(model, batch), model.config
+        kinds = ["window" if kind == "window" else "full" for kind in config.types_of_layers]
+        of_kind = {name: replace(shape, layers=kinds.count(name)) for name in ("window", "full") if name in kinds}
+        is_ring = {"window": config.window is not None and config.window < capacity, "full": False}
+        return cls(
+            {
+                name: RingCache(part, config.window, sinks=0) if is_ring[name] else PreallocatedCache(part, capacity)
+                for name, part in of_kind.items()
+            },
+            kinds,
+        )
+
+    @property
+    def first(self) -> KVCache:
+        """The first part, whose books are those of all."""
+        return next(iter(self.parts.values()))
+
+    @property
+    def shape(self) -> CacheShape:
+        """What is held for each token, by all layers together."""
+        return replace(self.first.shape, layers=len(self.kinds))
+
+    @property
+    def lengths(self) -> Tensor:
+        """(batch,) tokens held so far."""
+        return self.first.lengths
+
+    @property
+    def host_lengths(self) -> list[int]:
+        """The same numbers where reading them does not wait for a GPU."""
+        return self.first.host_lengths
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values that the parts take now."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one more token of one row takes while no window is full."""
+        return sum(part.bytes_per_token for part in self.parts.values())
+
+    def expect(self, counts: Sequence[int]) -> None:
+        """Say that the next pass is ragged: see :meth:`KVCache.expect`."""
+        for part in self.parts.values():
+            part.expect(counts)
+
+    def positions(self, T: int) -> Tensor:
+        """The places of the next T tokens in their rows, (batch, T) int64."""
+        places, *_ = [part.positions(T) for part in self.parts.values()]  # every part plans the pass
+        return places
+
+    def layer(self, index: int) -> LayerCache:
+        """The part of layer ``index``.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        if not 0 <= index < len(self.kinds):
+            raise ValueError(f"the cache has layers 0 to {len(self.kinds) - 1}, got {index}")
+        return self.parts[self.kinds[index]].layer(self.places[index])
+
+    def check_room(self, ends: list[int]) -> None:
+        """Refuse a pass after which some row would hold more than there is room for."""
+        for part in self.parts.values():
+            part.check_room(ends)
+
+    def advance(self, T: int) -> None:
+        """Count the T tokens that all layers have stored."""
+        for part in self.parts.values():
+            part.advance(T)
+
+    @contextmanager
+    def static_shapes(self) -> Iterator[None]:
+        """Passes of one token whose shapes never change: see :meth:`PreallocatedCache.static_shapes`."""
+        with ExitStack() as stack:
+            for part in self.parts.values():
+                stack.enter_context(part.static_shapes())
+            yield
+
+    def replayed(self) -> None:
+        """Count one more token per row on the host, after a pass under ``static_shapes``."""
+        for part in self.parts.values():
+            part.replayed()
+
+    def reset(self) -> None:
+        """Forget everything, as if just made."""
+        for part in self.parts.values():
+            part.reset()
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget all but the first ``lengths[b]`` tokens of each row b.
+
+        Raises:
+            ValueError: a row holds fewer tokens than it is to keep, or a ring has lost some of them.
+        """
+        for part in self.parts.values():
+            part.truncate(lengths)
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Row b becomes a copy of what row ``rows[b]`` was."""
+        for part in self.parts.values():
+            part.reorder(rows)
