@@ -147,7 +147,7 @@ class ModelConfig:
         self._check_sizes()
         self._check_choices()
         self._check_layers()
-        for kind in set(self.types_of_layers):
+        for kind in set(self.pattern):
             make_rope(self, kind)  # refuses what RoPE cannot do
 
     def _check_sizes(self) -> None:
@@ -204,8 +204,12 @@ class ModelConfig:
     @property
     def types_of_layers(self) -> tuple[str, ...]:
         """The type of each layer: ``layer_types``, repeated, or one type for all."""
-        pattern = self.layer_types or ("full" if self.window is None else "window",)
-        return tuple(pattern[i % len(pattern)] for i in range(self.layers))
+        return tuple(self.pattern[i % len(self.pattern)] for i in range(self.layers))
+
+    @property
+    def pattern(self) -> tuple[str, ...]:
+        """The types of layers that repeat."""
+        return self.layer_types or ("full" if self.window is None else "window",)
 
     @property
     def size_of_head(self) -> int:
