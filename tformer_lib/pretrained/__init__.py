@@ -1,13 +1,43 @@
-"""Trained models: the small one that the chapters share, and public weights that are on your disk.
+"""Trained models: the small one that the chapters share, and public weights.
 
     model, encoding = pretrained.load()                 # writes stories; offline, a few milliseconds
-    model = pretrained.from_folder("path/to/llama")     # GPT-2 or Llama: config.json and *.safetensors
+    model = pretrained.from_hub("path/to/a/folder")     # or a name on the Hugging Face hub: "Qwen/Qwen3-0.6B"
+    pretrained.to_hub(model, "path/to/another")         # config.json and *.safetensors, which transformers reads
 
 The small model was trained on ``stories`` by ``python -m tformer_lib.training train --preset stories``. Its weights,
 its configuration, its tokenizer and the log of its training lie in ``tformer_lib/weights/stories/``.
+
+Each topic has a room: ``shipped`` (that model), ``hub`` (from a folder to a ``Decoder`` and back), ``families`` (what
+their config.json says in our words, and what their tensors are called), ``links`` (between their tensors and our
+parameters), ``keys`` (a config whose keys are all read) and ``shards`` (safetensors files).
 """
 
-from tformer_lib.pretrained.hub import from_folder, from_gpt2, from_llama
+from tformer_lib.pretrained.families import FAMILIES
+from tformer_lib.pretrained.hub import (
+    config_from_hub,
+    describe,
+    from_folder,
+    from_hub,
+    from_tensors,
+    to_hub,
+)
+from tformer_lib.pretrained.keys import read_config
+from tformer_lib.pretrained.shards import Shards
 from tformer_lib.pretrained.shipped import facts, folder, load, log, names
 
-__all__ = ["facts", "folder", "from_folder", "from_gpt2", "from_llama", "load", "log", "names"]
+__all__ = [
+    "FAMILIES",
+    "Shards",
+    "config_from_hub",
+    "describe",
+    "facts",
+    "folder",
+    "from_folder",
+    "from_hub",
+    "from_tensors",
+    "load",
+    "log",
+    "names",
+    "read_config",
+    "to_hub",
+]

@@ -1,259 +1,325 @@
-"""Public weights that are on your disk, by our names."""
+"""Public weights as our ``Decoder``: from a folder that is laid out as the Hugging Face hub does it, and back."""
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
+import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tformer_lib.checkpoint import check_not_quantised, read_tensors, require
+from tformer_lib.checkpoint import check_not_quantised, part_of, sync_folder, unharmed, write_atomically
+from tformer_lib.pretrained.families import FAMILIES, Family
+from tformer_lib.pretrained.keys import Keys, read_config
+from tformer_lib.pretrained.links import Link
+from tformer_lib.pretrained.shards import INDEX, Shards
 from tformer_lib.transformer import Decoder, ModelConfig
+
+FILES = ["config.json", "generation_config.json", "*.safetensors", INDEX, "tokenizer*", "chat_template*"]
+"""What is fetched of a model on the hub: nothing that could be executed."""
+
+LARGEST_SHARD = 5 * 10**9
+"""Bytes of tensors in one file, as transformers cuts them."""
+
+FLOATS = {"F64", "F32", "F16", "BF16"}
+"""What safetensors calls the dtypes that weights come in; others are quantised."""
+
+
+class Source(Protocol):
+    """Where tensors come from: what there is, and how to read one."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+
+
+class InMemory:
+    """Tensors that are there already, as a :class:`Source`."""
+
+    def __init__(self, weights: Mapping[str, Tensor]):
+        check_not_quantised(weights, "the checkpoint")
+        self.weights = weights
+        self.shapes = {name: tuple(x.shape) for name, x in weights.items()}
+        self.dtypes = dict.fromkeys(weights, "F32")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        return self.weights[name]
+
+
+def from_hub(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+) -> Decoder:
+    """A public model, ready to write.
+
+    A folder is read where it is. Any other name is one of the hub, such as ``"Qwen/Qwen3-0.6B"``, whose files the
+    huggingface_hub library fetches, or finds among those that it fetched before. Nothing of a checkpoint is executed.
+
+    Args:
+        name: a folder with ``config.json`` and ``*.safetensors``, or a name on the hub.
+        dtype: of the weights in memory; as they are in the file if not given. They are then mapped, not copied.
+        device: where the weights go.
+        revision: which version on the hub: a branch, a tag or a commit.
+
+    Raises:
+        FileNotFoundError: one of the files is missing, or the model cannot be fetched.
+        ValueError: the model is of a family that is not built here, asks for what is not built, or its weights do not
+            fit its configuration; the message names the key or the tensor. No weight was read then.
+    """
+    folder = fetch(name, revision)
+    config = read_config(folder / "config.json")
+    family_of(config, folder)
+    return load_family(Shards(folder), config, dtype=dtype, device=device, where=folder)
+
+
+def fetch(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model: itself, or where the hub's files lie once they are fetched.
+
+    Raises:
+        FileNotFoundError: it is no folder, and could not be fetched; the message says why.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    looks_local = str(name).startswith((".", "/", "~")) or str(name).count("/") != 1
+    if looks_local:
+        raise FileNotFoundError(f"there is no folder {name}; a model on the hub is called owner/name")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(
+            f"there is no folder {name}; to fetch it from the hub, pip install 'tformer-lab[hub]'"
+        ) from None
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=FILES))
+    except Exception as error:  # of the network, the hub or its library, which has many kinds
+        raise FileNotFoundError(
+            f"there is no folder {name}, and it could not be fetched from the hub (is there a network, and is the name "
+            f"right?): {type(error).__name__}: {error}"
+        ) from error
 
 
 def from_folder(path: Path | str, *, dtype: torch.dtype = torch.float32) -> Decoder:
-    """The model of a folder as the Hugging Face hub lays one out: ``config.json`` and one or more ``*.safetensors``.
-
-    Args:
-        path: the folder.
-        dtype: of the weights in memory.
+    """The model of a folder, in float32 unless asked otherwise: see :func:`from_hub`.
 
     Raises:
         FileNotFoundError: if one of the files is missing.
         ValueError: if the model is of a kind that is not built here, or its weights do not fit its configuration.
     """
-    path = Path(path)
-    config = read_config(path / "config.json")
-    kind = config.get("model_type")
-    if kind not in READERS:
-        raise ValueError(f"{path} holds a model of type {kind!r}; {' and '.join(READERS)} can be read")
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"there are no *.safetensors in {path}")
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        weights |= read_tensors(file)[0]
-    return READERS[kind](weights, config, dtype=dtype)
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"there is no folder {path}")
+    return from_hub(path, dtype=dtype)
 
 
-def read_config(path: Path) -> dict:
-    """A ``config.json``.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is no JSON object, or says that the weights are quantised.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is no JSON object, but {config!r:.40}")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "a method that it does not name")
-        raise ValueError(f"{path} says that the weights are quantised ({method}), which cannot be read here")
-    return config
+def from_tensors(weights: Mapping[str, Tensor], config: dict, *, dtype: torch.dtype | None = torch.float32) -> Decoder:
+    """A model from tensors in memory, by the names that they have in a checkpoint, and its ``config.json``."""
+    return load_family(InMemory(weights), config, dtype=dtype)
 
 
-def from_gpt2(weights: dict[str, Tensor], config: dict, *, dtype: torch.dtype = torch.float32) -> Decoder:
-    """GPT-2 as our :class:`Decoder`.
-
-    GPT-2's linear layers hold their matrix as (in, out), ours as (out, in); and it makes q, k and v with one.
+def load_family(
+    source: Source,
+    config: dict,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    where: str | Path = "the checkpoint",
+) -> Decoder:
+    """A decoder of a config with the source's tensors, read one after the other once all of them are known to fit.
 
     Args:
-        weights: its tensors by name, with or without the leading ``transformer.``.
-        config: its ``config.json``.
-        dtype: of the result.
-
-    Raises:
-        ValueError: if a tensor is missing, left over or of another shape, or the config asks for what is not here.
+        source: the tensors, by the family's names.
+        config: what ``config.json`` holds.
+        dtype: of the weights; the source's if not given.
+        device: where the weights go.
+        where: what an error calls the source.
     """
-    refuse(
-        config,
-        {
-            "activation_function": "gelu_new",
-            "add_cross_attention": False,
-            "scale_attn_by_inverse_layer_idx": False,
-            "scale_attn_weights": True,
-        },
-    )
-    require(config, {"vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon"}, "config.json")
-    weights = {name.removeprefix("transformer."): x for name, x in weights.items()}
-    ours = {
-        "embedding.tokens.weight": pull(weights, "wte.weight"),
-        "embedding.places.table.weight": pull(weights, "wpe.weight"),
-    }
-    ours |= {f"stack.final_norm.{part}": pull(weights, f"ln_f.{part}") for part in ("weight", "bias")}
-    for i in range(config["n_layer"]):
-        layer, block = take(weights, f"h.{i}."), f"stack.blocks.{i}."
-        ours |= {block + name: x for name, x in gpt2_block(layer).items()}
-    head = weights.pop("lm_head.weight", ours["embedding.tokens.weight"])
-    refuse_leftover(weights)
-    if not torch.equal(head, ours["embedding.tokens.weight"]):
-        raise ValueError("lm_head.weight differs from wte.weight, which GPT-2 ties")
-    return assemble(gpt2_config(config), ours, dtype)
-
-
-def gpt2_config(config: dict) -> ModelConfig:
-    """GPT-2's ``config.json`` in our words."""
-    return ModelConfig(
-        vocab_size=config["vocab_size"],
-        max_length=config["n_positions"],
-        width=config["n_embd"],
-        layers=config["n_layer"],
-        heads=config["n_head"],
-        feed_forward_width=config.get("n_inner"),
-        feed_forward="gelu_tanh",
-        norm_epsilon=config["layer_norm_epsilon"],
-    )
-
-
-def gpt2_block(layer: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one of GPT-2's blocks, by our names; the causal mask that old files hold is left out."""
-    pairs = {"attn.c_proj": "attention.out_proj", "mlp.c_fc": "feed_forward.up", "mlp.c_proj": "feed_forward.down"}
-    ours = {}
-    for part in ("weight", "bias"):
-        joined = pull(layer, f"attn.c_attn.{part}")  # (width, 3 width), or (3 width,) the bias
-        for name, x in zip(("q_proj", "k_proj", "v_proj"), joined.chunk(3, dim=-1), strict=True):
-            ours[f"attention.{name}.{part}"] = x.T if part == "weight" else x
-        for theirs, name in pairs.items():
-            x = pull(layer, f"{theirs}.{part}")
-            ours[f"{name}.{part}"] = x.T if part == "weight" else x
-        ours[f"attention_norm.{part}"] = pull(layer, f"ln_1.{part}")
-        ours[f"feed_forward_norm.{part}"] = pull(layer, f"ln_2.{part}")
-    refuse_leftover({name: x for name, x in layer.items() if name not in ("attn.bias", "attn.masked_bias")})
-    return ours
-
-
-def from_llama(weights: dict[str, Tensor], config: dict, *, dtype: torch.dtype = torch.float32) -> Decoder:
-    """A Llama (or a model of its shape) as our :class:`Decoder`.
-
-    Args:
-        weights: its tensors by name, as transformers has them (RoPE in the "half" layout).
-        config: its ``config.json``.
-        dtype: of the result.
-
-    Raises:
-        ValueError: if a tensor is missing, left over or of another shape, or the config asks for what is not here.
-    """
-    expected = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    refuse(config, expected | {"sliding_window": None, "partial_rotary_factor": 1.0})
-    require(config, LLAMA_KEYS, "config.json")
-    weights = dict(weights)
-    ours = {"embedding.tokens.weight": pull(weights, "model.embed_tokens.weight")}
-    ours["stack.final_norm.weight"] = pull(weights, "model.norm.weight")
-    for i in range(config["num_hidden_layers"]):
-        layer, block = take(weights, f"model.layers.{i}."), f"stack.blocks.{i}."
-        ours |= {block + name: x for name, x in llama_block(layer).items()}
-    head = weights.pop("lm_head.weight", None)
-    if not config.get("tie_word_embeddings", False):
-        if head is None:
-            raise ValueError("the weights have no lm_head.weight, and the config does not tie the embeddings")
-        ours["unembedding.weight"] = head
-    refuse_leftover(weights)
-    return assemble(llama_config(config), ours, dtype)
-
-
-def llama_config(config: dict) -> ModelConfig:
-    """Llama's ``config.json`` in our words; RoPE's settings stand in ``rope_parameters``, or in older files apart."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    base = rope.pop("rope_theta", config.get("rope_theta", 10_000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    return ModelConfig(
-        vocab_size=config["vocab_size"],
-        max_length=config["max_position_embeddings"],
-        width=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        kv_heads=config.get("num_key_value_heads"),
-        head_dim=config.get("head_dim"),
-        feed_forward_width=config["intermediate_size"],
-        norm="rmsnorm",
-        norm_epsilon=config["rms_norm_eps"],
-        feed_forward="swiglu",
-        positions="rope",
-        rope_base=base,
-        rope_scaling=None if kind == "default" else rope,
-        tie_embeddings=config.get("tie_word_embeddings", False),
-        bias=False,
-    )
-
-
-LLAMA_KEYS = {
-    "vocab_size",
-    "max_position_embeddings",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "rms_norm_eps",
-}
-"""What a Llama's ``config.json`` must say."""
-
-LLAMA_NAMES = {
-    "self_attn.q_proj": "attention.q_proj",
-    "self_attn.k_proj": "attention.k_proj",
-    "self_attn.v_proj": "attention.v_proj",
-    "self_attn.o_proj": "attention.out_proj",
-    "mlp.gate_proj": "feed_forward.gate",
-    "mlp.up_proj": "feed_forward.up",
-    "mlp.down_proj": "feed_forward.down",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "feed_forward_norm",
-}
-
-
-def llama_block(layer: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one of Llama's blocks, by our names; the angles that old files hold are left out."""
-    ours = {f"{name}.weight": pull(layer, f"{theirs}.weight") for theirs, name in LLAMA_NAMES.items()}
-    layer.pop("self_attn.rotary_emb.inv_freq", None)
-    refuse_leftover(layer)
-    return ours
-
-
-READERS: dict[str, Callable[..., Decoder]] = {"gpt2": from_gpt2, "llama": from_llama}
-
-
-def take(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Take the tensors whose names begin with ``prefix`` out of ``weights``, and return them without it."""
-    names = [name for name in weights if name.startswith(prefix)]
-    return {name.removeprefix(prefix): weights.pop(name) for name in names}
-
-
-def pull(weights: dict[str, Tensor], name: str) -> Tensor:
-    """Take one tensor out of ``weights``."""
-    if name not in weights:
-        raise ValueError(f"the weights have no {name}")
-    return weights.pop(name)
-
-
-def refuse(config: dict, expected: dict) -> None:
-    """Refuse a config that asks for something else than what is built here."""
-    for name, value in expected.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"{name} must be {value!r} to be read here, got {config[name]!r}")
-
-
-def refuse_leftover(weights: dict[str, Tensor]) -> None:
-    """Refuse tensors that nothing was made of: they would be missed in silence."""
-    if weights:
-        raise ValueError(f"the weights hold {', '.join(sorted(weights)[:3])}, which the model has no place for")
-
-
-def assemble(config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> Decoder:
-    """A decoder of this config with these weights, which are put into place and not copied twice."""
-    check_not_quantised(weights, "the checkpoint")
+    family = family_of(config, where)
+    check_layers(config, len(source.shapes))
+    ours = read_family(family, config)
     with torch.device("meta"):
-        model = Decoder(config)
-    expected = {name: p.shape for name, p in model.named_parameters()}
-    for name in [*expected, *weights]:
-        ours, theirs = expected.get(name), weights[name].shape if name in weights else None
-        if ours != theirs:
-            raise ValueError(f"{name} should have shape {ours and tuple(ours)}, and has {theirs and tuple(theirs)}")
-    weights = {name: x.to(dtype).contiguous() for name, x in weights.items()}
-    model.load_state_dict(weights, strict=False, assign=True)
-    if config.tie_embeddings:
+        model = Decoder(ours)
+    links = list(family.links(model))
+    names = match(family, links, model, source)
+    parameters: dict[str, nn.Parameter] = {}
+    for link in links:
+        for name, x in zip(link.ours, link.read(*(source.read(names[theirs]) for theirs in link.theirs)), strict=True):
+            parameters[name] = x.to(device, x.dtype if dtype is None else dtype).contiguous()
+    if ours.tie_embeddings and (head := names.get("lm_head.weight")) is not None:
+        table = links[0].theirs[0]
+        if not torch.equal(source.read(head), source.read(names[table])):
+            raise ValueError(f"{head} differs from {table}, which the config ties to it")
+    model.load_state_dict(parameters, strict=False, assign=True)
+    if ours.tie_embeddings:
         model.unembedding.weight = model.embedding.tokens.weight
     return model.eval()
+
+
+def check_layers(config: dict, tensors: int) -> None:
+    """Refuse more layers than there are tensors, before anything is made for each of them."""
+    text = config.get("text_config") or config
+    layers = text.get("num_hidden_layers", text.get("n_layer", 0))
+    if not isinstance(layers, int) or layers > tensors:
+        raise ValueError(f"config.json says {layers!r} layers, the weights are {tensors} tensors")
+
+
+def family_of(config: dict, where: str | Path) -> Family:
+    """The family of a config.
+
+    Raises:
+        ValueError: it is not known here; the message names those that are.
+    """
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"{where} holds a model of type {kind!r}; {', '.join(FAMILIES)} can be read")
+    return FAMILIES[kind]
+
+
+def read_family(family: Family, config: dict) -> ModelConfig:
+    """A config in our words; no key is left unread."""
+    keys = Keys(config)
+    ours = family.read(keys)
+    keys.finish()
+    return ours
+
+
+def config_from_hub(config: dict) -> ModelConfig:
+    """What a ``config.json`` says in our words.
+
+    Raises:
+        ValueError: the family, or a key of it, is not known here, or asks for what is not built.
+    """
+    return read_family(family_of(config, "config.json"), config)
+
+
+def match(family: Family, links: Iterable[Link], model: nn.Module, source: Source) -> dict[str, str]:
+    """Which tensor of the source each name of the links is; all have the shape that the model asks for.
+
+    Raises:
+        ValueError: one is missing, left over, of another shape, or quantised. Nothing has been read then.
+    """
+    names = {name.removeprefix(family.prefix): name for name in source.shapes}
+    left = {
+        short
+        for short in names
+        if not short.endswith(family.forgotten or "\\0") and not short.startswith(family.elsewhere or "\\0")
+    }
+    if model.config.tie_embeddings:
+        left.discard("lm_head.weight")
+    parameters = dict(model.named_parameters())
+    for link in links:
+        wanted = link.write(*(parameters[name] for name in link.ours))
+        for theirs, x in zip(link.theirs, wanted, strict=True):
+            if theirs not in names:
+                raise ValueError(f"the weights have no {theirs}")
+            found = source.shapes[names[theirs]]
+            if found != tuple(x.shape):
+                raise ValueError(f"{theirs} should have shape {tuple(x.shape)}, and has {found}")
+            if source.dtypes[names[theirs]] not in FLOATS:
+                came = source.dtypes[names[theirs]]
+                raise ValueError(f"{theirs} is in {came}: quantised weights cannot be read here")
+            left.discard(theirs)
+    if left:
+        raise ValueError(f"the weights hold {', '.join(sorted(left)[:3])}, which the model has no place for")
+    return names
+
+
+# Back to the hub's layout
+
+
+def to_hub(model: Decoder, folder: Path | str, *, family: str | None = None, largest: int = LARGEST_SHARD) -> None:
+    """Write a model as a folder that the hub, transformers and :func:`from_hub` read: each number as it is, bit by bit.
+
+    Args:
+        model: the decoder.
+        folder: made if it is not there.
+        family: a ``model_type``; the first that can say what the model's config says if not given.
+        largest: the most bytes of tensors in one file; several have an index.
+
+    Raises:
+        ValueError: no family, or not this one, has the model's parts.
+        OSError: a file cannot be written.
+    """
+    folder = Path(folder)
+    name, written = describe(model.config, family)
+    theirs: dict[str, Tensor] = {}
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    for link in FAMILIES[name].links(model):
+        tensors = link.write(*(parameters[ours] for ours in link.ours))
+        theirs |= {name: x.contiguous() for name, x in zip(link.theirs, tensors, strict=True)}
+    dtype = str(next(iter(theirs.values())).dtype).removeprefix("torch.")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_shards(folder, theirs, largest)
+    write_atomically(folder / "config.json", json.dumps(written | {"dtype": dtype}, indent=2).encode())
+
+
+def describe(config: ModelConfig, family: str | None = None) -> tuple[str, dict]:
+    """The family that a config belongs to, and its ``config.json``: what is read back is the config, in every field.
+
+    Raises:
+        ValueError: there is no such family, or none that has the config's parts.
+    """
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    for name in FAMILIES if family is None else (family,):
+        try:
+            written = FAMILIES[name].write(config)
+            found = read_family(FAMILIES[name], written)
+        except (ValueError, KeyError, TypeError):
+            continue
+        if same_model(found, config):
+            return name, written
+    raise ValueError(f"{family or 'every family'} lacks something that this config asks for: {config}")
+
+
+def same_model(a: ModelConfig, b: ModelConfig) -> bool:
+    """Whether two configs say the same about what is computed; how it is computed does not matter."""
+    return facts(a) == facts(b)
+
+
+def facts(config: ModelConfig) -> dict:
+    """What a config says about a model, with what follows from other fields written out."""
+    said = {name: value for name, value in vars(config).items() if name not in ("attention", "dropout", "layer_types")}
+    return said | {
+        "kv_heads": config.number_of_kv_heads,
+        "head_dim": config.size_of_head,
+        "feed_forward_width": config.size_of_feed_forward,
+        "types": config.types_of_layers,
+        "attention_bias": config.bias if config.attention_bias is None else config.attention_bias,
+        "attention_scale": config.size_of_head**-0.5 if config.attention_scale is None else config.attention_scale,
+        "final_norm": config.has_final_norm,
+    }
+
+
+def save_shards(folder: Path, tensors: dict[str, Tensor], largest: int) -> None:
+    """Write tensors as ``model.safetensors``, or as several files of at most ``largest`` bytes and an index."""
+    groups: list[dict[str, Tensor]] = [{}]
+    room = largest
+    for name, x in tensors.items():
+        if groups[-1] and x.nbytes > room:
+            groups.append({})
+            room = largest
+        groups[-1][name] = x
+        room -= x.nbytes
+    if len(groups) == 1:
+        return save_file(folder / "model.safetensors", groups[0])
+    files = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
+    for file, group in zip(files, groups, strict=True):
+        save_file(folder / file, group)
+    places = {name: file for file, group in zip(files, groups, strict=True) for name in group}
+    index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())}, "weight_map": places}
+    return write_atomically(folder / INDEX, json.dumps(index, indent=2).encode())
+
+
+def save_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one safetensors file whole or not at all, without a copy of it in memory."""
+    with unharmed(path, path):
+        safetensors.torch.save_file(tensors, part_of(path), {"format": "pt"})
+        os.replace(part_of(path), path)
+        sync_folder(path.parent)

@@ -1,0 +1,330 @@
+"""Public models against transformers: random weights that it saved, read by us, in every way that we run a model."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from tformer_lib import pretrained
+from tformer_lib.generation import generate
+from tformer_lib.kv_cache import CacheShape, GrowingCache, ModelCache
+from tformer_lib.pretrained import hub, shards
+from tformer_lib.serving import Engine
+from tformer_lib.transformer import Decoder, ModelConfig
+
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+VOCABULARY = 61
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+WINDOWS = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}
+KINDS: dict[str, tuple[str, dict]] = {
+    "gpt2": ("GPT2", {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}),
+    "llama2": ("Llama", SHAPE | {"num_key_value_heads": 4}),
+    "llama3": ("Llama", SHAPE | {"rope_parameters": LLAMA3, "head_dim": 16, "tie_word_embeddings": True}),
+    "llama, with biases": ("Llama", SHAPE | {"attention_bias": True}),
+    "mistral": ("Mistral", SHAPE | {"sliding_window": 5}),
+    "mistral 0.3": ("Mistral", SHAPE | {"sliding_window": None, "head_dim": 16}),
+    "qwen2": ("Qwen2", SHAPE | {"tie_word_embeddings": True}),
+    "qwen2, windows": ("Qwen2", SHAPE | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", SHAPE | {"head_dim": 16}),
+    "olmo2": ("Olmo2", SHAPE),
+    "olmo3": ("Olmo3", SHAPE | {"num_hidden_layers": 4, "sliding_window": 5, "rope_parameters": WINDOWS}),
+    "gemma3": (
+        "Gemma3",
+        SHAPE | {"num_hidden_layers": 7, "head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24},
+    ),
+    "gemma3, capped": (
+        "Gemma3",
+        SHAPE | {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+        | {"sliding_window": 4, "final_logit_softcapping": 3.0},
+    ),
+}  # fmt: skip
+ARCHITECTURES = {"GPT2": "GPT2LMHeadModel", "Gemma3": "Gemma3ForCausalLM"}
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+
+
+class Checkpoint:
+    """A model of transformers with random weights, and the folder that it was saved to."""
+
+    def __init__(self, kind: str, folder: Path):
+        transformers = pytest.importorskip("transformers")
+        family, settings = KINDS[kind]
+        config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**settings)
+        config._attn_implementation = "eager"
+        self.theirs = getattr(transformers, ARCHITECTURES.get(family, f"{family}ForCausalLM"))(config).eval()
+        torch.manual_seed(len(kind))
+        for name, parameter in self.theirs.named_parameters():
+            nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)  # away from every special value
+        self.folder = folder
+        self.theirs.save_pretrained(folder)
+        self.config = json.loads((folder / "config.json").read_text())
+
+    @torch.no_grad()
+    def logits(self, tokens):
+        return self.theirs(tokens).logits
+
+    @torch.no_grad()
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        """Written without a cache, so that it is nobody's cache that is compared with ours."""
+        tokens = torch.tensor([prompt])
+        for _ in range(count):
+            tokens = torch.cat([tokens, self.logits(tokens)[:, -1:].argmax(-1)], dim=1)
+        return tokens[0, len(prompt) :].tolist()
+
+
+MADE: dict[str, Checkpoint] = {}
+
+
+@pytest.fixture
+def checkpoint(request, tmp_path_factory) -> Checkpoint:
+    """The checkpoint of a kind, made once."""
+    if request.param not in MADE:
+        MADE[request.param] = Checkpoint(request.param, tmp_path_factory.mktemp("model"))
+    return MADE[request.param]
+
+
+every_kind = pytest.mark.parametrize("checkpoint", KINDS, indirect=True)
+some_kinds = pytest.mark.parametrize("checkpoint", ["gpt2", "llama3", "gemma3"], indirect=True)
+
+
+def tokens_of(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@every_kind
+def test_logits_are_those_of_transformers(checkpoint):
+    model, tokens = pretrained.from_hub(checkpoint.folder), tokens_of(2, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), checkpoint.logits(tokens), atol=1e-4, rtol=1e-4)
+
+
+@every_kind
+def test_greedy_text_is_that_of_transformers_cached_batched_and_in_the_engine(checkpoint):
+    model, prompts = pretrained.from_hub(checkpoint.folder), [tokens_of(1, n, seed=n)[0].tolist() for n in (3, 9, 14)]
+    expected = [checkpoint.greedy(prompt, 8) for prompt in prompts]
+    assert generate(model, prompts, max_new_tokens=8) == expected
+    caches = [GrowingCache(CacheShape.of(model, 3)), ModelCache.of(model, 3, 30)]
+    for cache in caches:
+        assert generate(model, prompts, max_new_tokens=8, cache=cache, chunk=4) == expected
+    engine = Engine(model, blocks=40, block_size=4, seats=2, budget=8)
+    requests = [engine.add(prompt, {"max_new_tokens": 8}) for prompt in prompts]
+    engine.run()
+    assert [request.new_tokens for request in requests] == expected
+
+
+@every_kind
+def test_a_model_is_exported_bit_by_bit_and_transformers_reads_it(checkpoint, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, tokens = pretrained.from_hub(checkpoint.folder), tokens_of(1, 20)
+    pretrained.to_hub(model, tmp_path, family=checkpoint.config["model_type"], largest=20_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ours, theirs = shards.Shards(tmp_path), shards.Shards(checkpoint.folder)
+    names = {name.removeprefix("transformer."): name for name in theirs}  # GPT-2's first files have no such prefix
+    assert set(ours) == set(names)
+    for name in ours:
+        assert torch.equal(ours.read(name), theirs.read(names[name])), name
+    again = pretrained.from_hub(tmp_path)
+    assert hub.same_model(again.config, model.config)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(read(tokens).logits, checkpoint.logits(tokens), atol=1e-6, rtol=1e-6)
+
+
+@every_kind
+def test_bfloat16_is_as_near_as_that_of_transformers(checkpoint):
+    tokens, exact = tokens_of(2, 40), checkpoint.logits(tokens_of(2, 40))
+    model = pretrained.from_hub(checkpoint.folder, dtype=torch.bfloat16)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, dtype=torch.bfloat16, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        ours, rounded = model(tokens).float() - exact, theirs(tokens).logits.float() - exact
+    assert ours.pow(2).mean().sqrt() < 1.25 * rounded.pow(2).mean().sqrt()
+
+
+# --- what does not fit is refused, by name, before a weight is read ---------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A Llama in two shards and an index."""
+    if "llama2" not in MADE:
+        MADE["llama2"] = Checkpoint("llama2", tmp_path)
+    MADE["llama2"].theirs.save_pretrained(tmp_path, max_shard_size="40KB")
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    return tmp_path
+
+
+def change(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refused(folder: Path, message: str, kind: type = ValueError, *, monkeypatch=None) -> None:
+    if monkeypatch is not None:
+        monkeypatch.setattr(shards.Shards, "read", lambda self, name: pytest.fail(f"{name} was read"))
+    with pytest.raises(kind, match=message):
+        pretrained.from_hub(folder)
+
+
+def test_shards_are_read_by_their_index(folder):
+    tokens = tokens_of(1, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            pretrained.from_hub(folder)(tokens), MADE["llama2"].logits(tokens), atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "a model of type 'mamba'; gpt2, llama, .* can be read"),
+        ({"model_type": None}, "a model of type None"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu' to be read here, got 'gelu'"),
+        ({"num_nextn_predict_layers": 1}, "config.json has num_nextn_predict_layers, which is not known here"),
+        ({"rms_norm_eps": None}, "it lacks rms_norm_eps"),
+        ({"num_hidden_layers": 10**9}, "config.json says 1000000000 layers, the weights are 30 tensors"),
+        ({"num_hidden_layers": 4}, "the weights have no model.layers.3.input_layernorm.weight"),
+        ({"num_hidden_layers": 2}, "the weights hold model.layers.2.input_layernorm.weight, .*no place for"),
+        ({"vocab_size": 10**12}, r"embed_tokens.weight should have shape \(1000000000000, 32\), and has \(61, 32\)"),
+        ({"intermediate_size": 47}, r"mlp.up_proj.weight should have shape \(47, 32\), and has \(48, 32\)"),
+        ({"attention_bias": True}, "the weights have no model.layers.0.self_attn.q_proj.bias"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, r"the weights are quantised \(mxfp4\)"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type must be one of"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "twist": 1}}, "linear scaling takes .*, got twist"),
+    ],
+)  # fmt: skip
+def test_configs_that_ask_for_something_else_are_refused(folder, changes, message, monkeypatch):
+    change(folder / "config.json", **changes)
+    refused(folder, message, monkeypatch=monkeypatch)
+
+
+def test_shards_that_lie_are_refused(folder, monkeypatch):
+    index, first = folder / shards.INDEX, sorted(folder.glob("*.safetensors"))[0]
+    whole, data = json.loads(index.read_text()), first.read_bytes()
+    places = whole["weight_map"]
+    for outside in ("../model.safetensors", "/etc/passwd", "a/b.safetensors", "weights.bin", 7):
+        change(index, weight_map=places | {"lm_head.weight": outside})
+        refused(folder, "lm_head.weight is in .*, which is no .* of this folder", monkeypatch=monkeypatch)
+    change(index, weight_map=places | {"lm_head.weight": "model-00009.safetensors"})
+    refused(folder, "there is no .*model-00009.safetensors", FileNotFoundError)
+    change(index, weight_map=places | {"model.extra.weight": first.name})
+    refused(folder, f"says that model.extra.weight is in {first.name}, which does not have it")
+    for text in ("[]", "{}", '{"weight_map": {}}'):
+        index.write_text(text)
+        refused(folder, "has no weight_map")
+    index.write_text("{")
+    refused(folder, "index.json is not JSON")
+    index.write_text(json.dumps(whole))
+    headers = {
+        "cut short": data[:-4],
+        "longer than it says": data + bytes(4),
+        "empty": b"",
+        "a header of an absurd size": (2**60).to_bytes(8, "little") + data[8:],
+        "no header": (16).to_bytes(8, "little") + b"x" * 16,
+    }
+    for content in headers.values():
+        first.write_bytes(content)
+        refused(folder, f"{first.name} is damaged or no safetensors file", monkeypatch=monkeypatch)
+    first.write_bytes(data)
+    index.unlink()
+    (folder / "twice.safetensors").write_bytes(data)
+    refused(folder, "is in .* and in twice.safetensors")
+
+
+def test_tensors_of_another_kind_are_refused(folder, tmp_path):
+    weights, config = MADE["llama2"].theirs.state_dict(), MADE["llama2"].config
+    norm = "model.layers.1.input_layernorm.weight"
+    for changed, message in (
+        ({norm: torch.ones(31)}, r"layers.1.input_layernorm.weight should have shape \(32,\), and has \(31,\)"),
+        ({norm: torch.ones(32).to(torch.float8_e4m3fn)}, "input_layernorm.weight is in F8_E4M3: quantised weights"),
+        ({"model.layers.0.self_attn.sinks": torch.ones(4)}, "the weights hold model.layers.0.self_attn.sinks"),
+    ):
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        safetensors.torch.save_file(weights | changed, folder / "model.safetensors")
+        refused(folder, message)
+    tied = config | {"tie_word_embeddings": True}
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        pretrained.from_tensors(weights, tied)
+
+
+def test_nothing_but_a_folder_or_a_name_of_the_hub_is_looked_for(tmp_path, monkeypatch):
+    for name in ("./nowhere", "/no/where", "nowhere", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="there is no folder"):
+            pretrained.from_hub(name)
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    def no_network(*_, **options):
+        assert options["allow_patterns"] == hub.FILES
+        assert not any(pattern.endswith((".py", ".bin", ".pt", "*")) for pattern in hub.FILES[:4])
+        raise OSError("Temporary failure in name resolution")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
+    with pytest.raises(
+        FileNotFoundError, match=r"could not be fetched from the hub \(is there a network.*name resolution"
+    ):
+        pretrained.from_hub("nobody/nothing")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        pretrained.from_hub("nobody/nothing")
+
+
+def test_models_made_here_are_exported_to_the_family_that_has_their_parts(tmp_path):
+    torch.manual_seed(0)
+    llama = {"norm": "rmsnorm", "feed_forward": "swiglu", "positions": "rope", "bias": False, "tie_embeddings": False}
+    kinds = {
+        "gpt2": {"feed_forward": "gelu_tanh"},
+        "llama": llama,
+        "mistral": llama | {"window": 5},
+        "qwen2": llama | {"attention_bias": "qkv", "kv_heads": 2},
+        "qwen3": llama | {"qk_norm": "head"},
+    }
+    for name, options in kinds.items():
+        model = Decoder(
+            ModelConfig(vocab_size=VOCABULARY, max_length=32, width=32, layers=2, heads=4, **options)
+        ).eval()
+        assert pretrained.describe(model.config)[0] == name
+        pretrained.to_hub(model, tmp_path / name)
+        tokens = tokens_of(1, 9)
+        with torch.no_grad():
+            torch.testing.assert_close(pretrained.from_hub(tmp_path / name)(tokens), model(tokens), rtol=0, atol=1e-6)
+    odd = ModelConfig(vocab_size=VOCABULARY, width=32, heads=4, positions="alibi")
+    with pytest.raises(ValueError, match="every family lacks something"):
+        pretrained.describe(odd)
+    with pytest.raises(ValueError, match="llama lacks something"):
+        pretrained.describe(odd, "llama")
+    with pytest.raises(ValueError, match="family must be one of"):
+        pretrained.describe(odd, "bert")
+
+
+def test_weights_stay_mapped_where_their_dtype_stays(folder):
+    """No memory is taken for a tensor that needs no change; what is written to it does not reach the file."""
+    before = {path: path.read_bytes() for path in folder.glob("*.safetensors")}
+    model = pretrained.from_hub(folder)
+    with torch.no_grad():
+        model.stack.blocks[0].feed_forward.up.weight.zero_()
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert pretrained.from_hub(folder).stack.blocks[0].feed_forward.up.weight.abs().sum() > 0
