@@ -20,7 +20,7 @@ from tformer_lib.grouped_query_attention import (
     uptrain,
 )
 from tformer_lib.kv_cache import CacheShape
-from tformer_lib.pretrained import from_llama
+from tformer_lib.pretrained import from_tensors
 from tformer_lib.rope import Rope
 from tformer_lib.training import next_token_loss
 from tformer_lib.transformer import Decoder, ModelConfig
@@ -97,7 +97,7 @@ def test_a_llama_of_transformers_gives_the_same_logits_and_the_same_text(kv_head
         pad_token_id=0,
     )
     theirs = LlamaForCausalLM(config).eval()
-    ours = from_llama(theirs.state_dict(), config.to_dict())
+    ours = from_tensors(theirs.state_dict(), config.to_dict())
     tokens = torch.randint(61, (2, 12))
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-5)
     wanted = theirs.generate(

@@ -38,6 +38,18 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 WINDOWS = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}
+DEEPSEEK = SHAPE | {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 16,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+}
 KINDS: dict[str, tuple[str, dict]] = {
     "gpt2": ("GPT2", {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}),
     "llama2": ("Llama", SHAPE | {"num_key_value_heads": 4}),
@@ -53,6 +65,27 @@ KINDS: dict[str, tuple[str, dict]] = {
     "gemma3": (
         "Gemma3",
         SHAPE | {"num_hidden_layers": 7, "head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24},
+    ),
+    "mixtral": ("Mixtral", SHAPE | {"num_local_experts": 4}),
+    "qwen3 moe": (
+        "Qwen3Moe",
+        SHAPE | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        | {"norm_topk_prob": True},
+    ),
+    "qwen3 moe, every second layer": (
+        "Qwen3Moe",
+        SHAPE | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 2},
+    ),
+    "gpt-oss": (
+        "GptOss",
+        SHAPE | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}
+        | {"rope_parameters": YARN | {"truncate": False}, "num_hidden_layers": 4},
+    ),
+    "deepseek v2 lite": ("DeepseekV2", DEEPSEEK | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}}),
+    "deepseek v2": (
+        "DeepseekV2",
+        DEEPSEEK | {"q_lora_rank": 20, "n_routed_experts": 8, "topk_method": "group_limited_greedy"}
+        | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
     ),
     "gemma3, capped": (
         "Gemma3",
@@ -161,7 +194,8 @@ def test_bfloat16_is_as_near_as_that_of_transformers(checkpoint):
     ).eval()
     with torch.no_grad():
         ours, rounded = model(tokens).float() - exact, theirs(tokens).logits.float() - exact
-    assert ours.pow(2).mean().sqrt() < 1.25 * rounded.pow(2).mean().sqrt()
+    # The median: where rounding sends a token to another expert, that token is far off, in theirs as in ours.
+    assert ours.abs().median() < 1.25 * rounded.abs().median()
 
 
 # --- what does not fit is refused, by name, before a weight is read ---------------------------------------------------

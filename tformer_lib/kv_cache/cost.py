@@ -43,4 +43,5 @@ def cache_bytes(config, tokens: int, *, itemsize: int = 2) -> int:
         itemsize: bytes of a number.
     """
     kept = [min(tokens, config.window) if kind == "window" else tokens for kind in config.types_of_layers]
-    return 2 * config.number_of_kv_heads * config.size_of_head * sum(kept) * itemsize
+    heads, head_dim, value_dim = config.cached_dims
+    return heads * (head_dim + value_dim) * sum(kept) * itemsize

@@ -31,8 +31,8 @@ class CacheShape:
     def of(cls, model: nn.Module, batch: int) -> "CacheShape":
         """The shape that ``model`` (a ``Decoder``) needs for ``batch`` rows, in its dtype and on its device."""
         config, weight = model.config, next(model.parameters())
-        heads, head_dim = config.number_of_kv_heads, config.size_of_head
-        return cls(config.layers, batch, heads, head_dim, weight.dtype, weight.device)
+        heads, head_dim, value_dim = config.cached_dims
+        return cls(config.layers, batch, heads, head_dim, weight.dtype, weight.device, value_dim)
 
     @property
     def size_of_value(self) -> int:

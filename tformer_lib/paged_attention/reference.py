@@ -95,13 +95,15 @@ def attend_rows(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, attend: A
         return attend_gathered(q[:, None], k_pool, v_pool, tables, lengths, S, attend)[:, 0]
     starts = query_starts.long()
     counts = starts.diff()  # (batch,)
-    out = q.new_zeros(*q.shape[:2], v_pool.shape[3])
+    places, found = [], []
     for count in counts.unique().tolist():
         same = (counts == count).nonzero().squeeze(1)
-        places = starts[same, None] + torch.arange(count, device=q.device)  # (rows, count)
+        here = starts[same, None] + torch.arange(count, device=q.device)  # (rows, count)
         S = int(lengths[same].max())
-        out[places] = attend_gathered(q[places], k_pool, v_pool, tables[same], lengths[same], S, attend)
-    return out
+        found.append(attend_gathered(q[here], k_pool, v_pool, tables[same], lengths[same], S, attend).flatten(0, 1))
+        places.append(here.flatten())
+    found = torch.cat(found)  # (total, heads, value_dim)
+    return found.new_zeros(q.shape[0], *found.shape[1:]).index_copy(0, torch.cat(places), found)
 
 
 def attend_gathered(

@@ -268,10 +268,13 @@ def describe(config: ModelConfig, family: str | None = None) -> tuple[str, dict]
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     for name in FAMILIES if family is None else (family,):
+        kind = FAMILIES[name]
+        if (kind.experts, kind.latent) != (config.experts is not None, config.latent is not None):
+            continue
         try:
-            written = FAMILIES[name].write(config)
-            found = read_family(FAMILIES[name], written)
-        except (ValueError, KeyError, TypeError):
+            written = kind.write(config)
+            found = read_family(kind, written)
+        except (ValueError, KeyError):  # it has no word for a part
             continue
         if same_model(found, config):
             return name, written

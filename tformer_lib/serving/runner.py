@@ -100,11 +100,11 @@ class PackedLayer:
 
         Args:
             q: (1, heads, total, head_dim).
-            k, v: (1, kv_heads, total, head_dim).
+            k, v: (1, kv_heads, total, head_dim); v of no numbers where values are made from the keys.
             attend: the layer's attention form; a plain one, with a window, a scale or sinks, is read from the blocks.
         """
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (total, heads or kv_heads, head_dim)
-        self._write(k, v)
+        self._write(k, v if v.shape[-1] else k)
         variant = as_variant(attend)
         if variant is None:
             out = self._gather(q, attend)
@@ -122,7 +122,7 @@ class PackedLayer:
         """
         now = self.packed
         if now.scales or "batch_invariant" in now.options:
-            raise ValueError("float8 pools and deterministic steps serve attention without a soft cap, ALiBi or latents")
+            raise ValueError("float8 pools and deterministic steps serve no soft cap, no ALiBi and no latent attention")
         rows = Rows(*now.rows, now.options["query_starts"], now.options["max_queries"])
         return attend_rows(q, self.k_pool, self.v_pool, rows, attend)
 
@@ -281,7 +281,9 @@ class Runner:
         self.device = torch.device(shape.device)
         size = (allocator.blocks, shape.kv_heads, allocator.block_size, shape.head_dim)
         new_pool = partial(torch.zeros, size, dtype=kv_dtype, device=self.device)
-        self.pools = [(new_pool(), new_pool()) for _ in range(shape.layers)]  # memory of their own: see PackedPass
+        has_values = shape.size_of_value > 0  # else they are made from the keys, whose pool then serves as both
+        keys = [new_pool() for _ in range(shape.layers)]  # memory of their own: see PackedPass
+        self.pools = [(pool, new_pool() if has_values else pool) for pool in keys]
         self.last_tokens = torch.zeros(seats + 1, dtype=torch.int64, device=self.device)
         self.seen: Tensor | None = None
         on_gpu = self.device.type == "cuda"

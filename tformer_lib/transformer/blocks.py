@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tformer_lib import positional_encoding, profiling
 from tformer_lib.attention import AttentionVariant, MultiHeadAttention
 from tformer_lib.contract import readable
+from tformer_lib.grouped_query_attention import MultiHeadLatentAttention
 from tformer_lib.mixture_of_experts import MixtureOfExperts
 from tformer_lib.transformer.config import ACTIVATIONS, ModelConfig, attention_form
 
@@ -71,7 +72,7 @@ def make_feed_forward(config: ModelConfig, layer: int = 0) -> nn.Module:
     return MixtureOfExperts(config.width, config.size_of_feed_forward, experts, shared=shared, **kind)
 
 
-def make_attention(config: ModelConfig, kind: str = "full", *, attend: Callable | None = None) -> MultiHeadAttention:
+def make_attention(config: ModelConfig, kind: str = "full", *, attend: Callable | None = None) -> nn.Module:
     """The attention of the config's layers of a kind.
 
     Args:
@@ -79,6 +80,8 @@ def make_attention(config: ModelConfig, kind: str = "full", *, attend: Callable 
         kind: one of ``LAYER_TYPES``.
         attend: the attention function, instead of the one that the config names.
     """
+    if config.latent is not None:
+        return make_latent_attention(config, attend or attention_form(config.attention))
     bias = config.bias if config.attention_bias is None else bool(config.attention_bias)
     attention = MultiHeadAttention(
         config.width,
@@ -96,6 +99,22 @@ def make_attention(config: ModelConfig, kind: str = "full", *, attend: Callable 
         heads = (1, 1) if config.qk_norm == "head" else (config.heads, config.number_of_kv_heads)
         attention.q_norm, attention.k_norm = (make_norm(config, n * config.size_of_head) for n in heads)
     return attention
+
+
+def make_latent_attention(config: ModelConfig, attend: Callable) -> MultiHeadLatentAttention:
+    """The latent attention of a config that has one."""
+    latent = config.latent
+    return MultiHeadLatentAttention(
+        config.width,
+        config.heads,
+        config.size_of_head,
+        latent=latent.keys,
+        rope_dim=latent.rope_dim,
+        value_dim=latent.value_dim,
+        query_latent=latent.queries,
+        scale=config.attention_scale,
+        attend=attend,
+    )
 
 
 def make_variant(config: ModelConfig, kind: str = "full") -> AttentionVariant | None:

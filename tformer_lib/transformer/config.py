@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tformer_lib.checkpoint import build
+from tformer_lib.grouped_query_attention import LatentConfig
 from tformer_lib.mixture_of_experts import ExpertsConfig
 from tformer_lib.rope import Rope
 
@@ -136,10 +137,15 @@ class ModelConfig:
     dropout: float = 0.0
     """The share of elements dropped from the embeddings and from what each sub-layer adds."""
 
+    latent: LatentConfig | None = None
+    """Multi-head latent attention in the place of keys and values of every head (DeepSeek-V2); ``head_dim`` is then the
+    part of a head that knows no position. A file's JSON object is read as one."""
     experts: ExpertsConfig | None = None
     """A mixture of experts in the place of feed-forwards; None is none. A file's JSON object is read as one."""
 
     def __post_init__(self):
+        if isinstance(self.latent, dict):
+            object.__setattr__(self, "latent", build(LatentConfig, self.latent, "latent"))
         if isinstance(self.experts, dict):
             object.__setattr__(self, "experts", build(ExpertsConfig, self.experts, "experts"))
         if self.layer_types is not None:
@@ -161,8 +167,9 @@ class ModelConfig:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads; set head_dim or change one")
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"{self.heads} heads are not a multiple of {self.kv_heads} kv_heads")
-        if self.positions == "rope" and self.size_of_head % 2:
-            raise ValueError(f"RoPE turns pairs, so head_dim must be even, got {self.size_of_head}")
+        if self.positions == "rope" and self.turned_dim % 2:
+            what = "head_dim" if self.latent is None else "rope_dim"
+            raise ValueError(f"RoPE turns pairs, so {what} must be even, got {self.turned_dim}")
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -191,6 +198,8 @@ class ModelConfig:
     def _check_layers(self) -> None:
         if self.branch_norm != "in" and not self.norm_first:
             raise ValueError(f"branch_norm {self.branch_norm!r} needs norm_first: post-norm normalises the sum instead")
+        if self.latent is not None:
+            self._check_latent()
         if self.layer_types is None:
             return
         if not 0 < len(self.layer_types) <= self.layers:
@@ -200,6 +209,18 @@ class ModelConfig:
                 raise ValueError(f"layer_types must be of {', '.join(LAYER_TYPES)}, got {kind!r}")
         if ("window" in self.layer_types) != (self.window is not None):
             raise ValueError(f"layer_types and window go together, got window {self.window} for {self.layer_types}")
+
+    def _check_latent(self) -> None:
+        if self.attention not in ("attention", "sdpa"):
+            raise ValueError(f"latent attention has values of another size than keys, which {self.attention!r} lacks")
+        if self.positions != "rope":
+            raise ValueError(f"latent attention places tokens by RoPE, got positions {self.positions!r}")
+        for name in ("window", "qk_norm", "attention_softcap", "attention_bias"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"latent attention has no {name}, got {getattr(self, name)!r}")
+        for name in ("attention_sinks", "attention_gate", "attention_dropout"):
+            if getattr(self, name):
+                raise ValueError(f"latent attention has no {name}, got {getattr(self, name)!r}")
 
     @property
     def types_of_layers(self) -> tuple[str, ...]:
@@ -215,6 +236,18 @@ class ModelConfig:
     def size_of_head(self) -> int:
         """``head_dim``, or what follows from width and heads."""
         return self.head_dim or self.width // self.heads
+
+    @property
+    def turned_dim(self) -> int:
+        """The channels of a head among which RoPE finds its pairs."""
+        return self.size_of_head if self.latent is None else self.latent.rope_dim
+
+    @property
+    def cached_dims(self) -> tuple[int, int, int]:
+        """What a layer caches of a token: heads, and the sizes of a key and of a value."""
+        if self.latent is not None:
+            return 1, self.latent.entry, 0
+        return self.number_of_kv_heads, self.size_of_head, self.size_of_head
 
     @property
     def number_of_kv_heads(self) -> int:
@@ -259,6 +292,4 @@ def make_rope(config: ModelConfig, kind: str = "full") -> Rope | None:
         parameters = {"rope_theta": config.window_rope_base}
     if config.rotary_fraction != 1:
         parameters["partial_rotary_factor"] = config.rotary_fraction
-    return Rope.from_parameters(
-        config.size_of_head, parameters, max_length=config.max_length, layout=config.rope_layout
-    )
+    return Rope.from_parameters(config.turned_dim, parameters, max_length=config.max_length, layout=config.rope_layout)
