@@ -139,11 +139,11 @@ def declared(*extras: str) -> set[str]:
 
 OWN = {"tformer_lib", "benchmarks", "tools", "tests", "book"}
 FOLDERS = {
-    "tformer_lib": ("serve",),
+    "tformer_lib": ("serve", "hub"),
     "benchmarks": ("test",),
     "book": (),
     "tools": ("test",),
-    "tests": ("test", "serve"),
+    "tests": ("test", "serve", "hub"),
 }
 """Folder -> the extras that its files may import from. (A benchmark's peers are what the tests' oracles are.)"""
 
