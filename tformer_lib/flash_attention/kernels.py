@@ -20,7 +20,6 @@ from tformer_lib.ladder import (
     refusal_of_hopper,
     refusal_of_place,
     refusal_of_tensor_cores,
-    refusal_of_untried,
 )
 
 MOST_HEAD_DIM = 256
@@ -76,10 +75,7 @@ def refusal(step: str, q: Tensor, v: Tensor, mask: Tensor | None, options: Optio
 
 
 def refusal_of_form(step: str, q: Tensor, v: Tensor, options: Options) -> str | None:
-    """Why a CUDA step cannot do what goes beyond plain scores, one head_dim, and a window that ends with the query."""
-    is_new = options.modifies_scores or v.shape[-1] != q.shape[-1] or options.ahead >= 0
-    if is_new and (reason := refusal_of_untried()):
-        return reason
+    """Why a CUDA step cannot do what goes beyond plain scores and one head_dim."""
     if step in FORMS:
         return None
     if options.softcap:
