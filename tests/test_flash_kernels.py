@@ -127,6 +127,10 @@ def test_the_ledger_holds_no_measured_number():
 
 def test_the_translation_to_triton_refuses_in_words_what_it_cannot_do(monkeypatch):
     q = torch.randn(1, 2, 5, 16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="torch sees none here"):
+        in_triton.flash_attention_in_triton(q, q, q)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(in_triton, "triton", None)
     with pytest.raises(RuntimeError, match="Triton is not installed here"):
         in_triton.flash_attention_in_triton(q, q, q)

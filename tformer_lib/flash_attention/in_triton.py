@@ -112,8 +112,8 @@ def compiled():
 
 def refusal() -> str | None:
     """Why the kernel cannot run here, or None if it can."""
-    if triton is None:
-        return "Triton is not installed here; it comes with the CUDA builds of torch"
     if not torch.cuda.is_available():
         return "Triton compiles for GPUs, and torch sees none here"
+    if triton is None:
+        return "Triton is not installed here; it comes with the CUDA builds of torch"
     return None

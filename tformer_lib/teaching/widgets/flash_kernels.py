@@ -1,4 +1,4 @@
-"""The interactive figures of chapter 16: the banks of shared memory under a swizzle, and the pipeline of step 4."""
+"""The interactive figure of chapter 16: the banks of shared memory under a swizzle."""
 
 from tformer_lib.teaching.widgets import Interactive, module
 
@@ -11,12 +11,6 @@ GROUPS = 8
 
 class BankExplorer(Interactive):
     """Choose a layout and a piece, and see which banks eight rows of it fall into."""
-
-    _esm = module("flash_kernels.js")
-
-
-class PipelineExplorer(Interactive):
-    """Choose a schedule and the times of its parts, and see when the tensor cores stand idle."""
 
     _esm = module("flash_kernels.js")
 
@@ -42,18 +36,5 @@ def banks() -> BankExplorer:
     }
     return BankExplorer(
         label="Bank explorer: one piece of eight rows, read at once",
-        data={"figure": "banks", "groups": GROUPS, "layouts": layouts, "widths": [64, 128], "places": places},
-    )
-
-
-def pipeline(presets: dict[str, dict[str, int]]) -> PipelineExplorer:
-    """The explorer of schedules.
-
-    Args:
-        presets: name -> cycles of one matrix product of a warpgroup ("product"), of its softmax ("softmax"), and of
-            loading one tile of K or V ("load").
-    """
-    return PipelineExplorer(
-        label="Pipeline explorer: when do the tensor cores wait?",
-        data={"figure": "pipeline", "tiles": 24, "shown": 4, "presets": list(presets.items())},
+        data={"groups": GROUPS, "layouts": layouts, "widths": [64, 128], "places": places},
     )
