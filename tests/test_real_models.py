@@ -11,10 +11,10 @@ from torch import nn
 
 from tformer_lib import pretrained
 from tformer_lib.generation import generate
-from tformer_lib.kv_cache import CacheShape, GrowingCache, ModelCache
+from tformer_lib.kv_cache import CacheShape, GrowingCache, ModelCache, cache_bytes
 from tformer_lib.pretrained import hub, shards
 from tformer_lib.serving import Engine
-from tformer_lib.transformer import Decoder, ModelConfig
+from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
 
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
@@ -198,6 +198,45 @@ def test_bfloat16_is_as_near_as_that_of_transformers(checkpoint):
     assert ours.abs().median() < 1.25 * rounded.abs().median()
 
 
+# --- published models, whose shapes are written down ------------------------------------------------------------------
+
+BYTES_PER_TOKEN = {
+    "openai-community/gpt2": 2 * 12 * 12 * 64 * 2,
+    "meta-llama/Llama-2-7b-hf": 2 * 32 * 32 * 128 * 2,
+    "meta-llama/Llama-3.1-8B": 2 * 32 * 8 * 128 * 2,
+    "meta-llama/Llama-3.2-1B": 2 * 16 * 8 * 64 * 2,
+    "mistralai/Mistral-7B-v0.1": 2 * 32 * 8 * 128 * 2,
+    "Qwen/Qwen2.5-0.5B": 2 * 24 * 2 * 64 * 2,
+    "Qwen/Qwen3-0.6B": 2 * 28 * 8 * 128 * 2,
+    "Qwen/Qwen3-30B-A3B": 2 * 48 * 4 * 128 * 2,
+    "mistralai/Mixtral-8x7B-v0.1": 2 * 32 * 8 * 128 * 2,
+    "google/gemma-3-1b-it": 2 * 26 * 1 * 256 * 2,
+    "openai/gpt-oss-20b": 2 * 24 * 8 * 64 * 2,
+    "deepseek-ai/DeepSeek-V2-Lite": 27 * (512 + 64) * 2,
+    "allenai/OLMo-2-1124-7B": 2 * 32 * 32 * 128 * 2,
+}
+"""By hand, in bfloat16, while no window is full: keys and values, layers, kv heads, head_dim, bytes of a number."""
+
+WINDOWED = {"mistralai/Mistral-7B-v0.1": (32, 4096), "google/gemma-3-1b-it": (22, 512), "openai/gpt-oss-20b": (12, 128)}
+"""How many of the layers look no further than their window, and that window."""
+
+
+@pytest.mark.parametrize("name", pretrained.PUBLISHED)
+def test_published_models_have_the_parameters_and_the_caches_that_they_have(name):
+    published, tokens = pretrained.PUBLISHED[name], 8192
+    config = pretrained.config_from_hub(published.config)
+    with torch.device("meta"):
+        model = Decoder(config).to(torch.bfloat16)
+    assert count_parameters(model) == published.parameters
+    per_token = BYTES_PER_TOKEN[name]
+    windows, window = WINDOWED.get(name, (0, tokens))
+    expected = per_token * tokens - per_token // config.layers * windows * (tokens - window)
+    assert cache_bytes(config, tokens) == expected
+    assert ModelCache.of(model, 2, tokens).nbytes == 2 * expected
+    assert cache_bytes(config, 100) == 100 * per_token
+    assert pretrained.describe(config)[0] == published.config["model_type"]
+
+
 # --- what does not fit is refused, by name, before a weight is read ---------------------------------------------------
 
 
@@ -362,3 +401,140 @@ def test_weights_stay_mapped_where_their_dtype_stays(folder):
         model.stack.blocks[0].feed_forward.up.weight.zero_()
     assert all(path.read_bytes() == data for path, data in before.items())
     assert pretrained.from_hub(folder).stack.blocks[0].feed_forward.up.weight.abs().sum() > 0
+
+
+# --- tokenizers and chat templates ------------------------------------------------------------------------------------
+
+CHATML = """{%- for message in messages %}
+    {%- if message.role not in ["system", "user", "assistant"] %}
+        {{- raise_exception("no role " + message.role) }}
+    {%- endif %}
+    {{- "<|im_start|>" + message.role + "\n" + message.content | trim + "<|im_end|>\n" }}
+{%- endfor %}
+{%- if tools %}{{- tools | tojson }}{%- endif %}
+{%- for x in [1, 2, 3] %}{%- if x == 2 %}{%- break %}{%- endif %}{{- bos_token }}{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|im_start|>assistant\n" }}{%- endif %}"""
+
+TEXTS = [
+    "Once upon a time, there was a dog.",
+    "  two  spaces\n\nand lines",
+    "naïve café, 日本語 🦙",
+    "<|im_end|> is text",
+    "",
+]
+
+
+def train_tokenizer(folder: Path, kind: str) -> None:
+    """A small tokenizer.json: GPT-2's bytes as characters, or SentencePiece's pieces with bytes to fall back on."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    specials = ["<s>", "<|im_start|>", "<|im_end|>"]
+    if kind == "bytes":
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=400, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        )
+    else:
+        tokenizer = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=["<unk>", *specials, *bytes_])
+    tokenizer.train_from_iterator(["Once upon a time there was a dog, and two spaces and lines."] * 3, trainer)
+    if kind != "bytes":  # the trainer made special tokens of the bytes, which they are not
+        data = json.loads(tokenizer.to_str())
+        data["added_tokens"] = [token for token in data["added_tokens"] if not token["content"].startswith("<0x")]
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
+    begin = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": {"content": "<|im_end|>"}, "chat_template": CHATML}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_a_tokenizer_is_that_of_transformers_and_its_tokens_are_bytes(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    train_tokenizer(tmp_path, kind)
+    ours = pretrained.load_tokenizer(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<s>", eos_token="<|im_end|>", chat_template=CHATML
+    )
+    for text in TEXTS:
+        assert ours.encode(text) == theirs(text)["input_ids"]
+        plain = ours.encode_ordinary(text)
+        assert ours.encode_single_token("<|im_end|>") not in plain
+        assert b"".join(map(ours.decode_single_token_bytes, plain)) == text.encode()
+        assert ours.decode(plain) == text
+    assert ours.n_vocab == len(theirs)
+    assert ours.stop_tokens == [ours.eot_token] == [theirs.eos_token_id]
+    with pytest.raises(KeyError):
+        ours.decode_single_token_bytes(10_000)
+    with pytest.raises(KeyError):
+        ours.encode_single_token("<|nothing|>")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert pretrained.load_tokenizer(tmp_path).stop_tokens == [7, 9]
+
+
+def test_a_conversation_is_written_as_transformers_writes_it(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    train_tokenizer(tmp_path, "bytes")
+    ours = pretrained.load_tokenizer(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<s>", eos_token="<|im_end|>", chat_template=CHATML
+    )
+    turns = [{"role": "user", "content": " Tell me of a dog & a cat. "}, {"role": "assistant", "content": "Once"}]
+    for answer in (True, False):
+        expected = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer)
+        assert ours.render(turns, answer=answer) == expected
+        assert ours.encode_chat(turns, answer=answer) == theirs(expected, add_special_tokens=False)["input_ids"]
+    tools = [{"name": "find", "what": "<é>"}]
+    expected = theirs.apply_chat_template(turns, tools=tools, tokenize=False)
+    assert ours.render(turns, tools=tools, answer=False) == expected
+    with pytest.raises(ValueError, match="the chat template refuses the conversation: no role wizard"):
+        ours.render([{"role": "wizard", "content": ""}])
+    (tmp_path / "chat_template.jinja").write_text("{{ messages | length }}")
+    assert pretrained.load_tokenizer(tmp_path).render(turns) == "2"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{{ messages.__class__.__init__.__globals__['os'].system('true') }}",
+        "{% for x in range(10**9) %}{% endfor %}",
+        "{% include '/etc/passwd' %}",
+        "{{ undefined.attribute }}",
+        "{% if %}",
+    ],
+)
+def test_a_chat_template_reaches_nothing(program, tmp_path):
+    train_tokenizer(tmp_path, "bytes")
+    (tmp_path / "chat_template.jinja").write_text(program)
+    with pytest.raises(ValueError, match="the chat template refuses the conversation"):
+        pretrained.load_tokenizer(tmp_path).render([{"role": "user", "content": "Hi"}])
+
+
+def test_tokenizers_that_are_none_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):  # noqa: RUF043
+        pretrained.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="is damaged or of an unknown kind"):
+        pretrained.load_tokenizer(tmp_path)
+    train_tokenizer(tmp_path, "bytes")
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="is no JSON object"):
+        pretrained.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    encoding = pretrained.load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="has no chat template"):
+        encoding.render([])
+    with pytest.raises(ValueError, match="says which token ends a text"):
+        _ = encoding.eot_token

@@ -2,14 +2,17 @@
 
     model, encoding = pretrained.load()                 # writes stories; offline, a few milliseconds
     model = pretrained.from_hub("path/to/a/folder")     # or a name on the Hugging Face hub: "Qwen/Qwen3-0.6B"
+    encoding = pretrained.load_tokenizer("path/to/a/folder")
     pretrained.to_hub(model, "path/to/another")         # config.json and *.safetensors, which transformers reads
 
 The small model was trained on ``stories`` by ``python -m tformer_lib.training train --preset stories``. Its weights,
 its configuration, its tokenizer and the log of its training lie in ``tformer_lib/weights/stories/``.
 
-Each topic has a room: ``shipped`` (that model), ``hub`` (from a folder to a ``Decoder`` and back), ``families`` (what
-their config.json says in our words, and what their tensors are called), ``links`` (between their tensors and our
-parameters), ``keys`` (a config whose keys are all read) and ``shards`` (safetensors files).
+Each topic has a room: ``shipped`` (that model), ``hub`` (from a folder to a ``Decoder`` and back), ``families`` (the
+table of them), ``family``, ``words``, ``dense`` and ``mixtures`` (what their config.json says in our words, and what
+their tensors are called), ``links`` (between their tensors and our parameters), ``keys`` (a config whose keys are all
+read), ``shards`` (safetensors files), ``tokenizer`` (with its chat template) and ``published`` (facts about public
+models).
 """
 
 from tformer_lib.pretrained.families import FAMILIES
@@ -22,11 +25,16 @@ from tformer_lib.pretrained.hub import (
     to_hub,
 )
 from tformer_lib.pretrained.keys import read_config
+from tformer_lib.pretrained.published import PUBLISHED, Published
 from tformer_lib.pretrained.shards import Shards
 from tformer_lib.pretrained.shipped import facts, folder, load, log, names
+from tformer_lib.pretrained.tokenizer import HubEncoding, load_tokenizer
 
 __all__ = [
     "FAMILIES",
+    "HubEncoding",
+    "PUBLISHED",
+    "Published",
     "Shards",
     "config_from_hub",
     "describe",
@@ -36,6 +44,7 @@ __all__ = [
     "from_hub",
     "from_tensors",
     "load",
+    "load_tokenizer",
     "log",
     "names",
     "read_config",

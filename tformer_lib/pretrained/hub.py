@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tformer_lib.checkpoint import check_not_quantised, part_of, sync_folder, unharmed, write_atomically
-from tformer_lib.pretrained.families import FAMILIES, Family
+from tformer_lib.pretrained.families import FAMILIES
+from tformer_lib.pretrained.family import Family
 from tformer_lib.pretrained.keys import Keys, read_config
 from tformer_lib.pretrained.links import Link
 from tformer_lib.pretrained.shards import INDEX, Shards

@@ -1,0 +1,231 @@
+"""The tokenizer of a public model: its tokenizer.json, and how it writes a conversation."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+
+Message = Mapping[str, object]
+"""A turn of a conversation: ``{"role": "user", "content": "Hello"}``."""
+
+SPACE = "▁"
+"""Stands for a space in the vocabularies of SentencePiece."""
+
+
+class HubEncoding:
+    """A public model's tokenizer, with the methods that every encoding here has, and its chat template.
+
+    Args:
+        folder: where ``tokenizer.json`` lies, and beside it ``tokenizer_config.json``, ``generation_config.json`` and
+            ``chat_template.jinja``, if there are any.
+
+    Raises:
+        FileNotFoundError: there is no ``tokenizer.json``.
+        ImportError: the tokenizers library is missing; the message says how to install it.
+        ValueError: a file is damaged.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder, path = Path(folder), Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no {path}")
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ImportError("a tokenizer.json is read by tokenizers: pip install 'tformer-lab[hub]'") from None
+        try:
+            self.tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises Exception itself
+            raise ValueError(f"{path} is damaged or of an unknown kind: {error}") from error
+        self.settings = read_json(self.folder / "tokenizer_config.json")
+
+    @property
+    def n_vocab(self) -> int:
+        """One more than the largest token."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def stop_tokens(self) -> list[int]:
+        """The tokens that end a text or a turn, by ``generation_config.json``, or else the config or the tokenizer."""
+        for name in ("generation_config.json", "config.json"):
+            ends = read_json(self.folder / name).get("eos_token_id")
+            if ends is not None:
+                return list(ends) if isinstance(ends, list) else [ends]
+        end = self.special("eos_token")
+        return [] if end is None else [self.encode_single_token(end)]
+
+    @property
+    def eot_token(self) -> int:
+        """The first of the tokens that end a text.
+
+        Raises:
+            ValueError: no file says which it is.
+        """
+        if not self.stop_tokens:
+            raise ValueError(f"no file in {self.folder} says which token ends a text")
+        return self.stop_tokens[0]
+
+    def special(self, name: str) -> str | None:
+        """The text of ``bos_token``, ``eos_token`` and the like, if there is one."""
+        token = self.settings.get(name)
+        return token.get("content") if isinstance(token, dict) else token
+
+    def encode(self, text: str, *, specials: bool = True) -> list[int]:
+        """A text to tokens; what it says of special tokens becomes these, and the model's first token goes before it.
+
+        Args:
+            text: any text.
+            specials: whether the tokens are added that the tokenizer puts around every text.
+        """
+        self.tokenizer.encode_special_tokens = False
+        return self.tokenizer.encode(text, add_special_tokens=specials).ids
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """A text to tokens, nothing added; ``<|im_end|>`` in it is that text, not a token that ends a turn."""
+        self.tokenizer.encode_special_tokens = True
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_single_token(self, token: str) -> int:
+        """The number of a token that is known by its text.
+
+        Raises:
+            KeyError: there is none.
+        """
+        number = self.tokenizer.token_to_id(token)
+        if number is None:
+            raise KeyError(token)
+        return number
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Tokens to text, special ones too."""
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for, which may be a part of a character.
+
+        Raises:
+            KeyError: there is no such token.
+        """
+        text = self.tokenizer.id_to_token(token)
+        if text is None:
+            raise KeyError(token)
+        if token in self.tokenizer.get_added_tokens_decoder():
+            return text.encode()
+        if self.is_byte_level:
+            return bytes(BYTES[character] for character in text)
+        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            return bytes([int(text[3:5], 16)])
+        return text.replace(SPACE, " ").encode()
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether the vocabulary writes bytes as characters, as GPT-2's does, instead of SentencePiece's pieces."""
+        return '"ByteLevel"' in json.dumps(json.loads(self.tokenizer.to_str()).get("decoder"))
+
+    # conversations
+
+    @cached_property
+    def template(self) -> str | None:
+        """The chat template, if the model has one."""
+        path = self.folder / "chat_template.jinja"
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        found = self.settings.get("chat_template")
+        if isinstance(found, list):  # several, by name
+            found = {one["name"]: one["template"] for one in found}.get("default")
+        return found
+
+    def render(self, messages: Sequence[Message], *, answer: bool = True, **options) -> str:
+        """A conversation as the text that the model was trained to go on with.
+
+        The template is a program by whoever made the checkpoint. It runs in jinja2's sandbox, which lets it change
+        nothing and reach nothing outside.
+
+        Args:
+            messages: the turns so far.
+            answer: whether the beginning of the model's turn stands at the end.
+            options: what the template knows besides, such as ``tools`` or ``enable_thinking``.
+
+        Raises:
+            ValueError: the model has no chat template, or the template refuses the conversation.
+            ImportError: jinja2 is missing.
+        """
+        if self.template is None:
+            raise ValueError(f"{self.folder} has no chat template: this model was not trained to converse")
+        known = {name: self.special(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        known = {name: text for name, text in known.items() if text is not None}
+        environment = sandbox()
+        try:
+            template = environment.from_string(self.template)
+            return template.render(messages=messages, add_generation_prompt=answer, **known, **options)
+        except Exception as error:  # a program raises what it likes
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+
+    def encode_chat(self, messages: Sequence[Message], **options) -> list[int]:
+        """A conversation as tokens; arguments as for :meth:`render`.
+
+        A turn that says ``<|im_end|>`` writes that token, as in every library: let nobody write turns for others.
+        """
+        return self.encode(self.render(messages, **options), specials=False)
+
+
+def sandbox():
+    """Where chat templates run: jinja2's sandbox with what transformers gives them.
+
+    Raises:
+        ImportError: jinja2 is missing; the message says how to install it.
+    """
+    try:
+        from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise ImportError("a chat template is rendered by jinja2: pip install 'tformer-lab[hub]'") from None
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(x: object, ensure_ascii: bool = False, indent: int | None = None, **options) -> str:
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, or an empty one if there is no such file.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no JSON object, but {found!r:.40}")
+    return found
+
+
+def bytes_of_characters() -> dict[str, int]:
+    """GPT-2's way to write bytes as characters that can be seen: those that can stay, the others follow from 256 on."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+BYTES = bytes_of_characters()
+"""The byte that each character of a byte-level vocabulary stands for."""
+
+
+def load_tokenizer(name: str | Path, *, revision: str | None = None) -> HubEncoding:
+    """The tokenizer of a folder, or of a model on the hub: see :func:`tformer_lib.pretrained.from_hub`."""
+    from tformer_lib.pretrained.hub import fetch
+
+    return HubEncoding(fetch(name, revision))

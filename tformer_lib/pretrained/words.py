@@ -1,0 +1,141 @@
+"""What the configs of several families say in the same words, in ours and back."""
+
+from collections.abc import Callable
+
+from tformer_lib.pretrained.keys import Keys
+from tformer_lib.transformer import ModelConfig
+
+
+def llama_like(keys: Keys, **options) -> ModelConfig:
+    """The config of a model with RMSNorm, SwiGLU and RoPE, whose keys are Llama's."""
+    base, scaling, fraction = rope_of(keys)
+    heads = {"heads": keys.take("num_attention_heads"), "kv_heads": keys.take("num_key_value_heads", None)}
+    keys.ignore("pretraining_tp")
+    plain = {
+        "vocab_size": keys.take("vocab_size"),
+        "max_length": keys.take("max_position_embeddings"),
+        "width": keys.take("hidden_size"),
+        "layers": keys.take("num_hidden_layers"),
+        **heads,
+        "head_dim": keys.take("head_dim", None),
+        "feed_forward_width": keys.take("intermediate_size"),
+        "norm": "rmsnorm",
+        "norm_epsilon": keys.take("rms_norm_eps"),
+        "feed_forward": "swiglu",
+        "positions": "rope",
+        "rope_base": base,
+        "rope_scaling": scaling,
+        "rotary_fraction": fraction,
+        "tie_embeddings": keys.take("tie_word_embeddings", False),
+        "attention_dropout": keys.take("attention_dropout", 0.0),
+        "bias": False,
+    }
+    return ModelConfig(**plain | options)
+
+
+def rope_of(keys: Keys) -> tuple[float, dict | None, float]:
+    """RoPE's base, its scaling, and the share of channels that turn.
+
+    They stand in ``rope_parameters``, or in older files apart, as ``rope_theta`` and ``rope_scaling``.
+    """
+    old = {"rope_theta": keys.take("rope_theta", 10_000.0), **(keys.take("rope_scaling", None) or {})}
+    return rope_parameters({**old, **(keys.take("rope_parameters", None) or {})})
+
+
+def rope_parameters(parameters: dict) -> tuple[float, dict | None, float]:
+    """The same from one object: its base, the rest if it stretches anything, and its ``partial_rotary_factor``."""
+    parameters = dict(parameters)
+    base, fraction = parameters.pop("rope_theta", 10_000.0), parameters.pop("partial_rotary_factor", 1.0)
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    return base, None if kind == "default" else parameters, fraction
+
+
+def layer_types(keys: Keys, config: dict, default: Callable[[int], str]) -> dict:
+    """``window`` and ``layer_types`` of a model whose layers are of different kinds.
+
+    Args:
+        config: what has ``window``, or nothing where no layer has one.
+        default: the type of layer i, in files that do not list them.
+    """
+    known = {"full_attention": "full", "sliding_attention": "window"}
+    listed = keys.take("layer_types", None)
+    types = listed or [default(i) for i in range(keys.take("num_hidden_layers"))]
+    for kind in types:
+        if kind not in known:
+            raise ValueError(f"layer_types must be of {', '.join(known)}, got {kind!r}")
+    types = tuple(known[kind] for kind in types)
+    if "window" not in types:
+        return {}
+    return config if set(types) == {"window"} else config | {"layer_types": types}
+
+
+def written_layer_types(config: ModelConfig) -> list[str]:
+    """The types of our layers in their words."""
+    return [{"window": "sliding_attention", "full": "full_attention"}[kind] for kind in config.types_of_layers]
+
+
+def llama_keys(model_type: str, architecture: str, config: ModelConfig, **changes) -> dict:
+    """The keys of a ``config.json`` that all families with Llama's words have."""
+    parameters = config.rope_scaling or {"rope_type": "default"}
+    fraction = {} if config.rotary_fraction == 1 else {"partial_rotary_factor": config.rotary_fraction}
+    keys = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_length,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.number_of_kv_heads,
+        "head_dim": config.size_of_head,
+        "intermediate_size": config.size_of_feed_forward,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_parameters": {"rope_theta": config.rope_base, **parameters, **fraction},
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_dropout": config.attention_dropout,
+    }
+    return {name: value for name, value in (keys | changes).items() if value is not None}
+
+
+def qwen_window(keys: Keys) -> dict:
+    """Qwen's layers from ``max_window_layers`` on have a window, if ``use_sliding_window`` turns it on."""
+    window, first = keys.take("sliding_window", None), keys.take("max_window_layers", 0)
+    if not keys.take("use_sliding_window", False):
+        keys.ignore("layer_types")
+        return {}
+    return layer_types(keys, {"window": window}, lambda i: "sliding_attention" if i >= first else "full_attention")
+
+
+def written_qwen_window(config: ModelConfig) -> dict:
+    if config.window is None:
+        return {"use_sliding_window": False}
+    types = {"layer_types": written_layer_types(config)}
+    return {"use_sliding_window": True, "sliding_window": config.window, "max_window_layers": 0, **types}
+
+
+def ropes_by_type(keys: Keys) -> dict:
+    """RoPE's settings of models that turn full and window layers differently.
+
+    They stand in ``rope_parameters`` by type of layer, or in older files apart; windows are never stretched.
+    """
+    parameters = keys.take("rope_parameters", None)
+    if parameters is None:
+        base, scaling, _ = rope_of(keys)
+        window_base = keys.take("rope_local_base_freq", base)
+    else:
+        keys.ignore("rope_theta", "rope_scaling", "rope_local_base_freq")
+        full = parameters.get("full_attention", parameters)
+        base, scaling, _ = rope_parameters(full)
+        window_base, stretched, _ = rope_parameters(parameters.get("sliding_attention", full))
+        if stretched is not None:
+            raise ValueError(f"RoPE of window layers is read plain, got {stretched}")
+    keys.config = {name: value for name, value in keys.config.items() if not name.startswith("rope_")}
+    return {"rope_base": base, "rope_scaling": scaling, "window_rope_base": window_base}
+
+
+def written_ropes(config: ModelConfig) -> dict:
+    """The inverse of :func:`ropes_by_type`."""
+    full = {"rope_theta": config.rope_base, **(config.rope_scaling or {"rope_type": "default"})}
+    window = {"rope_theta": config.window_rope_base, "rope_type": "default"}
+    return {"full_attention": full, "sliding_attention": window}
