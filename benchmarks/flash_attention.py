@@ -228,6 +228,57 @@ def time_packed(report: Report, limit: float) -> None:
             report.add(name, timing, flops=work, limit=limit, d=d, lengths=lengths, causal=True)
 
 
+def flash_attention_3_form(q: Tensor, k: Tensor, v: Tensor, **options) -> Callable | None:
+    """FlashAttention-3 on the same tensors with options of its own, or None where it is not installed."""
+    if flash_attention_3(False) is None:
+        return None
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    q_packed, k_packed, v_packed = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))
+    starts = [torch.arange(x.shape[0] + 1, device="cuda", dtype=torch.int32) * x.shape[2] for x in (q, k)]
+    lengths = {"max_seqlen_q": q.shape[2], "max_seqlen_k": k.shape[2], "cu_seqlens_k": starts[1], "fa_version": 3}
+    return lambda: flash_attn_varlen_func(q_packed, k_packed, v_packed, cu_seqlens_q=starts[0], **lengths, **options)
+
+
+def time_forms(report: Report, limit: float) -> None:
+    """Grouped heads, windows, fewer queries than keys, and scores and values of other forms, at d 128."""
+    T, heads = 8192, WIDTH // 128
+    slopes = 2.0 ** -torch.arange(1, heads + 1, device="cuda", dtype=torch.float32)
+    plain, window, softcap = {"causal": True}, {"window": 1024}, {"causal": True, "softcap": 50.0}
+    shifted = {"window": (1024, 1024)}
+    cases = (  # (name, query heads, kv heads, queries, value_dim, our options, FlashAttention-3's; None: it has none)
+        ("plain", heads, heads, T, 128, plain, plain),
+        ("16 / 4 heads", heads, heads // 4, T, 128, plain, plain),
+        ("2,048 queries of 8,192 keys", heads, heads, 2048, 128, plain, plain),
+        ("window 1,024", heads, heads, T, 128, window, {"causal": True, "window_size": [1023, 0]}),
+        ("1,024 keys to each side", heads, heads, T, 128, shifted, {"window_size": [1024, 1024]}),
+        ("softcap 50", heads, heads, T, 128, softcap, softcap),
+        ("ALiBi", heads, heads, T, 128, {"causal": True, "alibi_slopes": slopes}, None),
+        ("keys 192, values 128", heads, heads, T, 128, plain, None),
+    )
+    for name, query_heads, kv_heads, queries, value_dim, options, peers_options in cases:
+        d = 192 if "192" in name else 128
+        shapes = ((query_heads, queries, d), (kv_heads, T, d), (kv_heads, T, value_dim))
+        q, k, v = (torch.randn(2, *shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+        contestants = {"step 4": partial(flash.flash_attention, q, k, v, step=4, **options)}
+        if peers_options is not None and (attend := flash_attention_3_form(q, k, v, **peers_options)) is not None:
+            contestants["FlashAttention-3"] = attend
+        pairs = 2 * query_heads * pairs_seen(queries, T, options)
+        for contestant, timing in measure_in_turns({x: (run, [()]) for x, run in contestants.items()}).items():
+            facts = {"d": d, "value_dim": value_dim, "queries": queries, "keys": T, "heads": [query_heads, kv_heads]}
+            work = 2.0 * pairs * (d + value_dim)
+            report.add(f"form, {name}: {contestant}", timing, flops=work, limit=limit, form=name, **facts)
+
+
+def pairs_seen(queries: int, keys: int, options: dict) -> int:
+    """Pairs of a query and a key that it sees, of one head."""
+    window = options.get("window")
+    left, right = window if isinstance(window, tuple) else (window - 1 if window else keys, 0)
+    position = torch.arange(keys - queries, keys)
+    first, last = (position - left).clamp(min=0), (position + right).clamp(max=keys - 1)
+    return int((last - first + 1).sum())
+
+
 def time_float32(report: Report) -> None:
     """Steps 1 and 2 beside torch's memory-efficient backend, in float32."""
     limit = matmul_rate("cuda", torch.float32)
@@ -330,6 +381,7 @@ def run_gpu(report: Report, ablations: bool) -> None:
         report.finish()  # what there is so far, should the rest be cut short
         time_backward(report, limit)
         time_packed(report, limit)
+        time_forms(report, limit)
         report.finish()
         note_errors(report)
         note_resources(report)
