@@ -50,7 +50,7 @@ SHAPES = [(d, length, causal) for d in (64, 128) for length in (4096, 16384) for
 LENGTHS = {64: (512, 1024, 2048, 4096, 8192, 16384), 128: (512, 1024, 2048, 4096, 8192, 16384), 256: (4096, 16384)}
 TURNS = 3  # of the contestants of a row of the forward, so that clocks and power are shared alike
 PEERS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
-BUILDS = (1, 2, 3, 4, "backward", "backward_tensor_core", "backward_tiled")
+BUILDS = (1, 2, 3, 4, "backward", "backward_wide", "backward_tensor_core", "backward_tiled")
 SECONDS = 0.1  # of each measurement, after as long a warm-up
 
 HOPPER, TENSOR_CORE = "4_hopper.cuh", "3_tensor_core.cuh"
@@ -182,7 +182,8 @@ def time_backward(report: Report, limit: float) -> None:
         contestants["backward_tensor_core.cu"] = own(3, causal)
         time_gradients(report, limit, contestants, d, length, causal)
     for causal in (False, True):
-        contestants = {"sdpa flash": peer(PEERS["sdpa flash"], causal), "backward_tensor_core.cu": own(3, causal)}
+        contestants = {"sdpa flash": peer(PEERS["sdpa flash"], causal), "backward_wide.cu": own(4, causal)}
+        contestants["backward_tensor_core.cu"] = own(3, causal)
         time_gradients(report, limit, contestants, 256, 4096, causal)
 
 
@@ -363,10 +364,11 @@ def note_resources(report: Report) -> None:
             report.note(**{f"resources, step {step}, d {d}": flash.resources(step, q, q)})
     for step, dtype in (
         ("backward", torch.bfloat16),
+        ("backward_wide", torch.bfloat16),
         ("backward_tensor_core", torch.bfloat16),
         ("backward_tiled", torch.float32),
     ):
-        for d in (64, 128) if step == "backward" else (64, 128, 256):
+        for d in {"backward": (64, 128), "backward_wide": (256,)}.get(step, (64, 128, 256)):
             q = torch.empty(1, 1, 4096, d, device="cuda", dtype=dtype)
             report.note(**{f"resources, {step}, d {d}": flash.resources(step, q, q)})
 

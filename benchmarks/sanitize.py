@@ -43,7 +43,12 @@ from tformer_lib.flash_attention import kernels, reference
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 FOUND = 9  # exit status of a tool that found something
-GRADIENT_WIDTHS = {"backward": (40, 64, 128), "backward_tensor_core": (40, 128, 256), "backward_tiled": (40, 256)}
+GRADIENT_WIDTHS = {
+    "backward": (40, 64, 128),
+    "backward_wide": (136, 256),
+    "backward_tensor_core": (40, 128, 256),
+    "backward_tiled": (40, 256),
+}
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?).*")
 ADDRESS = re.compile(r"ERROR: AddressSanitizer: [\w-]+|\d[\d,]* calls: .*")
 
@@ -125,7 +130,7 @@ def run_flash_form_gradients() -> None:
 def run_flash_backward(name: str) -> None:
     """The gradients at odd lengths: both orders of dq, two heads to a kv head, packed sequences."""
     dtype, starts = flash_dtype(name), torch.tensor([0, 70, 70, 203], dtype=torch.int32).cuda()
-    orders = (False,) if name == "backward_tiled" else (False, True)  # it has one order alone
+    orders = (False,) if name in ("backward_tiled", "backward_wide") else (False, True)  # these have one order alone
     for d, (T, S), deterministic, packed in itertools.product(
         GRADIENT_WIDTHS[name], ((70, 203), (203, 70)), orders, (False, True)
     ):

@@ -124,6 +124,10 @@ __device__ inline void multiply_shared(float (&c)[TILES][4], uint64_t a, uint64_
         if constexpr (IS_BF16<Half>) WGMMA_SHARED(128, 64, "bf16", 64, 65, 66, 0, 0);
         else WGMMA_SHARED(128, 64, "f16", 64, 65, 66, 0, 0);
     }
+    if constexpr (N == 128 && !A_ROWS && B_ROWS) {
+        if constexpr (IS_BF16<Half>) WGMMA_SHARED(128, 64, "bf16", 64, 65, 66, 0, 1);
+        else WGMMA_SHARED(128, 64, "f16", 64, 65, 66, 0, 1);
+    }
     if constexpr (N == 128 && A_ROWS && B_ROWS) {
         if constexpr (IS_BF16<Half>) WGMMA_SHARED(128, 64, "bf16", 64, 65, 66, 1, 1);
         else WGMMA_SHARED(128, 64, "f16", 64, 65, 66, 1, 1);

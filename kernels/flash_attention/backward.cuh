@@ -40,7 +40,7 @@
 namespace flash {
 namespace {
 
-constexpr int WARPGROUP = 128, WARPS = WARPGROUP / WARP, GROUPS = 2, GROUP_KEYS = 64, KEYS = GROUPS * GROUP_KEYS;
+constexpr int WARPGROUP = 128, WARPS = WARPGROUP / WARP, GROUPS = 2, GROUP_KEYS = 64;
 constexpr int THREADS = (GROUPS + 1) * WARPGROUP;
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 constexpr int STAGES = 2;
@@ -52,7 +52,7 @@ constexpr int DS_READY = 1, CLEARED = 4;  // hardware barriers; turns take 2 and
 template <int D_>
 struct Shape {
     static constexpr bool PACKED = false, IN_TURN = false, MODIFIED = false;
-    static constexpr int D = D_, ROWS = D == 64 ? 128 : 64;
+    static constexpr int D = D_, KEYS = GROUPS * GROUP_KEYS, ROWS = D == 64 ? 128 : 64;
     // Whether dP has registers of its own while S becomes P.
     static constexpr bool EARLY_DP = ROWS == 64;
     static constexpr int BOXES = D / BOX_COLUMNS, ROW_BOXES = ROWS / BOX_COLUMNS;
@@ -93,6 +93,27 @@ struct Buffers {
     float* statistics;
 };
 
+__device__ inline void init(Barriers& barriers) {
+    constexpr int CONSUMER_WARPS = GROUPS * WARPS;
+    barrier_init(&barriers.kv_full, 1);
+    for (int i = 0; i < STAGES; ++i) {
+        barrier_init(&barriers.q_full[i], 1);
+        barrier_init(&barriers.dout_full[i], 1);
+        barrier_init(&barriers.q_empty[i], CONSUMER_WARPS);
+        barrier_init(&barriers.dout_empty[i], CONSUMER_WARPS);
+    }
+    barriers_ready();
+}
+
+// The swizzle counts from multiples of 1,024 bytes.
+template <class Sh>
+__device__ Buffers buffers_of(uint8_t* shared, float* statistics) {
+    uint8_t* const K = shared + (1024 - shared_address(shared) % 1024) % 1024;
+    uint8_t *const V = K + Sh::KEY_BYTES, *const Q = V + Sh::KEY_BYTES;
+    uint8_t *const dO = Q + STAGES * Sh::ROW_TILE_BYTES;
+    return {K, V, Q, dO, dO + STAGES * Sh::ROW_TILE_BYTES, statistics};
+}
+
 // What a block works on: KEYS keys from `key` on of one kv head, and the tiles of queries that see any of them.
 struct Block {
     Sequence sequence;
@@ -105,10 +126,10 @@ template <class Sh>
 __device__ Block block_of(const Arguments& a) {
     const bool in_step = Sh::IN_TURN && a.ahead == 0;  // blocks of one head would wait for one another at the diagonal
     const Work work = in_step ? work_across_heads(blockIdx.x, a.batch, a.kv_heads)
-                              : work_of(blockIdx.x, a.kv_heads, int((a.keys + KEYS - 1) / KEYS), false);
+                              : work_of(blockIdx.x, a.kv_heads, int((a.keys + Sh::KEYS - 1) / Sh::KEYS), false);
     const Sequence sequence = sequence_of(a, work.b);
     const Sight sight = sight_of(a, sequence);
-    const int key = work.tile * KEYS, last_key = min(key + KEYS, sequence.S) - 1;
+    const int key = work.tile * Sh::KEYS, last_key = min(key + Sh::KEYS, sequence.S) - 1;
     const int first = sight.first_query(key), last = min(sequence.T, sight.last_query(last_key));
     return {sequence, sight, work.b, work.h, key, first / Sh::ROWS, first < last ? (last + Sh::ROWS - 1) / Sh::ROWS : 0};
 }
@@ -124,8 +145,8 @@ template <class Sh>
 __device__ void produce(const Maps& maps, const Arguments& a, const Block& block, Buffers buffers, Barriers& barriers) {
     const int batch = int(block.sequence.b), key_row = int(block.sequence.k_begin) + block.key;
     arrive_and_expect(&barriers.kv_full, 2 * Sh::KEY_BYTES);
-    load_tile<Sh, KEYS>(buffers.K, &maps.k, &barriers.kv_full, key_row, int(block.kv), batch);
-    load_tile<Sh, KEYS>(buffers.V, &maps.v, &barriers.kv_full, key_row, int(block.kv), batch);
+    load_tile<Sh, Sh::KEYS>(buffers.K, &maps.k, &barriers.kv_full, key_row, int(block.kv), batch);
+    load_tile<Sh, Sh::KEYS>(buffers.V, &maps.v, &barriers.kv_full, key_row, int(block.kv), batch);
     Ring<STAGES> ring;
     const int group = int(a.heads / a.kv_heads);
     for (int head = int(block.kv) * group; head < (int(block.kv) + 1) * group; ++head)
@@ -149,7 +170,7 @@ template <class Half, class Sh>
 __device__ void issue_transposed(float (&C)[Sh::ROWS / 8][4], uint32_t A, uint32_t B) {
 #pragma unroll
     for (int k = 0; k < Sh::D / 16; ++k)
-        multiply_shared<Half, false, false>(C, k_major(A + k / 4 * KEYS * ROW_BYTES + k % 4 * 32),
+        multiply_shared<Half, false, false>(C, k_major(A + k / 4 * Sh::KEYS * ROW_BYTES + k % 4 * 32),
                                             k_major(B + k / 4 * Sh::ROWS * ROW_BYTES + k % 4 * 32), k > 0);
     commit_products();
 }
@@ -164,10 +185,10 @@ __device__ void issue_gradient(float (&C)[Sh::D / 8][4], const uint32_t (&A)[Sh:
 }
 
 // One part of dQ (64 queries x 64 columns) = dS K over all KEYS keys: dS is stored with a key a row, as K is.
-template <class Half>
+template <class Half, class Sh>
 __device__ void issue_dq(float (&dQ)[PART / 8][4], uint32_t dS, uint32_t K) {
 #pragma unroll
-    for (int k = 0; k < KEYS / 16; ++k)
+    for (int k = 0; k < Sh::KEYS / 16; ++k)
         multiply_shared<Half, true, true>(dQ, n_major(dS + k * 16 * ROW_BYTES, 0), n_major(K + k * 16 * ROW_BYTES, 0),
                                           k > 0);
     commit_products();
@@ -261,7 +282,7 @@ struct Consumer {
 #pragma unroll
         for (int k = 0; k < Sh::ROWS / 16; ++k) {
             const int chunk = 2 * (k % 4) + lane / 16;
-            stmatrix(dS + k / 4 * KEYS * ROW_BYTES + row * ROW_BYTES + (chunk ^ row % 8) * 16, words[k]);
+            stmatrix(dS + k / 4 * Sh::KEYS * ROW_BYTES + row * ROW_BYTES + (chunk ^ row % 8) * 16, words[k]);
         }
     }
 
@@ -285,7 +306,7 @@ struct Consumer {
     __device__ int32_t* turn_of(int64_t tile) const { return a.turn + tile * GROUPS + group; }
 
     __device__ void wait_turn(int64_t tile, int top, int seen) const {
-        const int order = block.key / KEYS - block.sight.first(top) / KEYS;
+        const int order = block.key / Sh::KEYS - block.sight.first(top) / Sh::KEYS;
         if (threadIdx.x % WARPGROUP == 0)
             while (seen != order) seen = atomicAdd(turn_of(tile), 0);
         meet(2 + group, WARPGROUP);
@@ -306,8 +327,8 @@ struct Consumer {
         const int64_t heads = a.heads / a.kv_heads;
         int64_t last = -1;  // the tile whose turn is to be handed on
         wait(&barriers.kv_full, 0);
-        if (Sh::PACKED && block.key + KEYS > block.sight.S)
-            clear_neighbours(buffers.K, buffers.V, KEYS, block.sight.S - block.key);
+        if (Sh::PACKED && block.key + Sh::KEYS > block.sight.S)
+            clear_neighbours(buffers.K, buffers.V, Sh::KEYS, block.sight.S - block.key);
         for (int64_t head = block.kv * heads; head < (block.kv + 1) * heads; ++head)
             for (int tile = block.first_tile; tile < block.last_tile; ++tile, ring.next()) {
                 const int s = ring.stage, top = tile * Sh::ROWS;
@@ -354,8 +375,8 @@ struct Consumer {
 
                 float dQ[PART / 8][4];
                 products_begin();
-                issue_dq<Half>(dQ, dS + (Sh::ROW_BOXES > 1 ? group : 0) * KEYS * ROW_BYTES,
-                               K + (Sh::BOXES > 1 ? group : 0) * KEYS * ROW_BYTES);
+                issue_dq<Half, Sh>(dQ, dS + (Sh::ROW_BOXES > 1 ? group : 0) * Sh::KEYS * ROW_BYTES,
+                               K + (Sh::BOXES > 1 ? group : 0) * Sh::KEYS * ROW_BYTES);
                 wait_products<1>();
                 pin(dV);
                 pin(dK);
@@ -390,22 +411,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     __shared__ __align__(128) float statistics[STAGES * Sh::STATISTICS];
     const Block block = block_of<Sh>(a);
     if (block.key >= block.sequence.S) return;
-    uint8_t* const K = shared + (1024 - shared_address(shared) % 1024) % 1024;  // the swizzle counts from 1,024 bytes
-    uint8_t *const V = K + Sh::KEY_BYTES, *const Q = V + Sh::KEY_BYTES;
-    uint8_t *const dO = Q + STAGES * Sh::ROW_TILE_BYTES, *const dS = dO + STAGES * Sh::ROW_TILE_BYTES;
-    const Buffers buffers{K, V, Q, dO, dS, statistics};
-
-    if (threadIdx.x == 0) {
-        constexpr int CONSUMER_WARPS = GROUPS * WARPS;
-        barrier_init(&barriers.kv_full, 1);
-        for (int i = 0; i < STAGES; ++i) {
-            barrier_init(&barriers.q_full[i], 1);
-            barrier_init(&barriers.dout_full[i], 1);
-            barrier_init(&barriers.q_empty[i], CONSUMER_WARPS);
-            barrier_init(&barriers.dout_empty[i], CONSUMER_WARPS);
-        }
-        barriers_ready();
-    }
+    const Buffers buffers = buffers_of<Sh>(shared, statistics);
+    if (threadIdx.x == 0) init(barriers);
     __syncthreads();
 
     if (threadIdx.x >= GROUPS * WARPGROUP) {
@@ -453,8 +460,8 @@ const char* make_maps(Maps& maps, const Arguments& a) {
     };
     if (const char* error = make(maps.q, a.q, a.heads, a.total_q, a.head_dim, Sh::ROWS)) return error;
     if (const char* error = make(maps.dout, a.dout, a.heads, a.total_q, a.value_dim, Sh::ROWS)) return error;
-    if (const char* error = make(maps.k, a.k, a.kv_heads, a.total_k, a.head_dim, KEYS)) return error;
-    if (const char* error = make(maps.v, a.v, a.kv_heads, a.total_k, a.value_dim, KEYS)) return error;
+    if (const char* error = make(maps.k, a.k, a.kv_heads, a.total_k, a.head_dim, Sh::KEYS)) return error;
+    if (const char* error = make(maps.v, a.v, a.kv_heads, a.total_k, a.value_dim, Sh::KEYS)) return error;
     return make_line_map(&maps.statistics, a.delta, a.heads * tiles_in_all<Sh>(a), Sh::STATISTICS);
 }
 
@@ -463,7 +470,7 @@ const char* run_backward(const Arguments& a, void* stream) {
     Maps maps;
     if (const char* error = make_maps<Sh>(maps, a)) return error;
     const int64_t row_tiles = a.batch * a.heads * ((a.queries + Sh::ROWS - 1) / Sh::ROWS);
-    const int64_t key_tiles = a.batch * a.kv_heads * ((a.keys + KEYS - 1) / KEYS);
+    const int64_t key_tiles = a.batch * a.kv_heads * ((a.keys + Sh::KEYS - 1) / Sh::KEYS);
     if (const char* error = launch(prepare_kernel<Half, Sh>, row_tiles, PREPARE_THREADS, 0, stream, a)) return error;
     if (const char* error = launch(backward_kernel<Half, Sh>, key_tiles, THREADS, Sh::SHARED_BYTES, stream, maps, a))
         return error;

@@ -20,6 +20,7 @@ from tformer_lib.ladder import (
     refusal_of_hopper,
     refusal_of_place,
     refusal_of_tensor_cores,
+    refusal_of_untried,
 )
 
 MOST_HEAD_DIM = 256
@@ -36,7 +37,7 @@ GRADIENTS = {
     "1": ("backward_tiled", "0"),
     "2": ("backward_tiled", "0"),
     "3": ("backward_tensor_core", "0"),
-    "4": ("backward", "backward_tensor_core", "backward_tiled", "0"),
+    "4": ("backward", "backward_wide", "backward_tensor_core", "backward_tiled", "0"),
 }
 GRADIENTS |= {rung: GRADIENTS[step] for step, rungs in RUNGS.items() for rung in rungs}
 
@@ -78,11 +79,16 @@ def refusal_of_form(step: str, q: Tensor, v: Tensor, options: Options) -> str | 
     """Why a CUDA step cannot do what goes beyond plain scores and one head_dim."""
     if step in FORMS:
         return None
+    if step == "backward_wide":
+        if reason := refusal_of_untried():
+            return reason
+        if options.deterministic:
+            return "the order of its additions to dq changes from run to run"
     if options.softcap:
         return "it does not cap scores (softcap)"
     if options.alibi_slopes is not None:
         return "it adds no bias to scores (alibi_slopes)"
-    if v.shape[-1] != q.shape[-1]:
+    if v.shape[-1] != q.shape[-1] and step != "backward_wide":
         return f"it takes values of head_dim {q.shape[-1]} alone, got {v.shape[-1]}"
     return None
 
@@ -95,10 +101,12 @@ def refusal_of_16_bits(step: str, q: Tensor, v: Tensor) -> str | None:
     for name, width in (("head_dim", q.shape[-1]), ("value_dim", v.shape[-1])):
         if width % 8:
             return f"16-byte loads need a {name} that is a multiple of 8, got {width}"
-    if (step[0] == "4" or step == "backward") and (reason := refusal_of_hopper(q.device)):
+    if (step[0] == "4" or step in ("backward", "backward_wide")) and (reason := refusal_of_hopper(q.device)):
         return reason
     if step == "backward" and widest > 128:
         return f"a head_dim over 128 does not fit the registers of backward.cu, got {widest}"
+    if step == "backward_wide" and widest <= 128:
+        return f"it is made for a head_dim over 128, got {widest}"
     return None
 
 
