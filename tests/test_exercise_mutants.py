@@ -83,6 +83,15 @@ EQUAL = {
     "flash_math.tiles": {
         "S - T if shift is None else shift -> S - T": "an option of these answers",
     },
+    "generation.draw": {
+        "line 2: 1 -> 0": "of one dimension, -1 is 0",
+    },
+    "generation.temperature": {
+        "line 4: 1 -> 0": "of one dimension, -1 is 0",
+    },
+    "generation.top_p": {
+        "line 3: 1 -> 0": "of one dimension, -1 is 0",
+    },
     "grouped_query_attention.absorb": {
         "-2 -> 2": "of four dimensions, -2 is 2",
     },
