@@ -12,6 +12,7 @@ import functools
 import http.server
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -244,6 +245,71 @@ def test_the_lookup_computes_the_numbers_of_the_page(browser, address, values, s
     browser.open(f"{address}notebooks/02-attention.html")
     browser.evaluate(f"({DRAWN})(10000)")
     assert says in browser.evaluate(f"{LOOKUP}('{values}', {story}, {log})")
+
+
+SAMPLER = """
+((place, settings) => {
+  const menu = document.querySelector('.tf-widget select');
+  menu.value = place;
+  menu.dispatchEvent(new Event('change'));
+  const sliders = document.querySelectorAll('.tf-widget input[type=range]');
+  settings.forEach((value, i) => {
+    sliders[i].value = value;
+    sliders[i].dispatchEvent(new Event('input'));
+  });
+  return document.querySelector('.tf-readout').textContent;
+})
+"""
+"""Set the place and the four sliders of the sampler of chapter 7; what its readout then says."""
+
+
+@pytest.mark.parametrize(
+    ("place", "settings", "says"),
+    [
+        (
+            0,
+            [10, 0, 0, 0],
+            "1,024 of 1,024 tokens can be drawn. The likeliest is “little” with 0.372. The entropy is 1.64",
+        ),
+        (0, [20, 0, 2, 0], "100 of 1,024 tokens"),  # temperature 2, top-p 0.90
+        (0, [20, 0, 0, 2], "6 of 1,024 tokens"),  # temperature 2, min-p 0.10
+        (3, [10, 4, 0, 0], "5 of 1,024 tokens can be drawn. The likeliest is “Lily” with 1.000"),
+    ],
+)
+def test_the_sampler_computes_the_numbers_of_the_page(browser, address, place, settings, says):
+    browser.resize(DESKTOP, 900)
+    browser.open(f"{address}notebooks/07-generation.html")
+    browser.evaluate(f"({DRAWN})(10000)")
+    assert says in browser.evaluate(f"{SAMPLER}({place}, {settings})")
+
+
+def test_the_sampler_s_bars_can_be_dragged_and_drawn_from(browser, address):
+    browser.resize(DESKTOP, 900)
+    browser.open(f"{address}notebooks/07-generation.html")
+    browser.evaluate(f"({DRAWN})(10000)")
+    dragged = """
+    (() => {
+      const bar = () => document.querySelector('.tf-widget [role=slider]');
+      const start = bar().getBoundingClientRect();
+      const at = (type, target, dx) => target.dispatchEvent(new PointerEvent(type, { clientX: start.x + dx, bubbles: true }));
+      at('pointerdown', bar(), 0);
+      at('pointermove', window, 60);
+      at('pointerup', window, 60);
+      const moved = Number(bar().getAttribute('aria-valuenow'));
+      bar().dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowLeft', bubbles: true }));
+      return [moved, Number(bar().getAttribute('aria-valuenow'))];
+    })()
+    """
+    moved, then = browser.evaluate(dragged)
+    assert moved > 0.4, "it was 0.372"
+    assert then == pytest.approx(moved - 0.01, abs=0.002)
+    drawn = """
+    (() => {
+      document.querySelectorAll('.tf-widget .tf-button')[1].click();
+      return document.querySelectorAll('.tf-readout')[1].textContent;
+    })()
+    """
+    assert re.search(r"“little” came \d+ times in 1,000 draws; expected are \d+", browser.evaluate(drawn))
 
 
 def test_print_shows_what_was_folded_and_in_the_light_theme(browser, address):

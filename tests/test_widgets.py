@@ -7,7 +7,7 @@ from tformer_lib import pretrained
 from tformer_lib.attention import attend
 from tformer_lib.kv_cache import CacheShape
 from tformer_lib.teaching import STORY
-from tformer_lib.teaching.widgets import attention, grouped_query_attention, training
+from tformer_lib.teaching.widgets import attention, generation, grouped_query_attention, training
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
 
 
@@ -83,3 +83,15 @@ def test_lookup_refuses_what_does_not_fit():
         attention.lookup({"one": ("abc", torch.zeros(4, 5))}, W, W, W)
     with pytest.raises(ValueError, match="W_k takes vectors of 6 numbers"):
         attention.lookup({"one": ("abc", torch.zeros(3, 5))}, W, torch.zeros(6, 2), W)
+
+
+def test_the_sampler_hands_the_page_the_model_s_distribution():
+    model, encoding = pretrained.load()
+    (place,) = generation.sampler(model, encoding, {"said": STORY.removesuffix(" Lily.")}).data["places"]
+    tokens = [encoding.eot_token, *encoding.encode_ordinary(STORY.removesuffix(" Lily."))]
+    with torch.no_grad():
+        p = model(torch.tensor([tokens]))[0, -1].softmax(-1)
+    said = (torch.tensor(place["logs"]) / 100).exp()
+    torch.testing.assert_close(said, p.sort(descending=True).values, atol=0.006, rtol=0.01)
+    assert place["words"][0] == " Lily"
+    assert len(place["words"]) == generation.SHOWN

@@ -140,7 +140,7 @@ function bars(place, before, after, { drawn, axis }, shown, set, kit) {
   now.forEach((p, i) => {
     const y = TOP + ROW * i;
     const other = i === shown;
-    const name = other ? `${before.length - shown} others` : dotted(place.words[i]);
+    const name = other ? `${(before.length - shown).toLocaleString("en")} others` : dotted(place.words[i]);
     const cut = p === 0;
     parts.push(
       kit.svg("text", { x: LEFT - 8, y: y + 15, "font-size": 13.5, "text-anchor": "end", "text-decoration": cut ? "line-through" : false, style: other ? "fill:var(--tf-muted)" : "" }, name),
@@ -158,7 +158,9 @@ function bars(place, before, after, { drawn, axis }, shown, set, kit) {
     }
     if (!other) parts.push(handle(i, name, model[i], end, y, set, kit));
   });
-  return kit.picture(WIDTH, TOP + ROW * now.length + 6, `Probabilities of the ${shown} likeliest tokens and of all others: the model's, and those that the token is drawn with`, parts);
+  const picture = kit.picture(WIDTH, TOP + ROW * now.length + 6, `Probabilities of the ${shown} likeliest tokens and of all others: the model's, and those that the token is drawn with`, parts);
+  picture.setAttribute("role", "group"); // it holds sliders, which an image may not
+  return picture;
 }
 
 // The end of a bar, which is dragged with the pointer or moved with the arrow keys.
