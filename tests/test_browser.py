@@ -291,7 +291,8 @@ def test_the_sampler_s_bars_can_be_dragged_and_drawn_from(browser, address):
     (() => {
       const bar = () => document.querySelector('.tf-widget [role=slider]');
       const start = bar().getBoundingClientRect();
-      const at = (type, target, dx) => target.dispatchEvent(new PointerEvent(type, { clientX: start.x + dx, bubbles: true }));
+      const event = (type, dx) => new PointerEvent(type, { clientX: start.x + dx, bubbles: true });
+      const at = (type, target, dx) => target.dispatchEvent(event(type, dx));
       at('pointerdown', bar(), 0);
       at('pointermove', window, 60);
       at('pointerup', window, 60);
