@@ -63,8 +63,8 @@ class Shape:
 
 SHAPES = {
     "cuda": {
-        "Mixtral 8x7B": Shape(4096, 14336, 8, 2, (1, 4, 16, 64, 256, 1024, 4096)),
-        "Qwen3-30B-A3B": Shape(2048, 768, 128, 8, (1, 4, 16, 64, 256, 1024, 4096)),
+        "Mixtral 8x7B": Shape(4096, 14336, 8, 2, (1, 4, 16, 64, 512, 4096)),
+        "Qwen3-30B-A3B": Shape(2048, 768, 128, 8, (1, 4, 16, 64, 512, 4096)),
     },
     "cpu": {"width 192, 16 experts of 192": Shape(192, 192, 16, 2, (1, 16, 256, 2048))},
 }
@@ -108,6 +108,7 @@ def measure_layers(asked: MixtureOptions) -> None:
         for tokens in shape.tokens:
             measure_forward(report, name, shape, layer, dense, tokens, rates)
         measure_gradients(report, name, shape, layer, dense, shape.tokens[-1], rates)
+        report.save()
     report.finish()
 
 
@@ -150,7 +151,7 @@ def measure_forward(
         read = sum(chosen) / len(chosen)
         for who, fn in contestants(layer, dense).items():
             ahead = weight.is_cuda and who in ("grouped", "dense, the same work")  # the others wait for the GPU
-            timing = measure(fn, inputs, device=weight.device, seconds=0.15, warmup=0.05, ahead=ahead)
+            timing = measure(fn, inputs, device=weight.device, seconds=0.1, warmup=0.02, ahead=ahead)
             experts = shape.per_token if fn is dense else read
             report.add(
                 timing=timing,
@@ -177,7 +178,7 @@ def measure_gradients(
             for parameter in (x, *layer.parameters(), *dense.parameters()):
                 parameter.grad = None
 
-        timing = measure(step, inputs, device=weight.device, seconds=0.3, warmup=0.05)
+        timing = measure(step, inputs, device=weight.device, seconds=0.15, warmup=0.02)
         flops = 3 * 2 * 3 * shape.width * shape.inner * shape.per_token * tokens
         case = f"{name}, {tokens:,} tokens, forward and backward"
         report.add(timing=timing, case=case, contestant=who, flops=flops, limit=rates["flops"], tokens=tokens)

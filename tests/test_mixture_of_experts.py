@@ -822,10 +822,8 @@ def test_gpu_forms_equal_the_loop_in_float64(dtype, tokens, count, k, width, inn
 
 
 @needs_gpu
-def test_gpu_layer_is_captured_in_a_graph_and_compiles_whole():
-    torch.manual_seed(0)
-    config = replace(model_config(count=16, per_token=2, shared_width=64), width=64, feed_forward_width=96)
-    layer = make_feed_forward(config).cuda().to(torch.bfloat16).eval()
+def test_gpu_layer_is_captured_in_a_graph():
+    layer = gpu_layer()
     x = torch.randn(5, 64, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         layer(x)  # what PyTorch sets up on a first call is no part of a graph
@@ -835,8 +833,21 @@ def test_gpu_layer_is_captured_in_a_graph_and_compiles_whole():
         x.copy_(torch.randn_like(x))
         graph.replay()
         torch.testing.assert_close(out, layer(x))
-        compiled = torch.compile(layer, fullgraph=True)
+
+
+@needs_gpu
+def test_gpu_layer_compiles_whole():
+    layer, compiled = gpu_layer(), torch.compile(gpu_layer(), fullgraph=True)
+    x = torch.randn(5, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
         torch.testing.assert_close(compiled(x), layer(x), atol=2e-2, rtol=2e-2)
+
+
+def gpu_layer() -> MixtureOfExperts:
+    """16 experts and a shared one, in bfloat16; the same on every call."""
+    torch.manual_seed(0)
+    config = replace(model_config(count=16, per_token=2, shared_width=64), width=64, feed_forward_width=96)
+    return make_feed_forward(config).cuda().to(torch.bfloat16).eval()
 
 
 @needs_gpu
