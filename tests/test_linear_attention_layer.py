@@ -104,40 +104,59 @@ def test_the_layer_in_less_precision(dtype):
     assert (found.double() - truth).norm() / truth.norm() < 4 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5"])
-def test_the_layers_of_published_models_give_the_same(family):
-    """transformers' layer with random weights, in one pass, and in a prompt followed by tokens from its state."""
-    from transformers import DynamicCache, Qwen3_5TextConfig, Qwen3NextConfig
-
-    sizes = {
-        "hidden_size": WIDTH,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 12,
-        "linear_conv_kernel_dim": 4,
-        "num_hidden_layers": 1,
-        "layer_types": ["linear_attention"],
-    }
+def published(family):
+    """(transformers' layer with random weights, its config, our layer) of a family."""
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+    sizes = {"hidden_size": WIDTH, "linear_conv_kernel_dim": 4, "num_hidden_layers": 1}
+    sizes |= {"layer_types": ["linear_attention"]}
     if family == "qwen3_next":
+        from transformers import Qwen3NextConfig as Config
         from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet as Theirs
 
-        config = Qwen3NextConfig(**sizes)
-    else:
+        sizes |= heads | {"linear_value_head_dim": 12}
+    elif family == "qwen3_5":
+        from transformers import Qwen3_5TextConfig as Config
         from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet as Theirs
 
-        config = Qwen3_5TextConfig(**sizes)
+        sizes |= heads | {"linear_value_head_dim": 12}
+    else:
+        from transformers import KimiLinearConfig as Config
+        from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention as Theirs
+
+        sizes |= {"linear_num_heads": 2, "linear_head_dim": 8}
+    config = Config(**sizes)
     torch.manual_seed(1)
     theirs = Theirs(config, 0)
     for weight in theirs.parameters():
         nn.init.normal_(weight, std=0.5)
-    ours = make(torch.float32, norm_epsilon=config.rms_norm_eps)
+    if family == "kimi_linear":
+        ours = la.KimiDeltaLayer(WIDTH, heads=2, head_dim=8, norm_epsilon=config.rms_norm_eps)
+    else:
+        ours = make(torch.float32, norm_epsilon=config.rms_norm_eps)
     ours.load_state_dict(la.weights_from_checkpoint(ours, theirs.state_dict()))
+    return theirs, config, ours
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5", "kimi_linear"])
+def test_the_layers_of_published_models_give_the_same(family):
+    """In one pass, and in a prompt followed by tokens from its state."""
+    from transformers import DynamicCache
+
+    theirs, config, ours = published(family)
     x, cache, state = torch.randn(2, 75, WIDTH), DynamicCache(config=config), la.LayerState()
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x), atol=1e-4, rtol=1e-4)
         for part in x.split([70, 1, 1, 3], 1):
             torch.testing.assert_close(ours(part, state=state), theirs(part, cache), atol=1e-4, rtol=1e-4)
+
+
+def test_a_layer_with_a_decay_a_feature_streams_and_hides_padding():
+    torch.manual_seed(0)
+    layer, state = la.KimiDeltaLayer(WIDTH, heads=2, head_dim=8).double(), la.LayerState()
+    x, mask = torch.randn(2, 40, WIDTH, dtype=torch.float64), torch.ones(2, 40, dtype=torch.bool)
+    mask[0, :13] = False
+    outs = [layer(part, state=state, mask=seen) for part, seen in zip(x.split(20, 1), mask.split(20, 1), strict=True)]
+    torch.testing.assert_close(torch.cat(outs, 1)[0, 13:], layer(x[:1, 13:])[0], atol=1e-12, rtol=1e-10)
 
 
 def test_weights_of_another_layer_are_refused():

@@ -44,7 +44,12 @@ from tformer_lib.linear_attention.feature_maps import (
     taylor,
 )
 from tformer_lib.linear_attention.forms import attend, delta_attend, gated_attend
-from tformer_lib.linear_attention.layer import GatedDeltaLayer, LayerState, weights_from_checkpoint
+from tformer_lib.linear_attention.layer import (
+    GatedDeltaLayer,
+    KimiDeltaLayer,
+    LayerState,
+    weights_from_checkpoint,
+)
 from tformer_lib.linear_attention.shared import CHUNK
 from tformer_lib.linear_attention.states import GatedState, LinearState
 from tformer_lib.linear_attention.sums import (
@@ -61,6 +66,7 @@ __all__ = [
     "FeatureMap",
     "GatedDeltaLayer",
     "GatedState",
+    "KimiDeltaLayer",
     "LayerState",
     "LinearState",
     "RandomFeatures",

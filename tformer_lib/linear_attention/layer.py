@@ -1,4 +1,4 @@
-"""The gated delta rule as a layer, in the place of self-attention: the form of Qwen3-Next and Qwen3.5.
+"""The gated delta rule as a layer, in the place of self-attention: the forms of Qwen3-Next, Qwen3.5 and Kimi Linear.
 
     q, k, v = SiLU(convolution(W x))          a short causal convolution of each channel: a token and the few before it
     q, k    = q / |q|, k / |k|                so that β k kᵀ never grows the state
@@ -10,7 +10,10 @@
 There is no rotation and no mask of the future: the convolution and the decay know the order, and a state holds only
 what came before. Between two calls the layer keeps a :class:`LayerState`, whose size does not depend on the text.
 
-Sources: Yang, Kautz and Hatamizadeh 2025, "Gated Delta Networks"; the release of Qwen3-Next (2025).
+Kimi Linear has a decay for each feature of a key, so g is a vector; its output gate is a sigmoid (``KimiDeltaLayer``).
+
+Sources: Yang, Kautz and Hatamizadeh 2025, "Gated Delta Networks"; the release of Qwen3-Next (2025); Kimi Team 2025,
+"Kimi Linear".
 """
 
 import math
@@ -41,6 +44,8 @@ class GatedDeltaLayer(nn.Module):
     Raises:
         ValueError: a size is below 1, or the heads do not divide.
     """
+
+    gate_activation = staticmethod(F.silu)
 
     def __init__(
         self,
@@ -95,15 +100,14 @@ class GatedDeltaLayer(nn.Module):
             return torch.zeros_like(x)
         x = x if mask is None else x.masked_fill(~mask[..., None], 0.0)
         q, k, v = self.convolve(self.qkv_proj(x), state)  # (batch, heads, T, head_dim or value_dim)
-        beta, log_decay = self.beta_proj(x).sigmoid(), self.log_decay(x)  # (batch, T, value_heads)
+        beta, log_decay = self.beta_proj(x).sigmoid().unsqueeze(3), self.log_decay(x)  # (batch, T, value_heads, 1 or d)
         if mask is not None:
-            beta, log_decay = (number.masked_fill(~mask[..., None], 0.0) for number in (beta, log_decay))
-        by_head = lambda number: number.transpose(1, 2).unsqueeze(3)  # noqa: E731
+            beta, log_decay = (number.masked_fill(~mask[..., None, None], 0.0) for number in (beta, log_decay))
         out, last = delta_attend(
             *(unit(y).repeat_interleave(self.value_heads // self.key_heads, 1) for y in (q, k)),
             v,
-            beta=by_head(beta),
-            log_decay=by_head(log_decay),
+            beta=beta.transpose(1, 2),
+            log_decay=log_decay.transpose(1, 2),
             initial_state=None if state is None else state.memory,
             return_state=True,
         )
@@ -127,16 +131,17 @@ class GatedDeltaLayer(nn.Module):
         return tuple(y.unflatten(2, (-1, dim)).transpose(1, 2) for y, dim in self._with_dims(q, k, v))
 
     def log_decay(self, x: Tensor) -> Tensor:
-        """(batch, T, value_heads), at most 0, in float32 or float64."""
+        """(batch, T, value_heads, 1), at most 0, in float32 or float64; with a decay a feature (.., head_dim)."""
         a = self.decay_proj(x)
         dtype = sum_dtype(a)
-        return -self.log_rate.to(dtype).exp() * F.softplus(a.to(dtype) + self.decay_bias)
+        steps = F.softplus(a.to(dtype) + self.decay_bias).unflatten(2, (self.value_heads, -1))
+        return -self.log_rate.to(dtype).exp()[:, None] * steps
 
     def gated_norm(self, out: Tensor, gate: Tensor) -> Tensor:
-        """RMSNorm of each head's output in float32, times SiLU of the gate: (batch, T, value_heads, value_dim)."""
+        """RMSNorm of each head's output in float32, times its gate: (batch, T, value_heads, value_dim)."""
         wide = out.to(sum_dtype(out))
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.norm_epsilon)
-        return (self.norm * normed.to(out.dtype) * F.silu(gate.to(wide.dtype))).to(out.dtype)
+        return (self.norm * normed.to(out.dtype) * self.gate_activation(gate.to(wide.dtype))).to(out.dtype)
 
     def _with_dims(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, int], ...]:
         return (q, self.head_dim), (k, self.head_dim), (v, self.value_dim)
@@ -148,6 +153,28 @@ class GatedDeltaLayer(nn.Module):
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
             expected = f"(batch, T) = {tuple(x.shape[:2])} of torch.bool"
             raise ValueError(f"mask must be {expected}, got {tuple(mask.shape)} of {mask.dtype}")
+
+
+class KimiDeltaLayer(GatedDeltaLayer):
+    """The layer with a decay for each feature of a key: (batch, T, width) -> (batch, T, width).
+
+    Decays and gates come from x by way of ``head_dim`` numbers, so that their matrices stay small.
+
+    Args:
+        width, head_dim, kernel, norm_epsilon: as there.
+        heads: of queries, keys, values and states.
+    """
+
+    gate_activation = staticmethod(torch.sigmoid)
+
+    def __init__(self, width: int, *, heads: int, head_dim: int, kernel: int = 4, norm_epsilon: float = NORM_EPSILON):
+        sizes = {"key_heads": heads, "value_heads": heads, "head_dim": head_dim, "kernel": kernel}
+        super().__init__(width, **sizes, norm_epsilon=norm_epsilon)
+        narrow = lambda: nn.Sequential(  # noqa: E731
+            nn.Linear(width, head_dim, bias=False), nn.Linear(head_dim, heads * head_dim, bias=False)
+        )
+        self.gate_proj, self.decay_proj = narrow(), narrow()
+        self.decay_bias = nn.Parameter(first_decay_bias(heads * head_dim))
 
 
 class LayerState:
@@ -208,10 +235,22 @@ NAMES = {
     "in_proj_a.weight": "decay_proj.weight",
 }
 """Names of weights in checkpoints of Qwen3.5, and here."""
+KIMI_NAMES = {
+    "conv1d.weight": "convolution",
+    "forget_gate.A_log": "log_rate",
+    "forget_gate.dt_bias": "decay_bias",
+    "o_norm.weight": "norm",
+    "o_proj.weight": "out_proj.weight",
+    "in_proj_qkv.weight": "qkv_proj.weight",
+    "b_proj.weight": "beta_proj.weight",
+    **{f"g_{part}_proj.weight": f"gate_proj.{i}.weight" for i, part in enumerate("ab")},
+    **{f"forget_gate.f_{part}_proj.weight": f"decay_proj.{i}.weight" for i, part in enumerate("ab")},
+}
+"""The same for Kimi Linear, whose q, k and v are joined first."""
 
 
 def weights_from_checkpoint(layer: GatedDeltaLayer, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a ``linear_attn`` layer of Qwen3-Next or Qwen3.5 under the names of ``layer``.
+    """The weights of a linear layer of Qwen3-Next, Qwen3.5 or Kimi Linear under the names of ``layer``.
 
     Qwen3.5 has a matrix for each of q, k and v together, gate, step sizes and decays. Qwen3-Next has two: the rows of
     ``in_proj_qkvz`` are q, k, v and gate of the first key head and its value heads, then of the second, and so on;
@@ -234,6 +273,10 @@ def weights_from_checkpoint(layer: GatedDeltaLayer, weights: Mapping[str, Tensor
         weights["in_proj_qkv.weight"] = torch.cat([x.flatten(0, 1) for x in qkv])
         for name, x in (("z", z), ("b", b), ("a", a)):
             weights[f"in_proj_{name}.weight"] = x.flatten(0, 1)
-    if unknown := sorted(set(weights) - set(NAMES)):
+    names = KIMI_NAMES if isinstance(layer, KimiDeltaLayer) else NAMES
+    if names is KIMI_NAMES and "q_proj.weight" in weights:
+        weights["in_proj_qkv.weight"] = torch.cat([weights.pop(f"{name}_proj.weight") for name in "qkv"])
+    if unknown := sorted(set(weights) - set(names)):
         raise ValueError(f"these weights are not of a gated delta layer: {', '.join(unknown)}")
-    return {NAMES[name]: x.squeeze(1) if name == "conv1d.weight" else x for name, x in weights.items()}
+    shapes = {name: x.shape for name, x in layer.state_dict().items()}
+    return {names[name]: x.reshape(shapes[names[name]]) for name, x in weights.items()}
