@@ -188,6 +188,20 @@ def test_search_finds_a_word(browser, address):
     assert browser.messages == []
 
 
+def test_inline_code_keeps_the_space_before_a_token(browser, address):
+    browser.resize(DESKTOP, 900)
+    browser.open(f"{address}notebooks/00-ten-minutes.html")
+    widths = browser.evaluate(
+        """(() => {
+          const code = [...document.querySelectorAll('p code')].find((e) => e.textContent === ' Lily');
+          const before = code.getBoundingClientRect().width;
+          code.textContent = 'Lily';
+          return [before, code.getBoundingClientRect().width];
+        })()"""
+    )
+    assert widths[0] > widths[1] + 4
+
+
 def test_first_paint_does_not_wait_for_interactive_figures(browser, address, monkeypatch):
     monkeypatch.setattr(Server, "late", {"embed-amd.js": 1.5})
     browser.send("Network.setCacheDisabled", cacheDisabled=True)
