@@ -17,7 +17,8 @@ length as likely, and in the part "skewed" every order of magnitude as likely, w
 - transformers: the same shape, its own generate, one such batch, greedy, bfloat16, SDPA without cuDNN (which would
   prepare a plan for every new shape).
 
-The last two run in processes of their own. A batch's tokens count if they were asked for.
+The parts run in processes of their own, unless ``--no-apart`` says otherwise. A batch's tokens count if they were asked
+for.
 
 The part "latency" lets requests arrive while others are served, one by one at random (Poisson) or many at once
 (bursts), at rates below and above what the engine can bear. It asks how long each waits. TTFT is the time from a
@@ -78,7 +79,7 @@ BANDWIDTH = 4.3e12
 REQUESTS, SHORTEST, LONGEST = 256, 100, 1024
 ROWS_RESERVED = MEMORY // (FULL_LENGTH * 2 * 16 * 8 * 64 * 2)
 SECONDS = {"engine": 120, "skewed": 80, "transformers": 80, "contiguous": 80, "latency": 300, "stories": 60}
-SECONDS |= {"soak": 1500} | dict.fromkeys(("speculation", "float8", "deterministic"), 80)
+SECONDS |= {"soak": 1500} | dict.fromkeys(("timeline", "speculation", "float8", "deterministic"), 80)
 """How long each part may take."""
 
 
@@ -93,6 +94,8 @@ class ServingOptions(Options):
 
     parts: tuple[str, ...] = ()
     """Which parts to run; by default all that fit the device."""
+    apart: bool = True
+    """Whether each part runs in a process of its own; in one, they share what is compiled."""
     part: str | None = None
     """One part, in this process, its result written to the file --out: what the parts' own processes are asked."""
 
@@ -118,7 +121,7 @@ def run(args: ServingOptions) -> None:
         ["stories", "latency"] if args.device == "cpu" else [p for p in PARTS if p not in ("stories", "soak")]
     )
     for part in parts:
-        result = run_apart(part, args.device)
+        result = run_apart(part, args.device) if args.apart else PARTS[part](args.device)
         add_rows(report, result.pop("rows", []))
         report.note(**result)
         compare(report)
@@ -185,11 +188,11 @@ def weight_bytes(model: Decoder) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def make_engine(model: Decoder, *, seats: int, **options) -> Engine:
-    """An engine with 4 GiB of keys and values, warmed up."""
+def make_engine(model: Decoder, *, seats: int, memory: int = MEMORY, **options) -> Engine:
+    """An engine with so many bytes of keys and values, warmed up."""
     begin = time.perf_counter()
     settings = {"budget": 4096, "prefix_cache": False, "compile": True, "spare_blocks": 1.0, **options}
-    blocks = blocks_that_fit(model, MEMORY, kv_dtype=settings.get("kv_dtype", "auto"))
+    blocks = blocks_that_fit(model, memory, kv_dtype=settings.get("kv_dtype", "auto"))
     engine = Engine(model, blocks=blocks, seats=seats, **settings)
     for length in (700, 300, 700, 2000):  # compiles for any number of tokens, and lets libraries choose their kernels
         engine.add(list(range(length)), {"max_new_tokens": 4})
@@ -545,21 +548,21 @@ def latency_part(device: str) -> dict:
     """Every policy under every load, and the prefix cache where prompts share a beginning."""
     load, shared, budgets = stories_load(device) if device == "cpu" else llama_load(device)
     rows: list[dict] = []
-    policies = {f"{budget} tokens a step": {"budget": budget} for budget in budgets}
-    engine = load.engine(budget=budgets[1])
+    engines = {budget: load.engine(budget=budget) for budget in budgets}
+    engine = engines[budgets[1]]
     together = [drive(engine, load, [0.0] * len(load.prompts)) for _ in range(2)]
     capacity = max(len(waits) / max(wait.whole for wait in waits) for waits in together)
     idle = [
         drive(engine, Load([p], [n], load.engine), [0.0])[0] for p, n in zip(load.prompts[:8], load.new, strict=False)
     ]
     objective = Wait(TTFT_SLACK * median(w.first for w in idle), TPOT_SLACK * median(w.each for w in idle), math.inf)
-    for policy, options in policies.items():
-        engine = load.engine(**options)
-        for case, times in loads(len(load.prompts), capacity).items():
-            engine.forget()
-            rows.append(latency_row(case, policy, drive(engine, load, times), times, load, objective))
+    for case, times in loads(len(load.prompts), capacity).items():
+        for budget, each in engines.items():
+            each.forget()
+            waits = drive(each, load, times)
+            rows.append(latency_row(case, f"{budget} tokens a step", waits, times, load, objective))
     for policy, cache in (("no prefix cache", False), ("prefix cache", True)):
-        engine = load.engine(budget=budgets[1], prefix_cache=cache)
+        engine.scheduler.prefix_cache = cache
         times = arrivals(len(shared.prompts), capacity)
         rows.append(latency_row("a shared beginning", policy, drive(engine, shared, times), times, shared, objective))
     facts = {"ttft_objective_ms": round(1e3 * objective.first, 1), "tpot_objective_ms": round(1e3 * objective.each, 2)}
@@ -602,13 +605,76 @@ def stories_load(device: str) -> tuple[Load, Load, tuple[int, ...]]:
 
 
 def llama_load(device: str) -> tuple[Load, Load, tuple[int, ...]]:
-    """The 1B shape: the skewed requests, some with a shared beginning, and the budgets that are compared."""
-    model, pairs, random = llama(device), workload(skewed=True), Random(1)
-    engine = partial(make_engine, model, seats=256)
+    """The 1B shape: half of the skewed requests, some with a shared beginning, and the budgets that are compared."""
+    model, pairs, random = llama(device), workload(skewed=True)[: REQUESTS // 2], Random(1)
+    engine = partial(make_engine, model, seats=len(pairs))
     beginning = [random.randrange(LLAMA_1B.vocab_size) for _ in range(1024)]
     tails = [[random.randrange(LLAMA_1B.vocab_size) for _ in range(32)] for _ in pairs]
     shared = Load([beginning + tail for tail in tails], [64] * len(pairs), engine)
     return Load([p for p, _ in pairs], [new for _, new in pairs], engine), shared, (256, 1024, 8192)
+
+
+# a step taken apart
+
+
+KINDS = {
+    "attention": ("decode_kernel", "prefill_kernel"),
+    "matrix products": ("nvjet", "gemm", "splitk", "cutlass"),
+    "rotary embedding": ("rope", "sin_kernel", "cos_kernel"),
+    "writing keys and values": ("write_kernel",),
+    "norms": ("norm",),
+    "gate and residual": ("triton",),
+    "choosing tokens": ("argmax", "maxops", "maxnan", "reduce_kernel"),
+}
+"""Kernels by a part of their names, lower case; the first kind that fits counts."""
+
+
+def kind_of(name: str) -> str:
+    """What a kernel does."""
+    return next((kind for kind, parts in KINDS.items() if any(part in name.lower() for part in parts)), "the rest")
+
+
+def timeline_part(device: str) -> dict:
+    """A decode step of many rows, kernel by kernel, beside the bytes that each kind must move."""
+    model, rows, steps = llama(device), 160, 10
+    engine = make_engine(model, seats=rows, memory=8 * 2**30)
+    for i in range(rows):
+        engine.add([(7 * i + j) % LLAMA_1B.vocab_size for j in range(900)], {"max_new_tokens": 200})
+    while engine.scheduler.waiting or any(request.wanted != 1 for request in engine.scheduler.running):
+        engine.step()
+    engine.log.clear()
+    for _ in range(30):
+        engine.step()
+    log, times = list(engine.log), decode_times(list(engine.log))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            engine.step()
+        synchronize(torch.device(device))
+    spent: Counter[str] = Counter()
+    kernels: Counter[str] = Counter()
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spent[kind_of(event.name)] += event.device_time / 1e6 / steps
+            kernels[kind_of(event.name)] += 1
+    live = median(step.live_tokens for step in log)
+    moved = {"attention": live * CacheShape.of(model, 1).bytes_per_token, "matrix products": weight_bytes(model)}
+    moved["choosing tokens"] = rows * LLAMA_1B.vocab_size * 2
+    step = median(seconds for _, seconds in times)
+    bound = {"bytes": moved["attention"] + moved["matrix products"], "limit": BANDWIDTH}
+    made = [timeline_row("the whole step, unprofiled", step, len(times), **bound)]
+    for kind, seconds in spent.most_common():
+        bytes = moved.get(kind)
+        limits = (
+            {"unbounded": "its numbers stay in the L2 cache"} if bytes is None else {"bytes": bytes, "limit": BANDWIDTH}
+        )
+        made.append(timeline_row(kind, seconds, steps, kernels=round(kernels[kind] / steps, 1), **limits))
+    return {"rows": made, "timeline_rows": rows, "timeline_live_tokens": live}
+
+
+def timeline_row(what: str, seconds: float, calls: int, **extra) -> dict:
+    """A kind of kernel as a row."""
+    names = {"name": f"decode step of 160 rows: {what}", "case": "decode step of 160 rows", "contestant": what}
+    return {**names, "timing": (seconds, seconds, seconds, calls), "alone": "a part of one step", **extra}
 
 
 # speculation, float8 pools, texts without neighbours
@@ -779,6 +845,7 @@ PARTS: dict[str, Callable[[str], dict]] = {
     "transformers": transformers_part,
     "contiguous": contiguous_part,
     "latency": latency_part,
+    "timeline": timeline_part,
     "speculation": speculation_part,
     "float8": float8_part,
     "deterministic": deterministic_part,

@@ -24,6 +24,7 @@ from tformer_lib.serving import (
     LLM,
     Engine,
     Inputs,
+    JoinedFeedForward,
     JoinedProjections,
     Params,
     Scheduler,
@@ -33,6 +34,7 @@ from tformer_lib.serving import (
     overlap,
 )
 from tformer_lib.serving.command import main
+from tformer_lib.serving.runner import likeliest
 from tformer_lib.serving.turns import Turns
 from tformer_lib.tokens import characters
 from tformer_lib.transformer import Decoder, ModelConfig
@@ -281,9 +283,13 @@ def test_other_decoders_are_served_too(options):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_joined_projections_are_the_same_layer(bias):
-    plain, joined = make_model(bias=bias), make_model(bias=bias)
+    plain, joined = (make_model(bias=bias, feed_forward="swiglu") for _ in range(2))
     for block in joined.stack.blocks:
         block.attention.joined = JoinedProjections(block.attention)
+        JoinedFeedForward.join(block.feed_forward)
+    together = joined.stack.blocks[0].feed_forward
+    assert together.up.weight.data_ptr() == together.joined[0][len(together.joined[0]) // 2 :].data_ptr()
+    assert joined.state_dict().keys() == plain.state_dict().keys()
     attention = joined.stack.blocks[0].attention
     weights = attention.joined
     assert attention.k_proj.weight.data_ptr() == weights.weight[weights.sizes[0] :].data_ptr()
@@ -292,6 +298,16 @@ def test_joined_projections_are_the_same_layer(bias):
     for engine in engines:
         engine.run()
     assert [r.new_tokens for r in texts[0]] == [r.new_tokens for r in texts[1]]
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_the_likeliest_token_is_the_first_of_the_largest(device):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(5, (40, 96), generator=generator).float()  # many are equal
+    logits[3, 50], logits[4, 7], logits[5, :] = math.nan, math.inf, -math.inf
+    tokens, finite = likeliest(logits.to(device))
+    assert tokens.tolist() == logits.argmax(-1).tolist()
+    assert (~finite).nonzero().flatten().tolist() == [3, 4, 5]
 
 
 def test_models_whose_rows_depend_on_each_other_are_refused():

@@ -43,6 +43,7 @@ from tformer_lib.serving.request import LogProbabilities, Params, Piece, Request
 from tformer_lib.serving.runner import (
     SAMPLED,
     Inputs,
+    JoinedFeedForward,
     JoinedProjections,
     Launched,
     PackedLayer,
@@ -57,6 +58,7 @@ __all__ = [
     "DEFAULT_MEMORY",
     "Engine",
     "Inputs",
+    "JoinedFeedForward",
     "JoinedProjections",
     "LLM",
     "Launched",

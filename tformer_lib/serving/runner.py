@@ -31,7 +31,7 @@ from tformer_lib.paged_attention import (
 )
 from tformer_lib.serving.request import Request
 from tformer_lib.serving.scheduler import Row
-from tformer_lib.transformer import evaluating
+from tformer_lib.transformer import FeedForward, evaluating
 
 SAMPLED = -1
 """Stands in a step's input for a token that only the device knows yet: the one that this seat sampled last."""
@@ -292,7 +292,7 @@ class Runner:
         self.staging = deque(torch.zeros(room, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(depth))
         self.returned = deque(torch.zeros(lanes * seats, dtype=torch.int64, pin_memory=on_gpu) for _ in range(depth))
         self.buffer = torch.zeros(room, dtype=torch.uint8, device=self.device)
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by the number of lanes
+        self.graphs: dict[int, tuple] = {}  # by the number of lanes: a CUDA graph, its logits, and the likeliest tokens
         if compile:
             compile_blocks(model)
         self.parameters = [module._parameters for module in model.modules() if module._parameters]
@@ -313,14 +313,15 @@ class Runner:
         sampling = [row for row in rows if row.samples]
         requests = [row.request for row in sampling for _ in range(row.asks)]
         size = self._recorded_size(rows)
+        best: tuple[Tensor, ...] = ()
         if size is not None:
-            logits, seats = self._replay(size, rows, tables, len(requests))
+            logits, seats, *best = self._replay(size, rows, tables, len(requests))
         else:
             logits, seats = self._run(rows, tables, len(requests))
         if not requests:
             return Launched([], self.returned[0][:0], None)
         with profiling.range("sampling"):
-            tokens = self.choose(logits, requests, seats)
+            tokens = self.choose(logits, requests, seats, *best)
         self.last_tokens[seats] = tokens.clamp_min(0)  # a step ahead reads it before anybody has looked
         if not send_back:
             return Launched(sampling, tokens, None)
@@ -350,13 +351,15 @@ class Runner:
         logits = self._forward(inputs, starts=inputs.starts, max_queries=most, only=inputs.places)
         return logits, inputs.seats
 
-    def _replay(self, size: int, rows: list[Row], tables: np.ndarray, samples: int) -> tuple[Tensor, Tensor]:
-        """Tokens in lanes, padded to a recorded size: the same results as :meth:`_run`'s."""
+    def _replay(self, size: int, rows: list[Row], tables: np.ndarray, samples: int) -> tuple[Tensor, ...]:
+        """Tokens in lanes, padded to a recorded size: the same as :meth:`_run`, and what :func:`likeliest` finds."""
         inputs = self._upload(rows, tables, size, size, size, lanes=True)
-        graph, logits = self.graphs[size]
+        graph, *found = self.graphs[size]
         graph.replay()
         all_sample = samples == sum(row.count for row in rows)
-        return logits[:samples] if all_sample else logits[inputs.places[:samples]], inputs.seats[:samples]
+        places = slice(samples) if all_sample else inputs.places[:samples]
+        logits, *best = (x[places] for x in found)
+        return logits, inputs.seats[:samples], *best
 
     def _upload(self, rows: list[Row], tables: np.ndarray, *sizes: int, lanes: bool = False) -> Inputs:
         host = Inputs(self.staging[0], *sizes, self.max_blocks)
@@ -417,27 +420,28 @@ class Runner:
             inputs = self._upload([], np.zeros((1, self.max_blocks), np.int32), size, size, size)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self._forward(inputs)
+                likeliest(self._forward(inputs))
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
                 logits = self._forward(inputs)
+                best = likeliest(logits)
             graph.replay()  # the first replay of a graph takes longer
-            self.graphs[size], pool = (graph, logits), graph.pool()
+            self.graphs[size], pool = (graph, logits, *best), graph.pool()
         self.graphs = dict(sorted(self.graphs.items()))
 
     # choosing tokens
 
-    def choose(self, logits: Tensor, requests: list[Request], seats: Tensor) -> Tensor:
+    def choose(self, logits: Tensor, requests: list[Request], seats: Tensor, *best: Tensor) -> Tensor:
         """The next token of each row, (rows,) int64, by the rules of its own request; NONE where logits are not finite.
 
         Args:
             logits: (rows, vocab_size).
             requests: one a row; where it is the same in several rows, they are for the places one after another.
             seats: (rows,) int64, on the device.
+            best: what :func:`likeliest` has found in the logits, if it was asked already.
         """
-        tokens = logits.argmax(-1)
-        finite = logits.gather(1, tokens[:, None])[:, 0].isfinite()  # NaN counts as the largest
+        tokens, finite = best or likeliest(logits)
         groups: dict[tuple, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
             if not request.is_plain:  # a sum over the vocabulary may take another order where there are more rows
@@ -445,7 +449,7 @@ class Runner:
         for (rules, _), places in groups.items():
             index = torch.tensor(places).to(self.device, non_blocking=True)
             tokens[index] = self._sample(logits[index], rules, [requests[i] for i in places], seats[index])
-        return tokens.masked_fill_(~finite, NONE)
+        return tokens.masked_fill(~finite, NONE)
 
     def _sample(self, logits: Tensor, rules: Sampling, requests: list[Request], seats: Tensor) -> Tensor:
         if rules.repetition_penalty != 1:
@@ -494,12 +498,68 @@ def uniforms_of(requests: list[Request]) -> list[float]:
     return numbers
 
 
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of the largest logits of each row, and whether it is finite. NaN counts as the largest.
+
+    On a GPU the vocabulary is cut into parts: a kernel that reduces a row in one block is slow where rows are few.
+
+    Args:
+        logits: (rows, vocab_size).
+
+    Returns:
+        (rows,) int64 and (rows,) boolean.
+    """
+    rows, vocab_size = logits.shape
+    parts = PARTS if logits.is_cuda and vocab_size % PARTS == 0 else 1
+    most, places = logits.reshape(rows, parts, -1).max(-1)  # (rows, parts)
+    part = most.argmax(-1, keepdim=True)  # (rows, 1)
+    tokens = part * (vocab_size // parts) + places.gather(1, part)
+    return tokens[:, 0], most.gather(1, part)[:, 0].isfinite()
+
+
+MOST_VARIANTS = 64
+"""After so many, PyTorch gives up compiling a block and runs it as it stands."""
+
+PARTS = 32
+"""Parts of a vocabulary whose largest logits are found side by side."""
+
+
 def compile_blocks(model: nn.Module) -> None:
-    """Fuse the kernels of each block with ``torch.compile``, for any number of tokens; all blocks share the result."""
+    """Fuse the kernels of each block with ``torch.compile``, for any number of tokens; all blocks share the result.
+
+    Engines of other precision or with other rows are other variants of it, of which a process may have some.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
     for block in model.stack.blocks:
         if isinstance(block.attention, MultiHeadAttention) and block.attention.joined is None:
             block.attention.joined = JoinedProjections(block.attention)
+        if type(block.feed_forward) is FeedForward and block.feed_forward.gate is not None:
+            JoinedFeedForward.join(block.feed_forward)
         block.compile(dynamic=True)
+
+
+def join(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """One matrix (sum of out_features, in_features) and one bias for layers with one input; theirs are parts of it."""
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
+    for layer, part in zip(layers, weight.split([layer.out_features for layer in layers]), strict=True):
+        layer.weight.data = part
+    return weight, bias
+
+
+class JoinedFeedForward(FeedForward):
+    """A gated feed-forward layer whose gate and hidden values come out of one matrix product instead of two."""
+
+    @classmethod
+    def join(cls, layer: FeedForward) -> None:
+        """Let a layer become one: its two matrices move into one piece of memory, and keep their names."""
+        layer.joined = join((layer.gate, layer.up))  # (2 * feed_forward_width, width)
+        layer.__class__ = cls
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., width)."""
+        gate, hidden = F.linear(x, *self.joined).chunk(2, dim=-1)  # (..., feed_forward_width) each
+        return self.down(self.activation(gate) * hidden)
 
 
 class JoinedProjections:
@@ -515,11 +575,7 @@ class JoinedProjections:
     def __init__(self, attention: MultiHeadAttention):
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         self.sizes = [projection.out_features for projection in projections]
-        self.weight = torch.cat([projection.weight.detach() for projection in projections])  # (sum of sizes, width)
-        has_bias = attention.q_proj.bias is not None
-        self.bias = torch.cat([projection.bias.detach() for projection in projections]) if has_bias else None
-        for projection, part in zip(projections, self.weight.split(self.sizes), strict=True):
-            projection.weight.data = part
+        self.weight, self.bias = join(projections)  # (sum of sizes, width)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (1, total, width) -> queries, keys and values, (1, total, size) each."""
