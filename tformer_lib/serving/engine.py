@@ -107,24 +107,34 @@ class Engine:
     Steps run in evaluation mode, whatever mode the model is in. When its weights have changed, nothing is used any more
     that was computed with the old ones: running requests go on from their texts, which are read again.
 
+    Settings whose names differ from vLLM's have those in brackets.
+
     Args:
         model: a ``Decoder``.
         encoding: what prompts given as text, ``Request.text`` and stop strings are made with.
-        blocks: how many blocks of keys and values there are; if not given, as many as DEFAULT_MEMORY holds.
+        blocks: how many blocks of keys and values there are; if not given, as many as DEFAULT_MEMORY holds
+            (``num_gpu_blocks_override``).
         block_size: tokens in a block.
-        seats: the most requests that run at once.
-        budget: the most tokens that a step computes; a smaller one bounds how long those that write must wait for a
-            prompt to be read, a larger one reads prompts faster. At least one a seat.
-        max_context: the longest text, prompt and new tokens; the model's ``max_length`` if not given.
-        prefix_cache: whether blocks of earlier prompts are used again where a prompt begins as they did.
+        seats: the most requests that run at once (``max_num_seqs``).
+        budget: the most tokens that a step computes (``max_num_batched_tokens``); a smaller one bounds how long those
+            that write must wait for a prompt to be read, a larger one reads prompts faster. At least one a seat.
+        max_context: the longest text, prompt and new tokens (``max_model_len``); the model's ``max_length`` if not
+            given.
+        prefix_cache: whether blocks of earlier prompts are used again where a prompt begins as they did
+            (``enable_prefix_caching``).
         spare_blocks: see :class:`Scheduler`.
-        ahead: how many steps are launched before the tokens of a step are looked at; 1 on a GPU, 0 elsewhere.
-        cuda_graphs: record steps in which all rows write; by default where the model is on a GPU.
+        ahead: how many steps are launched before the tokens of a step are looked at; 1 on a GPU, 0 elsewhere
+            (``async_scheduling``).
+        cuda_graphs: record steps in which all rows write; by default where the model is on a GPU
+            (the opposite of ``enforce_eager``).
         compile: see :class:`Runner`.
-        speculation: how tokens are drafted that a step then checks; None: they are not. See ``speculation``.
-        kv_dtype: "auto" is the model's; "float8" has half the bytes of bfloat16, and 4 bits of precision.
+        speculation: how tokens are drafted that a step then checks; None: they are not
+            (``speculative_config``). See ``speculation``.
+        kv_dtype: "auto" is the model's; "float8" has half the bytes of bfloat16, and 4 bits of precision
+            (``kv_cache_dtype``).
         kv_scales: what keys and values are divided by on their way to float8, see :func:`calibrate`.
-        deterministic: let no bit of a request's logits depend on the other requests, see below.
+        deterministic: let no bit of a request's logits depend on the other requests, see below
+            (``VLLM_BATCH_INVARIANT``).
 
     What is promised: a request's greedy text is the one that it would get alone as long as equal sums have equal bits.
     In float64 and on small models that is the rule. In bfloat16 on a GPU it is not: a matrix product picks its kernel
