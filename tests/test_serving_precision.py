@@ -123,6 +123,13 @@ def test_senseless_precision_is_refused(options, message):
         Engine(MODEL, **options)
 
 
+@pytest.mark.parametrize("wish", [{"kv_dtype": "float8"}, {"deterministic": True}])
+@pytest.mark.parametrize("options", [{"positions": "alibi"}, {"attention_softcap": 2.0}])
+def test_models_that_no_kernel_serves_are_refused_at_once(wish, options):
+    with pytest.raises(ValueError, match="serve no soft cap, no ALiBi and no latent attention"):
+        Engine(make_model(**options), **wish)
+
+
 # Any company
 
 

@@ -477,8 +477,9 @@ def test_draft_models_that_do_not_fit_are_refused():
     stranger = Decoder(ModelConfig(vocab_size=VOCAB + 1, max_length=CONTEXT, width=16, layers=1, heads=2))
     with pytest.raises(ValueError, match="it knows 24 tokens, the model that checks 23"):
         Engine(MODEL, speculation=Speculation(model=stranger))
-    with pytest.raises(ValueError, match="ALiBi"):
-        Engine(MODEL, speculation=Speculation(model=make_model(positions="alibi")))
+    stretched = make_model(rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    with pytest.raises(ValueError, match="DynamicNTK turns keys by the length"):
+        Engine(MODEL, speculation=Speculation(model=stretched))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -181,6 +181,8 @@ class Engine:
         max_blocks = min(blocks_for(self.max_context, block_size), blocks)
         lanes = 1 if speculation is None else 1 + speculation.tokens
         check_scales(kv_dtype, kv_scales)
+        if kv_dtype == "float8" or deterministic:
+            check_kernels_serve(model)
         rows = max(budget, lanes * seats) if deterministic else lanes * seats
         check_room(model, blocks * block_size, rows, budget, max_blocks, kv_dtype)
         self.allocator = BlockAllocator(blocks, block_size)
@@ -494,6 +496,13 @@ def shape_of(model: nn.Module, kv_dtype: str = "auto") -> CacheShape:
 def blocks_that_fit(model: nn.Module, memory: int, block_size: int = BLOCK_SIZE, kv_dtype: str = "auto") -> int:
     """How many blocks of this model's keys and values fit into ``memory`` bytes."""
     return memory // (shape_of(model, kv_dtype).bytes_per_token * block_size)
+
+
+def check_kernels_serve(model: nn.Module) -> None:
+    """Refuse a model whose attention no kernel computes from the blocks: copies are made in the model's own numbers."""
+    config = model.config
+    if config.attention_softcap is not None or config.positions == "alibi" or config.latent is not None:
+        raise ValueError("float8 pools and deterministic steps serve no soft cap, no ALiBi and no latent attention")
 
 
 def check_scales(kv_dtype: str, kv_scales: tuple[float, float]) -> None:
