@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
 from tformer_lib import jit, masks, profiling
-from tformer_lib.flash_attention import GRADIENTS, RUNGS, flash_attention, flash_attention_varlen, merge_states, plans
+from tformer_lib.flash_attention import (
+    GRADIENTS,
+    RUNGS,
+    flash_attention,
+    flash_attention_float8,
+    flash_attention_varlen,
+    hadamard_rotation,
+    merge_states,
+    plans,
+    quantize_float8,
+)
 
 HAS_CPU_TWIN = jit.can_build_cpp()
 HAS_GPU = torch.cuda.is_available()
@@ -473,6 +483,103 @@ def test_states_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             merge_states(outs, lses)
+
+
+# ---- float8
+
+
+def float8_backends():
+    """(step, device) of what runs here."""
+    return [(0, "cpu")] + ([(0, "cuda")] if HAS_GPU else []) + ([("float8", "cuda")] if ON_HOPPER else [])
+
+
+every_float8 = pytest.mark.parametrize(("step", "device"), float8_backends())
+
+
+def rounded_attention(q, k, v, **options):
+    """Float64 attention whose probabilities are rounded as the kernel rounds them: e4m3 of 2^8 P, sums before that."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    _, lse = plain(q, k, v, **options)
+    T, S = q.shape[2], k.shape[2]
+    scores = q @ k.mT * options.get("scale", q.shape[-1] ** -0.5)
+    if options.get("causal"):
+        scores = scores.masked_fill(~masks.causal(T, S, device=q.device), -math.inf)
+    m = scores.amax(-1, keepdim=True)
+    m = m.masked_fill(m == -math.inf, 0.0)
+    P = (torch.exp(scores - m) * 256).float().to(torch.float8_e4m3fn).double() / 256
+    return P @ v * torch.exp(m - lse[..., None]).masked_fill(lse[..., None] == -math.inf, 0.0)
+
+
+@every_float8
+@pytest.mark.parametrize(
+    "lengths", [(1, 1), (1, 239), (3, 799), (113, 203), (257, 128), (239, 1), (385, 1030)], ids=str
+)
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
+def test_float8(step, device, lengths, options, monkeypatch):
+    monkeypatch.setenv("TFORMER_UNTRIED_KERNELS", "1")
+    for heads, kv_heads, d in ((4, 2, 128), (2, 2, 64), (3, 1, 80)):
+        q, k, v = inputs((2, heads, kv_heads, *lengths, d), torch.float32, device)
+        quantized = [quantize_float8(x) for x in (q * 2, k, v)]
+        numbers, scales = zip(*quantized, strict=True)
+        out, lse = flash_attention_float8(*numbers, *scales, step=step, return_lse=True, **options)
+        exact_inputs = [x.double() * s.double()[:, None, None] for x, s in quantized]
+        exact, exact_lse = plain(*exact_inputs, **options)
+        low = rounded_attention(*exact_inputs, **options)
+        assert out.dtype == torch.bfloat16
+        assert torch.isfinite(out).all()
+        error, allowed = ((x.double() - exact).abs().max().item() for x in (out, low))
+        assert error <= 2 * allowed + 2**-8 * exact.abs().max().item(), (heads, d)
+        empty = exact_lse == -math.inf
+        assert torch.equal(lse == -math.inf, empty)
+        assert out[empty].abs().sum() == 0
+        torch.testing.assert_close(lse[~empty].double(), exact_lse[~empty], rtol=1e-4, atol=2e-3)
+
+
+@every_float8
+def test_float8_windows_and_many_keys(step, device, monkeypatch):
+    monkeypatch.setenv("TFORMER_UNTRIED_KERNELS", "1")
+    for lengths, options in (
+        ((300, 700), {"window": 200}),
+        ((400, 500), {"window": (50, 90)}),
+        ((270, 4500), {"causal": True}),
+    ):
+        q, k, v = inputs((1, 4, 2, *lengths, 128), torch.float32, device)
+        quantized = [quantize_float8(x) for x in (q, k, v)]
+        numbers, scales = zip(*quantized, strict=True)
+        out = flash_attention_float8(*numbers, *scales, step=step, **options)
+        exact, _ = plain(*(x.double() * s.double()[:, None, None] for x, s in quantized), **options)
+        assert (out.double() - exact).abs().max() <= 0.04 * exact.abs().max()
+
+
+def test_a_rotation_spreads_outliers_and_keeps_scores():
+    R = hadamard_rotation(64)
+    torch.testing.assert_close(R @ R.T, torch.eye(64))
+    q, k, v = inputs((1, 2, 2, 90, 120, 64), torch.float32, "cpu")
+    q[..., 5] *= 30
+    k[..., 5] *= 30
+    exact, _ = plain(q.double(), k.double(), v.double(), scale=0.01)
+    errors = []
+    for rotate in (torch.eye(64), R):
+        numbers, scales = zip(*(quantize_float8(x) for x in (q @ rotate, k @ rotate, v)), strict=True)
+        errors.append((flash_attention_float8(*numbers, *scales, scale=0.01).double() - exact).abs().mean().item())
+    assert errors[1] < errors[0]
+    with pytest.raises(ValueError, match="a power of two, got 80"):
+        hadamard_rotation(80)
+
+
+def test_what_float8_refuses():
+    q, k, v = (quantize_float8(x)[0] for x in inputs((1, 4, 2, 5, 6, 64), torch.float32, "cpu"))
+    ones = torch.ones(4), torch.ones(2), torch.ones(2)
+    with pytest.raises(ValueError, match="q must be a float8_e4m3fn tensor"):
+        flash_attention_float8(q.float(), k, v, *ones)
+    with pytest.raises(ValueError, match=r"q_scale must be float32 of shape \(4,\) on cpu"):
+        flash_attention_float8(q, k, v, *ones[1:], ones[1])
+    with pytest.raises(ValueError, match="step float8 cannot do this: it runs on cuda"):
+        flash_attention_float8(q, k, v, *ones, step="float8")
+    with pytest.raises(ValueError, match="step must be one of 0, float8, got 4"):
+        flash_attention_float8(q, k, v, *ones, step=4)
+    with pytest.raises(ValueError, match="has no gradients"):
+        flash_attention_float8(q, k, v, *ones[:2], torch.ones(2, requires_grad=True))
 
 
 # ---- the door

@@ -4,7 +4,7 @@
 
 namespace flash {
 
-enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FLOAT8 = 3 };
 
 // One of q, k, v, out and their gradients: (batch, heads, rows, columns). Strides are in elements; columns are adjacent.
 // Packed sequences have one batch row, in which `cu_seqlens` says where each sequence begins.
@@ -25,6 +25,7 @@ struct Arguments {
     const int32_t* cu_seqlens_q;   // (batch + 1) or null
     const int32_t* cu_seqlens_k;   // (batch + 1) or null
     const float* alibi_slopes;     // (heads) or (batch, heads), or null: what a score loses for each key of distance
+    const float *q_scale, *k_scale, *v_scale;  // float8 alone: of each head, of each kv head
     int64_t lse_batch, lse_head;   // strides of lse, dlse and delta in elements
     int64_t slopes_batch;          // of alibi_slopes; 0: all sequences have the same
     int64_t batch, heads, kv_heads;

@@ -30,12 +30,13 @@ Scores may be capped by tanh and biased by distance (ALiBi), windows may be open
 width of their own: steps 0, "cpu", 3 and 4 do that, the last two by files of their own where scores are more than
 products. :func:`merge_states` puts attention over parts of the keys together.
 
-Each part has a room: ``attention`` (the public door), ``plans`` (what the second call of a layout goes by),
-``options``, ``reference`` (step 0), ``kernels`` (what they are given, and which can do what), ``operators`` (what torch
-sees), ``states``.
+Each part has a room: ``attention`` (the public door), ``plans`` (what the second call of a layout goes by), ``float8``
+(a forward of its own), ``options``, ``reference`` (step 0), ``kernels`` (what they are given, and which can do what),
+``operators`` (what torch sees), ``states``.
 """
 
 from tformer_lib.flash_attention.attention import flash_attention, flash_attention_varlen
+from tformer_lib.flash_attention.float8 import flash_attention_float8, hadamard_rotation, quantize_float8
 from tformer_lib.flash_attention.kernels import GRADIENTS, LADDER, RUNGS, resources
 from tformer_lib.flash_attention.options import Options, Packing
 from tformer_lib.flash_attention.reference import forward_rows, tiled_backward, tiled_forward, tiles
@@ -48,9 +49,12 @@ __all__ = [
     "Packing",
     "RUNGS",
     "flash_attention",
+    "flash_attention_float8",
     "flash_attention_varlen",
     "forward_rows",
+    "hadamard_rotation",
     "merge_states",
+    "quantize_float8",
     "resources",
     "tiled_backward",
     "tiled_forward",

@@ -7,7 +7,7 @@ from tformer_lib.contract import check_inputs, score_scale
 from tformer_lib.flash_attention import operators, plans
 from tformer_lib.flash_attention.checks import Window, check_options, check_packed
 from tformer_lib.flash_attention.kernels import LADDER
-from tformer_lib.flash_attention.options import Options, Packing
+from tformer_lib.flash_attention.options import Options, Packing, options_of
 from tformer_lib.ladder import check_no_tangent
 
 
@@ -68,7 +68,8 @@ def flash_attention(
     check_inputs(q, k, v, mask)
     check_options(q, window, softcap, alibi_slopes)
     check_no_tangent("flash attention", q, k, v, instead="attention.attend")
-    options = options_of(q, causal, scale, window, softcap, alibi_slopes, deterministic)
+    given = {"softcap": softcap, "alibi_slopes": alibi_slopes, "deterministic": deterministic}
+    options = options_of(causal, float(score_scale(scale, q.shape[-1])), window, **given)
     name = LADDER.name(step)
     out, lse = operate(q, k, v, mask, None, options, name)
     if key is not None:
@@ -128,34 +129,14 @@ def flash_attention_varlen(
     check_inputs(q4, k4, v4)
     check_options(q4, window, softcap, alibi_slopes, cu_seqlens_q.shape[0] - 1)
     check_no_tangent("flash attention", q, k, v, instead="attention.attend")
-    options = options_of(q4, causal, scale, window, softcap, alibi_slopes, deterministic)
+    form = {"softcap": softcap, "alibi_slopes": alibi_slopes, "deterministic": deterministic}
+    options = options_of(causal, float(score_scale(scale, q.shape[-1])), window, **form)
     packing, name = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), LADDER.name(step)
     out, lse = operate(q4, k4, v4, None, packing, options, name, checked)
     if key is not None:
         plans.keep(key, lambda: plans.make_plan(q4, k4, v4, options, packing, name, checked))
     out, lse = out[0].transpose(0, 1), lse[0]  # (total_q, heads, value_dim), (heads, total_q)
     return (out, lse) if return_lse else out
-
-
-def options_of(
-    q: Tensor,
-    causal: bool,
-    scale: float | None,
-    window: Window,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    deterministic: bool,
-) -> Options:
-    """What a caller asked for, in the terms that every step knows."""
-    keys, ahead = 0, -1
-    if isinstance(window, tuple):
-        left, right = window
-        keys, ahead = 0 if left is None else left + 1, -1 if right is None else right
-    elif window is not None:
-        keys, ahead = window, 0
-    scale = float(score_scale(scale, q.shape[-1]))
-    causal = bool(causal or ahead == 0)
-    return Options(scale, causal, keys, deterministic, -1 if causal else ahead, softcap or 0.0, alibi_slopes)
 
 
 def operate(

@@ -149,6 +149,9 @@ class Arguments(ctypes.Structure):
                 "cu_seqlens_q",
                 "cu_seqlens_k",
                 "alibi_slopes",
+                "q_scale",
+                "k_scale",
+                "v_scale",
             )
         ),
         *(

@@ -52,3 +52,23 @@ class Packing:
     cu_seqlens_k: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
+
+
+def options_of(
+    causal: bool,
+    scale: float,
+    window: int | tuple[int | None, int | None] | None,
+    *,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+) -> Options:
+    """What a caller asked for, in the terms that every step knows."""
+    keys, ahead = 0, -1
+    if isinstance(window, tuple):
+        left, right = window
+        keys, ahead = 0 if left is None else left + 1, -1 if right is None else right
+    elif window is not None:
+        keys, ahead = window, 0
+    causal = bool(causal or ahead == 0)
+    return Options(scale, causal, keys, deterministic, -1 if causal else ahead, softcap or 0.0, alibi_slopes)
