@@ -109,6 +109,18 @@ MIXED = {
     "windows alone": {"positions": "rope", "window": 5, "attention_sinks": True},
     "wide windows and no RoPE": {"positions": "rope", "window": 30, "layer_types": ("window", "nope")},
     "alibi": {"positions": "alibi"},
+    "linear layers, windows and full layers": {
+        "positions": "rope",
+        "window": 4,
+        "layer_types": ("linear", "window", "full"),
+        "linear": {"key_heads": 2, "value_heads": 4, "head_dim": 4, "value_dim": 6},
+    },
+    "linear layers alone": {
+        "positions": "none",
+        "rotary_fraction": 1.0,
+        "layer_types": ("linear",),
+        "linear": {"key_heads": 2, "value_heads": 2, "head_dim": 4, "value_dim": 4, "kernel": 2},
+    },
     "alibi in windows": {
         "positions": "alibi",
         "window": 4,
@@ -147,6 +159,8 @@ def test_layers_of_every_kind_are_cached_for_any_split_and_raggedness(name, mode
     lengths = [sum(column) for column in zip(*passes, strict=True)]
     if max(lengths) > 40:
         return
+    if model.config.linear is not None and name != "by kinds":
+        return  # only that cache has states
     tokens, cache = tokens_of(rows, max(lengths)), MIXED_CACHES[name](model, rows)
     with torch.no_grad():
         wanted = model(tokens)
@@ -186,6 +200,35 @@ def test_a_cache_by_kinds_is_cut_reordered_emptied_and_static(name):
         cache.replayed()
         torch.testing.assert_close(step[:, 0], wanted[1, 8].repeat(2, 1), rtol=0, atol=1e-11)
         assert cache.lengths.tolist() == cache.host_lengths == [9, 9]
+        cache.reset()
+        torch.testing.assert_close(model(tokens, cache=cache), wanted, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["linear layers, windows and full layers", "linear layers alone"])
+def test_states_are_reordered_emptied_kept_by_a_pass_that_fails_and_never_cut(name):
+    model = MIXED_MODEL[name]
+    cache, tokens = ModelCache.of(model, 2, 40), tokens_of(2, 12)
+    with torch.no_grad():
+        wanted = model(tokens)
+        feed(model, cache, tokens, [4, 3])
+        before = cache.nbytes
+        with pytest.raises(ValueError, match="row 0 holds 4 tokens in one state, which cannot be cut to 2"):
+            cache.truncate([2, 3])
+        if "window" not in cache.parts:  # a ring has lost what a pass that fails overwrote, and says so
+            last = model.stack.final_norm
+            model.stack.final_norm = None  # the pass fails after all layers
+            with pytest.raises(TypeError):
+                feed(model, cache, tokens, [2, 2])
+            model.stack.final_norm = last
+        got = feed(model, cache, tokens, [2, 1])
+        torch.testing.assert_close(got[0], wanted[0, 4:6], rtol=0, atol=1e-11)
+        cache.reorder([0, 0])
+        with cache.static_shapes():
+            step = model(tokens[:1, 6:7].repeat(2, 1), cache=cache)
+        cache.replayed()
+        torch.testing.assert_close(step[:, 0], wanted[0, 6].repeat(2, 1), rtol=0, atol=1e-11)
+        assert cache.lengths.tolist() == cache.host_lengths == [7, 7]
+        assert cache.nbytes == before == 2 * cache_bytes(model.config, 40, itemsize=8)
         cache.reset()
         torch.testing.assert_close(model(tokens, cache=cache), wanted, rtol=0, atol=1e-11)
 

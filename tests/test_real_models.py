@@ -50,6 +50,15 @@ DEEPSEEK = SHAPE | {
     "qk_rope_head_dim": 4,
     "v_head_dim": 12,
 }
+HYBRID = SHAPE | {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
 KINDS: dict[str, tuple[str, dict]] = {
     "gpt2": ("GPT2", {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}),
     "llama2": ("Llama", SHAPE | {"num_key_value_heads": 4}),
@@ -87,6 +96,12 @@ KINDS: dict[str, tuple[str, dict]] = {
         DEEPSEEK | {"q_lora_rank": 20, "n_routed_experts": 8, "topk_method": "group_limited_greedy"}
         | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
     ),
+    "qwen3 next": (
+        "Qwen3Next",
+        HYBRID | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        | {"shared_expert_intermediate_size": 24},
+    ),
+    "qwen3.5": ("Qwen3_5", HYBRID | {"tie_word_embeddings": True, "linear_num_value_heads": 2}),
     "gemma3, capped": (
         "Gemma3",
         SHAPE | {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
@@ -94,7 +109,7 @@ KINDS: dict[str, tuple[str, dict]] = {
     ),
 }  # fmt: skip
 ARCHITECTURES = {"GPT2": "GPT2LMHeadModel", "Gemma3": "Gemma3ForCausalLM"}
-CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+CONFIGS = {"Gemma3": "Gemma3TextConfig", "Qwen3_5": "Qwen3_5TextConfig"}
 
 
 class Checkpoint:
@@ -157,9 +172,15 @@ def test_greedy_text_is_that_of_transformers_cached_batched_and_in_the_engine(ch
     model, prompts = pretrained.from_hub(checkpoint.folder), [tokens_of(1, n, seed=n)[0].tolist() for n in (3, 9, 14)]
     expected = [checkpoint.greedy(prompt, 8) for prompt in prompts]
     assert generate(model, prompts, max_new_tokens=8) == expected
-    caches = [GrowingCache(CacheShape.of(model, 3)), ModelCache.of(model, 3, 30)]
+    caches = [ModelCache.of(model, 3, 30)]
+    if model.config.linear is None:
+        caches.append(GrowingCache(CacheShape.of(model, 3)))
     for cache in caches:
         assert generate(model, prompts, max_new_tokens=8, cache=cache, chunk=4) == expected
+    if model.config.linear is not None:
+        with pytest.raises(ValueError, match="linear layers keep a state"):
+            Engine(model)
+        return
     engine = Engine(model, blocks=40, block_size=4, seats=2, budget=8)
     requests = [engine.add(prompt, {"max_new_tokens": 8}) for prompt in prompts]
     engine.run()

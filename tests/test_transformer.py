@@ -23,6 +23,7 @@ from tformer_lib.transformer import (
 WIDTH, HEADS, INNER = 32, 4, 56
 
 LLAMA_LIKE = {"norm": "rmsnorm", "feed_forward": "swiglu", "positions": "rope", "bias": False, "tie_embeddings": False}
+LINEAR = {"key_heads": 2, "value_heads": 4, "head_dim": 4, "value_dim": 6}
 KINDS = {
     "gpt2": {"feed_forward": "gelu_tanh", "positions": "learned"},
     "llama": LLAMA_LIKE,
@@ -375,7 +376,12 @@ def test_label_smoothing_formula(smoothing):
         ({"positions": "rope", "rope_base": 0.0}, "base must be positive, got 0"),
         ({"positions": "rope", "rope_layout": "neox"}, "layout must be one of half, interleaved, got 'neox'"),
         ({"positions": "rope", "rope_scaling": {"rope_type": "linear"}}, "linear scaling needs factor"),
-        ({"positions": "alibi", "attention": "flash_attention"}, "ALiBi adds a bias"),
+        ({"layer_types": ("linear", "full")}, "layer_types and linear go together"),
+        (
+            {"layer_types": ("linear",), "linear": {"key_heads": 2, "value_heads": 3, "head_dim": 4, "value_dim": 4}},
+            "3 value",
+        ),
+        ({"linear": LINEAR}, "layer_types and linear go together"),
         ({"branch_norm": "after"}, "branch_norm must be one of in, out, both, got 'after'"),
         ({"branch_norm": "out", "norm_first": False}, "needs norm_first"),
         ({"qk_norm": "token"}, "qk_norm must be one of None, head, projection, got 'token'"),
@@ -384,7 +390,7 @@ def test_label_smoothing_formula(smoothing):
         ({"layer_types": ("window", "full")}, "layer_types and window go together, got window None"),
         ({"layer_types": ("full",), "window": 4}, "layer_types and window go together, got window 4"),
         ({"layer_types": ()}, "layer_types must name 1 to 2 layers, got 0"),
-        ({"layer_types": ("full", "local")}, "layer_types must be of full, window, nope, got 'local'"),
+        ({"layer_types": ("full", "local")}, "layer_types must be of full, window, nope, linear, got 'local'"),
         ({"attention_softcap": 0.0}, "attention_softcap must be positive and finite, got 0"),
         ({"logit_softcap": float("nan")}, "logit_softcap must be positive and finite, got nan"),
         ({"attention_dropout": 1.0}, r"attention_dropout must be in \[0, 1\), got 1"),

@@ -281,18 +281,32 @@ class AttentionVariant:
                 last query stands where the last key does.
         """
         options = {"mask": mask, "causal": causal, "scale": self.scale}
-        plain = self.softcap is None and not self.dropout
-        if self.window is not None and plain and places is None and takes(self.form, "window"):
+        aligned = places is None  # else the form would look for the window, and measure distances, in other places
+        if self.window is not None and aligned and takes(self.form, "window"):
             options["window"] = self.window
         elif self.window is not None:
             options["mask"] = masks.combine(mask, self.near(q, k, places))
-        if self.alibi or self.bias is not None:
+        if self.alibi and self.bias is None and aligned and takes(self.form, "alibi_slopes"):
+            options["alibi_slopes"] = slopes_on(q.shape[1], q.device)
+        elif self.alibi or self.bias is not None:
             options["bias"] = self.added(q, k, places)
-        if plain and self.sinks is None:
-            return self.form(q, k, v, **options)
-        if plain and takes(self.form, "return_lse"):
-            return self.with_sinks(*self.form(q, k, v, return_lse=True, **options))
-        return attend_scores(q, k, v, softcap=self.softcap, sinks=self.sinks, dropout=self.dropout, **options)
+        if self.softcap is not None:
+            options["softcap"] = self.softcap
+        if not self.dropout and all(takes(self.form, name) for name in options):
+            if self.sinks is None:
+                return self.form(q, k, v, **options)
+            if takes(self.form, "return_lse"):
+                return self.with_sinks(*self.form(q, k, v, return_lse=True, **options))
+        return attend_scores(q, k, v, **self.for_scores(q, k, places, options))
+
+    def for_scores(self, q: Tensor, k: Tensor, places: tuple[Tensor, Tensor] | None, options: dict) -> dict:
+        """The same options as :func:`attend_scores` takes them: windows as masks, ALiBi as a bias."""
+        options = {name: x for name, x in options.items() if name not in ("window", "alibi_slopes")}
+        if self.window is not None:
+            options["mask"] = masks.combine(options["mask"], self.near(q, k, places))
+        if self.alibi:
+            options["bias"] = self.added(q, k, places)
+        return {**options, "sinks": self.sinks, "dropout": self.dropout}
 
     def distances(self, q: Tensor, k: Tensor, places: tuple[Tensor, Tensor] | None) -> Tensor:
         """(batch or 1, T, S) int64: how far behind its query each key stands, negative for one that follows."""

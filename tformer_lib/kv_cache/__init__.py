@@ -27,6 +27,7 @@ from tformer_lib.kv_cache.interface import CacheShape, KVCache, LayerCache, Pass
 from tformer_lib.kv_cache.model_cache import ModelCache
 from tformer_lib.kv_cache.preallocated import PreallocatedCache
 from tformer_lib.kv_cache.ring import RingCache
+from tformer_lib.kv_cache.state import StateCache, StateLayer
 
 __all__ = [
     "CacheShape",
@@ -38,6 +39,8 @@ __all__ = [
     "Pass",
     "PreallocatedCache",
     "RingCache",
+    "StateCache",
+    "StateLayer",
     "cache_bytes",
     "pass_cost",
     "whole_numbers",

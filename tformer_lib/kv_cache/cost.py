@@ -35,13 +35,22 @@ def pass_cost(config, *, held: int, new: int, itemsize: int = 4) -> Cost:
 def cache_bytes(config, tokens: int, *, itemsize: int = 2) -> int:
     """Bytes of keys and values that one row of ``tokens`` tokens takes in a ``Decoder``'s cache.
 
-    A window layer keeps no more than its window.
+    A window layer keeps no more than its window, a linear layer a state of one size.
 
     Args:
         config: the model's ``ModelConfig``.
         tokens: how many tokens the row holds.
         itemsize: bytes of a number.
     """
-    kept = [min(tokens, config.window) if kind == "window" else tokens for kind in config.types_of_layers]
+    kept = {"full": tokens, "nope": tokens, "window": min(tokens, config.window or 0), "linear": 0}
     heads, head_dim, value_dim = config.cached_dims
-    return heads * (head_dim + value_dim) * sum(kept) * itemsize
+    keys_and_values = heads * (head_dim + value_dim) * sum(kept[kind] for kind in config.types_of_layers) * itemsize
+    return keys_and_values + config.types_of_layers.count("linear") * state_bytes(config.linear, itemsize)
+
+
+def state_bytes(linear, itemsize: int) -> int:
+    """Bytes that one row's state of a linear layer takes, given its ``LinearConfig``: matrices in float32 or better."""
+    if linear is None:
+        return 0
+    heads, head_dim, value_dim = linear.state
+    return linear.channels * (linear.kernel - 1) * itemsize + heads * head_dim * value_dim * max(itemsize, 4)

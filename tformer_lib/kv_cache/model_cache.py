@@ -9,16 +9,17 @@ from torch import Tensor, nn
 from tformer_lib.kv_cache.interface import CacheShape, KVCache, LayerCache
 from tformer_lib.kv_cache.preallocated import PreallocatedCache
 from tformer_lib.kv_cache.ring import RingCache
+from tformer_lib.kv_cache.state import StateCache, StateLayer
 
 
 class ModelCache:
     """The interface of a cache over several, each of which holds the layers of one kind.
 
-    A window layer never looks past its window, so it keeps a ring, whose memory does not grow; a full layer keeps all.
-    All parts hold equally many tokens of each row.
+    A window layer never looks past its window, so it keeps a ring, whose memory does not grow. A full layer keeps all,
+    a linear layer one state. All parts hold equally many tokens of each row.
 
     Args:
-        parts: name -> cache. Parts that may refuse to forget (rings) come first.
+        parts: name -> cache. Parts that may refuse to forget (states, rings) come first.
         kinds: for each layer of the model the name of its part, which has as many layers as there are of its name.
 
     Raises:
@@ -41,16 +42,17 @@ class ModelCache:
         A window that holds ``capacity`` tokens needs no ring.
         """
         shape, config = CacheShape.of(model, batch), model.config
-        kinds = ["window" if kind == "window" else "full" for kind in config.types_of_layers]
-        of_kind = {name: replace(shape, layers=kinds.count(name)) for name in ("window", "full") if name in kinds}
-        is_ring = {"window": config.window is not None and config.window < capacity, "full": False}
-        return cls(
-            {
-                name: RingCache(part, config.window, sinks=0) if is_ring[name] else PreallocatedCache(part, capacity)
-                for name, part in of_kind.items()
-            },
-            kinds,
-        )
+        kinds = ["full" if kind == "nope" else kind for kind in config.types_of_layers]
+
+        def part(name: str) -> KVCache:
+            of_kind = replace(shape, layers=kinds.count(name))
+            if name == "linear":
+                linear = config.linear
+                return StateCache(of_kind, channels=linear.channels, before=linear.kernel - 1, state=linear.state)
+            is_ring = name == "window" and config.window < capacity
+            return RingCache(of_kind, config.window, sinks=0) if is_ring else PreallocatedCache(of_kind, capacity)
+
+        return cls({name: part(name) for name in ("linear", "window", "full") if name in kinds}, kinds)
 
     @property
     def first(self) -> KVCache:
@@ -92,7 +94,7 @@ class ModelCache:
         places, *_ = [part.positions(T) for part in self.parts.values()]  # every part plans the pass
         return places
 
-    def layer(self, index: int) -> LayerCache:
+    def layer(self, index: int) -> LayerCache | StateLayer:
         """The part of layer ``index``.
 
         Raises:

@@ -9,10 +9,10 @@ The small model was trained on ``stories`` by ``python -m tformer_lib.training t
 its configuration, its tokenizer and the log of its training lie in ``tformer_lib/weights/stories/``.
 
 Each topic has a room: ``shipped`` (that model), ``hub`` (from a folder to a ``Decoder`` and back), ``families`` (the
-table of them), ``family``, ``words``, ``dense`` and ``mixtures`` (what their config.json says in our words, and what
-their tensors are called), ``links`` (between their tensors and our parameters), ``keys`` (a config whose keys are all
-read), ``shards`` (safetensors files), ``tokenizer`` (with its chat template) and ``published`` (facts about public
-models).
+table of them), ``family``, ``words``, ``dense``, ``mixtures`` and ``hybrids`` (what their config.json says in our
+words, and what their tensors are called), ``links`` (between their tensors and our parameters), ``keys`` (a config
+whose keys are all read), ``shards`` (safetensors files), ``tokenizer`` (with its chat template) and ``published``
+(facts about public models).
 """
 
 from tformer_lib.pretrained.families import FAMILIES

@@ -5,7 +5,7 @@ A family's ``read`` makes a ``ModelConfig`` of a config's keys, and its ``write`
 about the reference code in transformers (Wolf et al., arXiv:1910.03771).
 """
 
-from tformer_lib.pretrained import dense, mixtures
+from tformer_lib.pretrained import dense, hybrids, mixtures
 from tformer_lib.pretrained.family import LLAMA_NAMES, OUT_NORM_NAMES, Family
 
 FAMILIES: dict[str, Family] = {
@@ -35,6 +35,33 @@ FAMILIES: dict[str, Family] = {
         latent=True,
     ),
     "gpt_oss": Family(mixtures.read_gpt_oss, mixtures.write_gpt_oss, special=mixtures.special_gpt_oss, experts=True),
+    "qwen3_next": Family(
+        hybrids.read_qwen3_next,
+        hybrids.write_qwen3_next,
+        names=hybrids.NEXT_NAMES,
+        special=hybrids.special_qwen3_next,
+        elsewhere=("mtp.",),
+        experts=True,
+        linear=True,
+    ),
+    "qwen3_5_text": Family(
+        hybrids.read_qwen3_5,
+        hybrids.write_qwen3_5,
+        special=hybrids.special_qwen3_5,
+        elsewhere=("mtp.",),
+        linear=True,
+    ),
+    "qwen3_5": Family(
+        hybrids.read_qwen3_5_whole,
+        hybrids.write_qwen3_5,
+        names=LLAMA_NAMES
+        | {"embedding.tokens": "language_model.embed_tokens", "stack.final_norm": "language_model.norm"},
+        layers="language_model.layers.",
+        special=hybrids.special_qwen3_5,
+        prefix="model.",
+        elsewhere=("visual.", "mtp."),
+        linear=True,
+    ),
     "olmo2": Family(dense.read_olmo2, dense.write_olmo2, names=LLAMA_NAMES | OUT_NORM_NAMES),
     "olmo3": Family(dense.read_olmo3, dense.write_olmo3, names=LLAMA_NAMES | OUT_NORM_NAMES),
     "gemma3_text": Family(dense.read_gemma3, dense.write_gemma3, names=LLAMA_NAMES | OUT_NORM_NAMES),

@@ -57,7 +57,7 @@ class Family:
         forgotten: ends of names that old files hold and that nothing is made of.
         prefix: what may stand before each name.
         elsewhere: beginnings of names of parts that are no language model.
-        experts, latent: whether the family's models have them.
+        experts, latent, linear: whether the family's models have them.
     """
 
     read: Callable[[Keys], ModelConfig]
@@ -70,6 +70,7 @@ class Family:
     elsewhere: tuple[str, ...] = ()
     experts: bool = False
     latent: bool = False
+    linear: bool = False
 
     def links(self, model: nn.Module) -> Iterator[Link]:
         """The links of all of a ``Decoder``'s parameters."""

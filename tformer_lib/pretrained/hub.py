@@ -270,7 +270,7 @@ def describe(config: ModelConfig, family: str | None = None) -> tuple[str, dict]
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     for name in FAMILIES if family is None else (family,):
         kind = FAMILIES[name]
-        if (kind.experts, kind.latent) != (config.experts is not None, config.latent is not None):
+        if any(getattr(kind, part) != (getattr(config, part) is not None) for part in ("experts", "latent", "linear")):
             continue
         try:
             written = kind.write(config)

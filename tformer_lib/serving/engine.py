@@ -525,6 +525,8 @@ def check_room(model: nn.Module, tokens: int, seats: int, budget: int, max_block
 def check_servable(model: nn.Module, max_context: int | None) -> None:
     """Refuse a model whose rows would not be independent of each other, or too long a context for its positions."""
     config = model.config
+    if config.linear is not None:
+        raise ValueError("linear layers keep a state for each row, which the engine's blocks of keys do not hold")
     if model.rope is not None and model.rope.scaling.needs_length:
         kind = type(model.rope.scaling).__name__
         raise ValueError(f"{kind} turns keys by the length of the text, which differs from row to row")

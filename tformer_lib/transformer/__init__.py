@@ -22,7 +22,14 @@ from tformer_lib.transformer.blocks import (
     make_feed_forward,
     make_norm,
 )
-from tformer_lib.transformer.config import ACTIVATIONS, ATTENTION_FORMS, ModelConfig, attention_form, make_rope
+from tformer_lib.transformer.config import (
+    ACTIVATIONS,
+    ATTENTION_FORMS,
+    LinearConfig,
+    ModelConfig,
+    attention_form,
+    make_rope,
+)
 from tformer_lib.transformer.decoder import Decoder, count_parameters
 from tformer_lib.transformer.encoder_decoder import EncoderDecoder, label_smoothed_loss
 from tformer_lib.transformer.evaluation import all_modules, evaluating
@@ -35,6 +42,7 @@ __all__ = [
     "Embedding",
     "EncoderDecoder",
     "FeedForward",
+    "LinearConfig",
     "ModelConfig",
     "Stack",
     "all_modules",

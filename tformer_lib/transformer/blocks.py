@@ -12,6 +12,7 @@ from tformer_lib import positional_encoding, profiling
 from tformer_lib.attention import AttentionVariant, MultiHeadAttention
 from tformer_lib.contract import readable
 from tformer_lib.grouped_query_attention import MultiHeadLatentAttention
+from tformer_lib.linear_attention import GatedDeltaLayer
 from tformer_lib.mixture_of_experts import MixtureOfExperts
 from tformer_lib.transformer.config import ACTIVATIONS, ModelConfig, attention_form
 
@@ -80,6 +81,8 @@ def make_attention(config: ModelConfig, kind: str = "full", *, attend: Callable 
         kind: one of ``LAYER_TYPES``.
         attend: the attention function, instead of the one that the config names.
     """
+    if kind == "linear":
+        return make_linear_attention(config)
     if config.latent is not None:
         return make_latent_attention(config, attend or attention_form(config.attention))
     bias = config.bias if config.attention_bias is None else bool(config.attention_bias)
@@ -114,6 +117,35 @@ def make_latent_attention(config: ModelConfig, attend: Callable) -> MultiHeadLat
         query_latent=latent.queries,
         scale=config.attention_scale,
         attend=attend,
+    )
+
+
+class LinearAttention(GatedDeltaLayer):
+    """The gated delta rule behind the interface of the attention layers."""
+
+    def forward(self, x: Tensor, *, mask=None, causal=True, bias=None, rotate=None, cache=None) -> Tensor:
+        """x (batch, T, width) to the same; ``cache`` is a layer of states. It sees the past by itself, and only that.
+
+        Raises:
+            ValueError: it is to look at something else.
+        """
+        if mask is not None or bias is not None or not causal:
+            raise ValueError("a linear layer sees all that came before a token: it takes no mask and no bias")
+        run = super().forward
+        return run(x) if cache is None else cache.run(run, x)
+
+
+def make_linear_attention(config: ModelConfig) -> LinearAttention:
+    """The linear layer of a config that has such layers."""
+    linear = config.linear
+    return LinearAttention(
+        config.width,
+        key_heads=linear.key_heads,
+        value_heads=linear.value_heads,
+        head_dim=linear.head_dim,
+        value_dim=linear.value_dim,
+        kernel=linear.kernel,
+        norm_epsilon=config.norm_epsilon,
     )
 
 
@@ -267,6 +299,8 @@ def initialise(model: nn.Module, config: ModelConfig) -> None:
     """GPT-2's initialisation: normal with deviation 0.02, smaller where 2 x layers branches add up in the residual."""
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
+            continue
+        if name.endswith("attention.convolution"):  # which begins as its layer made it
             continue
         last = name.endswith(("out_proj.weight", "down.weight", "experts.down"))
         nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.layers) if last else 0.02)

@@ -35,8 +35,9 @@ GATED = ("swiglu", "geglu")
 
 NORMS = ("layernorm", "rmsnorm", "rmsnorm_1p")
 
-LAYER_TYPES = ("full", "window", "nope")
-"""What a layer can be: attention over all tokens before it, over a window of them, or over all without RoPE."""
+LAYER_TYPES = ("full", "window", "nope", "linear")
+"""What a layer can be: attention over all tokens before it, over a window of them, over all without RoPE, or linear
+attention, which keeps a state of one size however many there are."""
 
 
 def attention_form(name: str) -> Callable:
@@ -49,6 +50,39 @@ def attention_form(name: str) -> Callable:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION_FORMS)}, got {name!r}")
     module, function = ATTENTION_FORMS[name].split(":")
     return getattr(import_module(module), function)
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """The sizes of a model's linear layers (:class:`tformer_lib.linear_attention.GatedDeltaLayer`)."""
+
+    key_heads: int
+    """Heads of queries and keys."""
+    value_heads: int
+    """Heads of values and states, a multiple of ``key_heads``."""
+    head_dim: int
+    """The size of a query and a key."""
+    value_dim: int
+    """The size of a value."""
+    kernel: int = 4
+    """Tokens that the short convolution sees, the token itself among them."""
+
+    def __post_init__(self):
+        for name in ("key_heads", "value_heads", "head_dim", "value_dim", "kernel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of linear layers must be at least 1, got {getattr(self, name)}")
+        if self.value_heads % self.key_heads:
+            raise ValueError(f"{self.value_heads} value heads are not a multiple of {self.key_heads} key heads")
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: those of queries, keys and values."""
+        return 2 * self.key_heads * self.head_dim + self.value_heads * self.value_dim
+
+    @property
+    def state(self) -> tuple[int, int, int]:
+        """The shape of a row's state: a matrix for each value head."""
+        return self.value_heads, self.head_dim, self.value_dim
 
 
 @dataclass(frozen=True)
@@ -101,10 +135,13 @@ class ModelConfig:
     """The share of each head's channels that RoPE turns, the first ones; the rest knows no position (GPT-NeoX)."""
     window: int | None = None
     """A query of a window layer sees itself and the ``window - 1`` tokens before it (Mistral 7B)."""
-    layer_types: tuple[Literal["full", "window", "nope"], ...] | None = None
+    layer_types: tuple[Literal["full", "window", "nope", "linear"], ...] | None = None
     """What each layer attends to: ``full`` to all tokens before it, ``window`` to a window of them, ``nope`` to all
-    without RoPE. A pattern shorter than ``layers`` is repeated; Gemma 3's is five windows and a full layer. None: all
-    layers are window layers if there is a ``window``, else full."""
+    without RoPE; ``linear`` is the gated delta rule. A pattern shorter than ``layers`` is repeated; Gemma 3's is five
+    windows and a full layer, Qwen3-Next's three linear layers and a full one. None: all layers are window layers if
+    there is a ``window``, else full."""
+    linear: LinearConfig | None = None
+    """The sizes of linear layers, which ``layer_types`` must name. A file's JSON object is read as one."""
     window_rope_base: float | None = None
     """RoPE's base in window layers, which ``rope_scaling`` then leaves alone (Gemma 3, OLMo 3); None is as elsewhere.
     """
@@ -144,6 +181,8 @@ class ModelConfig:
     """A mixture of experts in the place of feed-forwards; None is none. A file's JSON object is read as one."""
 
     def __post_init__(self):
+        if isinstance(self.linear, dict):
+            object.__setattr__(self, "linear", build(LinearConfig, self.linear, "linear"))
         if isinstance(self.latent, dict):
             object.__setattr__(self, "latent", build(LatentConfig, self.latent, "latent"))
         if isinstance(self.experts, dict):
@@ -192,14 +231,14 @@ class ModelConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
-        if self.positions == "alibi" and self.attention not in ("attention", "sdpa"):
-            raise ValueError(f"ALiBi adds a bias, which attention 'attention' and 'sdpa' take, got {self.attention!r}")
 
     def _check_layers(self) -> None:
         if self.branch_norm != "in" and not self.norm_first:
             raise ValueError(f"branch_norm {self.branch_norm!r} needs norm_first: post-norm normalises the sum instead")
         if self.latent is not None:
             self._check_latent()
+        if (self.linear is not None) != ("linear" in self.pattern):
+            raise ValueError(f"layer_types and linear go together, got {self.layer_types} and {self.linear}")
         if self.layer_types is None:
             return
         if not 0 < len(self.layer_types) <= self.layers:
@@ -211,8 +250,6 @@ class ModelConfig:
             raise ValueError(f"layer_types and window go together, got window {self.window} for {self.layer_types}")
 
     def _check_latent(self) -> None:
-        if self.attention not in ("attention", "sdpa"):
-            raise ValueError(f"latent attention has values of another size than keys, which {self.attention!r} lacks")
         if self.positions != "rope":
             raise ValueError(f"latent attention places tokens by RoPE, got positions {self.positions!r}")
         for name in ("window", "qk_norm", "attention_softcap", "attention_bias"):
@@ -285,7 +322,7 @@ class ModelConfig:
 
 def make_rope(config: ModelConfig, kind: str = "full") -> Rope | None:
     """The RoPE of the config's layers of a kind, or None if they place tokens otherwise."""
-    if config.positions != "rope" or kind == "nope":
+    if config.positions != "rope" or kind in ("nope", "linear"):
         return None
     parameters = {**(config.rope_scaling or {}), "rope_theta": config.rope_base}
     if kind == "window" and config.window_rope_base is not None:

@@ -23,8 +23,8 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         if config.positions in ("rope", "alibi"):
             raise ValueError(f"the encoder-decoder takes sinusoidal, learned or no positions, got {config.positions!r}")
-        if config.window is not None:
-            raise ValueError(f"the encoder-decoder has no window layers, got window {config.window}")
+        if set(config.types_of_layers) != {"full"}:
+            raise ValueError(f"the encoder-decoder has full layers alone, got {', '.join(set(config.types_of_layers))}")
         self.config = config
         self.embedding = Embedding(config)
         self.encoder = Stack(config, attend=attend)
