@@ -17,12 +17,10 @@ The forecasts come from ``tformer_lib.distributed.costs`` and are made before th
 """
 
 import gc
-import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -43,6 +41,7 @@ from benchmarks.training import GPT2_SMALL
 from tformer_lib import distributed, training
 from tformer_lib.attention import attend
 from tformer_lib.distributed import costs
+from tformer_lib.distributed.traffic import collectives, sent_bytes
 from tformer_lib.flash_attention import flash_attention
 from tformer_lib.serving import LLM, Params
 from tformer_lib.training import TrainingConfig
@@ -504,66 +503,6 @@ def values_and_gradients(form: Callable, tensors: list[torch.Tensor]) -> list[to
     *inputs, dout = (x.detach().requires_grad_() for x in tensors)
     out = form(*inputs)
     return [out.detach(), *torch.autograd.grad(out, inputs, dout.detach())]
-
-
-# --- what is sent
-
-KINDS = {
-    "allreduce_": "all-reduce",
-    "_allgather_base_": "all-gather",
-    "allgather_into_tensor_coalesced_": "all-gather",
-    "_reduce_scatter_base_": "reduce-scatter",
-    "reduce_scatter_tensor_coalesced_": "reduce-scatter",
-    "send": "send",
-}
-"""torch's operators -> what they do."""
-
-ITEMSIZES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int": 8, "int": 4}
-"""How the profiler calls a dtype -> its bytes."""
-
-
-def collectives(fn: Callable[[], object], device: torch.device) -> list[tuple[str, float]]:
-    """The collective operations of one call: (kind, bytes of the largest tensor that it is given) of each."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
-        fn()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    found = []
-    for event in events:
-        space, _, name = str(event.get("name", "")).partition("::")
-        kind = KINDS.get(name) if space == "c10d" else None
-        if kind is not None:
-            arguments = event.get("args", {})
-            found.append((kind, largest(arguments.get("Input Dims", []), arguments.get("Input type", []))))
-    return found
-
-
-def largest(dims: list, types: list) -> float:
-    """Bytes of the largest tensor among an operator's arguments, lists of tensors included."""
-    most = 0.0
-    for shape, dtype in zip(dims, types, strict=False):
-        if shape and isinstance(shape[0], list):
-            inner = dtype if isinstance(dtype, list) else [dtype] * len(shape)
-            most = max(most, largest(shape, inner))
-        elif shape:
-            count = 1.0
-            for n in shape:
-                count *= n
-            name = re.sub(r"^TensorList|\[\]$", "", str(dtype)) or "float"
-            most = max(most, count * ITEMSIZES.get(name, 4))
-    return most
-
-
-def sent_bytes(kind: str, whole: float, size: int) -> float:
-    """Bytes that a device sends in an operation whose largest tensor has ``whole`` bytes."""
-    if kind == "send":
-        return whole
-    return (costs.all_reduce_bytes if kind == "all-reduce" else costs.all_gather_bytes)(whole, size)
 
 
 def link_counters(index: int) -> int | None:

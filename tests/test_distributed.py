@@ -600,8 +600,6 @@ def test_two_machines_of_one_process_each_train_together(data, tmp_path, unbroke
 
 def bytes_seen(scheme: str) -> tuple[float, float]:
     """What the formula says that a step sends, and what the profiler saw."""
-    from benchmarks.scaling import collectives, sent_bytes
-
     config = dataclasses.replace(SMALL, vocab_size=512, width=64)
     size = dist.get_world_size()
     torch.manual_seed(0)
@@ -616,8 +614,7 @@ def bytes_seen(scheme: str) -> tuple[float, float]:
         call = lambda: training.next_token_loss(network, rows[:, :-1], rows[:, 1:]).backward()  # noqa: E731
         counted = getattr(costs, scheme)(costs.Counts.of(config, 4, 12), costs.Machine(), size).sent
     call()
-    found = collectives(call, torch.device("cpu"))
-    return counted, sum(sent_bytes(kind, count, size) for kind, count in found)
+    return counted, distributed.bytes_sent(call)
 
 
 @pytest.mark.parametrize("scheme", ["ddp", "fsdp", "ring"])
@@ -645,6 +642,10 @@ def test_more_devices_hold_less_where_the_scheme_cuts():
         held = [costs.SCHEMES[name](counts, machine, size).optimizer for size in (1, 2, 4, 8)]
         assert held == [held[0] / size for size in (1, 2, 4, 8)]
     assert costs.ddp(counts, machine, 8).optimizer == costs.ddp(counts, machine, 1).optimizer
+    cost, pieces = costs.that_fits(costs.fsdp, counts, dataclasses.replace(machine, memory=600_000), 2)
+    assert pieces > 1
+    assert cost.held <= 600_000 < costs.fsdp(dataclasses.replace(counts, pieces=pieces // 2), machine, 2).held
+    assert costs.that_fits(costs.ddp, counts, dataclasses.replace(machine, memory=1000), 2) is None
     mixed = costs.mixed(counts, machine, 8, 1)
     plain = costs.fsdp(counts, machine, 8)
     assert (mixed.sent, mixed.weights) == pytest.approx((plain.sent, plain.weights))

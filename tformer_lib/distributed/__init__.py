@@ -10,7 +10,7 @@ and on several machines the same line on each of them, which finds the others at
 
 Each topic has a room: ``processes`` (who runs, and how they meet), ``data_parallel`` (DDP and FSDP2),
 ``tensor_parallel``, ``context_parallel`` (ring attention), ``sharded_checkpoint``, ``workers`` (processes for notebooks
-and tests) and ``costs`` (what each scheme holds, sends and takes).
+and tests), ``costs`` (what each scheme holds, sends and takes, on paper) and ``traffic`` (what the profiler sees).
 """
 
 from tformer_lib.distributed.context_parallel import (
@@ -35,6 +35,7 @@ from tformer_lib.distributed.data_parallel import (
 from tformer_lib.distributed.processes import TIMEOUT, World, is_lost_peer, joined, own_device, was_launched, world
 from tformer_lib.distributed.sharded_checkpoint import SINGLE, Saver, load, newest, remove_others, shapes
 from tformer_lib.distributed.tensor_parallel import tensor_parallel
+from tformer_lib.distributed.traffic import bytes_sent
 from tformer_lib.distributed.workers import Workers
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "Workers",
     "World",
     "announce_piece",
+    "bytes_sent",
     "compile_loss",
     "contiguous",
     "copy_whole",

@@ -38,6 +38,7 @@ class Counts:
         heads_width: heads x head_dim.
         batch: windows of one step, over all devices.
         context: tokens of a window.
+        pieces: micro-batches that a device cuts its windows into.
     """
 
     block: int
@@ -47,18 +48,19 @@ class Counts:
     kv_width: int
     heads_width: int
     vocab_size: int
-    batch: int
+    batch: float
     context: int
+    pieces: int = 1
 
     @classmethod
-    def of(cls, config: ModelConfig, batch: int, context: int) -> "Counts":
+    def of(cls, config: ModelConfig, batch: int, context: int, pieces: int = 1) -> "Counts":
         """The counts of a ``Decoder``; its few norms and biases are left out."""
         heads, kv = config.heads * config.size_of_head, config.number_of_kv_heads * config.size_of_head
         matrices = 3 if config.feed_forward == "swiglu" else 2
         block = config.width * (2 * heads + 2 * kv + matrices * config.size_of_feed_forward)
         rest = config.width * config.vocab_size * (1 if config.tie_embeddings else 2)
         rest += config.width * config.max_length if config.positions == "learned" else 0
-        return cls(block, rest, config.layers, config.width, kv, heads, config.vocab_size, batch, context)
+        return cls(block, rest, config.layers, config.width, kv, heads, config.vocab_size, batch, context, pieces)
 
     @property
     def parameters(self) -> int:
@@ -66,7 +68,7 @@ class Counts:
         return self.layers * self.block + self.rest
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> float:
         """Tokens of a step."""
         return self.batch * self.context
 
@@ -157,7 +159,7 @@ def activation_bytes(
     34 bytes a token and feature in each block; 24 of them lie where tensor parallel cuts, the other 10 where only
     sequence parallel does. The logits, in float32 and once more for their gradient, come on top.
     """
-    tokens = counts.tokens / data / context
+    tokens = counts.tokens / data / context / counts.pieces
     block = 34 / tensor if sequence else 10 + 24 / tensor
     return tokens * (counts.layers * counts.width * block + counts.vocab_size * 8 / tensor)
 
@@ -181,19 +183,19 @@ def ddp(counts: Counts, machine: Machine, size: int) -> Cost:
 def fsdp(counts: Counts, machine: Machine, size: int, *, weight_bytes: int = 4) -> Cost:
     """Every device holds 1/N, and two gathered blocks at a time.
 
-    A block's weights are gathered twice and its gradients scattered once. What stands outside the blocks is needed last
-    in the forward and first in the backward pass, so it is kept between them and gathered once. What is gathered for
-    the next block hides behind this one; the first gather and the last scatter do not.
+    With each micro-batch, a block's weights are gathered twice and its gradients scattered once. What stands outside
+    the blocks is needed last in the forward and first in the backward pass, so it is kept between them and gathered
+    once. What is gathered for the next block hides behind this one; the first gather and the last scatter do not.
 
     Args:
         weight_bytes: of a weight on its way: 4 for float32, 2 for bfloat16.
     """
     p = counts.parameters
     blocks, rest = (all_gather_bytes(n, size) for n in (counts.layers * counts.block, counts.rest))
-    sent = (2 * weight_bytes + GRADIENT) * blocks + (weight_bytes + GRADIENT) * rest
+    sent = counts.pieces * ((2 * weight_bytes + GRADIENT) * blocks + (weight_bytes + GRADIENT) * rest)
     compute = counts.flops / size / machine.flops
-    communication = machine.seconds(sent, size, 3 * counts.layers + 2)
-    ends = machine.seconds((weight_bytes + GRADIENT) * rest, size, 2)
+    communication = machine.seconds(sent, size, counts.pieces * (3 * counts.layers + 2))
+    ends = machine.seconds(counts.pieces * (weight_bytes + GRADIENT) * rest, size, 2 * counts.pieces)
     exposed = ends + max(0.0, communication - ends - compute)
     gathered = weight_bytes * (2 * counts.block + counts.rest) if size > 1 else 0
     activations = activation_bytes(counts, data=size)
@@ -208,9 +210,10 @@ def tensor_parallel(counts: Counts, machine: Machine, size: int, *, sequence: bo
     """
     p, stream = counts.parameters, 2 * counts.tokens * counts.width
     times = 4 * counts.layers + 2
+    rounds = times * counts.pieces
     sent = times * all_reduce_bytes(stream, size)
     compute = counts.flops / size / machine.flops
-    communication = machine.seconds(sent, size, times)
+    communication = machine.seconds(sent, size, rounds)
     activations = activation_bytes(counts, tensor=size, sequence=sequence)
     shares = (4 * p / size, GRADIENT * p / size, MOMENTS * p / size)
     return Cost(*shares, activations, sent, compute, communication, communication)
@@ -245,31 +248,38 @@ def context_parallel(counts: Counts, machine: Machine, size: int) -> Cost:
     return Cost(4 * p, GRADIENT * p, MOMENTS * p, activations, weights.sent + rings, compute, total, exposed)
 
 
-def mixed(counts: Counts, machine: Machine, size: int, tensor: int) -> Cost:
+def mixed(counts: Counts, machine: Machine, size: int, tensor: int = 8, *, weight_bytes: int = 4) -> Cost:
     """FSDP over groups of ``tensor`` devices, each of which cuts its matrices: what large runs do.
 
     Tensor parallel stays inside a machine. FSDP gathers among the size / tensor devices that hold the same piece.
     """
+    tensor = min(tensor, size)
     if size % tensor:
         raise ValueError(f"{size} devices are no multiple of {tensor}")
     groups = size // tensor
     piece = replace(counts, block=counts.block // tensor, rest=counts.rest // tensor)
-    share = replace(counts, batch=counts.batch / groups)
-    inner = tensor_parallel(share, machine, tensor)
-    outer = fsdp(piece, replace(machine, per_host=max(1, machine.per_host // tensor)), groups)
+    inner = tensor_parallel(replace(counts, batch=counts.batch / groups), machine, tensor)
+    inside = replace(machine, per_host=max(1, machine.per_host // tensor))
+    outer = fsdp(piece, inside, groups, weight_bytes=weight_bytes)
     compute = counts.flops / size / machine.flops
-    exposed = inner.exposed + max(outer.communication - compute, outer.exposed if groups > 1 else 0.0)
+    ends = outer.exposed if outer.communication <= compute else 0.0
+    exposed = inner.exposed + max(outer.communication - compute, ends)
     activations = activation_bytes(counts, tensor=tensor, sequence=tensor > 1, data=groups)
-    return Cost(
-        outer.weights,
-        outer.gradients,
-        outer.optimizer,
-        activations,
-        inner.sent + outer.sent,
-        compute,
-        inner.communication + outer.communication,
-        exposed,
-    )
+    held = outer.weights, outer.gradients, outer.optimizer, activations
+    return Cost(*held, inner.sent + outer.sent, compute, inner.communication + outer.communication, exposed)
+
+
+def that_fits(
+    scheme: Callable[[Counts, Machine, int], Cost], counts: Counts, machine: Machine, size: int
+) -> tuple[Cost, int] | None:
+    """The cost of a scheme with the fewest micro-batches that fit into the memory, and how many; None if none fits."""
+    pieces = 1
+    while pieces <= counts.batch:
+        cost = scheme(replace(counts, pieces=pieces), machine, size)
+        if cost.held <= machine.memory:
+            return cost, pieces
+        pieces *= 2
+    return None
 
 
 SCHEMES: dict[str, Callable[[Counts, Machine, int], Cost]] = {

@@ -64,11 +64,12 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def announce_piece(network: nn.Module, last: bool) -> None:
-    """Say before the forward of each micro-batch whether it is a step's last: only then gradients travel."""
+    """Say before the forward of each micro-batch whether it is a step's last: only then DDP's gradients travel.
+
+    Those of FSDP travel with each micro-batch, for to add them up before would take the memory that FSDP saves.
+    """
     if isinstance(network, DistributedDataParallel):
         network.require_backward_grad_sync = last  # what network.no_sync() sets
-    elif isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(last)
 
 
 def free_gathered(network: nn.Module) -> None:

@@ -10,6 +10,7 @@ They talk by gloo on the CPU, so nothing but this machine is needed.
 
 import atexit
 import contextlib
+import dis
 import importlib
 import marshal
 import multiprocessing
@@ -214,5 +215,6 @@ CellType = type((lambda x: lambda: x)(0).__closure__[0])
 
 
 def names_in(code: CodeType) -> set[str]:
-    """The names that a function's code uses, those of functions inside it too."""
-    return set(code.co_names).union(*(names_in(c) for c in code.co_consts if isinstance(c, CodeType)))
+    """The global names that a function's code reads, those of functions inside it too."""
+    named = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return named.union(*(names_in(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
