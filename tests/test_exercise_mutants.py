@@ -169,6 +169,9 @@ EQUAL = {
     "rope.rotate": {
         "0::2 -> ::2": "a slice begins at 0",
     },
+    "scaling_out.send": {
+        "rank - turn -> turn - rank": "the chunks may go round in the other order",
+    },
     "serving.certain": {
         "... -> max(len(text), len(stop) - 1)": "the check's texts do not hold the stop string",
         "0 -> -1": "an empty beginning is everywhere",
