@@ -201,12 +201,11 @@ def compiled_gradients(scheme: str) -> dict[str, torch.Tensor]:
     model = Decoder(dataclasses.replace(SMALL, layers=2))
     rows = torch.randint(0, 48, (8, 13))
     network = distributed.data_parallel(model, scheme)
-    whole = training.next_token_loss
     with pytest.MonkeyPatch.context() as patch:  # the compiler's front alone: no C++ is made here
         patch.setattr(
             torch, "compile", lambda function, compiler=torch.compile: compiler(function, backend="aot_eager")
         )
-        loss = distributed.compile_loss(network, whole, training.mean_cross_entropy)
+        loss = distributed.compile_loss(network, training.training_loss, training.mean_cross_entropy)
     mine = distributed.world().share(8)
     loss(network, rows[mine, :-1], rows[mine, 1:]).backward()
     return {name: distributed.whole(p.grad) for name, p in model.named_parameters()}

@@ -23,7 +23,6 @@ ROOMS = {
     "checkpoint",
     "command_line",
     "contract",
-    "distributed",
     "jit",
     "ladder",
     "mixture_of_experts",

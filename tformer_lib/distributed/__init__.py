@@ -15,7 +15,6 @@ and tests), ``costs`` (what each scheme holds, sends and takes, on paper) and ``
 
 from tformer_lib.distributed.context_parallel import (
     contiguous,
-    merge,
     own_part,
     positions_of,
     ring_attend,
@@ -54,7 +53,6 @@ __all__ = [
     "is_lost_peer",
     "joined",
     "load",
-    "merge",
     "newest",
     "own",
     "own_device",

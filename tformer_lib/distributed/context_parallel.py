@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tformer_lib.contract import check_inputs, score_scale
-from tformer_lib.flash_attention import flash_attention
+from tformer_lib.flash_attention import flash_attention, merge_states
 from tformer_lib.ladder import AUTO, accumulation_dtype
 
 Span = tuple[int, int]
@@ -151,20 +151,6 @@ class Ring:
             row += a[1] - a[0]
 
 
-def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two attentions of the same queries over two sets of keys, as one over both.
-
-    With L = log(exp(L1) + exp(L2)): out = exp(L1 - L) out1 + exp(L2 - L) out2.
-
-    Args:
-        out, more: (batch, heads, T, head_dim), float32 or float64.
-        lse, more_lse: (batch, heads, T), the log-sum-exp of each row's scores; -inf where it saw no key.
-    """
-    both = torch.logaddexp(lse, more_lse)
-    anchor = both.masked_fill(both == -torch.inf, 0.0)
-    return (lse - anchor).exp()[..., None] * out + (more_lse - anchor).exp()[..., None] * more, both
-
-
 class RingAttention(torch.autograd.Function):
     """The ring, forward and backward. Nothing of size T x S is kept; keys and values come round again for gradients."""
 
@@ -181,8 +167,8 @@ class RingAttention(torch.autograd.Function):
             for rows, columns, diagonal in ring.meetings(turn):
                 some_k, some_v = (x[:, :, columns] for x in held)
                 part, part_lse = attend_with_lse(q[:, :, rows], some_k, some_v, ring, diagonal)
-                joined = merge(out[:, :, rows], lse[:, :, rows], part.to(dtype), part_lse)
-                out[:, :, rows], lse[:, :, rows] = joined
+                seen = (out[:, :, rows], part.to(dtype)), (lse[:, :, rows], part_lse)
+                out[:, :, rows], lse[:, :, rows] = merge_states(*seen)
             for request in requests:
                 request.wait()
             held, requests = coming, []

@@ -9,6 +9,7 @@ Two schemes, both torch's own:
   gathered just before they are used and freed after; its gradients are reduced and scattered.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 
@@ -22,6 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tformer_lib.distributed.processes import world
 
 SCHEMES = ("ddp", "fsdp")
+SYNC_BUFFERS = "forward_sync_buffers"
+if SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:  # torch before 2.13
+    SYNC_BUFFERS = "broadcast_buffers"
 
 
 def data_parallel(model: nn.Module, scheme: str = "ddp", mesh: DeviceMesh | None = None) -> nn.Module:
@@ -50,7 +54,7 @@ def data_parallel(model: nn.Module, scheme: str = "ddp", mesh: DeviceMesh | None
         options = {} if device.type == "cpu" else {"device_ids": [device.index]}
         options |= {} if mesh is None else {"process_group": mesh.get_group()}
         # Gradients are views of the buckets: one copy less, in memory and in time. Buffers are each process's own.
-        options |= {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+        options |= {"gradient_as_bucket_view": True, SYNC_BUFFERS: False}
         return DistributedDataParallel(model, **options)
     return shard(model, mesh or init_device_mesh(device.type, (world().size,), mesh_dim_names=("data",)))
 

@@ -16,6 +16,7 @@ import marshal
 import multiprocessing
 import os
 import pickle
+import shutil
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 
 GRACE = 2.0
@@ -48,11 +50,11 @@ class Workers:
     def start(self) -> None:
         """Start the processes and let them meet; :meth:`run` does it at its first call."""
         context = multiprocessing.get_context("spawn")
-        folder = tempfile.mkdtemp(prefix="workers-")
+        self.folder = Path(tempfile.mkdtemp(prefix="workers-"))
         with one_thread_each(), main_left_alone():
             for rank in range(self.size):
                 ours, theirs = context.Pipe()
-                job = (theirs, rank, self.size, os.path.join(folder, "meeting"), self.timeout, list(sys.path))
+                job = (theirs, rank, self.size, self.folder, self.timeout, list(sys.path))
                 process = context.Process(target=serve, args=job, daemon=True)
                 process.start()
                 theirs.close()
@@ -88,8 +90,9 @@ class Workers:
                     if not answers[waiting[line]][0]:
                         deadline = min(deadline, time.monotonic() + GRACE)
         except (EOFError, OSError):
+            said = self.last_words()
             codes = self.close()
-            dead = [f"process {rank} has ended with exit code {code}" for rank, code in codes.items() if code]
+            dead = [f"process {r} has ended with exit code {code}{said[r]}" for r, code in codes.items() if code]
             raise RuntimeError(f"{', '.join(dead) or 'a process has ended'} in the middle of the call") from None
         failed = [rank for rank, (succeeded, _) in sorted(answers.items()) if not succeeded]
         if failed:
@@ -102,6 +105,11 @@ class Workers:
             raise TimeoutError(f"no answer from process {silent} within {timeout or self.timeout:g} s")
         return [answers[rank][1] for rank in range(self.size)]
 
+    def last_words(self) -> list[str]:
+        """The end of what each process has written to its standard output and error."""
+        texts = [(self.folder / f"{rank}.log").read_text(errors="replace") for rank in range(self.size)]
+        return [f" ({text[-300:].strip()})" if text.strip() else "" for text in texts]
+
     def close(self) -> dict[int, int | None]:
         """End the processes; returns the exit codes of those that had ended by themselves."""
         for process in self.processes:
@@ -113,6 +121,8 @@ class Workers:
             process.join()
         for line in self.lines:
             line.close()
+        if self.processes:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self.processes, self.lines = [], []
         return codes
 
@@ -151,16 +161,18 @@ def main_left_alone() -> Iterator[None]:
             setattr(main, name, value)
 
 
-def serve(line: Connection, rank: int, size: int, meeting: str, timeout: float, path: list[str]) -> None:
-    """A worker's life: join the group, then run what comes until the line closes."""
+def serve(line: Connection, rank: int, size: int, folder: Path, timeout: float, path: list[str]) -> None:
+    """A worker's life: join the group, then run what comes until the line closes. What it prints goes to a file."""
     sys.path[:] = path
+    with open(folder / f"{rank}.log", "wb") as log:
+        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-    limit = timedelta(seconds=timeout)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=limit)
+    meeting, limit = f"file://{folder / 'meeting'}", timedelta(seconds=timeout)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=limit)
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
             function, args, options = pickle.loads(line.recv_bytes())
