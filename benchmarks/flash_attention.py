@@ -14,6 +14,7 @@ FlashAttention-3 is taken from the ``vllm`` wheel (``vllm.vllm_flash_attn``), wh
 are missing.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -50,7 +51,7 @@ SHAPES = [(d, length, causal) for d in (64, 128) for length in (4096, 16384) for
 LENGTHS = {64: (512, 1024, 2048, 4096, 8192, 16384), 128: (512, 1024, 2048, 4096, 8192, 16384), 256: (4096, 16384)}
 TURNS = 3  # of the contestants of a row of the forward, so that clocks and power are shared alike
 PEERS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
-BUILDS = (1, 2, 3, 4, "backward", "backward_wide", "backward_tensor_core", "backward_tiled")
+BUILDS = (1, 2, 3, 4, "float8", "backward", "backward_wide", "backward_tensor_core", "backward_tiled")
 SECONDS = 0.1  # of each measurement, after as long a warm-up
 
 HOPPER, TENSOR_CORE = "4_hopper.cuh", "3_tensor_core.cuh"
@@ -271,6 +272,46 @@ def time_forms(report: Report, limit: float) -> None:
             report.add(f"form, {name}: {contestant}", timing, flops=work, limit=limit, form=name, **facts)
 
 
+def time_float8(report: Report, limit: float) -> None:
+    """The forward in float8 beside the one in bfloat16 and FlashAttention-3's."""
+    for length, causal in itertools.product((4096, 16384), (False, True)):
+        q, k, v = random_inputs(128, length, "cuda", torch.bfloat16)
+        numbers, scales = zip(*map(flash.quantize_float8, (q, k, v)), strict=True)
+        contestants = {
+            "float8": partial(flash.flash_attention_float8, *numbers, *scales, causal=causal, step="float8"),
+            "step 4": partial(flash.flash_attention, q, k, v, causal=causal, step=4),
+        }
+        descales = [x.expand(q.shape[0], -1).contiguous() for x in scales]  # (batch, kv_heads)
+        given = dict(zip(("q_descale", "k_descale", "v_descale"), descales, strict=True))
+        if (attend := flash_attention_3_form(*numbers, causal=causal, **given)) is not None:
+            contestants["FlashAttention-3"] = attend
+        work = flops(TOKENS // length, WIDTH // 128, length, length, 128, causal)
+        for name, timing in measure_in_turns({x: (run, [()]) for x, run in contestants.items()}).items():
+            name = f"float8, {label(128, length, causal)}: {name}"
+            report.add(name, timing, flops=work, limit=limit, d=128, length=length, causal=causal)
+
+
+def note_float8_errors(report: Report) -> None:
+    """The root of the mean squared error of float8, with and without a rotation, and of bfloat16, against float64."""
+    for inputs in ("normal", "outliers"):
+        torch.manual_seed(8)
+        q, k, v = (torch.randn(1, 4, 4096, 128, device="cuda") for _ in range(3))
+        if (
+            inputs == "outliers"
+        ):  # one number in a thousand is ten times as large, as FlashAttention-3's authors draw them
+            q, k, v = (x + 10 * torch.randn_like(x) * (torch.rand_like(x) < 1e-3) for x in (q, k, v))
+        rows = slice(0, 4096, 7)
+        exact = exact_rows(q, k, v, rows, False)
+        R = flash.hadamard_rotation(128, device="cuda")
+        found = {"bfloat16": flash.flash_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), step=4)}
+        for name, x in (("float8", (q, k, v)), ("float8, rotated", (q @ R, k @ R, v))):
+            numbers, scales = zip(*map(flash.quantize_float8, x), strict=True)
+            found[name] = flash.flash_attention_float8(*numbers, *scales, step="float8")
+        for name, out in found.items():
+            error = (out[:, :, rows].double() - exact).square().mean().sqrt().item()
+            report.note(**{f"root mean squared error, {inputs} inputs: {name}": error})
+
+
 def pairs_seen(queries: int, keys: int, options: dict) -> int:
     """Pairs of a query and a key that it sees, of one head."""
     window = options.get("window")
@@ -363,12 +404,13 @@ def note_resources(report: Report) -> None:
             q = torch.empty(1, 1, 4096, d, device="cuda", dtype=dtype)
             report.note(**{f"resources, step {step}, d {d}": flash.resources(step, q, q)})
     for step, dtype in (
+        ("float8", torch.bfloat16),
         ("backward", torch.bfloat16),
         ("backward_wide", torch.bfloat16),
         ("backward_tensor_core", torch.bfloat16),
         ("backward_tiled", torch.float32),
     ):
-        for d in {"backward": (64, 128), "backward_wide": (256,)}.get(step, (64, 128, 256)):
+        for d in {"float8": (128,), "backward": (64, 128), "backward_wide": (256,)}.get(step, (64, 128, 256)):
             q = torch.empty(1, 1, 4096, d, device="cuda", dtype=dtype)
             report.note(**{f"resources, {step}, d {d}": flash.resources(step, q, q)})
 
@@ -384,8 +426,10 @@ def run_gpu(report: Report, ablations: bool) -> None:
         time_backward(report, limit)
         time_packed(report, limit)
         time_forms(report, limit)
+        time_float8(report, limit)
         report.finish()
         note_errors(report)
+        note_float8_errors(report)
         note_resources(report)
         time_float32(report)
         time_rungs(report, limit)

@@ -66,7 +66,7 @@ def flash_cases() -> dict[str, Callable]:
     steps = (1, 2, *flash.RUNGS["3"], 3, *flash.RUNGS["4"], 4)
     cases = {f"step {step}": partial(run_flash_forward, step) for step in steps}
     cases |= {f"step {step}, other forms": partial(run_flash_forms, step) for step in (3, 4)}
-    cases["gradients, other forms"] = run_flash_form_gradients
+    cases |= {"gradients, other forms": run_flash_form_gradients, "float8": run_flash_float8}
     for name in GRADIENT_WIDTHS:
         cases[name] = partial(run_flash_backward, name)
     return cases | {"control: lse too short": write_past_lse, "control: a barrier left out": leave_out_a_barrier}
@@ -112,6 +112,17 @@ def run_flash_forms(step: int) -> None:
         sizes = ((2, T, d), (1, S, d), (1, S, value_dim))
         q, k, v = (from_cpu(1, *size, dtype=torch.bfloat16) for size in sizes)
         flash.flash_attention(q, k, v, step=step, **flash_form(options))
+    torch.cuda.synchronize()
+
+
+def run_flash_float8() -> None:
+    """Odd lengths and widths, causal and a window with two sides."""
+    for d, (T, S), options in itertools.product(
+        (80, 128), ((70, 203), (203, 70)), ({"causal": True}, {"window": (9, 50)})
+    ):
+        x = [flash.quantize_float8(torch.randn(1, h, n, d)) for h, n in ((2, T), (1, S), (1, S))]
+        numbers, scales = ([x.cuda() for x in part] for part in zip(*x, strict=True))
+        flash.flash_attention_float8(*numbers, *scales, step="float8", **options)
     torch.cuda.synchronize()
 
 
