@@ -79,7 +79,7 @@ BANDWIDTH = 4.3e12
 REQUESTS, SHORTEST, LONGEST = 256, 100, 1024
 ROWS_RESERVED = MEMORY // (FULL_LENGTH * 2 * 16 * 8 * 64 * 2)
 SECONDS = {"engine": 120, "skewed": 80, "transformers": 80, "contiguous": 80, "latency": 300, "stories": 60}
-SECONDS |= {"soak": 1500} | dict.fromkeys(("timeline", "speculation", "float8", "deterministic"), 80)
+SECONDS |= {"soak": 1500} | dict.fromkeys(("roomy", "timeline", "speculation", "float8", "deterministic"), 80)
 """How long each part may take."""
 
 
@@ -245,6 +245,20 @@ def continuous(engine: Engine) -> dict:
         "engine_log": trace[::4],
         "engine_log_columns": ["seconds", "tokens written", "tokens computed", "live tokens", "waiting", "held blocks"],
     }
+
+
+def roomy_part(device: str) -> dict:
+    """All requests at once where all of them fit: 64 GiB of keys and values."""
+    model, requests, seconds = llama(device), workload(), []
+    engine = make_engine(model, seats=REQUESTS, memory=64 * 2**30)
+    for _ in range(2):
+        engine.log.clear()
+        seconds.append(time_engine(engine, [requests]))
+    why = {"alone": "all of them fit, and so they would into a static batch"}
+    written = sum(new for _, new in requests)
+    rows = [run_row("256 requests, 64 GiB", "engine", seconds, written, **why)]
+    rows += [{**row, **why} for row in decode_rows("engine, 64 GiB", list(engine.log), model)]
+    return {"rows": rows, "roomy_steps": len(engine.log)}
 
 
 def skewed_part(device: str) -> dict:
@@ -841,6 +855,7 @@ def resident_bytes() -> int:
 
 PARTS: dict[str, Callable[[str], dict]] = {
     "engine": engine_part,
+    "roomy": roomy_part,
     "skewed": skewed_part,
     "transformers": transformers_part,
     "contiguous": contiguous_part,
