@@ -567,7 +567,7 @@ def latency_part(device: str) -> dict:
     together = [drive(engine, load, [0.0] * len(load.prompts)) for _ in range(2)]
     capacity = max(len(waits) / max(wait.whole for wait in waits) for waits in together)
     idle = [
-        drive(engine, Load([p], [n], load.engine), [0.0])[0] for p, n in zip(load.prompts[:8], load.new, strict=False)
+        drive(engine, Load([p], [n], load.engine), [0.0])[0] for p, n in zip(load.prompts[:6], load.new, strict=False)
     ]
     objective = Wait(TTFT_SLACK * median(w.first for w in idle), TPOT_SLACK * median(w.each for w in idle), math.inf)
     for case, times in loads(len(load.prompts), capacity).items():
@@ -619,8 +619,8 @@ def stories_load(device: str) -> tuple[Load, Load, tuple[int, ...]]:
 
 
 def llama_load(device: str) -> tuple[Load, Load, tuple[int, ...]]:
-    """The 1B shape: half of the skewed requests, some with a shared beginning, and the budgets that are compared."""
-    model, pairs, random = llama(device), workload(skewed=True)[: REQUESTS // 2], Random(1)
+    """The 1B shape: 64 of the skewed requests, some with a shared beginning, and the budgets that are compared."""
+    model, pairs, random = llama(device), workload(skewed=True)[:64], Random(1)
     engine = partial(make_engine, model, seats=len(pairs))
     beginning = [random.randrange(LLAMA_1B.vocab_size) for _ in range(1024)]
     tails = [[random.randrange(LLAMA_1B.vocab_size) for _ in range(32)] for _ in pairs]
