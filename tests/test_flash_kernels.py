@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -159,3 +161,29 @@ def test_the_translation_to_triton_is_attention(T, S, heads, kv_heads, causal, d
     plain = (attend(q, k, v, causal=causal).double() - exact).abs().max()
     out = in_triton.flash_attention_in_triton(q, k, v, causal=causal)
     assert (out.double() - exact).abs().max() <= 2 * plain + 1e-5
+
+
+IDLE = """
+const all = (state) => Object.values(SCHEDULES).map((one) => Math.round(100 * simulate(one, state, 24).idle));
+const wide = { product: 704, softmax: 1088, load: 1152, stages: 2 };
+const narrow = { product: 256, softmax: 768, load: 416, stages: 2 };
+console.log(JSON.stringify({
+  wide: all(wide), narrow: all(narrow), "one buffer": all({ ...wide, stages: 1 }), "near": all({ ...wide, load: 416 }),
+  "no softmax": all({ ...wide, softmax: 0 }), "no softmax, near": all({ ...wide, softmax: 0, load: 416 }),
+}));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node to run the figure's code")
+def test_the_pipeline_explorer_says_what_chapter_17_says():
+    figure = (Path(widgets.__file__).parent / "flash_hopper.js").read_text(encoding="utf-8")
+    done = subprocess.run(["node", "-e", figure + IDLE], capture_output=True, text=True, check=True)
+    # in order, in lockstep, in turns, softmax beside products, both
+    assert json.loads(done.stdout) == {
+        "wide": [44, 44, 0, 39, 0],
+        "narrow": [60, 60, 33, 50, 33],
+        "one buffer": [44, 44, 12, 39, 0],
+        "near": [44, 44, 0, 21, 0],
+        "no softmax": [39, 0, 0, 39, 0],
+        "no softmax, near": [0, 0, 0, 0, 0],
+    }
