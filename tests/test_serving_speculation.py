@@ -16,7 +16,7 @@ from test_serving import CONTEXT, MODEL, PREFIXES, VOCAB, Schedules, alone, chec
 from tformer_lib.generation import Sampling, cut, distribution, generate
 from tformer_lib.serving import Engine, Speculation, accepted, expected_tokens
 from tformer_lib.serving import engine as engine_module
-from tformer_lib.serving.speculation import LONGEST_PAUSE, Drafter, NgramIndex, continuation
+from tformer_lib.serving.speculation import Attempts, Drafter, NgramIndex, Patience, continuation
 
 OTHER = make_model(seed=6, layers=1)
 
@@ -187,7 +187,18 @@ def test_a_drafter_that_is_always_wrong_is_asked_less_and_less():
     assert request.accepted == 0
     assert [step.drafted > 0 for step in engine.log].count(True) == 4  # pauses of 2, 4, 8 and 16 tokens
     assert len(engine.log) == 30
-    assert LONGEST_PAUSE == 64
+
+
+def test_drafts_are_given_up_where_too_few_are_accepted_and_tried_again():
+    attempts, length, tried = Attempts(Patience(worth=0.5, growth=2, longest=64)), 0, []
+    for _ in range(12):  # one of five drafts is accepted: each step writes 1.2 tokens, and costs more than that
+        attempts.count(len(tried) % 5 == 4, length)
+        tried.append(attempts.paused_until - length)
+        length = max(attempts.paused_until, length + 1)
+    assert tried[-4:] == [64] * 4
+    for _ in range(2):
+        attempts.count(3, length)
+    assert (attempts.paused_until, attempts.failures) == (length, 0)
 
 
 def test_ties_are_broken_alike():

@@ -359,7 +359,7 @@ class Engine:
     def _accept_row(self, row: Row, chosen: list[int], logprobs: list, pieces: list[Piece]) -> None:
         """A row's token has come back; where it had drafts, one for each place, of which those before the first
         refused draft and the one in its place count. The keys and values of refused drafts are rolled back."""
-        request, kept = row.request, accepted(row.drafts, chosen)
+        request, kept = row.request, accepted(row.drafts, chosen) if row.drafts else 0
         if row.drafts:
             request.table.truncate(row.start + row.count - len(row.drafts) + kept)
             request.drafted += len(row.drafts)

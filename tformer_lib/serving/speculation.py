@@ -32,9 +32,6 @@ from tformer_lib.serving.request import Request, check_counts
 from tformer_lib.serving.runner import Runner
 from tformer_lib.serving.scheduler import Row
 
-LONGEST_PAUSE = 64
-"""The most tokens that a request writes without drafts after its drafts were refused again and again."""
-
 
 @dataclass(frozen=True)
 class Speculation:
@@ -73,16 +70,35 @@ def expected_tokens(acceptance: float, drafts: int) -> float:
     return sum(acceptance**i for i in range(drafts + 1))
 
 
-class Attempts:
-    """How a request's drafts have fared, and how long to write without: twice as long after each failure in a row."""
+@dataclass(frozen=True)
+class Patience:
+    """When drafts are worth what they cost, and how long a request writes without them where they are not."""
 
-    def __init__(self):
-        self.failures, self.paused_until = 0, 0
+    worth: float
+    """Accepted drafts of a step, on average, that pay for it: a step with drafts is longer, and nothing overlaps it."""
+    growth: int
+    """A pause is so many times as long as the one before it."""
+    longest: int
+    """The longest pause, in tokens."""
+
+
+class Attempts:
+    """How a request's drafts have fared.
+
+    Args:
+        patience: with how much of it they are made.
+    """
+
+    def __init__(self, patience: Patience):
+        self.patience, self.failures, self.paused_until = patience, 0, 0
+        self.mean = 1.2 * patience.worth  # of accepted drafts, the latest steps counting most: one failure is too many
 
     def count(self, kept: int, length: int) -> None:
         """Of the latest drafts ``kept`` counted; the text has ``length`` tokens now."""
-        self.failures = 0 if kept else self.failures + 1
-        self.paused_until = 0 if kept else length + min(2**self.failures, LONGEST_PAUSE)
+        self.mean += (kept - self.mean) / 4
+        self.failures = 0 if self.mean >= self.patience.worth else self.failures + 1
+        pause = min(self.patience.growth**self.failures, self.patience.longest) if self.failures else 0
+        self.paused_until = length + pause
 
 
 class Drafter(ABC):
@@ -91,6 +107,8 @@ class Drafter(ABC):
     Args:
         options: how many drafts, and for how many rows.
     """
+
+    patience = Patience(worth=0.5, growth=2, longest=64)
 
     def __init__(self, options: Speculation):
         self.options = options
@@ -123,7 +141,7 @@ class Drafter(ABC):
 
     def settle(self, request: Request, kept: int) -> None:
         """Of the drafts of a request ``kept`` counted."""
-        self.attempts.setdefault(request, Attempts()).count(kept, len(request.tokens))
+        self.attempts.setdefault(request, Attempts(self.patience)).count(kept, len(request.tokens))
 
     def forget(self, request: Request) -> None:
         """It has ended."""
@@ -254,6 +272,8 @@ class ModelDrafter(Drafter):
     Raises:
         ValueError: the models do not share a vocabulary, or the draft model has learned too few positions.
     """
+
+    patience = Patience(worth=1.0, growth=4, longest=256)  # each draft costs a step of the draft model
 
     def __init__(
         self, options: Speculation, model: nn.Module, *, blocks, block_size, seats, budget, max_blocks, max_context
