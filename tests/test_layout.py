@@ -138,11 +138,11 @@ def declared(*extras: str) -> set[str]:
 
 OWN = {"tformer_lib", "benchmarks", "tools", "tests", "book"}
 FOLDERS = {
-    "tformer_lib": ("serve", "hub"),
-    "benchmarks": ("test",),
+    "tformer_lib": ("serve", "hub", "transformers"),
+    "benchmarks": ("test", "transformers"),
     "book": (),
     "tools": ("test",),
-    "tests": ("test", "serve", "hub"),
+    "tests": ("test", "serve", "hub", "transformers"),
 }
 """Folder -> the extras that its files may import from. (A benchmark's peers are what the tests' oracles are.)"""
 

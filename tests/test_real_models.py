@@ -1,5 +1,6 @@
 """Public models against transformers: random weights that it saved, read by us, in every way that we run a model."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -12,8 +13,8 @@ from torch import nn
 from tformer_lib import pretrained
 from tformer_lib.generation import generate
 from tformer_lib.kv_cache import CacheShape, GrowingCache, ModelCache, cache_bytes
-from tformer_lib.pretrained import hub, shards
-from tformer_lib.serving import Engine
+from tformer_lib.pretrained import fetch, hub, int8, interface, shards
+from tformer_lib.serving import LLM, Engine
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
 
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -372,8 +373,8 @@ def test_nothing_but_a_folder_or_a_name_of_the_hub_is_looked_for(tmp_path, monke
     huggingface_hub = pytest.importorskip("huggingface_hub")
 
     def no_network(*_, **options):
-        assert options["allow_patterns"] == hub.FILES
-        assert not any(pattern.endswith((".py", ".bin", ".pt", "*")) for pattern in hub.FILES[:4])
+        assert options["allow_patterns"] == fetch.FILES
+        assert not any(pattern.endswith((".py", ".bin", ".pt", "*")) for pattern in fetch.FILES[:4])
         raise OSError("Temporary failure in name resolution")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
@@ -559,3 +560,102 @@ def test_tokenizers_that_are_none_are_refused(tmp_path):
         encoding.render([])
     with pytest.raises(ValueError, match="says which token ends a text"):
         _ = encoding.eot_token
+
+
+# --- our attention in the models of transformers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpoint", ["llama3", "qwen3", "mistral", "gpt-oss", "gemma3, capped"], indirect=True)
+def test_models_of_transformers_run_on_our_attention(checkpoint, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    interface.register_with_transformers()
+    calls = []
+    computed = interface.flash_attention
+
+    def counted(*args, **options):
+        calls.append(options.get("mask") is None)
+        return computed(*args, **options)
+
+    monkeypatch.setattr(interface, "flash_attention", functools.wraps(computed)(counted))
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.folder, attn_implementation="tformer")
+    tokens, attend = tokens_of(2, 20), {"pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, checkpoint.logits(tokens), atol=1e-4, rtol=1e-4)
+        padded = torch.ones_like(tokens)
+        padded[0, :7] = 0
+        torch.testing.assert_close(
+            model(tokens, attention_mask=padded).logits[0, 7:],
+            checkpoint.theirs(tokens, attention_mask=padded).logits[0, 7:],
+            atol=1e-4,
+            rtol=1e-4,
+        )
+        everywhere = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 6, **attend}
+        assert (
+            model.generate(tokens, **everywhere).tolist() == checkpoint.theirs.generate(tokens, **everywhere).tolist()
+        )
+    assert sum(calls) > len(calls) / 3  # most passes need no mask, which is what the kernels know
+
+
+def test_a_mask_is_left_out_only_where_causality_says_it_all():
+    plain = {"q_length": 4, "kv_length": 9, "q_offset": 5}
+    assert interface.is_plainly_causal(**plain)
+    assert interface.is_plainly_causal(**plain, attention_mask=torch.ones(2, 9, dtype=torch.bool))
+    assert interface.is_plainly_causal(**plain, local_size=9)
+    for changes in (
+        {"q_offset": 0},
+        {"local_size": 8},
+        {"allow_is_causal_skip": False},
+        {"attention_mask": torch.tensor([[False] + [True] * 8])},
+        {"kv_length": 12},
+        {"q_offset": torch.tensor(5)},
+    ):
+        assert not interface.is_plainly_causal(**plain | changes)
+
+
+# --- eight bits, and a checkpoint served in one line ------------------------------------------------------------------
+
+
+def test_rows_are_rounded_to_the_nearest_of_their_own_integers():
+    weight = torch.randn(6, 40) * torch.logspace(-6, 6, 6)[:, None]
+    weight[2] = 0.0
+    numbers, scale = int8.quantise_rows(weight)
+    assert numbers.dtype == torch.int8
+    assert numbers.abs().amax(1).tolist() == [127, 127, 0, 127, 127, 127]
+    assert ((numbers * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        int8.quantise_rows(torch.tensor([[1.0, float("nan")]]))
+
+
+@pytest.mark.parametrize("checkpoint", ["gpt2", "llama3", "qwen2", "gemma3"], indirect=True)
+def test_eight_bits_stay_near_and_take_a_quarter(checkpoint):
+    small, tokens = pretrained.from_hub(checkpoint.folder, dtype=torch.int8), tokens_of(2, 30)
+    wide = pretrained.from_hub(checkpoint.folder)
+    linears = [part for part in small.stack.modules() if isinstance(part, int8.Int8Linear)]
+    assert len(linears) == sum(isinstance(part, nn.Linear) for part in wide.stack.modules())
+    assert all(part.weight.dtype == torch.int8 for part in linears)
+    with torch.no_grad():
+        for name, part in wide.stack.named_modules():  # the wide model with the rounded numbers is the oracle
+            if isinstance(part, nn.Linear):
+                rounded = small.stack.get_submodule(name)
+                part.weight.copy_(rounded.weight.float() * rounded.scale[:, None])
+        torch.testing.assert_close(small(tokens), wide(tokens), atol=1e-4, rtol=1e-4)
+        error = small(tokens) - checkpoint.logits(tokens)
+    assert error.pow(2).mean().sqrt() < 0.1 * checkpoint.logits(tokens).std()
+    again = pretrained.quantise(pretrained.from_hub(checkpoint.folder))
+    with torch.no_grad():
+        assert torch.equal(again(tokens), small(tokens))
+    assert generate(small, [[1, 2, 3]], max_new_tokens=4) == generate(again, [[1, 2, 3]], max_new_tokens=4)
+
+
+def test_a_checkpoint_is_served_in_one_line(tmp_path):
+    train_tokenizer(tmp_path, "bytes")
+    torch.manual_seed(0)
+    size = pretrained.load_tokenizer(tmp_path).n_vocab
+    options = {"norm": "rmsnorm", "feed_forward": "swiglu", "positions": "rope", "bias": False, "attention_bias": "qkv"}
+    model = Decoder(ModelConfig(vocab_size=size, max_length=64, width=32, layers=2, heads=4, **options)).eval()
+    pretrained.to_hub(model, tmp_path)
+    answers = LLM(*pretrained.load(tmp_path)).generate(["Once upon a time", "There was"], {"max_new_tokens": 6})
+    prompts = [pretrained.load_tokenizer(tmp_path).encode_ordinary(text) for text in ("Once upon a time", "There was")]
+    assert [answer.new_tokens for answer in answers] == generate(model, prompts, max_new_tokens=6)
+    small, _ = pretrained.load(tmp_path, dtype=torch.int8)
+    assert any(isinstance(part, int8.Int8Linear) for part in small.modules())

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from tformer_lib.checkpoint import check_not_quantised, part_of, sync_folder, unharmed, write_atomically
+from tformer_lib.pretrained import int8
 from tformer_lib.pretrained.families import FAMILIES
 from tformer_lib.pretrained.family import Family
+from tformer_lib.pretrained.fetch import fetch
 from tformer_lib.pretrained.keys import Keys, read_config
 from tformer_lib.pretrained.links import Link
 from tformer_lib.pretrained.shards import INDEX, Shards
 from tformer_lib.transformer import Decoder, ModelConfig
-
-FILES = ["config.json", "generation_config.json", "*.safetensors", INDEX, "tokenizer*", "chat_template*"]
-"""What is fetched of a model on the hub: nothing that could be executed."""
 
 LARGEST_SHARD = 5 * 10**9
 """Bytes of tensors in one file, as transformers cuts them."""
@@ -67,6 +66,8 @@ def from_hub(
     Args:
         name: a folder with ``config.json`` and ``*.safetensors``, or a name on the hub.
         dtype: of the weights in memory; as they are in the file if not given. They are then mapped, not copied.
+            ``torch.int8`` keeps the matrices of the blocks in 8 bits (:mod:`tformer_lib.pretrained.int8`), the rest as
+            it is in the file.
         device: where the weights go.
         revision: which version on the hub: a branch, a tag or a commit.
 
@@ -79,32 +80,6 @@ def from_hub(
     config = read_config(folder / "config.json")
     family_of(config, folder)
     return load_family(Shards(folder), config, dtype=dtype, device=device, where=folder)
-
-
-def fetch(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model: itself, or where the hub's files lie once they are fetched.
-
-    Raises:
-        FileNotFoundError: it is no folder, and could not be fetched; the message says why.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    looks_local = str(name).startswith((".", "/", "~")) or str(name).count("/") != 1
-    if looks_local:
-        raise FileNotFoundError(f"there is no folder {name}; a model on the hub is called owner/name")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise FileNotFoundError(
-            f"there is no folder {name}; to fetch it from the hub, pip install 'tformer-lab[hub]'"
-        ) from None
-    try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=FILES))
-    except Exception as error:  # of the network, the hub or its library, which has many kinds
-        raise FileNotFoundError(
-            f"there is no folder {name}, and it could not be fetched from the hub (is there a network, and is the name "
-            f"right?): {type(error).__name__}: {error}"
-        ) from error
 
 
 def from_folder(path: Path | str, *, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -148,15 +123,20 @@ def load_family(
         model = Decoder(ours)
     links = list(family.links(model))
     names = match(family, links, model, source)
-    parameters: dict[str, nn.Parameter] = {}
+    small = int8.make_room(model) if dtype == torch.int8 else set()
+    dtype = None if dtype == torch.int8 else dtype
+    weights: dict[str, Tensor] = {}
     for link in links:
         for name, x in zip(link.ours, link.read(*(source.read(names[theirs]) for theirs in link.theirs)), strict=True):
-            parameters[name] = x.to(device, x.dtype if dtype is None else dtype).contiguous()
+            if name in small:
+                weights[name], weights[name.removesuffix("weight") + "scale"] = int8.quantise_rows(x.to(device))
+            else:
+                weights[name] = x.to(device, x.dtype if dtype is None else dtype).contiguous()
     if ours.tie_embeddings and (head := names.get("lm_head.weight")) is not None:
         table = links[0].theirs[0]
         if not torch.equal(source.read(head), source.read(names[table])):
             raise ValueError(f"{head} differs from {table}, which the config ties to it")
-    model.load_state_dict(parameters, strict=False, assign=True)
+    model.load_state_dict(weights, strict=False, assign=True)
     if ours.tie_embeddings:
         model.unembedding.weight = model.embedding.tokens.weight
     return model.eval()

@@ -6,6 +6,8 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
+from tformer_lib.pretrained.fetch import fetch
+
 Message = Mapping[str, object]
 """A turn of a conversation: ``{"role": "user", "content": "Hello"}``."""
 
@@ -226,6 +228,4 @@ BYTES = bytes_of_characters()
 
 def load_tokenizer(name: str | Path, *, revision: str | None = None) -> HubEncoding:
     """The tokenizer of a folder, or of a model on the hub: see :func:`tformer_lib.pretrained.from_hub`."""
-    from tformer_lib.pretrained.hub import fetch
-
     return HubEncoding(fetch(name, revision))

@@ -531,11 +531,17 @@ def compile_blocks(model: nn.Module) -> None:
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
     for block in model.stack.blocks:
-        if isinstance(block.attention, MultiHeadAttention) and block.attention.joined is None:
-            block.attention.joined = JoinedProjections(block.attention)
-        if type(block.feed_forward) is FeedForward and block.feed_forward.gate is not None:
-            JoinedFeedForward.join(block.feed_forward)
+        attention, feed_forward = block.attention, block.feed_forward
+        if isinstance(attention, MultiHeadAttention) and attention.joined is None and is_plain(attention.q_proj):
+            attention.joined = JoinedProjections(attention)
+        if type(feed_forward) is FeedForward and is_plain(feed_forward.gate):
+            JoinedFeedForward.join(feed_forward)
         block.compile(dynamic=True)
+
+
+def is_plain(layer: nn.Module | None) -> bool:
+    """Whether a layer is a linear map as torch has it; one whose numbers are kept otherwise cannot be joined."""
+    return type(layer) is nn.Linear
 
 
 def join(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
