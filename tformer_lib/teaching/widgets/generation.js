@@ -1,7 +1,7 @@
 // The sampler. data: shown, how many tokens have a bar of their own; places: [{name, words, logs}], logs = 100 log p of
 // every token, from the likeliest on.
 
-const [WIDTH, ROW, TOP, LEFT, SPAN] = [430, 29, 24, 92, 200];
+const [WIDTH, ROW, TOP, LEFT, SPAN] = [430, 29, 24, 92, 180];
 const STEPS = { k: [0, 1, 2, 3, 5, 10, 20, 50, 100], p: 20, m: 20 };
 const AXES = [0.1, 0.2, 0.4, 0.6, 0.8, 1];
 const off = (text, value) => (value ? text : "off");
@@ -134,8 +134,8 @@ function bars(place, before, after, { drawn, axis }, shown, set, kit) {
   const scale = SPAN / end;
   const length = (p) => Math.min(SPAN, p * scale);
   const parts = [
-    kit.svg("text", { x: LEFT + SPAN + 8, y: 13, "font-size": 12.5, style: "fill:var(--tf-muted)" }, "model"),
-    kit.svg("text", { x: LEFT + SPAN + 58, y: 13, "font-size": 12.5, "font-weight": 600, style: "fill:var(--tf-blue)" }, "drawn with"),
+    kit.svg("text", { x: LEFT + SPAN + 8, y: 13, "font-size": 13.5, style: "fill:var(--tf-muted)" }, "model"),
+    kit.svg("text", { x: LEFT + SPAN + 57, y: 13, "font-size": 13.5, "font-weight": 600, style: "fill:var(--tf-blue)" }, "drawn with"),
   ];
   now.forEach((p, i) => {
     const y = TOP + ROW * i;
@@ -146,14 +146,14 @@ function bars(place, before, after, { drawn, axis }, shown, set, kit) {
       kit.svg("text", { x: LEFT - 8, y: y + 15, "font-size": 13.5, "text-anchor": "end", "text-decoration": cut ? "line-through" : false, style: other ? "fill:var(--tf-muted)" : "" }, name),
       kit.svg("rect", { x: LEFT, y: y + 3, width: Math.max(1, length(model[i])), height: 6, rx: 2, style: "fill:var(--tf-line)" }),
       kit.svg("rect", { x: LEFT, y: y + 11, width: length(p), height: 10, rx: 2, style: "fill:var(--tf-blue)" }),
-      kit.svg("text", { x: LEFT + SPAN + 8, y: y + 15, "font-size": 12.5, style: "fill:var(--tf-muted)" }, model[i].toFixed(3)),
-      kit.svg("text", { x: LEFT + SPAN + 58, y: y + 15, "font-size": 12.5, "font-weight": 600 }, cut ? "cut" : p.toFixed(3)),
+      kit.svg("text", { x: LEFT + SPAN + 8, y: y + 15, "font-size": 13.5, style: "fill:var(--tf-muted)" }, model[i].toFixed(3)),
+      kit.svg("text", { x: LEFT + SPAN + 57, y: y + 15, "font-size": 13.5, "font-weight": 600 }, cut ? "cut" : p.toFixed(3)),
     );
     if (drawn) {
       const share = drawn.counts[i] / drawn.times;
       parts.push(
         kit.svg("circle", { cx: LEFT + length(share), cy: y + 16, r: 4.5, style: "fill:var(--tf-vermilion)" }),
-        kit.svg("text", { x: WIDTH - 2, y: y + 15, "font-size": 12.5, "text-anchor": "end", style: "fill:var(--tf-vermilion)" }, `${drawn.counts[i]}`),
+        kit.svg("text", { x: WIDTH - 2, y: y + 15, "font-size": 13.5, "text-anchor": "end", style: "fill:var(--tf-vermilion)" }, `${drawn.counts[i]}`),
       );
     }
     if (!other) parts.push(handle(i, name, model[i], end, y, set, kit));
@@ -168,7 +168,7 @@ function handle(token, name, share, end, y, set, kit) {
   const grip = kit.svg("rect", {
     x: LEFT + Math.min(SPAN, (share * SPAN) / end) - 5, y: y + 1, width: 10, height: 10, rx: 5, tabindex: 0, role: "slider",
     "aria-label": `probability that the model gives to ${name}`, "aria-valuemin": 0, "aria-valuemax": 1,
-    "aria-valuenow": share.toFixed(3), style: "fill:var(--tf-ink);cursor:ew-resize;touch-action:none",
+    "aria-valuenow": share.toFixed(3), style: "fill:var(--tf-ink);stroke:transparent;stroke-width:12px;cursor:ew-resize;touch-action:none" /* the stroke is there to be hit */,
     onkeydown: (event) => {
       const step = { ArrowRight: 0.01, ArrowUp: 0.01, ArrowLeft: -0.01, ArrowDown: -0.01 }[event.key];
       if (step === undefined) return;
