@@ -5,9 +5,10 @@ import torch
 
 from tformer_lib import pretrained
 from tformer_lib.attention import attend
+from tformer_lib.distributed import costs
 from tformer_lib.kv_cache import CacheShape
 from tformer_lib.teaching import STORY
-from tformer_lib.teaching.widgets import attention, generation, grouped_query_attention, training
+from tformer_lib.teaching.widgets import attention, generation, grouped_query_attention, scaling_out, training
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
 
 
@@ -95,3 +96,21 @@ def test_the_sampler_hands_the_page_the_model_s_distribution():
     torch.testing.assert_close(said, p.sort(descending=True).values, atol=0.006, rtol=0.01)
     assert place["words"][0] == " Lily"
     assert len(place["words"]) == generation.SHOWN
+
+
+def test_the_planner_hands_the_page_what_the_formulas_say():
+    config = ModelConfig(vocab_size=32_000, width=512, layers=4, heads=8)
+    machine = costs.Machine(memory=2e9)
+    data = scaling_out.planner({"small": config}, {"fast": machine}, windows=64, context=1024).data
+    assert (data["models"], data["links"]) == (["small"], ["fast"])
+    counts = costs.Counts.of(config, 64, 1024)
+    for size, row in zip(data["devices"], data["plans"][0][0], strict=True):
+        for name, plan in zip(data["schemes"], row, strict=True):
+            found = costs.that_fits(scaling_out.SCHEMES[name], counts, machine, size)
+            if found is None:
+                assert plan[7] == 0
+                continue
+            cost, pieces = found
+            assert plan[7] == pieces
+            assert sum(plan[:4]) == pytest.approx(cost.held / 1e9, rel=0.02)
+            assert plan[4] + plan[5] == pytest.approx(cost.seconds, rel=0.02)

@@ -10,8 +10,8 @@ from tformer_lib.teaching import style
 PARTS = (
     ("weights", style.BLUE),
     ("gradients", style.VERMILION),
-    ("optimizer", style.ORANGE),
-    ("activations", style.GREEN),
+    ("optimizer", style.GREEN),
+    ("activations", style.ORANGE),
 )
 """What a device holds, and its colour."""
 

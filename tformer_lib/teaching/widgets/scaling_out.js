@@ -4,9 +4,7 @@ const ROW = 64;
 const PARTS = ["weights", "gradients", "optimizer", "activations"];
 
 function draw(root, data, kit) {
-  const models = Object.keys(data.plans);
-  const links = Object.keys(data.plans[models[0]]);
-  const state = { model: models[0], link: links[0], devices: Math.min(3, data.devices.length - 1) };
+  const state = { model: Math.min(1, data.models.length - 1), link: 0, devices: Math.min(6, data.devices.length - 1) };
   const figure = kit.el("div", {});
   const readout = kit.readout();
   let ready = false;
@@ -16,8 +14,8 @@ function draw(root, data, kit) {
   };
   root.append(
     kit.controls(
-      kit.select({ label: "model", options: models, value: state.model, change: change("model") }),
-      kit.select({ label: "links", options: links, value: state.link, change: change("link") }),
+      kit.select({ label: "model", options: data.models.map((name, i) => [i, name]), value: state.model, change: change("model") }),
+      kit.select({ label: "links", options: data.links.map((name, i) => [i, name]), value: state.link, change: change("link") }),
       kit.slider({ label: "devices", min: 0, max: data.devices.length - 1, value: state.devices, format: (i) => data.devices[i].toLocaleString("en"), change: change("devices") }),
     ),
     figure,
@@ -43,7 +41,7 @@ const short = (x) => (x >= 1000 ? Math.round(x).toLocaleString("en") : String(Nu
 function sentence(state, plans, data) {
   const devices = data.devices[state.devices];
   const fitting = plans.map((plan, i) => [plan, data.schemes[i]]).filter(([plan]) => plan[7] > 0);
-  const start = `${state.model} on ${devices.toLocaleString("en")} ${devices === 1 ? "device" : "devices"}: `;
+  const start = `${data.models[state.model]} on ${devices.toLocaleString("en")} ${devices === 1 ? "device" : "devices"}: `;
   if (!fitting.length) return `${start}no scheme fits into ${short(data.memory[state.link])} GB.`;
   const [best, name] = fitting.reduce((a, b) => (takes(b[0]) < takes(a[0]) ? b : a));
   const share = Math.round((100 * best[4]) / takes(best));
@@ -56,7 +54,7 @@ function picture(state, plans, text, data, kit) {
   const slowest = Math.max(...plans.filter((plan) => plan[7] > 0).map(takes), 1e-9);
   const note = (x, y, words, anchor = "start") => kit.svg("text", { x, y, "font-size": 13, "text-anchor": anchor }, words);
   const rows = plans.map((plan, i) => row(plan, i, data, { most, slowest, memory }, note, kit));
-  const bottom = 40 + ROW * plans.length;
+  const bottom = 52 + ROW * plans.length;
   const limit = LEFT + (WIDE * memory) / most;
   const keys = PARTS.map((part, i) => [
     kit.svg("rect", { x: 10 + 112 * i, y: bottom + 8, width: 12, height: 12, style: `fill:${kit.colours[i]}` }),
@@ -71,15 +69,15 @@ function picture(state, plans, text, data, kit) {
   return kit.picture(
     LEFT + WIDE + 110, bottom + 50, text,
     note(10, 16, "memory and time of a step, for each device"),
-    kit.svg("line", { x1: limit, x2: limit, y1: 28, y2: bottom - 6, stroke: "currentColor", "stroke-dasharray": "4 3" }),
-    note(limit, 26, `${short(memory)} GB`, "middle"),
+    kit.svg("line", { x1: limit, x2: limit, y1: 40, y2: bottom - 6, stroke: "currentColor", "stroke-dasharray": "4 3" }),
+    note(limit, 36, `${short(memory)} GB`, "middle"),
     rows, keys, times,
   );
 }
 
 // One scheme: its name, a bar of what it holds, and below it a thin bar of its time.
 function row(plan, i, data, scale, note, kit) {
-  const top = 36 + ROW * i;
+  const top = 48 + ROW * i;
   let left = LEFT;
   const bars = PARTS.map((part, p) => {
     const width = Math.max(0, Math.min((WIDE * plan[p]) / scale.most, LEFT + WIDE - left));

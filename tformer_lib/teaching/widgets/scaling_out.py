@@ -37,16 +37,17 @@ def planner(
         windows: texts in a step's batch.
         context: tokens of each.
     """
-    plans = {
-        model: {
-            link: [[plan(config, machine, size, windows, context, name) for name in SCHEMES] for size in DEVICES]
-            for link, machine in links.items()
-        }
-        for model, config in models.items()
-    }
-    memory = {link: machine.memory / 1e9 for link, machine in links.items()}
-    data = {"devices": list(DEVICES), "schemes": list(SCHEMES), "plans": plans, "memory": memory}
-    return Planner(label="Planner: a model over many devices", data={**data, "tokens": windows * context})
+    plans = [
+        [
+            [[plan(config, machine, size, windows, context, name) for name in SCHEMES] for size in DEVICES]
+            for machine in links.values()
+        ]
+        for config in models.values()
+    ]
+    names = {"models": list(models), "links": list(links), "devices": list(DEVICES), "schemes": list(SCHEMES)}
+    numbers = {"plans": plans, "memory": [machine.memory / 1e9 for machine in links.values()]}
+    data = names | numbers | {"tokens": windows * context}
+    return Planner(label="Planner: a model over many devices", data=data)
 
 
 def plan(
