@@ -130,8 +130,8 @@ def load_family(
         for name, x in zip(link.ours, link.read(*(source.read(names[theirs]) for theirs in link.theirs)), strict=True):
             if name in small:
                 weights[name], weights[name.removesuffix("weight") + "scale"] = int8.quantise_rows(x.to(device))
-            else:
-                weights[name] = x.to(device, x.dtype if dtype is None else dtype).contiguous()
+            else:  # a copy where the rest is rounded: one tensor that stays mapped keeps all of its file in memory
+                weights[name] = x.to(device, x.dtype if dtype is None else dtype, copy=bool(small)).contiguous()
     if ours.tie_embeddings and (head := names.get("lm_head.weight")) is not None:
         table = links[0].theirs[0]
         if not torch.equal(source.read(head), source.read(names[table])):
