@@ -659,3 +659,43 @@ def test_a_checkpoint_is_served_in_one_line(tmp_path):
     assert [answer.new_tokens for answer in answers] == generate(model, prompts, max_new_tokens=6)
     small, _ = pretrained.load(tmp_path, dtype=torch.int8)
     assert any(isinstance(part, int8.Int8Linear) for part in small.modules())
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@needs_gpu
+@every_kind
+def test_on_a_gpu_logits_and_greedy_texts_are_those_of_transformers(checkpoint):
+    """Graphs and compiled blocks too: what is recorded must hold at every length, in rings and states as well."""
+    model, tokens = pretrained.from_hub(checkpoint.folder, device="cuda"), tokens_of(2, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens.cuda()).cpu(), checkpoint.logits(tokens), atol=1e-3, rtol=1e-3)
+    prompts = [tokens_of(1, n, seed=n)[0].tolist() for n in (3, 9, 14)]
+    expected = [checkpoint.greedy(prompt, 8) for prompt in prompts]
+    assert generate(model, prompts, max_new_tokens=8) == expected
+    assert generate(model, prompts, max_new_tokens=8, cuda_graph=True) == expected
+    if model.config.linear is None:
+        engine = Engine(model, blocks=40, block_size=8, seats=2, budget=8)
+        requests = [engine.add(prompt, {"max_new_tokens": 8}) for prompt in prompts]
+        engine.run()
+        assert [request.new_tokens for request in requests] == expected
+
+
+@needs_gpu
+@pytest.mark.parametrize("checkpoint", ["llama3", "qwen3", "gpt-oss"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_models_of_transformers_run_on_our_kernels(checkpoint, dtype):
+    transformers = pytest.importorskip("transformers")
+    interface.register_with_transformers()
+    tokens, exact = tokens_of(2, 20), checkpoint.logits(tokens_of(2, 20))
+    error = {}
+    for name in ("eager", "tformer"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, dtype=dtype, attn_implementation=name
+        ).cuda()
+        with torch.no_grad():
+            error[name] = (model(tokens.cuda()).logits.float().cpu() - exact).abs().median()
+    assert error["tformer"] < 1.5 * error["eager"] + 1e-4
