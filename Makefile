@@ -7,7 +7,7 @@
 #   make class      the chapters without their solutions, for a class (TO=folder; by default class/)
 #   make bench      measure on the CPU, and on the GPU where there is one (`python -m benchmarks --help` picks topics)
 #   make notebooks  run the notebooks again and keep their outputs (NB=notebooks/02-attention.ipynb for one)
-#   make chapter    begin a chapter: make chapter NAME=13-mixture-of-experts TITLE="Mixture of experts"
+#   make chapter    begin a chapter: make chapter NAME=22-state-spaces TITLE="State spaces"
 #   make address    say where the repository is, which turns on Binder and Colab: make address URL=https://github.com/o/n
 #   make lint       ruff
 #   make clean      remove what was built; `make distclean` removes the environment too

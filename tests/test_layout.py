@@ -25,7 +25,6 @@ ROOMS = {
     "contract",
     "jit",
     "ladder",
-    "mixture_of_experts",
     "pretrained",
     "stories",
 }

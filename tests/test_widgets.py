@@ -8,7 +8,14 @@ from tformer_lib.attention import attend
 from tformer_lib.distributed import costs
 from tformer_lib.kv_cache import CacheShape
 from tformer_lib.teaching import STORY
-from tformer_lib.teaching.widgets import attention, generation, grouped_query_attention, scaling_out, training
+from tformer_lib.teaching.widgets import (
+    attention,
+    generation,
+    grouped_query_attention,
+    mixture_of_experts,
+    scaling_out,
+    training,
+)
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
 
 
@@ -114,3 +121,12 @@ def test_the_planner_hands_the_page_what_the_formulas_say():
             assert plan[7] == pieces
             assert sum(plan[:4]) == pytest.approx(cost.held / 1e9, rel=0.02)
             assert plan[4] + plan[5] == pytest.approx(cost.seconds, rel=0.02)
+
+
+def test_routing_hands_the_page_the_logits_of_the_tokens():
+    logits = torch.randn(3, 5)
+    data = mixture_of_experts.routing([" Lily", "\n", "."], logits).data
+    assert data["tokens"] == [" Lily", "¶", "."]
+    torch.testing.assert_close(torch.tensor(data["logits"]), logits, atol=0.006, rtol=0)
+    with pytest.raises(ValueError, match="2 tokens and 3 rows of logits"):
+        mixture_of_experts.routing(["a", "b"], logits)

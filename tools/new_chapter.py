@@ -44,12 +44,12 @@ class NewChapter:
 
     @property
     def word(self) -> str:
-        """The name without its number: ``mixture-of-experts``."""
+        """The name without its number: ``state-spaces``."""
         return self.name.partition("-")[2]
 
     @property
     def topic(self) -> str:
-        """The word as Python writes it: ``mixture_of_experts``."""
+        """The word as Python writes it: ``state_spaces``."""
         return self.word.replace("-", "_")
 
 
