@@ -1,7 +1,9 @@
 """Several devices: training, decoding and attention over all of them, beside one alone, and beside the forecast.
 
     python -m benchmarks.scaling --device cuda                        # on all GPUs of this machine
-    python -m benchmarks.scaling --device cuda --processes 4 --parts links training
+    python -m benchmarks.scaling --device cuda --processes 4 --parts links training --shapes 350M 1B
+    python -m benchmarks.scaling --device cuda --parts decoding --shapes 1B --batches 1 64
+    python -m benchmarks.scaling --device cuda --parts ring --lengths 65536 262144 1048576
     python -m benchmarks.scaling --device cpu                         # two processes and gloo: a rehearsal
 
 The script starts itself under torchrun, one process a device. Its parts:
@@ -430,24 +432,30 @@ class Bench:
         heads, head_dim, kv_heads = (16, 128, 4) if self.on_gpu else (2, 16, 1)
         self.check_ring(heads, head_dim, kv_heads)
         forms = {"one device": partial(flash_attention, causal=True)}
+        too_long = 2**18  # tokens from which on one device alone would take minutes
         for length in self.asked.lengths if self.on_gpu else (min(2048, *self.asked.lengths),):
             layout = distributed.zigzag(length, self.world.size)
             forms["ring"] = partial(distributed.ring_attention, layout=layout, causal=True)
             mine = len(distributed.positions_of(layout[self.world.rank]))
             for way, tokens in (("one device", length), ("ring", mine)):
+                if way == "one device" and length > too_long:
+                    continue
                 tensors = self.made_up(tokens, heads, kv_heads, head_dim)
+                calls = {"calls": 10} if length < too_long else {"calls": 3, "warmup": 1}
+                peer = {"alone": "one device would take minutes"} if length > too_long else {}
                 # 2 products forward and 5 backward of T x S x head_dim; causality leaves half of each
                 for what, call, products in (
                     ("forward", forward_only, 2),
                     ("forward and backward", forward_and_backward, 7),
                 ):
-                    timing = shared_seconds(partial(call, forms[way], *tensors), self.device, 10)
+                    timing = shared_seconds(partial(call, forms[way], *tensors), self.device, **calls)
                     self.add(
                         timing,
                         case=f"causal attention, {length:,} tokens, {what}",
                         contestant=way,
                         flops=products * heads * head_dim * length**2 / (1 if way == "one device" else self.world.size),
                         limit=self.limit,
+                        **peer,
                     )
                 if way == "ring":
                     counts = costs.Counts(0, 0, 1, 0, kv_heads * head_dim, 0, 0, batch=1, context=length)

@@ -372,6 +372,51 @@ def test_a_ring_refuses_what_does_not_fit(pools):
     assert pools[2].run(ask, 4, two, mask=True)[0] == "ring attention takes no mask, only causal"
 
 
+# --- expert parallel
+
+
+def spread_experts(bias: bool) -> dict[str, float]:
+    """How far outputs and gradients of experts that are spread are from those of one process with all tokens."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    torch.manual_seed(0)
+    experts = ExpertsConfig(count=4, per_token=2, shared_width=16, balance_weight=0.0)
+    model = Decoder(dataclasses.replace(SMALL, experts=experts, bias=bias)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) / 20)  # biases too
+    whole, mine = copy.deepcopy(model), distributed.world().share(8)
+    rows = torch.randint(0, 48, (8, 9))
+    expected = whole(rows[:, :-1])
+    training.mean_cross_entropy(expected, rows[:, 1:]).backward()
+    distributed.expert_parallel(model)
+    logits = model(rows[mine, :-1])
+    training.mean_cross_entropy(logits, rows[mine, 1:]).backward()
+    apart = {"logits": (logits - expected[mine]).abs().max().item()}
+    for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
+        if ".experts." in name:
+            gradient, wanted = p.grad / size, q.grad.chunk(size)[rank]
+        else:
+            gradient, wanted = distributed.world().mean(p.grad), q.grad
+        apart[name] = (gradient - wanted).abs().max().item() if wanted.numel() else 0.0
+    return apart
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_experts_that_are_spread_do_what_they_do_together(pools, bias, size):
+    for apart in pools[size].run(spread_experts, bias):
+        assert {name for name, error in apart.items() if not error <= 1e-12} == set()
+
+
+def test_experts_that_cannot_be_spread_are_refused(pools):
+    def ask(**changes):
+        experts = ExpertsConfig(**{"count": 4, "per_token": 1, **changes})
+        return refusal(distributed.expert_parallel, Decoder(dataclasses.replace(SMALL, experts=experts)))
+
+    assert pools[2].run(ask, count=3)[0] == "3 experts cannot be shared by 2 processes evenly"
+    assert "set capacity_factor to None" in pools[2].run(ask, capacity_factor=1.0)[0]
+
+
 # --- runs and their checkpoints
 
 

@@ -446,6 +446,7 @@ class MixtureOfExperts(nn.Module):
         self.shared_gate = nn.Linear(width, 1, bias=False) if config.shared_gate else None
         self.register_buffer("load", torch.zeros(config.count, dtype=torch.int64), persistent=False)
         self.balance = None
+        self.mix = mix_grouped  # another one where the experts are spread over processes
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., width)."""
@@ -456,7 +457,7 @@ class MixtureOfExperts(nn.Module):
         if self.training and self.config.capacity_factor is not None:
             out = mix_batched(self.experts, rows, routing, self.capacity(len(rows)))
         else:
-            out = mix_grouped(self.experts, rows, routing)
+            out = self.mix(self.experts, rows, routing)
         if self.shared is not None:
             shared = self.shared(rows)
             out = out + (shared if self.shared_gate is None else shared * self.shared_gate(rows).sigmoid())

@@ -9,8 +9,9 @@ and on several machines the same line on each of them, which finds the others at
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 -m tformer_lib.training train
 
 Each topic has a room: ``processes`` (who runs, and how they meet), ``data_parallel`` (DDP and FSDP2),
-``tensor_parallel``, ``context_parallel`` (ring attention), ``sharded_checkpoint``, ``workers`` (processes for notebooks
-and tests), ``costs`` (what each scheme holds, sends and takes, on paper) and ``traffic`` (what the profiler sees).
+``tensor_parallel``, ``context_parallel`` (ring attention), ``expert_parallel``, ``sharded_checkpoint``, ``workers``
+(processes for notebooks and tests), ``costs`` (what each scheme holds, sends and takes, on paper) and ``traffic`` (what
+the profiler sees).
 """
 
 from tformer_lib.distributed.context_parallel import (
@@ -31,6 +32,7 @@ from tformer_lib.distributed.data_parallel import (
     whole,
     whole_weights,
 )
+from tformer_lib.distributed.expert_parallel import expert_parallel
 from tformer_lib.distributed.processes import TIMEOUT, World, is_lost_peer, joined, own_device, was_launched, world
 from tformer_lib.distributed.sharded_checkpoint import SINGLE, Saver, load, newest, remove_others, shapes
 from tformer_lib.distributed.tensor_parallel import tensor_parallel
@@ -49,6 +51,7 @@ __all__ = [
     "contiguous",
     "copy_whole",
     "data_parallel",
+    "expert_parallel",
     "free_gathered",
     "is_lost_peer",
     "joined",

@@ -67,7 +67,7 @@ function picture(state, plans, text, data, kit) {
     note(177, bottom + 39, "time: waiting for other devices"),
   ];
   return kit.picture(
-    LEFT + WIDE + 110, bottom + 50, text,
+    LEFT + WIDE + 190, bottom + 50, text,
     note(10, 16, "memory and time of a step, for each device"),
     kit.svg("line", { x1: limit, x2: limit, y1: 40, y2: bottom - 6, stroke: "currentColor", "stroke-dasharray": "4 3" }),
     note(limit, 36, `${short(memory)} GB`, "middle"),
