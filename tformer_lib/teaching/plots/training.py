@@ -98,7 +98,7 @@ def valley(paths: dict[str, np.ndarray], curvature: tuple[float, float]) -> None
         paths: label -> (steps, 2) positions.
         curvature: of the two axes.
     """
-    _, ax = style.figure(height=2.9)
+    _, ax = style.figure(width=NARROW, height=3.2)
     x, y = np.meshgrid(np.linspace(-10.5, 1.5, 120), np.linspace(-1.5, 1.5, 80))
     ax.contour(x, y, np.sqrt(curvature[0] * x**2 + curvature[1] * y**2), levels=10, colors=style.GREY, linewidths=0.6)
     for i, (label, path) in enumerate(paths.items()):
@@ -112,13 +112,13 @@ def valley(paths: dict[str, np.ndarray], curvature: tuple[float, float]) -> None
         )
     ax.plot(0, 0, marker="*", color=style.INK, markersize=13, linestyle="none", label="the lowest point")
     ax.set(xlabel="weight 1 (flat)", ylabel="weight 2 (steep)", xlim=(-10.5, 1.5), ylim=(-1.5, 1.5))
-    ax.legend(loc="upper right")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
     style.show()
 
 
 def schedule(rate: Callable[[int], float], warmup: int, steps: int) -> None:
     """The learning rate of every step."""
-    _, ax = style.figure(height=2.6)
+    _, ax = style.figure(width=NARROW, height=2.6)
     ax.plot(range(steps + 1), [rate(t) for t in range(steps + 1)])
     ax.axvline(warmup, color=style.GREY, linestyle=":", linewidth=1.2)
     ax.annotate("the warm-up ends", (warmup, rate(steps)), (warmup + 0.02 * steps, rate(steps)), fontsize=9.5)
@@ -134,22 +134,22 @@ def losses(short: Sequence[dict], long: Sequence[dict], floor: float) -> None:
         long: those of the recorded run.
         floor: nats per token that no model can expect to beat.
     """
-    _, axes = style.figure(1, 2, height=3.2, sharey=True)
-    titles = ("this page: seconds", "recorded: on a GPU")
+    _, axes = style.figure(2, 1, width=NARROW, height=5.4, sharey=True)
+    titles = ("this page, on a CPU", "recorded, on a GPU")
     for ax, title, history in zip(axes, titles, (short, long), strict=True):
         train = [(h["step"], h["loss"]) for h in history if "loss" in h]
         val = [(max(h["step"], 1), h["val_loss"]) for h in history if "val_loss" in h]  # no 0 on a logarithmic axis
         ax.plot(*zip(*train, strict=True), color=style.SKY, linewidth=1.2, label="training batch")
         ax.plot(*zip(*val, strict=True), color=style.BLUE, marker="o", markersize=4, label="validation")
         ax.axhline(floor, color=style.VERMILION, linestyle="--", label=f"floor: {floor:.3f}")
-        ax.set(title=title, xlabel="step", xscale="log", yscale="log", ylim=(0.22, 8))
+        ax.set(title=title, ylabel="nats per token", xscale="log", yscale="log", ylim=(0.22, 8))
         ax.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["0.25", "0.5", "1", "2", "4", "8"])
         ax.minorticks_off()
     line = {"arrowstyle": "-", "color": style.INK, "linewidth": 0.8}
     for words, (step, loss), place in (("shelf", (200, 0.5), (45, 0.34)), ("spike", (500, 0.4), (1100, 0.62))):
         axes[1].annotate(words, (step, loss), place, ha="center", va="center", fontsize=10, arrowprops=line)
-    axes[0].set_ylabel("nats per token")
-    axes[1].legend(loc="upper right")
+    axes[1].set_xlabel("step")
+    axes[0].legend(loc="lower left", bbox_to_anchor=(0, 0.12))
     style.show()
 
 
@@ -161,7 +161,7 @@ def overfitting(histories: dict[str, Sequence[dict]], reference: float, label: s
         reference: a published loss to compare with.
         label: whose it is.
     """
-    _, ax = style.figure(height=3.3)
+    _, ax = style.figure(width=NARROW, height=4.4)
     for i, (name, history) in enumerate(histories.items()):
         val = [(h["step"], h["val_loss"]) for h in history if "val_loss" in h and h["step"]]
         train = [(h["step"], h["loss"]) for h in history if "loss" in h and h["step"] >= 100]
@@ -173,7 +173,7 @@ def overfitting(histories: dict[str, Sequence[dict]], reference: float, label: s
         ax.plot(*zip(*smooth, strict=True), color=colour, linestyle=":", label=f"training, {name}")
     ax.axhline(reference, color=style.INK, linewidth=1.0, linestyle="--", label=f"{label}: {reference}")
     ax.set(xlabel="step", ylabel="nats per character", ylim=(0.3, 2.6))
-    ax.legend(ncols=2, loc="upper left")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
     style.show()
 
 
