@@ -28,6 +28,7 @@ from tformer_lib.serving import (
     JoinedProjections,
     Params,
     Scheduler,
+    Speculation,
     TextStream,
     blocks_that_fit,
     graph_sizes,
@@ -308,6 +309,33 @@ def test_the_likeliest_token_is_the_first_of_the_largest(device):
     tokens, finite = likeliest(logits.to(device))
     assert tokens.tolist() == logits.argmax(-1).tolist()
     assert (~finite).nonzero().flatten().tolist() == [3, 4, 5]
+
+
+HYBRID = {
+    "layer_types": ("linear", "full"),
+    "linear": {"key_heads": 2, "value_heads": 4, "head_dim": 4, "value_dim": 6},
+}
+
+
+@pytest.mark.parametrize("options", [HYBRID, HYBRID | {"layer_types": ("linear",), "positions": "none"}])
+@pytest.mark.parametrize("blocks", [8, 40])
+def test_states_follow_their_rows_through_chunks_and_preemption(options, blocks):
+    """Prompts in pieces, rows of unequal counts, a seat that is taken again, and rows that lose their blocks."""
+    model = make_model(**options)
+    engine = Engine(model, blocks=blocks, block_size=4, seats=3, budget=7)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11, 12], [11], [1, 2, 3], [5] * 12, [6, 7]]
+    made = [engine.add(prompt, {"max_new_tokens": 12}) for prompt in prompts]
+    engine.run()
+    expected = [generate_uncached(model, prompt, max_new_tokens=12) for prompt in prompts]
+    assert [request.new_tokens for request in made] == expected
+    assert (engine.scheduler.preemptions > 0) == (blocks == 8)
+    again = engine.add(prompts[1], {"max_new_tokens": 12})
+    engine.run()
+    assert again.new_tokens == expected[1]
+    with pytest.raises(ValueError, match="cannot go back to before a draft"):
+        Engine(model, speculation=Speculation())
+    with pytest.raises(ValueError, match="not deterministic"):
+        Engine(model, deterministic=True)
 
 
 def test_models_whose_rows_depend_on_each_other_are_refused():

@@ -29,10 +29,14 @@ class CacheShape:
 
     @classmethod
     def of(cls, model: nn.Module, batch: int) -> "CacheShape":
-        """The shape that ``model`` (a ``Decoder``) needs for ``batch`` rows, in its dtype and on its device."""
+        """The shape that ``model`` (a ``Decoder``) needs for ``batch`` rows, in its dtype and on its device.
+
+        Linear layers, which keep no keys, are not counted.
+        """
         config, weight = model.config, next(model.parameters())
         heads, head_dim, value_dim = config.cached_dims
-        return cls(config.layers, batch, heads, head_dim, weight.dtype, weight.device, value_dim)
+        layers = config.layers - config.types_of_layers.count("linear")
+        return cls(layers, batch, heads, head_dim, weight.dtype, weight.device, value_dim)
 
     @property
     def size_of_value(self) -> int:

@@ -121,7 +121,7 @@ class Engine:
         max_context: the longest text, prompt and new tokens (``max_model_len``); the model's ``max_length`` if not
             given.
         prefix_cache: whether blocks of earlier prompts are used again where a prompt begins as they did
-            (``enable_prefix_caching``).
+            (``enable_prefix_caching``). A model with linear layers has none: no block holds the state of a beginning.
         spare_blocks: see :class:`Scheduler`.
         ahead: how many steps are launched before the tokens of a step are looked at; 1 on a GPU, 0 elsewhere
             (``async_scheduling``).
@@ -169,6 +169,9 @@ class Engine:
         check_servable(model, max_context)
         if speculation is not None and speculation.model is not None:
             check_servable(speculation.model, None)
+        if model.config.linear is not None:
+            check_states(speculation, deterministic)
+            prefix_cache = False
         check_counts(1, block_size=block_size, seats=seats, budget=budget)
         blocks = blocks_that_fit(model, DEFAULT_MEMORY, block_size, kv_dtype) if blocks is None else blocks
         ahead = int(next(model.parameters()).is_cuda) if ahead is None else ahead
@@ -525,8 +528,6 @@ def check_room(model: nn.Module, tokens: int, seats: int, budget: int, max_block
 def check_servable(model: nn.Module, max_context: int | None) -> None:
     """Refuse a model whose rows would not be independent of each other, or too long a context for its positions."""
     config = model.config
-    if config.linear is not None:
-        raise ValueError("linear layers keep a state for each row, which the engine's blocks of keys do not hold")
     if model.rope is not None and model.rope.scaling.needs_length:
         kind = type(model.rope.scaling).__name__
         raise ValueError(f"{kind} turns keys by the length of the text, which differs from row to row")
@@ -534,6 +535,14 @@ def check_servable(model: nn.Module, max_context: int | None) -> None:
         raise ValueError(f"max_context must be at least 2, a token of a prompt and a new one, got {max_context}")
     if config.positions == "learned" and (max_context or 0) > config.max_length:
         raise ValueError(f"max_context is {max_context}, the model has learned {config.max_length} positions")
+
+
+def check_states(speculation: Speculation | None, deterministic: bool) -> None:
+    """Refuse for a model with linear layers what asks more of a state than to go on."""
+    if speculation is not None:
+        raise ValueError("a linear layer's state cannot go back to before a draft: there is no speculation with it")
+    if deterministic:
+        raise ValueError("linear layers run rows of equally many tokens together: their steps are not deterministic")
 
 
 class LLM:

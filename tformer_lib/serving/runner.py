@@ -31,6 +31,7 @@ from tformer_lib.paged_attention import (
 )
 from tformer_lib.serving.request import Request
 from tformer_lib.serving.scheduler import Row
+from tformer_lib.serving.states import SeatLayer, SeatStates
 from tformer_lib.transformer import FeedForward, evaluating
 
 SAMPLED = -1
@@ -54,6 +55,7 @@ class PackedPass:
         max_queries: the most tokens that a row brings.
         scales: what keys and values are divided by on their way into pools of float8; None elsewhere.
         batch_invariant: whether a row's attention must not depend on the other rows, in any bit.
+        states: of the linear layers, whose pools are None; and the seat of each token, (total,) int64.
     """
 
     def __init__(
@@ -68,7 +70,9 @@ class PackedPass:
         *,
         scales: tuple[float, float] | None = None,
         batch_invariant: bool = False,
+        states: tuple[SeatStates, Tensor] | None = None,
     ):
+        self.states = states
         self.pools, self.places, self.slots = pools, positions, slots
         self.rows = (tables, lengths)
         self.scales = {} if scales is None else {"k_scale": scales[0], "v_scale": scales[1]}
@@ -81,8 +85,11 @@ class PackedPass:
         """(1, T) int64."""
         return self.places[None]
 
-    def layer(self, index: int) -> "PackedLayer":
+    def layer(self, index: int) -> "PackedLayer | SeatLayer":
         """The part of layer ``index``."""
+        if self.pools[index] is None:
+            states, seats = self.states
+            return states.layer(index, seats, self.places, self.options["query_starts"])
         return PackedLayer(self, *self.pools[index])
 
     def advance(self, T: int) -> None:
@@ -282,8 +289,13 @@ class Runner:
         size = (allocator.blocks, shape.kv_heads, allocator.block_size, shape.head_dim)
         new_pool = partial(torch.zeros, size, dtype=kv_dtype, device=self.device)
         has_values = shape.size_of_value > 0  # else they are made from the keys, whose pool then serves as both
-        keys = [new_pool() for _ in range(shape.layers)]  # memory of their own: see PackedPass
-        self.pools = [(pool, new_pool() if has_values else pool) for pool in keys]
+        self.pools: list[tuple[Tensor, Tensor] | None] = []  # memory of their own: see PackedPass
+        for kind in model.config.types_of_layers:
+            pool = None if kind == "linear" else new_pool()
+            self.pools.append(None if pool is None else (pool, new_pool() if has_values else pool))
+        self.states = None
+        if model.config.linear is not None:
+            self.states = SeatStates(model.config, seats + 1, shape.dtype, self.device)
         self.last_tokens = torch.zeros(seats + 1, dtype=torch.int64, device=self.device)
         self.seen: Tensor | None = None
         on_gpu = self.device.type == "cuda"
@@ -373,7 +385,8 @@ class Runner:
         if self.deterministic:
             starts, max_queries = inputs.starts, 1
         rows = (inputs.tables, inputs.lengths, starts, max_queries)
-        options = {"scales": self.scales, "batch_invariant": self.deterministic}
+        states = None if self.states is None else (self.states, inputs.token_seats)
+        options = {"scales": self.scales, "batch_invariant": self.deterministic, "states": states}
         cache = PackedPass(self.pools, inputs.positions, inputs.slots, *rows, **options)
         with evaluating(self.model):
             return self.model(tokens[None], cache=cache, only=only)[0]
@@ -417,7 +430,7 @@ class Runner:
         """
         stream, pool = torch.cuda.Stream(), None
         for size in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
-            inputs = self._upload([], np.zeros((1, self.max_blocks), np.int32), size, size, size)
+            inputs = self._upload([], np.zeros((len(self.last_tokens), self.max_blocks), np.int32), size, size, size)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 likeliest(self._forward(inputs))
