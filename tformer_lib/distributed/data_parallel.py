@@ -83,22 +83,22 @@ def free_gathered(network: nn.Module) -> None:
 
 
 def compile_loss(network: nn.Module, loss: Callable, head: Callable) -> Callable:
-    """The loss of (network, inputs, targets), compiled as the scheme allows.
+    """The loss of (network, inputs, targets), compiled: as a whole in one process, block by block in several.
 
-    FSDP gathers and frees weights around each block, where a compiler may not look: blocks are compiled one by one, and
-    the loss of the logits alone. Everything else is compiled as a whole.
+    FSDP gathers and frees weights around each block, where a compiler may not look. And a whole backward pass in one
+    piece would hand over all its gradients at its end, so that DDP could hide none of their way.
 
     Args:
         network: what :func:`data_parallel` returned.
         loss: (network, inputs, targets, head) to the loss.
         head: (logits, targets) to the loss, what ``loss`` takes if it is given none.
     """
-    if not isinstance(network, FSDPModule):
+    if not isinstance(network, FSDPModule | DistributedDataParallel):
         return torch.compile(loss)
-    for block in network.stack.blocks:
+    model = network.module if isinstance(network, DistributedDataParallel) else network
+    for block in model.stack.blocks:
         block.compile()
-    compiled_head = torch.compile(head)
-    return partial(loss, head=compiled_head)
+    return partial(loss, head=torch.compile(head))
 
 
 def own(x: Tensor) -> Tensor:
