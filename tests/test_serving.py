@@ -338,6 +338,32 @@ def test_states_follow_their_rows_through_chunks_and_preemption(options, blocks)
         Engine(model, deterministic=True)
 
 
+@pytest.mark.parametrize("budget", [3, 4, 40])
+@pytest.mark.parametrize("kinds", [("window", "full"), ("window",)])
+def test_window_layers_keep_a_ring_in_each_seat(kinds, budget):
+    """Texts go round a ring several times, in chunks that begin anywhere in a block, after preemption too."""
+    model = make_model(window=5, layer_types=kinds, attention_sinks=True)
+    options = {"blocks": 16, "block_size": 4, "seats": 3, "budget": budget}
+    engine = Engine(model, window_rings=True, **options)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [11], [5] * 19, [6, 7]]
+    made = [engine.add(prompt, {"max_new_tokens": 16}) for prompt in prompts]
+    engine.run()
+    expected = [generate_uncached(model, prompt, max_new_tokens=16) for prompt in prompts]
+    assert [request.new_tokens for request in made] == expected
+    ring = engine.runner.pools[0][0]
+    assert ring.shape[0] == 4 * (-(-(5 + budget) // 4) + 1)  # three seats and nobody's; a window and a step, and one
+    drafted = Engine(model, window_rings=True, speculation=Speculation(tokens=3), **options)
+    again = [drafted.add(prompt, {"max_new_tokens": 16}) for prompt in prompts]
+    drafted.run()
+    assert [request.new_tokens for request in again] == expected
+    same = Engine(model, window_rings=True, deterministic=True, **options)
+    again = [same.add(prompt, {"max_new_tokens": 16}) for prompt in prompts]
+    same.run()
+    assert [request.new_tokens for request in again] == expected
+    with pytest.raises(ValueError, match="window_rings are for window layers"):
+        Engine(MODEL, window_rings=True)
+
+
 def test_models_whose_rows_depend_on_each_other_are_refused():
     with pytest.raises(ValueError, match="DynamicNTK turns keys by the length"):
         Engine(make_model(rope_scaling={"rope_type": "dynamic", "factor": 2.0}))

@@ -135,6 +135,9 @@ class Engine:
         kv_scales: what keys and values are divided by on their way to float8, see :func:`calibrate`.
         deterministic: let no bit of a request's logits depend on the other requests, see below
             (``VLLM_BATCH_INVARIANT``).
+        window_rings: give each seat a ring for window layers, of a window and a step's tokens, instead of blocks for
+            all that it has read: far less memory where texts are long. Beginnings that others wrote cannot be used
+            again then (``prefix_cache``).
 
     What is promised: a request's greedy text is the one that it would get alone as long as equal sums have equal bits.
     In float64 and on small models that is the rule. In bfloat16 on a GPU it is not: a matrix product picks its kernel
@@ -165,34 +168,40 @@ class Engine:
         kv_dtype: str = "auto",
         kv_scales: tuple[float, float] = (1.0, 1.0),
         deterministic: bool = False,
+        window_rings: bool = False,
     ):
         check_servable(model, max_context)
         if speculation is not None and speculation.model is not None:
             check_servable(speculation.model, None)
         if model.config.linear is not None:
             check_states(speculation, deterministic)
-            prefix_cache = False
+        if window_rings and "window" not in model.config.types_of_layers:
+            raise ValueError("window_rings are for window layers, of which this model has none")
+        prefix_cache = prefix_cache and not window_rings and model.config.linear is None
         check_counts(1, block_size=block_size, seats=seats, budget=budget)
-        blocks = blocks_that_fit(model, DEFAULT_MEMORY, block_size, kv_dtype) if blocks is None else blocks
+        self.max_context = model.config.max_length if max_context is None else max_context
+        if blocks is None:
+            rings = {"window_rings": window_rings, "most": seats * blocks_for(self.max_context, block_size)}
+            blocks = blocks_that_fit(model, DEFAULT_MEMORY, block_size, kv_dtype, **rings)
         ahead = int(next(model.parameters()).is_cuda) if ahead is None else ahead
         check_counts(1, blocks=blocks)
         check_counts(0, ahead=ahead)
         if check_number("spare_blocks", spare_blocks, numbers.Real) < 0:
             raise ValueError(f"spare_blocks must be at least 0, got {spare_blocks}")
         self.model, self.encoding, self.ahead = model, encoding, ahead
-        self.max_context = model.config.max_length if max_context is None else max_context
         max_blocks = min(blocks_for(self.max_context, block_size), blocks)
         lanes = 1 if speculation is None else 1 + speculation.tokens
         check_scales(kv_dtype, kv_scales)
         if kv_dtype == "float8" or deterministic:
             check_kernels_serve(model)
         rows = max(budget, lanes * seats) if deterministic else lanes * seats
-        check_room(model, blocks * block_size, rows, budget, max_blocks, kv_dtype)
+        check_room(model, blocks * block_size, rows, budget, max_blocks, kv_dtype, window_rings)
         self.allocator = BlockAllocator(blocks, block_size)
         sizes = {"seats": seats, "budget": budget, "max_blocks": max_blocks}
         self.scheduler = Scheduler(self.allocator, prefix_cache=prefix_cache, spare_blocks=spare_blocks, **sizes)
         with torch.inference_mode(False):  # steps outside of it will write to the pools
             precision = {"kv_dtype": KV_DTYPES[kv_dtype], "kv_scales": kv_scales, "deterministic": deterministic}
+            precision["window_rings"] = window_rings
             self.runner = Runner(model, self.allocator, compile=compile, lanes=lanes, **sizes, **precision)
             self.drafter = None
             if speculation is not None:
@@ -484,8 +493,8 @@ def most_lanes(seats: int, speculation: Speculation | None) -> int:
     return seats if speculation is None else max(seats, min(seats, speculation.most_rows) * (1 + speculation.tokens))
 
 
-def shape_of(model: nn.Module, kv_dtype: str = "auto") -> CacheShape:
-    """What an engine's pools hold for each token.
+def shape_of(model: nn.Module, kv_dtype: str = "auto", window_rings: bool = False) -> CacheShape:
+    """What an engine's pools hold for each token; rings, which hold a window each, are not counted.
 
     Raises:
         ValueError: there is no such kv_dtype.
@@ -493,12 +502,22 @@ def shape_of(model: nn.Module, kv_dtype: str = "auto") -> CacheShape:
     if kv_dtype not in KV_DTYPES:
         raise ValueError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
     shape = CacheShape.of(model, 1)
-    return replace(shape, dtype=KV_DTYPES[kv_dtype] or shape.dtype)
+    layers = shape.layers - (model.config.types_of_layers.count("window") if window_rings else 0)
+    return replace(shape, dtype=KV_DTYPES[kv_dtype] or shape.dtype, layers=layers)
 
 
-def blocks_that_fit(model: nn.Module, memory: int, block_size: int = BLOCK_SIZE, kv_dtype: str = "auto") -> int:
-    """How many blocks of this model's keys and values fit into ``memory`` bytes."""
-    return memory // (shape_of(model, kv_dtype).bytes_per_token * block_size)
+def blocks_that_fit(
+    model: nn.Module,
+    memory: int,
+    block_size: int = BLOCK_SIZE,
+    kv_dtype: str = "auto",
+    *,
+    window_rings: bool = False,
+    most: int | None = None,
+) -> int:
+    """How many blocks of this model's keys and values fit into ``memory`` bytes; ``most``, where they take none."""
+    size = shape_of(model, kv_dtype, window_rings).bytes_per_token * block_size
+    return memory // size if size else most
 
 
 def check_kernels_serve(model: nn.Module) -> None:
@@ -517,9 +536,17 @@ def check_scales(kv_dtype: str, kv_scales: tuple[float, float]) -> None:
         raise ValueError(f"kv_scales are for kv_dtype 'float8', got {kv_scales} for {kv_dtype!r}")
 
 
-def check_room(model: nn.Module, tokens: int, seats: int, budget: int, max_blocks: int, kv_dtype: str = "auto") -> None:
+def check_room(
+    model: nn.Module,
+    tokens: int,
+    seats: int,
+    budget: int,
+    max_blocks: int,
+    kv_dtype: str = "auto",
+    window_rings: bool = False,
+) -> None:
     """Refuse sizes that no memory holds, before any of it is asked for."""
-    shape = shape_of(model, kv_dtype)
+    shape = shape_of(model, kv_dtype, window_rings)
     check_memory(f"a pool of {tokens} tokens' keys and values", shape.bytes_per_token * tokens, shape.device)
     step = 3 * Inputs.bytes_for(budget, seats, max_blocks)
     check_memory(f"a step of {budget} tokens in {seats} seats of {max_blocks} blocks", step, "cpu")

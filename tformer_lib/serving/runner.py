@@ -23,6 +23,7 @@ from tformer_lib.paged_attention import (
     WritePlan,
     as_variant,
     attend_rows,
+    blocks_for,
     is_traced,
     paged_attention,
     plan_attention,
@@ -56,6 +57,7 @@ class PackedPass:
         scales: what keys and values are divided by on their way into pools of float8; None elsewhere.
         batch_invariant: whether a row's attention must not depend on the other rows, in any bit.
         states: of the linear layers, whose pools are None; and the seat of each token, (total,) int64.
+        rings: where window layers keep what they can still see, if not in the blocks of the others.
     """
 
     def __init__(
@@ -71,8 +73,9 @@ class PackedPass:
         scales: tuple[float, float] | None = None,
         batch_invariant: bool = False,
         states: tuple[SeatStates, Tensor] | None = None,
+        rings: "Rings | None" = None,
     ):
-        self.states = states
+        self.states, self.rings = states, rings
         self.pools, self.places, self.slots = pools, positions, slots
         self.rows = (tables, lengths)
         self.scales = {} if scales is None else {"k_scale": scales[0], "v_scale": scales[1]}
@@ -90,6 +93,8 @@ class PackedPass:
         if self.pools[index] is None:
             states, seats = self.states
             return states.layer(index, seats, self.places, self.options["query_starts"])
+        if self.rings is not None and self.rings.layers[index]:
+            return PackedLayer(self, *self.pools[index], rings=self.rings)
         return PackedLayer(self, *self.pools[index])
 
     def advance(self, T: int) -> None:
@@ -99,8 +104,12 @@ class PackedPass:
 class PackedLayer:
     """One layer's pools, and the rows that all layers share."""
 
-    def __init__(self, packed: PackedPass, k_pool: Tensor, v_pool: Tensor):
+    def __init__(self, packed: PackedPass, k_pool: Tensor, v_pool: Tensor, *, rings: "Rings | None" = None):
         self.packed, self.k_pool, self.v_pool = packed, k_pool, v_pool
+        tables, lengths = packed.rows
+        self.rows = (tables if rings is None else rings.tables, lengths)
+        self.slots = packed.slots if rings is None else rings.slots
+        self.in_ring = rings is not None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, attend: Attend, mask: Tensor | None = None) -> Tensor:
         """Store the new keys and values, then let each token look at its own row up to itself.
@@ -130,17 +139,17 @@ class PackedLayer:
         now = self.packed
         if now.scales or "batch_invariant" in now.options:
             raise ValueError("float8 pools and deterministic steps serve no soft cap, no ALiBi and no latent attention")
-        rows = Rows(*now.rows, now.options["query_starts"], now.options["max_queries"])
+        rows = Rows(*self.rows, now.options["query_starts"], now.options["max_queries"])
         return attend_rows(q, self.k_pool, self.v_pool, rows, attend)
 
     def _write(self, k: Tensor, v: Tensor) -> None:
         """Store keys and values, (total, kv_heads, head_dim) each."""
         now, pools = self.packed, (self.k_pool, self.v_pool)
         if is_traced(k):  # a compiler looks on, who must see one operator
-            return write_cache(k, v, *pools, now.slots, **now.scales)
-        key = (k.stride(), v.stride())
+            return write_cache(k, v, *pools, self.slots, **now.scales)
+        key = (self.in_ring, k.stride(), v.stride())
         if key not in now.plans:
-            now.plans[key] = plan_write(k, v, *pools, now.slots, **now.scales)
+            now.plans[key] = plan_write(k, v, *pools, self.slots, **now.scales)
         return now.plans[key].run(k, v, *pools)
 
     def _read(self, q: Tensor, variant: AttentionVariant, **returned) -> Tensor | tuple[Tensor, Tensor]:
@@ -148,11 +157,30 @@ class PackedLayer:
         now, pools = self.packed, (self.k_pool, self.v_pool)
         options = {**now.options, "scale": variant.scale, "window": variant.window}
         if is_traced(q):
-            return paged_attention(q, *pools, *now.rows, **options, **returned)
-        key = (q.stride(), variant.scale, variant.window)
+            return paged_attention(q, *pools, *self.rows, **options, **returned)
+        key = (self.in_ring, q.stride(), variant.scale, variant.window)
         if key not in now.plans:
-            now.plans[key] = plan_attention(q, *pools, *now.rows, **options)
+            now.plans[key] = plan_attention(q, *pools, *self.rows, **options)
         return now.plans[key].run(q, *pools, **returned)
+
+
+class Rings(NamedTuple):
+    """Where window layers keep keys and values: each seat has a few blocks of its own, which its tokens go round.
+
+    A block comes round again when what it held has left every window, so that no allocator is asked.
+    """
+
+    layers: Sequence[bool]
+    """Whether each layer of the model is one of them."""
+    tables: Tensor
+    """(rows, max_blocks) int32: the blocks of each row's seat, over and over."""
+    slots: Tensor
+    """(total,) int64, where each token goes; -1 for none."""
+
+    @staticmethod
+    def blocks(window: int, tokens: int, block_size: int) -> int:
+        """Blocks of a seat: a window, the tokens of a step, and one because a window may begin anywhere in a block."""
+        return blocks_for(window + tokens, block_size) + 1
 
 
 class Inputs:
@@ -263,6 +291,7 @@ class Runner:
         kv_scales: what keys and what values are divided by on their way into pools of float8.
         deterministic: compute the same bits for a token whatever else the step computes. Each step then has ``budget``
             tokens, each in a lane of its own, so that every product has one shape and adds in one order.
+        window_rings: whether window layers keep :class:`Rings` instead of blocks of the allocator.
     """
 
     def __init__(
@@ -279,6 +308,7 @@ class Runner:
         kv_dtype: torch.dtype | None = None,
         kv_scales: tuple[float, float] = (1.0, 1.0),
         deterministic: bool = False,
+        window_rings: bool = False,
     ):
         shape = CacheShape.of(model, seats)
         self.model, self.block_size, self.max_blocks = model, allocator.block_size, max_blocks
@@ -286,11 +316,15 @@ class Runner:
         kv_dtype = shape.dtype if kv_dtype is None else kv_dtype
         self.scales = kv_scales if kv_dtype == FP8 else None
         self.device = torch.device(shape.device)
-        size = (allocator.blocks, shape.kv_heads, allocator.block_size, shape.head_dim)
-        new_pool = partial(torch.zeros, size, dtype=kv_dtype, device=self.device)
+        kinds, window = model.config.types_of_layers, model.config.window
+        self.in_ring = [window_rings and kind == "window" for kind in kinds]
+        self.ring = Rings.blocks(window, max(budget, lanes), self.block_size) if any(self.in_ring) else 0
+        size = (shape.kv_heads, allocator.block_size, shape.head_dim)
         has_values = shape.size_of_value > 0  # else they are made from the keys, whose pool then serves as both
         self.pools: list[tuple[Tensor, Tensor] | None] = []  # memory of their own: see PackedPass
-        for kind in model.config.types_of_layers:
+        for kind, in_ring in zip(kinds, self.in_ring, strict=True):
+            blocks = self.ring * (seats + 1) if in_ring else allocator.blocks
+            new_pool = partial(torch.zeros, blocks, *size, dtype=kv_dtype, device=self.device)
             pool = None if kind == "linear" else new_pool()
             self.pools.append(None if pool is None else (pool, new_pool() if has_values else pool))
         self.states = None
@@ -387,9 +421,19 @@ class Runner:
         rows = (inputs.tables, inputs.lengths, starts, max_queries)
         states = None if self.states is None else (self.states, inputs.token_seats)
         options = {"scales": self.scales, "batch_invariant": self.deterministic, "states": states}
+        options["rings"] = self._rings(inputs) if self.ring else None
         cache = PackedPass(self.pools, inputs.positions, inputs.slots, *rows, **options)
         with evaluating(self.model):
             return self.model(tokens[None], cache=cache, only=only)[0]
+
+    def _rings(self, inputs: Inputs) -> Rings:
+        """Where this step's tokens go and find their rows in window layers, worked out on the device."""
+        size, seats, positions = self.block_size, inputs.token_seats, inputs.positions
+        first = inputs.starts[:-1].long().clamp_max(len(seats) - 1)  # the first token of each row
+        laps = torch.arange(self.max_blocks, device=self.device) % self.ring
+        tables = (seats[first, None] * self.ring + laps).int()  # (rows, max_blocks)
+        slots = (seats * self.ring + positions // size % self.ring) * size + positions % size
+        return Rings(self.in_ring, tables, slots.masked_fill(inputs.slots < 0, -1))
 
     def _send_back(self, tokens: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
         """Tokens (n,) to the host, and what tells that they have arrived."""
