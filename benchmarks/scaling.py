@@ -104,6 +104,11 @@ def launch(asked: ScalingOptions) -> int:
     """This script again under torchrun, with the same arguments; returns its exit status."""
     here = torch.cuda.device_count() if asked.device == "cuda" else None
     count = asked.processes or here or 2
+    if asked.processes is None and here == 1:
+        print("there is one GPU here, and so nothing to scale over")
+        return 0
+    if count < 2:
+        raise ValueError(f"--processes must be at least 2, got {count}")
     if here is not None and count > here:
         raise ValueError(f"--processes {count} needs as many GPUs, here {'is' if here == 1 else 'are'} {here}")
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "-m", "benchmarks.scaling"]

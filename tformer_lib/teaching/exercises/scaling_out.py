@@ -114,7 +114,7 @@ def check_merge(fn: Callable) -> None:
     "scaling_out.memory",
     title="What FSDP holds",
     hints=(
-        "Weights, gradients and AdamW's two moments are all in float32, and each device holds 1/N of them.",
+        "Weights, gradients and AdamW's two moments are all in float32, and each device holds its share of them.",
         "Besides, a device holds gathered weights: the block that it computes and the one that is on its way.",
         "16 * parameters / devices + 2 * 4 * block, and with one device nothing is gathered.",
     ),
