@@ -72,6 +72,12 @@ KINDS: dict[str, tuple[str, dict]] = {
     "qwen3": ("Qwen3", SHAPE | {"head_dim": 16}),
     "olmo2": ("Olmo2", SHAPE),
     "olmo3": ("Olmo3", SHAPE | {"num_hidden_layers": 4, "sliding_window": 5, "rope_parameters": WINDOWS}),
+    "smollm3": ("SmolLM3", SHAPE | {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], "pad_token_id": 0}),
+    "gemma2": (
+        "Gemma2",
+        SHAPE | {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}
+        | {"final_logit_softcapping": 3.0},
+    ),
     "gemma3": (
         "Gemma3",
         SHAPE | {"num_hidden_layers": 7, "head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24},

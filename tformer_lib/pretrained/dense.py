@@ -94,6 +94,24 @@ def write_llama(config: ModelConfig) -> dict:
     return llama_keys("llama", "LlamaForCausalLM", config, attention_bias=bool(config.attention_bias))
 
 
+def read_smollm3(keys: Keys) -> ModelConfig:
+    keys.must_be(hidden_act="silu", mlp_bias=False, use_sliding_window=False, sliding_window=None)
+    keys.ignore("layer_types", "max_window_layers")
+    every, listed = keys.take("no_rope_layer_interval", 4), keys.take("no_rope_layers", None)
+    layers = keys.take("num_hidden_layers")
+    turned = listed or [int((i + 1) % every != 0) for i in range(layers)]  # 1 where RoPE turns, despite the key's name
+    types = {} if all(turned) else {"layer_types": tuple("full" if turn else "nope" for turn in turned)}
+    bias = keys.take("attention_bias", False) or None
+    return llama_like(keys, attention_bias=bias, tie_embeddings=keys.take("tie_word_embeddings", True), **types)
+
+
+def write_smollm3(config: ModelConfig) -> dict:
+    turned = [{"full": 1, "nope": 0}[kind] for kind in config.types_of_layers]
+    changes = {"no_rope_layers": turned, "attention_bias": bool(config.attention_bias), "head_dim": None}
+    padding = {"pad_token_id": None}  # a missing key would be one that a smaller vocabulary does not have
+    return llama_keys("smollm3", "SmolLM3ForCausalLM", config, **changes) | padding
+
+
 def read_mistral(keys: Keys) -> ModelConfig:
     keys.must_be(hidden_act="silu")
     return llama_like(keys, window=keys.take("sliding_window", None))
@@ -147,6 +165,42 @@ def write_olmo3(config: ModelConfig) -> dict:
     changes = {"attention_bias": bool(config.attention_bias), "head_dim": None, "sliding_window": config.window}
     changes |= {"layer_types": written_layer_types(config), "rope_parameters": written_ropes(config)}
     return llama_keys("olmo3", "Olmo3ForCausalLM", config, **changes)
+
+
+def read_gemma2(keys: Keys) -> ModelConfig:
+    keys.must_be(hidden_activation="gelu_pytorch_tanh", use_bidirectional_attention=False)
+    keys.ignore("hidden_act", "cache_implementation")
+    window = {"window": keys.take("sliding_window", 4096)}
+    kinds = layer_types(keys, window, lambda i: "full_attention" if i % 2 else "sliding_attention")
+    return llama_like(
+        keys,
+        feed_forward="geglu",
+        norm="rmsnorm_1p",
+        branch_norm="both",
+        scale_embeddings=True,
+        tie_embeddings=keys.take("tie_word_embeddings", True),
+        attention_bias=keys.take("attention_bias", False) or None,
+        attention_scale=keys.take("query_pre_attn_scalar") ** -0.5,
+        attention_softcap=keys.take("attn_logit_softcapping", None),
+        logit_softcap=keys.take("final_logit_softcapping", None),
+        **kinds,
+    )
+
+
+def write_gemma2(config: ModelConfig) -> dict:
+    changes = {
+        "hidden_act": None,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": round((config.attention_scale or config.size_of_head**-0.5) ** -2),
+        "attn_logit_softcapping": config.attention_softcap,
+        "final_logit_softcapping": config.logit_softcap,
+        "attention_bias": bool(config.attention_bias),
+        "sliding_window": config.window,
+        "layer_types": written_layer_types(config),
+    }
+    # null says "no cap"; a missing key would be the reference code's 50 and 30
+    caps = {name: changes[name] for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+    return llama_keys("gemma2", "Gemma2ForCausalLM", config, **changes) | caps
 
 
 def read_gemma3(keys: Keys) -> ModelConfig:

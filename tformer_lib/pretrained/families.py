@@ -64,6 +64,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmo2": Family(dense.read_olmo2, dense.write_olmo2, names=LLAMA_NAMES | OUT_NORM_NAMES),
     "olmo3": Family(dense.read_olmo3, dense.write_olmo3, names=LLAMA_NAMES | OUT_NORM_NAMES),
+    "smollm3": Family(dense.read_smollm3, dense.write_smollm3),
+    "gemma2": Family(dense.read_gemma2, dense.write_gemma2, names=LLAMA_NAMES | OUT_NORM_NAMES),
     "gemma3_text": Family(dense.read_gemma3, dense.write_gemma3, names=LLAMA_NAMES | OUT_NORM_NAMES),
     "gemma3": Family(
         dense.read_gemma3_whole,
