@@ -184,7 +184,8 @@ def test_what_is_left_of_a_gradient_that_is_zero(step, device, dtype, head_dim):
     assert dq.abs().max() <= left * k.abs().max()
     assert dk.abs().max() <= 2 * left * q.abs().max()  # of two heads
     expected = dout.double().unflatten(1, (2, 2)).sum(2)
-    torch.testing.assert_close(dv.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    # P = exp(score - lse) is 1 to a few roundings of a score, which may be as large as 30
+    torch.testing.assert_close(dv.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
 @every_backend
@@ -515,8 +516,7 @@ def rounded_attention(q, k, v, **options):
     "lengths", [(1, 1), (1, 239), (3, 799), (113, 203), (257, 128), (239, 1), (385, 1030)], ids=str
 )
 @pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
-def test_float8(step, device, lengths, options, monkeypatch):
-    monkeypatch.setenv("TFORMER_UNTRIED_KERNELS", "1")
+def test_float8(step, device, lengths, options):
     for heads, kv_heads, d in ((4, 2, 128), (2, 2, 64), (3, 1, 80)):
         q, k, v = inputs((2, heads, kv_heads, *lengths, d), torch.float32, device)
         quantized = [quantize_float8(x) for x in (q * 2, k, v)]
@@ -536,8 +536,7 @@ def test_float8(step, device, lengths, options, monkeypatch):
 
 
 @every_float8
-def test_float8_windows_and_many_keys(step, device, monkeypatch):
-    monkeypatch.setenv("TFORMER_UNTRIED_KERNELS", "1")
+def test_float8_windows_and_many_keys(step, device):
     for lengths, options in (
         ((300, 700), {"window": 200}),
         ((400, 500), {"window": (50, 90)}),

@@ -15,7 +15,7 @@ from tformer_lib.flash_attention.checks import Window, check_options
 from tformer_lib.flash_attention.kernels import LADDER, describe, matrix
 from tformer_lib.flash_attention.options import Options, options_of
 from tformer_lib.flash_attention.reference import tiled_forward
-from tformer_lib.ladder import FP8, is_aligned, refusal_of_hopper, refusal_of_untried, wants_gradients
+from tformer_lib.ladder import FP8, is_aligned, refusal_of_hopper, wants_gradients
 
 LARGEST = torch.finfo(FP8).max  # 448
 STEPS = ("0", "float8")
@@ -87,7 +87,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | None:
     """Why the kernel cannot do this, or None if it can."""
     if not q.is_cuda:
         return f"it runs on cuda, the tensors are on {q.device.type}"
-    if reason := refusal_of_hopper(q.device) or refusal_of_untried():
+    if reason := refusal_of_hopper(q.device):
         return reason
     if q.shape[-1] > 128 or q.shape[-1] % 16:
         return f"head_dim must be a multiple of 16 up to 128, got {q.shape[-1]}"

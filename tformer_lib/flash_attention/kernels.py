@@ -20,7 +20,6 @@ from tformer_lib.ladder import (
     refusal_of_hopper,
     refusal_of_place,
     refusal_of_tensor_cores,
-    refusal_of_untried,
 )
 
 MOST_HEAD_DIM = 256
@@ -79,11 +78,8 @@ def refusal_of_form(step: str, q: Tensor, v: Tensor, options: Options) -> str | 
     """Why a CUDA step cannot do what goes beyond plain scores and one head_dim."""
     if step in FORMS:
         return None
-    if step == "backward_wide":
-        if reason := refusal_of_untried():
-            return reason
-        if options.deterministic:
-            return "the order of its additions to dq changes from run to run"
+    if step == "backward_wide" and options.deterministic:
+        return "the order of its additions to dq changes from run to run"
     if options.softcap:
         return "it does not cap scores (softcap)"
     if options.alibi_slopes is not None:
