@@ -135,6 +135,7 @@ LINEAR = "tformer_lib.linear_attention:attend"
 FORMS = [
     Form("attention", "tformer_lib.attention:attend"),
     Form("attention-sdpa", "tformer_lib.attention:attend_sdpa", rounds_once=False),
+    Form("attention-scores", "tformer_lib.attention:attend_scores"),
     Form("repeated-heads", "tformer_lib.grouped_query_attention:attend_repeated"),
     Form("linear", LINEAR, oracle=plain_linear_attention, masks=False),
     Form("linear-operator", LINEAR, {"step": 0}, oracle=plain_linear_attention, bidirectional=False, masks=False),

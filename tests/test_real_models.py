@@ -222,6 +222,30 @@ def test_bfloat16_is_as_near_as_that_of_transformers(checkpoint):
     assert ours.abs().median() < 1.25 * rounded.abs().median()
 
 
+EYES = {
+    "gemma3": (
+        "Gemma3",
+        {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+    ),
+    "qwen3.5": ("Qwen3_5", {"hidden_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": 32}),
+}
+
+
+@pytest.mark.parametrize("kind", EYES)
+def test_of_a_model_with_eyes_the_language_model_is_read(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    family, eyes = EYES[kind]
+    config = getattr(transformers, f"{family}Config")(text_config=dict(KINDS[kind][1]), vision_config=eyes)
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+    theirs.save_pretrained(tmp_path)
+    tokens = tokens_of(1, 12)
+    kinds = {"token_type_ids": torch.zeros_like(tokens)} if family == "Gemma3" else {}
+    with torch.no_grad():
+        found, expected = pretrained.from_hub(tmp_path)(tokens), theirs(input_ids=tokens, **kinds).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 # --- published models, whose shapes are written down ------------------------------------------------------------------
 
 BYTES_PER_TOKEN = {

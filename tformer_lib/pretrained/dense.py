@@ -9,6 +9,7 @@ from tformer_lib.pretrained.words import (
     llama_keys,
     llama_like,
     qwen_window,
+    read_text_config,
     ropes_by_type,
     written_layer_types,
     written_qwen_window,
@@ -269,8 +270,4 @@ def write_gemma3(config: ModelConfig) -> dict:
 def read_gemma3_whole(keys: Keys) -> ModelConfig:
     """Gemma 3 with eyes: its language model alone."""
     keys.ignore("vision_config", "boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image")
-    keys.ignore("tie_word_embeddings")
-    text = Keys(keys.take("text_config"), f"text_config of {keys.source}")
-    config = read_gemma3(text)
-    text.finish()
-    return config
+    return read_text_config(keys, read_gemma3)

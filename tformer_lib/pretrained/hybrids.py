@@ -8,7 +8,7 @@ from tformer_lib.pretrained.family import LLAMA_NAMES
 from tformer_lib.pretrained.keys import Keys
 from tformer_lib.pretrained.links import Link, same
 from tformer_lib.pretrained.mixtures import experts_of, special_qwen_moe
-from tformer_lib.pretrained.words import llama_keys, llama_like, rope_parameters
+from tformer_lib.pretrained.words import llama_keys, llama_like, read_text_config, rope_parameters
 from tformer_lib.transformer import LinearConfig, ModelConfig
 
 TYPES = {"linear_attention": "linear", "full_attention": "full"}
@@ -113,11 +113,7 @@ def write_qwen3_5(config: ModelConfig) -> dict:
 def read_qwen3_5_whole(keys: Keys) -> ModelConfig:
     """Qwen3.5 with eyes: its language model alone."""
     keys.ignore("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    keys.ignore("tie_word_embeddings")
-    text = Keys(keys.take("text_config"), f"text_config of {keys.source}")
-    config = read_qwen3_5(text)
-    text.finish()
-    return config
+    return read_text_config(keys, read_qwen3_5)
 
 
 NEXT_NAMES = LLAMA_NAMES | {

@@ -139,3 +139,18 @@ def written_ropes(config: ModelConfig) -> dict:
     full = {"rope_theta": config.rope_base, **(config.rope_scaling or {"rope_type": "default"})}
     window = {"rope_theta": config.window_rope_base, "rope_type": "default"}
     return {"full_attention": full, "sliding_attention": window}
+
+
+def read_text_config(keys: Keys, read: Callable[[Keys], ModelConfig]) -> ModelConfig:
+    """The language model of a model that has eyes too, whose config stands in ``text_config``.
+
+    Args:
+        keys: of the whole model; whether tables are tied is said there, where it is said at all.
+        read: how the family's text models are read.
+    """
+    tied = keys.take("tie_word_embeddings", None)
+    text = keys.take("text_config") | ({} if tied is None else {"tie_word_embeddings": tied})
+    text = Keys(text, f"text_config of {keys.source}")
+    config = read(text)
+    text.finish()
+    return config

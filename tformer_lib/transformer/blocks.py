@@ -131,6 +131,8 @@ class LinearAttention(GatedDeltaLayer):
         """
         if mask is not None or bias is not None or not causal:
             raise ValueError("a linear layer sees all that came before a token: it takes no mask and no bias")
+        if cache is not None and not hasattr(cache, "run"):
+            raise ValueError("a linear layer needs a cache that holds states: ModelCache.of(model, rows, capacity)")
         run = super().forward
         return run(x) if cache is None else cache.run(run, x)
 
