@@ -1,6 +1,7 @@
-const LEFT = 160;
-const WIDE = 300;
-const ROW = 64;
+const WIDTH = 440; // narrow enough that its letters can be read on a phone
+const LEFT = 10;
+const WIDE = 320;
+const ROW = 72;
 const PARTS = ["weights", "gradients", "optimizer", "activations"];
 
 function draw(root, data, kit) {
@@ -36,7 +37,7 @@ function draw(root, data, kit) {
 
 const held = (plan) => plan[0] + plan[1] + plan[2] + plan[3];
 const takes = (plan) => plan[4] + plan[5];
-const short = (x) => (x >= 1000 ? Math.round(x).toLocaleString("en") : String(Number(x.toPrecision(3))));
+const short = (x) => Number(x.toPrecision(3)).toLocaleString("en", { maximumFractionDigits: 6 });
 
 function sentence(state, plans, data) {
   const devices = data.devices[state.devices];
@@ -52,32 +53,31 @@ function picture(state, plans, text, data, kit) {
   const memory = data.memory[state.link];
   const most = Math.max(memory * 1.25, Math.min(memory * 3, Math.max(...plans.map(held))));
   const slowest = Math.max(...plans.filter((plan) => plan[7] > 0).map(takes), 1e-9);
-  const note = (x, y, words, anchor = "start") => kit.svg("text", { x, y, "font-size": 13, "text-anchor": anchor }, words);
-  const rows = plans.map((plan, i) => row(plan, i, data, { most, slowest, memory }, note, kit));
-  const bottom = 52 + ROW * plans.length;
+  const note = (x, y, words, anchor = "start") => kit.svg("text", { x, y, "font-size": 14, "text-anchor": anchor }, words);
+  const rows = plans.map((plan, i) => row(plan, i, data, { most, slowest }, note, kit));
+  const bottom = 30 + ROW * plans.length;
   const limit = LEFT + (WIDE * memory) / most;
   const keys = PARTS.map((part, i) => [
-    kit.svg("rect", { x: 10 + 112 * i, y: bottom + 8, width: 12, height: 12, style: `fill:${kit.colours[i]}` }),
-    note(27 + 112 * i, bottom + 19, part),
+    kit.svg("rect", { x: 10 + 106 * i, y: bottom + 8, width: 12, height: 12, style: `fill:${kit.colours[i]}` }),
+    note(26 + 106 * i, bottom + 19, part),
   ]);
   const times = [
-    kit.svg("rect", { x: 10, y: bottom + 30, width: 12, height: 8, style: "fill:currentColor", opacity: 0.65 }),
-    note(27, bottom + 39, "time: arithmetic"),
-    kit.svg("rect", { x: 160, y: bottom + 30, width: 12, height: 8, fill: "none", stroke: "currentColor" }),
-    note(177, bottom + 39, "time: waiting for other devices"),
+    kit.svg("rect", { x: 10, y: bottom + 33, width: 12, height: 8, style: "fill:currentColor", opacity: 0.65 }),
+    note(26, bottom + 42, "time: arithmetic"),
+    kit.svg("rect", { x: 168, y: bottom + 33, width: 12, height: 8, fill: "none", stroke: "currentColor" }),
+    note(186, bottom + 42, "time: waiting for other devices"),
   ];
   return kit.picture(
-    LEFT + WIDE + 190, bottom + 50, text,
-    note(10, 16, "memory and time of a step, for each device"),
-    kit.svg("line", { x1: limit, x2: limit, y1: 40, y2: bottom - 6, stroke: "currentColor", "stroke-dasharray": "4 3" }),
-    note(limit, 36, `${short(memory)} GB`, "middle"),
+    WIDTH, bottom + 52, text,
+    plans.map((_, i) => kit.svg("line", { x1: limit, x2: limit, y1: 40 + ROW * i, y2: 70 + ROW * i, stroke: "currentColor", "stroke-dasharray": "4 3" })),
+    note(limit, 14, `${short(memory)} GB`, "middle"),
     rows, keys, times,
   );
 }
 
-// One scheme: its name, a bar of what it holds, and below it a thin bar of its time.
+// One scheme: its name and its time, a bar of what it holds, and below it a thin bar of its time.
 function row(plan, i, data, scale, note, kit) {
-  const top = 48 + ROW * i;
+  const top = 44 + ROW * i;
   let left = LEFT;
   const bars = PARTS.map((part, p) => {
     const width = Math.max(0, Math.min((WIDE * plan[p]) / scale.most, LEFT + WIDE - left));
@@ -89,12 +89,13 @@ function row(plan, i, data, scale, note, kit) {
   const beyond = held(plan) > scale.most ? " …" : "";
   const busy = fits ? (WIDE * plan[4]) / scale.slowest : 0;
   const idle = fits ? (WIDE * plan[5]) / scale.slowest : 0;
+  const pieces = plan[7] > 1 ? ` in ${plan[7]} micro-batches` : "";
   return [
-    note(10, top + 15, data.schemes[i].replace("tensor parallel", "tensor p.")),
+    note(LEFT, top - 7, data.schemes[i]),
+    note(WIDTH - 10, top - 7, fits ? `${short(takes(plan))} s${pieces}` : "does not fit", "end"),
     bars,
     note(left + 6, top + 15, `${short(held(plan))} GB${beyond}`),
-    kit.svg("rect", { x: LEFT, y: top + 26, width: Math.max(0, busy), height: 9, style: "fill:currentColor", opacity: 0.65 }),
-    kit.svg("rect", { x: LEFT + busy, y: top + 26, width: Math.max(0, idle), height: 9, fill: "none", stroke: "currentColor" }),
-    note(LEFT + busy + idle + 6, top + 36, fits ? `${short(takes(plan))} s${plan[7] > 1 ? `, ${plan[7]} micro-batches` : ""}` : "does not fit"),
+    kit.svg("rect", { x: LEFT, y: top + 25, width: Math.max(0, busy), height: 9, style: "fill:currentColor", opacity: 0.65 }),
+    kit.svg("rect", { x: LEFT + busy, y: top + 25, width: Math.max(0, idle), height: 9, fill: "none", stroke: "currentColor" }),
   ];
 }
