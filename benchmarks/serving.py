@@ -79,7 +79,7 @@ BANDWIDTH = 4.3e12
 REQUESTS, SHORTEST, LONGEST = 256, 100, 1024
 ROWS_RESERVED = MEMORY // (FULL_LENGTH * 2 * 16 * 8 * 64 * 2)
 SECONDS = {"engine": 120, "skewed": 80, "transformers": 80, "contiguous": 80, "latency": 300, "stories": 60}
-SECONDS |= {"soak": 1500} | dict.fromkeys(("roomy", "timeline", "speculation", "float8", "deterministic"), 80)
+SECONDS |= {"soak": 1500} | dict.fromkeys(("roomy", "timeline", "speculation", "float8", "deterministic", "int8"), 80)
 """How long each part may take."""
 
 
@@ -764,6 +764,22 @@ def deterministic_part(device: str) -> dict:
     return in_turns("128 requests, 4 GiB", engines, requests, "deterministic", turns=2)
 
 
+def int8_part(device: str) -> dict:
+    """One request at a time: weights in bfloat16 and in int8."""
+    prompt, new, seconds = list(range(256)), 256, {}
+    engines = {"bfloat16": make_engine(llama(device), seats=1)}
+    engines["int8 weights"] = make_engine(pretrained.quantise(llama(device)), seats=1)
+    for _ in range(3):
+        for who, engine in engines.items():
+            begin = time.perf_counter()
+            engine.add(prompt, {"max_new_tokens": new})
+            engine.run()
+            seconds.setdefault(who, []).append(time.perf_counter() - begin)
+    rows = [run_row("batch 1, weights", who, times, new) for who, times in seconds.items()]
+    gain = median(seconds["bfloat16"]) / median(seconds["int8 weights"])
+    return {"rows": rows, "int8 weights / bfloat16, batch 1": round(gain, 3)}
+
+
 def in_turns(case: str, engines: dict[str, Engine], requests: list, who: str, *, turns: int) -> dict:
     """The requests through each engine in turn, and how much faster ``who`` is than the first."""
     seconds: dict[str, list[float]] = {name: [] for name in engines}
@@ -864,6 +880,7 @@ PARTS: dict[str, Callable[[str], dict]] = {
     "speculation": speculation_part,
     "float8": float8_part,
     "deterministic": deterministic_part,
+    "int8": int8_part,
     "stories": stories_part,
     "soak": soak_part,
 }
