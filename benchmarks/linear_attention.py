@@ -34,7 +34,7 @@ GPU_LENGTHS = (2048, 8192, 32768)
 CROSSOVER = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 DECODED = 8  # sequences; of 131,072 keys their caches are 8.6 GB
 GPU_SECONDS = 0.06  # of each measurement, after as long a warm-up
-FLA, SOFTMAX = "sum, flash-linear-attention", "softmax, our flash kernel"
+SOFTMAX, PEER = "softmax, our flash kernel", ", flash-linear-attention"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +46,7 @@ def run(args: Options) -> None:
     """Time and memory over the length, and the time of a decoded token over the length before it."""
     device = torch.device(args.device)
     if device.type == "cuda":
-        on_gpu(Report("linear_attention", device, args.out, peers=(FLA, SOFTMAX, "sum", "linear")))
+        on_gpu(Report("linear_attention", device, args.out, peers=(SOFTMAX, "sum", "linear")))
         return
     report = Report("linear_attention", device, args.out, peers=("softmax, fused", "linear, chunked"))
     rate = matmul_rate(device, torch.float32)
@@ -140,7 +140,8 @@ def on_gpu(report: Report) -> None:
     with torch.no_grad():
         report.note(relative_error=errors(device))
     own = members() | {SOFTMAX: lambda x: flash_attention(x["q"], x["k"], x["v"], causal=True)}
-    contestants = {name: (form, False) for name, form in own.items()}
+    contestants = {name + PEER: (form, True) for name, form in flash_linear_attention().items()}
+    contestants |= {name: (form, False) for name, form in own.items()}
     contestants["sum, tokens first in memory"] = (lambda x: own["sum"](heads_first(x)), True)
     time_members(report, contestants, limit)
     report.save()
@@ -148,8 +149,6 @@ def on_gpu(report: Report) -> None:
         cross(report, N, limit)
     decode_on_gpu(report, limit)
     report.save()
-    if theirs := flash_linear_attention():
-        time_members(report, {FLA: (theirs, True)}, limit)
     report.finish()
 
 
@@ -206,12 +205,25 @@ def time_members(report: Report, contestants: dict[str, tuple[Callable, bool]], 
     for N in GPU_LENGTHS:
         for name, (form, tokens_first) in contestants.items():
             x = draw(N, device, tokens_first=tokens_first)
-            work = {"limit": limit, "tokens": N, "contestant": name}
-            with torch.no_grad():
-                timing = measure(form, [(x,)], device=device, seconds=GPU_SECONDS, warmup=GPU_SECONDS)
-            report.add(timing=timing, case=f"forward, N = {N:,}", bytes=moved, **work)
-            timing = time_gradient(form, x, device)
-            report.add(timing=timing, case=f"gradient, N = {N:,}", bytes=2 * moved, **work)
+            for kind, timer, least in (("forward", time_forward, moved), ("gradient", time_gradient, 2 * moved)):
+                case = f"{kind}, N = {N:,}"
+                try:
+                    timing = timer(form, x, device)
+                except RuntimeError as error:
+                    if PEER not in name:
+                        raise
+                    report.note(**{f"refused, {case}: {name}": str(error)[:200]})
+                    continue
+                work = {"bytes": least, "limit": limit, "tokens": N, "peer": twin(report, case, name)}
+                report.add(timing=timing, case=case, contestant=name, **work)
+
+
+def twin(report: Report, case: str, name: str) -> str | None:
+    """The row of the same member by the other library; None where there is none, and another peer is found."""
+    if PEER in name:
+        return f"{case}: {name.removesuffix(PEER)}"
+    theirs = f"{case}: {name}{PEER}"
+    return theirs if any(row.name == theirs for row in report.rows) else None
 
 
 def heads_first(x: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -219,24 +231,47 @@ def heads_first(x: dict[str, Tensor]) -> dict[str, Tensor]:
     return x | {name: x[name].transpose(1, 2) for name in "qkv"}
 
 
-def flash_linear_attention() -> Callable | None:
-    """flash-linear-attention's sum over (batch, N, heads, head_dim), or None where it is not installed."""
+def flash_linear_attention() -> dict[str, Callable]:
+    """flash-linear-attention's members over (batch, N, heads, head_dim), none where it is not installed."""
     try:
+        from fla.ops.delta_rule import chunk_delta_rule
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
         from fla.ops.linear_attn import chunk_linear_attn
     except ImportError:
-        return None
-    return lambda x: chunk_linear_attn(x["q"], x["k"], x["v"], normalize=False)[0]
+        return {}
+    number = lambda x, name: x[name].squeeze(-1)  # noqa: E731
+    scale = GPU_HEAD_DIM**-0.5
+    return {
+        "sum": lambda x: chunk_linear_attn(x["q"], x["k"], x["v"], normalize=False)[0],
+        "delta rule": lambda x: chunk_delta_rule(
+            x["q"], x["unit_k"], x["v"], number(x, "beta").bfloat16(), scale=scale
+        )[0],
+        "gated delta rule": lambda x: chunk_gated_delta_rule(
+            x["q"], x["unit_k"], x["v"], number(x, "log_decay"), number(x, "beta"), scale=scale
+        )[0],
+    }
+
+
+def time_forward(form: Callable, x: dict[str, Tensor], device: torch.device) -> Timing:
+    """The time of a forward pass that keeps nothing for a backward."""
+    with torch.no_grad():
+        return time_call(form, device, x)
 
 
 def time_gradient(form: Callable, x: dict[str, Tensor], device: torch.device) -> Timing:
-    """The time of a backward pass to q, k and v, not to gates and step sizes."""
-    names = ("q", "k", "unit_k", "v")
+    """The time of a backward pass to q, k, v, and to what a token brings of gates and step sizes."""
+    names = ("q", "k", "unit_k", "v", "log_decay", "beta")
     x = {name: value.detach().requires_grad_(name in names) for name, value in x.items()}
     out = form(x)
     dout = torch.randn_like(out)
     leaves = [x[name] for name in names]
     call = lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True, allow_unused=True)  # noqa: E731
-    return measure(call, device=device, seconds=GPU_SECONDS, warmup=GPU_SECONDS, min_calls=3)
+    return time_call(call, device)
+
+
+def time_call(call: Callable, device: torch.device, *arguments) -> Timing:
+    """The time of a call on the GPU; the host is ahead of it, so that launches are not timed."""
+    return measure(call, [arguments], device=device, seconds=GPU_SECONDS, warmup=GPU_SECONDS, min_calls=3, ahead=True)
 
 
 def cross(report: Report, N: int, limit: float) -> None:
@@ -248,8 +283,7 @@ def cross(report: Report, N: int, limit: float) -> None:
     }
     moved = 4 * x["q"].nbytes
     for name, form in forms.items():
-        with torch.no_grad():
-            timing = measure(form, [(x,)], device=device, seconds=GPU_SECONDS, warmup=GPU_SECONDS, min_calls=3)
+        timing = time_forward(form, x, device)
         work = {"limit": limit, "tokens": N, "contestant": name}
         report.add(timing=timing, case=f"crossover, N = {N:,}", bytes=moved, **work)
         timing = time_gradient(form, x, device)
@@ -266,14 +300,14 @@ def decode_on_gpu(report: Report, limit: float) -> None:
     case = f"one token for each of {DECODED} sequences"
     with torch.no_grad():
         step = lambda: linear_attention.operator.run(q, k, v, **options)  # noqa: E731
-        timing = measure(step, device=device, seconds=GPU_SECONDS, warmup=GPU_SECONDS)
+        timing = time_call(step, device)
         peer = f"{case}: from {CROSSOVER[-1]:,} keys"
         work = {"case": case, "limit": limit, "sequences": DECODED}
         report.add(timing=timing, contestant="from a state", bytes=2 * state.nbytes, peer=peer, **work)
         for N in CROSSOVER:
             old = torch.randn(2, DECODED, GPU_HEADS, N, GPU_HEAD_DIM, device=device, dtype=torch.bfloat16)
             step = lambda old=old: flash_attention(q, old[0], old[1], causal=True)  # noqa: E731
-            timing = measure(step, device=device, seconds=GPU_SECONDS, warmup=GPU_SECONDS)
+            timing = time_call(step, device)
             peer = f"{case}: from a state"
             report.add(timing=timing, contestant=f"from {N:,} keys", bytes=old.nbytes, peer=peer, tokens=N, **work)
 

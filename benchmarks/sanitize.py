@@ -316,8 +316,9 @@ def run_chosen() -> None:
 
 
 def linear_cases() -> dict[str, Callable]:
-    """Every step, and the gradients with the chains of the chunks."""
-    return {f"step {step}": partial(run_linear, step) for step in (1, 2, 3, 4)} | {"gradients": run_linear_gradients}
+    """Every step, the gradients of the operator, and those by chunks in several segments."""
+    steps = {f"step {step}": partial(run_linear, step) for step in (1, 2, 3, 4)}
+    return steps | {"gradients": run_linear_gradients, "gradients by chunks": run_linear_backward}
 
 
 def linear_inputs(d: int, T: int, *, delta: bool, gated: bool) -> dict[str, torch.Tensor]:
@@ -356,6 +357,22 @@ def run_linear_gradients() -> None:
         x = {name: t.requires_grad_() for name, t in linear_inputs(d, 203, delta=delta, gated=gated).items()}
         out, _ = run(**x, scale=d**-0.5)
         torch.autograd.grad(out, list(x.values()), torch.ones_like(out))
+    torch.cuda.synchronize()
+
+
+def run_linear_backward() -> None:
+    """An odd length in one segment and in several, states in and out, packed; decaying sum and delta rule."""
+    from tformer_lib.linear_attention.backward import run_backward
+
+    starts = torch.tensor([0, 70, 70, 203], dtype=torch.int32).cuda()
+    for d, delta, gated in ((40, False, True), (64, True, True), (128, False, True), (128, True, False)):
+        x = linear_inputs(d, 203, delta=delta, gated=gated)
+        dout, states = from_cpu(1, 2, 203, d, dtype=torch.bfloat16), torch.rand(3, 1, d, d).cuda()
+        numbers = (x.get("log_decay"), x.get("beta"))
+        for count in (1, 3):
+            few = states[:1]
+            run_backward(dout, few, x["q"], x["k"], x["v"], *numbers, few, None, 203, 0.1, count)
+            run_backward(dout, states, x["q"], x["k"], x["v"], *numbers, states, starts, 133, 0.1, count)
     torch.cuda.synchronize()
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tformer_lib import jit
 from tformer_lib import linear_attention as la
-from tformer_lib.linear_attention import kernels
+from tformer_lib.linear_attention import backward, gradients, kernels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -770,6 +770,29 @@ def test_the_kernels_equal_the_float64_sum(rule, dtype, T, dims, heads, layout, 
             assert error < 2 * eps + 1e-5, f"step {step}, {name}: error {error:.1e}"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("rule", RULES)
+def test_long_sequences_in_segments_equal_the_float64_sum(rule, segments):
+    """Many chunks for every step that works by chunks, at the width that they are made for."""
+    q, k, v = (torch.randn(1, 2, 1500, 128, dtype=torch.float64, device="cuda").bfloat16() for _ in range(3))
+    options = {"scale": 128**-0.5}
+    if rule == "mean":
+        options |= {"normalised": True, "map_code": 1, "map_scale": 128**-0.25, "scale": 1.0}
+    if "delta" in rule:
+        k = F.normalize(k.double(), dim=-1).bfloat16()
+        options["beta"] = torch.rand(1, 2, 1500, 1, device="cuda")
+    if rule in ("decay", "gated delta"):
+        options["log_decay"] = F.logsigmoid(torch.randn(1, 2, 1500, 1, device="cuda"))
+    truth = kernels.plain(q.double(), k.double(), v.double(), **options)
+    for step in ("2", "3", "4"):
+        if kernels.refusal(step, q, v, options.get("beta")):
+            continue
+        for a, b in zip(kernels.launch(step, q, k, v, **options, segment_count=segments)[:2], truth[:2], strict=True):
+            error = (a.double() - b).norm() / b.norm()
+            assert error < torch.finfo(torch.bfloat16).eps, f"step {step}: error {error:.1e}"
+
+
 def in_layout(draw, shape, layout):
     """Random numbers whose strides are those of a contiguous, a transposed or a sliced tensor."""
     batch, heads, T, width = shape
@@ -826,6 +849,59 @@ def test_the_gradients_on_a_gpu_equal_those_in_float64(rule, width):
     for expected, found in zip(*grads, strict=True):
         error = (found - expected).norm() / expected.norm()
         assert error < 4 * torch.finfo(torch.bfloat16).eps, f"error {error:.1e}"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", ["decay", "delta", "gated delta"])
+@pytest.mark.parametrize(
+    ("T", "starts", "heads", "dims", "segments"),
+    [
+        (1, None, (16, 16), (8, 8), 1),
+        (64, None, (2, 2), (64, 64), 1),
+        (200, None, (4, 2), (128, 64), 2),
+        (333, None, (3, 1), (96, 40), 3),
+        (700, None, (2, 2), (40, 136), 5),
+        (1027, None, (2, 1), (128, 128), 7),
+        (2048, None, (16, 16), (128, 128), None),
+        (300, [0, 3, 3, 70, 200, 300], (4, 2), (64, 128), 2),
+        (700, [0, 1, 65, 129, 700, 700], (2, 2), (128, 128), 4),
+    ],
+)
+def test_the_gradients_by_chunks_equal_those_in_float64(T, starts, heads, dims, segments, rule, dtype):
+    """Within the dtype's eps: about three times what it costs to round the result alone."""
+    generator = torch.Generator().manual_seed(T)
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    (H, KV), (d, e), batch = heads, dims, 1 if starts else 2
+    q, k, v, dout = draw(batch, H, T, d), draw(batch, KV, T, d), draw(batch, KV, T, e), draw(batch, H, T, e)
+    q, k, v, dout = (x.to(dtype) for x in (q, F.normalize(k, dim=-1), v, dout))
+    sequences = len(starts) - 1 if starts else batch
+    beta = draw(batch, KV, T, 1).sigmoid() if "delta" in rule else None
+    log_decay = None if rule == "delta" else F.logsigmoid(draw(batch, KV, T, 1))
+    initial, dfinal = draw(sequences, KV, e, d), draw(sequences, KV, e, d)
+    cu_seqlens = torch.tensor(starts, dtype=torch.int32) if starts else None
+    length = max(b - a for a, b in pairwise(starts)) if starts else T
+    place = lambda x, kind: None if x is None else x.to("cuda", kind)  # noqa: E731
+    wide = [place(x, torch.float64) for x in (dout, dfinal, q, k, v, log_decay, beta, initial)]
+    truth = gradients.chunk_gradients(*wide, cu_seqlens, length, d**-0.5)
+    narrow = [place(x, dtype) for x in (dout, q, k, v)], [place(x, torch.float32) for x in (log_decay, beta)]
+    (dout, q, k, v), numbers = narrow
+    states = [place(x, torch.float32) for x in (dfinal, initial)]
+    on_gpu = None if cu_seqlens is None else cu_seqlens.cuda()
+    dq, *rest = backward.run_backward(dout, states[0], q, k, v, *numbers, states[1], on_gpu, length, d**-0.5, segments)
+    found = [dq, *(None if x is None else gradients.from_heads(x.float(), H // KV) for x in rest)]
+    for name, a, b in zip(("q", "k", "v", "log_decay", "beta", "initial"), found, truth, strict=True):
+        if b is None or (name == "log_decay" and rule == "delta"):
+            continue
+        assert a.isfinite().all(), name
+        error = (a.double() - b).norm() / b.norm()
+        assert error < torch.finfo(dtype).eps, f"d{name}: error {error:.1e}"
+
+
+def test_the_shared_memory_that_the_gradients_ask_for_is_what_the_kernel_takes():
+    source = (jit.kernels_folder() / "linear_attention" / "backward.cu").read_text()
+    for width, size in backward.SHARED_BYTES.items():
+        assert f"ChunkLayout<{width}>::BYTES == {size}" in source
 
 
 class CallsOfOperator(torch.overrides.TorchFunctionMode):

@@ -19,6 +19,12 @@
 //               delta rule 0.500 and 0.727, of which T takes 0.114, and at 1 x 32,768 the scan over the segments 0.101;
 //               with 32 of the scan's loads in flight 0.473 and 0.673, through the operator. The operator's host needs
 //               an estimated 0.2 ms a call, so that a sum through it takes 0.265 and 0.276
+//   hypothesis  the delta rule's groups wait: for exponentials that a token needs once, for gates on their way from memory, for
+//               P and for each other; the scan waits for one row of a state after the other
+//   predicted   exponentials 0.45 and 0.65; P by the producer's four warps 0.40 and 0.60
+//   measured    0.466 and 0.666; 0.634 and 0.834: the producer takes longer over P than the consumers over all the rest
+//   predicted   each group its own P, of the next chunk, during the outputs of this one; seven blocks of (0) on a
+//               multiprocessor; the scan's rows at once: 0.40 and 0.55
 //   limit       where a sum is normalised, 4 warps of the producer take longer over a chunk than the consumers: 0.33, with a
 //               feature map 0.72, so that step 2 is taken there
 //
@@ -36,14 +42,14 @@ constexpr int WARPGROUP = 128, GROUPS = 2, THREADS = (1 + GROUPS) * WARPGROUP;
 constexpr int STAGES = 3;        // chunks on their way or in use
 constexpr int GROUP_VALUES = 64, VALUES = GROUPS * GROUP_VALUES;
 constexpr int BOX_BYTES = CHUNK * 128;  // 64 rows of 64 halves: what one descriptor walks along
-constexpr int KEEPERS = 1, PRODUCERS = 2;  // hardware barriers
+constexpr int KEEPERS = 1, PRODUCERS = 2, FIRST_GROUP = 3;  // hardware barriers
 
 // One warp's share of a consumer warpgroup, as chunk.cuh sees it.
 template <int D>
 using Warp = Shape<D, 1, 4, 1>;
 
-struct StageNumbers {
-    float since[CHUNK], beta[CHUNK], before[CHUNK];  // before: q . (the sum of all keys before the chunk)
+struct StageNumbers : ChunkNumbers {
+    float before[CHUNK];  // q . (the sum of all keys before the chunk)
 };
 
 template <int D, Rule RULE, bool OUTPUTS>
@@ -52,7 +58,7 @@ struct HopperLayout {
     static constexpr int Q = 0, K = OUTPUTS ? KEY_BYTES : 0, V = K + KEY_BYTES, T = V + VALUE_BYTES;
     static constexpr int STAGE = T + (RULE == DELTA ? BOX_BYTES : 0);
     static constexpr int P = STAGES * STAGE;
-    static constexpr int NUMBERS = P + (OUTPUTS ? 2 * BOX_BYTES : 0);
+    static constexpr int NUMBERS = P + (OUTPUTS ? (RULE == DELTA ? 2 * GROUPS : 2) * BOX_BYTES : 0);
     static constexpr int PARTS = NUMBERS + STAGES * int(sizeof(StageNumbers));  // the denominators' halves, twice
     static constexpr int SUMS = PARTS + 2 * GROUPS * CHUNK * int(sizeof(float));
     static constexpr int BARRIERS = SUMS + 2 * 4 * D * int(sizeof(float));
@@ -84,6 +90,41 @@ struct Share {
         return *reinterpret_cast<uint4*>(tile + boxed(top + i * ROWS, chunk));
     }
 };
+
+// 4 bytes from global to shared memory without passing through registers; zero where `valid` is false.
+__device__ inline void copy_number(float* target, const float* source, bool valid) {
+    const int bytes = valid ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(target)), "l"(source), "r"(bytes));
+}
+
+// Start copying a chunk's log decays to where their sums will be, and its step sizes: two tokens a lane of warp 0.
+template <Rule RULE>
+__device__ void start_numbers(ChunkNumbers& n, const Arguments& a, const Sequence& s, int64_t kv, int token) {
+    if (RULE < DECAY || warp() != 0) return;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const int t = 2 * lane() + e, gate = token + t - s.reverse;  // see gate_of
+        const auto copy = [&](float* to, const Numbers& from, int token, bool valid) {
+            const float* const first = from.data + s.b * from.batch + kv * from.head;
+            copy_number(to + t, valid ? first + s.row(token) * from.row : from.data, valid);
+        };
+        if (a.log_decay.data != nullptr) copy(n.since, a.log_decay, gate, gate >= 0 && token + t < s.T);
+        if (RULE == DELTA) copy(n.beta, a.beta, token + t, token + t < s.T);
+    }
+}
+
+// What the same lane of warp 0 has copied, as the gates that it publishes.
+template <Rule RULE>
+__device__ Gates<RULE> arrived_numbers(const ChunkNumbers& n, const Arguments& a) {
+    Gates<RULE> gates;
+    if (RULE >= DECAY && warp() == 0)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            if (a.log_decay.data != nullptr) gates.gate[e] = fmaxf(n.since[2 * lane() + e], FORGET) * LOG2E;
+            if (RULE == DELTA) gates.beta[e] = n.beta[2 * lane() + e];
+        }
+    return gates;
+}
 
 template <class Half, int D>
 __device__ void map_share(const Share<D>& share, uint8_t* tile, const Arguments& a, int rows) {
@@ -215,24 +256,25 @@ struct Consumer {
             ldmatrix_transposed(U[k], V + group * BOX_BYTES + place<64>(k * 16 + n_row(), row / 8 + n_chunk()));
     }
 
-    // This group's half of P, masked and decayed, to shared memory; with MEAN the sums of its rows, too.
-    template <Rule RULE>
-    __device__ void store_scores(const float (&C)[4][4], uint8_t* P, float* part, const float* since, float scale) const {
+    // P from column `first` on, masked and decayed, to shared memory; with MEAN the sums of its rows, too.
+    template <Rule RULE, int TILES>
+    __device__ void store_scores(const float (&C)[TILES][4], int first, uint8_t* P, float* part, const float* since,
+                                 float scale) const {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int token = row + r * 8 + row_in_tile();
             float total = 0.0f;
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
+            for (int j = 0; j < TILES; ++j) {
                 float p[2];
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    const int column = group * 32 + j * 8 + column_in_tile() + e;
+                    const int column = first + j * 8 + column_in_tile() + e;
                     const float kept = RULE >= DECAY ? fast_exp2(since[token] - since[column]) : 1.0f;
                     p[e] = column <= token ? C[j][2 * r + e] * (scale * kept) : 0.0f;
                 }
                 const uint32_t word = pack<Half>(p[0], p[1]);
-                *reinterpret_cast<uint32_t*>(P + place<64>(token, group * 4 + j) + lane() % 4 * 4) = word;
+                *reinterpret_cast<uint32_t*>(P + place<64>(token, first / 8 + j) + lane() % 4 * 4) = word;
                 const float2 rounded = unpack<Half>(word);
                 total += rounded.x + rounded.y;
             }
@@ -251,8 +293,8 @@ struct Consumer {
             for (int half = 0; half < 2; ++half) {
                 const int token = 16 * k + half * 8 + column_in_tile();
                 const float2 beta = *reinterpret_cast<const float2*>(n.beta + token);
-                const float2 since = *reinterpret_cast<const float2*>(n.since + token);
-                const float first = beta.x * grow * fast_exp2(since.x), second = beta.y * grow * fast_exp2(since.y);
+                const float2 kept = *reinterpret_cast<const float2*>(n.kept + token);
+                const float first = beta.x * grow * kept.x, second = beta.y * grow * kept.y;
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     uint32_t& word = R[k][2 * half + r];  // holds V^T
@@ -264,8 +306,8 @@ struct Consumer {
     }
 
     // U^T and S^T decayed to the chunk's end.
-    __device__ void decay_to_end(uint32_t (&U)[STEPS][4], const float* since) {
-        const float end = since[CHUNK - 1], kept = fast_exp2(end);
+    __device__ void decay_to_end(uint32_t (&U)[STEPS][4], const ChunkNumbers& n) {
+        const float kept = n.kept[CHUNK - 1];
 #pragma unroll
         for (int j = 0; j < Sh::STATE_TILES; ++j)
 #pragma unroll
@@ -274,10 +316,9 @@ struct Consumer {
         for (int k = 0; k < STEPS; ++k)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float2 s = *reinterpret_cast<const float2*>(since + 16 * k + half * 8 + column_in_tile());
-                const float first = fast_exp2(end - s.x), second = fast_exp2(end - s.y);
+                const float2 factor = *reinterpret_cast<const float2*>(n.to_end + 16 * k + half * 8 + column_in_tile());
 #pragma unroll
-                for (int r = 0; r < 2; ++r) U[k][2 * half + r] = scaled<Half>(U[k][2 * half + r], first, second);
+                for (int r = 0; r < 2; ++r) U[k][2 * half + r] = scaled<Half>(U[k][2 * half + r], factor.x, factor.y);
             }
     }
 };
@@ -320,16 +361,14 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
     __syncthreads();
 
     if (threadIdx.x < WARPGROUP) {  // the producer
-        give_registers<RULE == DELTA ? 72 : 88>();
+        give_registers<RULE == DELTA ? 72 : 88>();  // with the consumers' 64,512 in all, 168 a thread: what the block has
         const Rows<Half> Q(a.q, s, w.h), K(a.k, s, w.kv), V(a.v, s, w.kv);
-        const int64_t all_chunks = (a.length + CHUNK - 1) / CHUNK;
-        const Half* const inverses = static_cast<const Half*>(a.inverses) + w.state * all_chunks * CHUNK * CHUNK;
+        const Half* const inverses = w.inverses<Half>(a);
         const Share<D> keys;
         const Share<VALUES> values;
         const Share<CHUNK> square;
         KeySum<Half, D> sum;
         if constexpr (RULE == MEAN) sum.load(keys, a, start);
-        Gates<RULE> gates, next;
         float decay = 0.0f;
         const auto finish = [&](int chunk) {
             const int i = chunk - w.first, stage = i % STAGES;
@@ -342,7 +381,7 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
                 if (OUTPUTS) sum.read(keys, q, numbers[stage].before);
                 sum.absorb(keys, k, reinterpret_cast<float*>(shared + At::SUMS) + i % 2 * 4 * D);
             }
-            gates.publish(numbers[stage].since, numbers[stage].beta);
+            arrived_numbers<RULE>(numbers[stage], a).publish(numbers[stage]);
             if (RULE >= DECAY && threadIdx.x == WARP - 1) decay += numbers[stage].since[CHUNK - 1];  // its own
             show_to_async();
             arrive(&full[stage]);
@@ -357,13 +396,12 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
                          transition ? 0 : int(a.value_dim) - first_value);
             if constexpr (RULE == DELTA)
                 square.start(tile + At::T, inverses + int64_t(chunk) * CHUNK * CHUNK, CHUNK, CHUNK, CHUNK);
+            start_numbers<RULE>(numbers[stage], a, s, w.kv, token);
             commit_copies();
-            next.fetch(a, s, w.kv, token);
             if (i > 0) {
                 wait_copies<1>();
                 finish(chunk - 1);
             }
-            gates = next;
         }
         wait_copies<0>();
         if (w.first < w.last) finish(w.last - 1);
@@ -384,21 +422,46 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
             for (int e = 0; e < 4; ++e)
                 c.S[0][j][e] = first_row + e / 2 * 8 + row_in_tile() == j * 8 + column_in_tile() + e % 2 ? 1.0f : 0.0f;
 
+    // The delta rule's products wait for one another. So each group computes the whole P of the next chunk while it writes the
+    // outputs of this one, and the groups never wait for each other: one's products fill the other's gaps.
+    constexpr bool AHEAD = OUTPUTS && RULE == DELTA;
+    float scores[AHEAD ? TOKEN_TILES : 4][4];
+    const auto own_P = [&](int i) { return shared + At::P + (2 * c.group + i % 2) * BOX_BYTES; };
+    const auto start_scores = [&](int i) {
+        const uint32_t tile = shared_address(shared) + i % STAGES * At::STAGE;
+        wait(&full[i % STAGES], i / STAGES & 1);
+        products_begin();
+#pragma unroll
+        for (int step = 0; step < Sh::STATE_STEPS; ++step)
+            if constexpr (AHEAD)
+                multiply_shared<Half, false, false>(scores, columns_of(tile + At::Q, step), columns_of(tile + At::K, step),
+                                                    step > 0);
+        commit_products();
+    };
+    const auto finish_scores = [&](int i) {
+        wait_products<0>();
+        pin(scores);
+        c.template store_scores<RULE>(scores, 0, own_P(i), nullptr, numbers[i % STAGES].since, a.scale);
+        show_to_async();
+    };
+    if constexpr (AHEAD)
+        if (w.first < w.last) start_scores(0), finish_scores(0);
+
     for (int chunk = w.first; chunk < w.last; ++chunk) {
         const int i = chunk - w.first, stage = i % STAGES, token = chunk * CHUNK;
         const uint32_t tile = shared_address(shared) + stage * At::STAGE;
         const uint32_t q = tile + At::Q, k = tile + At::K, v = tile + At::V;
-        uint8_t* const P = shared + At::P + i % 2 * BOX_BYTES;
+        uint8_t* const P = AHEAD ? own_P(i) : shared + At::P + i % 2 * BOX_BYTES;
         float* const part = parts + i % 2 * GROUPS * CHUNK;
         const StageNumbers& n = numbers[stage];
         const float shrink = shrink_of<Half, Sh>(c.S), grow = 1.0f / shrink;
         uint32_t A[Sh::STATE_STEPS][4], U[STEPS][4];
-        float scores[4][4], X[TOKEN_TILES][4], O[1][TOKEN_TILES][4];
+        float X[TOKEN_TILES][4], O[1][TOKEN_TILES][4];
         if (OUTPUTS || RULE == DELTA) c.pack_state(A, shrink);
 
         wait(&full[stage], i / STAGES & 1);
         products_begin();
-        if (OUTPUTS) {
+        if constexpr (OUTPUTS && !AHEAD) {
 #pragma unroll
             for (int step = 0; step < Sh::STATE_STEPS; ++step)
                 multiply_32<Half>(scores, columns_of(q, step), columns_of(k + c.group * 32 * 128, step), step > 0);
@@ -407,10 +470,10 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
         if (RULE == DELTA) c.start_read(X, A, k);
         if (OUTPUTS) c.start_read(O[0], A, q);
         c.load_values(U, v);
-        if (OUTPUTS) {
-            wait_products<RULE == DELTA ? 2 : 1>();
+        if constexpr (OUTPUTS && !AHEAD) {
+            wait_products<1>();
             pin(scores);
-            c.template store_scores<RULE>(scores, P, part + c.group * CHUNK, n.since, a.scale);
+            c.template store_scores<RULE>(scores, c.group * 32, P, part + c.group * CHUNK, n.since, a.scale);
             show_to_async();
         }
         if constexpr (RULE == DELTA) {
@@ -428,8 +491,9 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
         if (OUTPUTS) {
             wait_products<0>();
             pin(O[0]);
-            scale_columns<Sh>(O, [&](int t) { return a.scale * grow * (RULE >= DECAY ? fast_exp2(n.since[t]) : 1.0f); });
-            meet(KEEPERS, GROUPS * WARPGROUP);  // both halves of P are there
+            scale_columns<Sh>(O, [&](int t) { return a.scale * grow * (RULE >= DECAY ? n.kept[t] : 1.0f); });
+            if (AHEAD) meet(FIRST_GROUP + c.group, WARPGROUP);  // all of P is there
+            else meet(KEEPERS, GROUPS * WARPGROUP);
             products_begin();
             c.start_square(O[0], U, shared_address(P), true);
         }
@@ -438,11 +502,13 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
         for (int step = 0; step < STEPS; ++step)
 #pragma unroll
             for (int e = 0; e < 4; ++e) decayed[step][e] = U[step][e];
-        if (RULE >= DECAY) c.decay_to_end(decayed, n.since);
+        if (RULE >= DECAY) c.decay_to_end(decayed, n);
         products_begin();
         c.start_absorb(decayed, k);
+        const int next = min(i + 1, w.last - w.first - 1);  // after the last chunk its own P once more, which nobody reads
+        if constexpr (AHEAD) start_scores(next);
         if (OUTPUTS) {
-            wait_products<1>();
+            wait_products<AHEAD ? 2 : 1>();
             pin(O[0]);
             if constexpr (RULE == MEAN) {
                 const auto total = [&](int t) { return n.before[t] * a.scale + part[t] + part[CHUNK + t]; };
@@ -453,8 +519,9 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
             }
             store_output<Half, Sh>(O, out, token, s.T, first_row, int(a.value_dim));
         }
-        wait_products<0>();
+        wait_products<AHEAD ? 1 : 0>();
         pin(c.S[0]);
+        if constexpr (AHEAD) finish_scores(i + 1);
         __syncwarp();
         if (lane() == 0) arrive(&empty[stage]);
     }

@@ -32,13 +32,14 @@ struct Arguments {
     float* segments;              // scratch: a state a segment
     float* transitions;           // scratch of the delta rule: (.., segments, head_dim, head_dim), transposed
     float* segment_decay;         // scratch: the sum of a segment's log decays, in base 2
-    void* inverses;               // scratch of the delta rule: (sequences, kv_heads, chunks, 64, 64) of the inputs' type
+    void* inverses;               // scratch of the delta rule: (kv_heads, chunk_slots, 64, 64) of the inputs' type
     const int32_t* cu_seqlens;    // (sequences + 1) or null
     int64_t sequences, heads, kv_heads;
     int64_t length;               // of the longest sequence
     int64_t rows;                 // of q in memory
     int64_t head_dim, value_dim;
     int64_t segment_count, segment_chunks;  // a sequence is cut into segments of so many chunks of 64 tokens
+    int64_t chunk_slots;          // room for the chunks of all sequences, see first_slot
     float scale, map_scale;
     int32_t map, dtype;
     int32_t normalise;            // divide by the sum of the weights; states have one more row, the sum of the keys

@@ -23,7 +23,6 @@ namespace linear {
 
 enum Rule { SUM, MEAN, DECAY, DELTA };
 
-constexpr int CHUNK = 64;   // tokens; near head_dim, where the work inside a chunk and between chunks balance
 constexpr int VECTOR = 8;   // halves in 16 bytes
 constexpr int STEPS = CHUNK / 16, TOKEN_TILES = CHUNK / 8;
 
@@ -48,6 +47,14 @@ __device__ inline int lane() { return threadIdx.x % WARP; }
 __device__ inline int warp() { return threadIdx.x / WARP; }
 __device__ inline int row_in_tile() { return lane() / 4; }          // g
 __device__ inline int column_in_tile() { return lane() % 4 * 2; }   // 2 t
+
+// What a chunk's tokens need beside their rows.
+struct ChunkNumbers {
+    float since[CHUNK];   // the log decay from the chunk's start to the token, inclusive, in base 2
+    float kept[CHUNK];    // exp of it
+    float to_end[CHUNK];  // exp of the log decay from the token to the chunk's end
+    float beta[CHUNK];
+};
 
 // --- tiles in shared memory ------------------------------------------------------------------------------------------
 
@@ -178,13 +185,12 @@ __device__ inline uint32_t one_pair() {
 // S^T += (U^T decayed to the chunk's end) K. With MEAN also `sum`, the sum of the keys: the same product for a value
 // column of ones, whose pairs of tiles the warps share out.
 template <class Half, class Sh, Rule RULE, class Values>
-__device__ void absorb(State<Sh>& S, uint32_t K, const float* since, float* sum, const Values& values) {
+__device__ void absorb(State<Sh>& S, uint32_t K, const ChunkNumbers* n, float* sum, const Values& values) {
     constexpr int SHARE = (Sh::STATE_STEPS + Sh::WARPS - 1) / Sh::WARPS;
     float ones_sum[RULE == MEAN ? SHARE : 1][2][4] = {};
     const uint32_t ones[4] = {one_pair<Half>(), one_pair<Half>(), one_pair<Half>(), one_pair<Half>()};
-    const float end = RULE >= DECAY ? since[CHUNK - 1] : 0.0f;
     if constexpr (RULE >= DECAY) {
-        const float kept = fast_exp2(end);
+        const float kept = n->kept[CHUNK - 1];
 #pragma unroll
         for (int m = 0; m < Sh::M; ++m)
 #pragma unroll
@@ -200,7 +206,7 @@ __device__ void absorb(State<Sh>& S, uint32_t K, const float* since, float* sum,
             float factor[4];  // tokens 16 k + 2 t, + 1, + 8, + 9
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-                factor[e] = fast_exp2(end - since[16 * k + column_in_tile() + e / 2 * 8 + e % 2]);
+                factor[e] = n->to_end[16 * k + column_in_tile() + e / 2 * 8 + e % 2];
 #pragma unroll
             for (int m = 0; m < Sh::M; ++m)
 #pragma unroll
@@ -272,8 +278,7 @@ __device__ void store_state(const State<Sh>& S, int64_t rows, int64_t columns, f
 
 // --- gates and step sizes --------------------------------------------------------------------------------------------
 
-// Warp 0 reads a chunk's numbers early (`fetch`) and writes them to shared memory late (`publish`): the running sum of the
-// log decays, inclusive, and the step sizes.
+// Warp 0 reads a chunk's numbers early (`fetch`) and writes what becomes of them to shared memory late (`publish`).
 template <Rule RULE>
 struct Gates {
     float gate[2] = {}, beta[2] = {};
@@ -289,7 +294,7 @@ struct Gates {
         }
     }
 
-    __device__ void publish(float* since, float* betas) const {
+    __device__ void publish(ChunkNumbers& n) const {
         if (RULE < DECAY || warp() != 0) return;
         float sum = gate[0] + gate[1];
 #pragma unroll
@@ -297,9 +302,14 @@ struct Gates {
             const float below = __shfl_up_sync(0xffffffff, sum, step);
             if (lane() >= step) sum += below;
         }
-        since[2 * lane()] = sum - gate[1];
-        since[2 * lane() + 1] = sum;
-        if constexpr (RULE == DELTA) betas[2 * lane()] = beta[0], betas[2 * lane() + 1] = beta[1];
+        const float end = __shfl_sync(0xffffffff, sum, WARP - 1);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int t = 2 * lane() + e;
+            const float since = e == 0 ? sum - gate[1] : sum;
+            n.since[t] = since, n.kept[t] = fast_exp2(since), n.to_end[t] = fast_exp2(end - since);
+            if constexpr (RULE == DELTA) n.beta[t] = beta[e];
+        }
     }
 };
 
@@ -340,11 +350,11 @@ __device__ void scale_columns(Columns<Sh>& C, const Factor& factor) {
 // (3_delta.cu). Packed, they are the left side of the products that follow.
 template <class Half, class Sh>
 __device__ void solve(uint32_t (&U)[STEPS][Sh::M][4], const State<Sh>& S, uint32_t K, uint32_t V, uint32_t T,
-                      const float* since, const float* beta, float shrink) {
+                      const ChunkNumbers& n, float shrink) {
     float C[Sh::M][TOKEN_TILES][4] = {};
     read_state<Half, Sh>(C, S, K, shrink);
     const float grow = 1.0f / shrink;
-    scale_columns<Sh>(C, [&](int t) { return -beta[t] * grow * fast_exp2(since[t]); });
+    scale_columns<Sh>(C, [&](int t) { return -n.beta[t] * grow * n.kept[t]; });
 #pragma unroll
     for (int k = 0; k < STEPS; ++k) {
         Fragment<Sh> v;
@@ -356,7 +366,7 @@ __device__ void solve(uint32_t (&U)[STEPS][Sh::M][4], const State<Sh>& S, uint32
             for (int m = 0; m < Sh::M; ++m) {
                 const float2 x = unpack<Half>(v[m][e]);
                 float(&c)[4] = C[m][2 * k + e / 2];
-                U[k][m][e] = pack<Half>(fmaf(beta[token], x.x, c[e % 2 * 2]), fmaf(beta[token + 1], x.y, c[e % 2 * 2 + 1]));
+                U[k][m][e] = pack<Half>(fmaf(n.beta[token], x.x, c[e % 2 * 2]), fmaf(n.beta[token + 1], x.y, c[e % 2 * 2 + 1]));
             }
         }
     }

@@ -9,10 +9,14 @@ constexpr int INVERSE_THREADS = 128;
 constexpr int PADDED = CHUNK + 4;  // floats in a row of A
 constexpr int BLOCK = 16, BLOCKS = CHUNK / BLOCK, BLOCK_PADDED = BLOCK + 4;
 
+// A takes the place of the keys once all have read them, so that seven blocks stand on a multiprocessor, not five.
 template <int D>
-constexpr int inverse_bytes() {
-    return CHUNK * D * 2 + (CHUNK * PADDED + 2 * CHUNK + CHUNK * BLOCK_PADDED) * int(sizeof(float));
-}
+struct InverseLayout {
+    static constexpr int KEYS = CHUNK * D * 2, A_BYTES = CHUNK * PADDED * int(sizeof(float));
+    static constexpr int T = KEYS > A_BYTES ? KEYS : A_BYTES, BLOCK_INVERSES = T + CHUNK * CHUNK * 2;
+    static constexpr int NUMBERS = BLOCK_INVERSES + CHUNK * BLOCK_PADDED * int(sizeof(float));
+    static constexpr int BYTES = NUMBERS + int(sizeof(ChunkNumbers));
+};
 
 // The strictly lower triangle A, 16 rows a warp.
 template <class Half, int D>
@@ -32,6 +36,7 @@ __device__ void couple(float* A, uint32_t K, const float* since, const float* be
                 mma<Half>(C[j + 1], rows, b[2], b[3]);
             }
     }
+    __syncthreads();  // all have read the keys
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; ++j)
         if (j / 2 <= tile)
@@ -152,40 +157,44 @@ __device__ void eliminate(uint8_t* T, const float* A, const float (*D)[BLOCK][BL
 // A block a chunk.
 template <class Half, int D>
 __global__ void __launch_bounds__(INVERSE_THREADS) inverse_kernel(const __grid_constant__ Arguments a) {
+    using At = InverseLayout<D>;
     extern __shared__ __align__(128) uint8_t shared[];
-    float* const A = reinterpret_cast<float*>(shared + CHUNK * D * 2);
-    float *const since = A + CHUNK * PADDED, *const beta = since + CHUNK;
-    auto* const inverse = reinterpret_cast<float(*)[BLOCK][BLOCK_PADDED]>(beta + CHUNK);
-    const int64_t all_chunks = (a.length + CHUNK - 1) / CHUNK, state = blockIdx.x / all_chunks;
+    float* const A = reinterpret_cast<float*>(shared);
+    uint8_t* const T = shared + At::T;
+    ChunkNumbers& numbers = *reinterpret_cast<ChunkNumbers*>(shared + At::NUMBERS);
+    auto* const inverse = reinterpret_cast<float(*)[BLOCK][BLOCK_PADDED]>(shared + At::BLOCK_INVERSES);
+    const uint32_t all_chunks = uint32_t(a.length + CHUNK - 1) / CHUNK, state = blockIdx.x / all_chunks;  // 64 bits divide slowly
     const int token = int(blockIdx.x % all_chunks) * CHUNK;
-    const Sequence s = sequence_of(a, state / a.kv_heads);
-    const int64_t kv = state % a.kv_heads;
+    const int64_t n = state / uint32_t(a.kv_heads), kv = state % uint32_t(a.kv_heads);
+    const Sequence s = sequence_of(a, n);
     if (token >= s.T) return;
     const Rows<Half> K(a.k, s, kv);
     start_copy<D, INVERSE_THREADS>(shared_address(shared), K(token), K.step, s.T - token, int(a.head_dim));
     commit_copies();
     Gates<DELTA> gates;
     gates.fetch(a, s, kv, token);
-    gates.publish(since, beta);
+    gates.publish(numbers);
+    for (int i = threadIdx.x; i < CHUNK * CHUNK / VECTOR; i += INVERSE_THREADS)
+        reinterpret_cast<uint4*>(T)[i] = make_uint4(0, 0, 0, 0);
     wait_copies<0>();
     __syncthreads();
-    couple<Half, D>(A, shared_address(shared), since, beta);
+    couple<Half, D>(A, shared_address(shared), numbers.since, numbers.beta);
     __syncthreads();
     if (lane() < BLOCK) substitute(inverse[warp()], A, warp(), lane());
-    for (int i = threadIdx.x; i < CHUNK * CHUNK / VECTOR; i += INVERSE_THREADS)  // over the keys, which all have read
-        reinterpret_cast<uint4*>(shared)[i] = make_uint4(0, 0, 0, 0);
     __syncthreads();
-    eliminate<Half>(shared, A, inverse, warp());
+    eliminate<Half>(T, A, inverse, warp());
     __syncthreads();
-    uint4* const to = static_cast<uint4*>(a.inverses) + blockIdx.x * int64_t(CHUNK * CHUNK / VECTOR);
+    const int64_t slot = kv * a.chunk_slots + first_slot(a, s, n) + token / CHUNK;
+    uint4* const to = static_cast<uint4*>(a.inverses) + slot * (CHUNK * CHUNK / VECTOR);
     for (int i = threadIdx.x; i < CHUNK * CHUNK / VECTOR; i += INVERSE_THREADS)
-        to[i] = *reinterpret_cast<const uint4*>(shared + place<CHUNK>(i / VECTOR, i % VECTOR));
+        to[i] = *reinterpret_cast<const uint4*>(T + place<CHUNK>(i / VECTOR, i % VECTOR));
 }
 
 template <class Half, int D>
 const char* launch_inverses(const Arguments& a, void* stream) {
     const int64_t chunks = (a.length + CHUNK - 1) / CHUNK;
-    return launch(inverse_kernel<Half, D>, a.sequences * a.kv_heads * chunks, INVERSE_THREADS, inverse_bytes<D>(), stream, a);
+    return launch(inverse_kernel<Half, D>, a.sequences * a.kv_heads * chunks, INVERSE_THREADS,
+                  InverseLayout<D>::BYTES, stream, a);
 }
 
 }  // namespace linear

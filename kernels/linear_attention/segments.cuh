@@ -22,6 +22,10 @@ struct Work {
         first = int(min(a.segment_chunks * segment, int64_t(chunks())));
         last = int(min(int64_t(first) + a.segment_chunks, int64_t(chunks())));
     }
+    template <class Half>
+    __device__ const Half* inverses(const Arguments& a) const {
+        return static_cast<const Half*>(a.inverses) + (kv * a.chunk_slots + first_slot(a, sequence, n)) * CHUNK * CHUNK;
+    }
     __device__ int chunks() const { return (sequence.T + CHUNK - 1) / CHUNK; }
     __device__ bool ends_sequence() const { return last == chunks() && (first < last || segment == 0); }
 };
@@ -58,7 +62,7 @@ __device__ void store_sum(const float* sum, const Arguments& a, float* state) {
 template <class Sh, Rule RULE>
 struct StatesLayout {
     static constexpr int STAGE = Sh::KEY_BYTES + Sh::VALUE_BYTES + (RULE == DELTA ? Sh::SQUARE_BYTES : 0);
-    static constexpr int BYTES = 2 * STAGE + (4 * CHUNK + Sh::D) * int(sizeof(float));
+    static constexpr int BYTES = 2 * STAGE + 2 * int(sizeof(ChunkNumbers)) + Sh::D * int(sizeof(float));
 };
 
 // The delta rule moves a state linearly: S after = M S before + (S from nothing). M^T is what the recurrence makes of the
@@ -67,8 +71,8 @@ template <class Half, class Sh, Rule RULE>
 __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) states_kernel(const __grid_constant__ Arguments a) {
     using At = StatesLayout<Sh, RULE>;
     extern __shared__ __align__(128) uint8_t shared[];
-    float* const sinces = reinterpret_cast<float*>(shared + 2 * At::STAGE);  // 2 x CHUNK
-    float *const betas = sinces + 2 * CHUNK, *const sum = sinces + 4 * CHUNK;
+    ChunkNumbers* const numbers = reinterpret_cast<ChunkNumbers*>(shared + 2 * At::STAGE);
+    float* const sum = reinterpret_cast<float*>(numbers + 2);
     const uint32_t tiles = shared_address(shared);
 
     const int value_slices = int((a.value_dim + Sh::VALUES - 1) / Sh::VALUES);
@@ -81,8 +85,7 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) states_kernel(const _
     const int first_row = first_value + warp() * Sh::M * 16;
     const int values_left = transition ? 0 : int(a.value_dim) - first_value;
     const Rows<Half> K(a.k, s, w.kv), V(a.v, s, w.kv);
-    const int64_t all_chunks = (a.length + CHUNK - 1) / CHUNK;
-    const Half* const inverses = static_cast<const Half*>(a.inverses) + w.state * all_chunks * CHUNK * CHUNK;
+    const Half* const inverses = w.inverses<Half>(a);
     const auto start_chunk = [&](int chunk) {
         const int token = chunk * CHUNK;
         const uint32_t tile = tiles + chunk % 2 * At::STAGE;
@@ -113,7 +116,7 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) states_kernel(const _
     if (RULE == MEAN) load_sum<Sh>(sum, a, start);
     Gates<RULE> gates;
     gates.fetch(a, s, w.kv, w.first * CHUNK);
-    gates.publish(sinces + w.first % 2 * CHUNK, betas + w.first % 2 * CHUNK);
+    gates.publish(numbers[w.first % 2]);
     start_chunk(w.first);
     for (int chunk = w.first; chunk < w.last; ++chunk) {
         wait_copies<0>();
@@ -127,16 +130,16 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) states_kernel(const _
             map_tile<Half, Sh::D, Sh::THREADS>(shared + offset, a.map, a.map_scale, s.T - chunk * CHUNK, int(a.head_dim));
             __syncthreads();
         }
-        const float *const since = sinces + chunk % 2 * CHUNK, *const beta = betas + chunk % 2 * CHUNK;
+        const ChunkNumbers& n = numbers[chunk % 2];
         uint32_t U[RULE == DELTA ? STEPS : 1][Sh::M][4];
         if constexpr (RULE == DELTA)
-            solve<Half, Sh>(U, S, k, v, v + Sh::VALUE_BYTES, since, beta, shrink_of<Half, Sh>(S));
-        absorb<Half, Sh, RULE>(S, k, since, sum, [&](int step, Fragment<Sh>& u) {
+            solve<Half, Sh>(U, S, k, v, v + Sh::VALUE_BYTES, n, shrink_of<Half, Sh>(S));
+        absorb<Half, Sh, RULE>(S, k, &n, sum, [&](int step, Fragment<Sh>& u) {
             if constexpr (RULE == DELTA) take<Sh>(u, U[step]);
             else load_values<Sh>(u, v, step);
         });
-        if (RULE >= DECAY) decay += since[CHUNK - 1];
-        gates.publish(sinces + (chunk + 1) % 2 * CHUNK, betas + (chunk + 1) % 2 * CHUNK);
+        if (RULE >= DECAY) decay += n.since[CHUNK - 1];
+        gates.publish(numbers[(chunk + 1) % 2]);
     }
     const int64_t slot = slot_of(a, w.state, w.segment);
     if (transition) {
@@ -194,14 +197,22 @@ __global__ void __launch_bounds__(D) matrix_scan_kernel(const __grid_constant__ 
     for (int segment = 0; segment + 1 < used; ++segment) {
         const int64_t slot = slot_of(a, state, segment);
         float* const own = a.segments + slot * state_size(a) + at;
-        float next[SCAN_ROWS] = {};
+        float alone[SCAN_ROWS], next[SCAN_ROWS] = {};
+#pragma unroll
+        for (int r = 0; r < SCAN_ROWS; ++r) alone[r] = here && r < rows ? own[int64_t(r) * width] : 0.0f;
         if (segment > 0) {
             const float* const M = a.transitions + slot * width * width + column;
+            float m[AHEAD], later[AHEAD];  // all of them on their way before the first is used
+            const auto load = [&](float (&to)[AHEAD], int l) {
+#pragma unroll
+                for (int e = 0; e < AHEAD; ++e) to[e] = here && l + e < width ? M[(l + e) * width] : 0.0f;
+            };
+            load(later, 0);
             __syncthreads();
             for (int l = 0; l < width; l += AHEAD) {
-                float m[AHEAD];  // all of them on their way before the first is used
 #pragma unroll
-                for (int e = 0; e < AHEAD; ++e) m[e] = here && l + e < width ? M[(l + e) * width] : 0.0f;
+                for (int e = 0; e < AHEAD; ++e) m[e] = later[e];
+                load(later, l + AHEAD);
 #pragma unroll
                 for (int e = 0; e < AHEAD; e += 4)
 #pragma unroll
@@ -212,9 +223,12 @@ __global__ void __launch_bounds__(D) matrix_scan_kernel(const __grid_constant__ 
             }
             __syncthreads();
         }
-        for (int r = 0; r < rows; ++r)
-            if (here) own[int64_t(r) * width] = next[r] += own[int64_t(r) * width];
-        for (int r = 0; r < SCAN_ROWS; ++r) run[r][column] = next[r];
+#pragma unroll
+        for (int r = 0; r < SCAN_ROWS; ++r) {
+            next[r] += alone[r];
+            if (here && r < rows) own[int64_t(r) * width] = next[r];
+            run[r][column] = next[r];
+        }
     }
 }
 
@@ -328,16 +342,15 @@ struct Layout {
     static constexpr int STAGE = 2 * Sh::KEY_BYTES + Sh::VALUE_BYTES + (RULE == DELTA ? Sh::SQUARE_BYTES : 0);
     static constexpr int P = 2 * STAGE;
     static constexpr int NUMBERS = P + Sh::SQUARE_BYTES;
-    static constexpr int BYTES = NUMBERS + (5 * CHUNK + Sh::D) * int(sizeof(float));
+    static constexpr int BYTES = NUMBERS + 2 * int(sizeof(ChunkNumbers)) + (CHUNK + Sh::D) * int(sizeof(float));
 };
 
 template <class Half, class Sh, Rule RULE>
 __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const __grid_constant__ Arguments a) {
     using At = Layout<Sh, RULE>;
     extern __shared__ __align__(128) uint8_t shared[];
-    float* const numbers = reinterpret_cast<float*>(shared + At::NUMBERS);
-    float *const sinces = numbers, *const betas = numbers + 2 * CHUNK, *const denominators = numbers + 4 * CHUNK;
-    float* const sum = numbers + 5 * CHUNK;
+    ChunkNumbers* const numbers = reinterpret_cast<ChunkNumbers*>(shared + At::NUMBERS);
+    float *const denominators = reinterpret_cast<float*>(numbers + 2), *const sum = denominators + CHUNK;
     const uint32_t tiles = shared_address(shared), P = tiles + At::P;
 
     const int slices = int((a.value_dim + Sh::VALUES - 1) / Sh::VALUES);
@@ -346,8 +359,7 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const _
     const Sequence& s = w.sequence;
     const int first_value = w.slice * Sh::VALUES, first_row = first_value + warp() * Sh::M * 16;
     const Rows<Half> Q(a.q, s, w.h), K(a.k, s, w.kv), V(a.v, s, w.kv), out(a.out, s, w.h);
-    const int64_t all_chunks = (a.length + CHUNK - 1) / CHUNK;
-    const Half* const inverses = static_cast<const Half*>(a.inverses) + w.state * all_chunks * CHUNK * CHUNK;
+    const Half* const inverses = w.inverses<Half>(a);
     const auto start_chunk = [&](int chunk) {
         const int token = chunk * CHUNK;
         const uint32_t tile = tiles + chunk % 2 * At::STAGE;
@@ -368,7 +380,7 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const _
     if (RULE == MEAN) load_sum<Sh>(sum, a, start);
     Gates<RULE> gates;
     gates.fetch(a, s, w.kv, w.first * CHUNK);
-    gates.publish(sinces + w.first % 2 * CHUNK, betas + w.first % 2 * CHUNK);
+    gates.publish(numbers[w.first % 2]);
 
     for (int chunk = w.first; chunk < w.last; ++chunk) {
         wait_copies<0>();
@@ -379,7 +391,7 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const _
         }
         const int token = chunk * CHUNK;
         const uint32_t offset = chunk % 2 * At::STAGE, q = tiles + offset, k = q + Sh::KEY_BYTES, v = k + Sh::KEY_BYTES;
-        const float *const since = sinces + chunk % 2 * CHUNK, *const beta = betas + chunk % 2 * CHUNK;
+        const ChunkNumbers& n = numbers[chunk % 2];
         if (a.map != IDENTITY) {
             map_tile<Half, Sh::D, Sh::THREADS>(shared + offset, a.map, a.map_scale, s.T - token, int(a.head_dim));
             map_tile<Half, Sh::D, Sh::THREADS>(shared + offset + Sh::KEY_BYTES, a.map, a.map_scale, s.T - token,
@@ -387,10 +399,10 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const _
             __syncthreads();
         }
         const float shrink = shrink_of<Half, Sh>(S), grow = 1.0f / shrink;
-        score<Half, Sh, RULE>(shared + At::P, denominators, q, k, since, sum, a.scale);
+        score<Half, Sh, RULE>(shared + At::P, denominators, q, k, n.since, sum, a.scale);
 
         uint32_t U[RULE == DELTA ? STEPS : 1][Sh::M][4];
-        if constexpr (RULE == DELTA) solve<Half, Sh>(U, S, k, v, v + Sh::VALUE_BYTES, since, beta, shrink);
+        if constexpr (RULE == DELTA) solve<Half, Sh>(U, S, k, v, v + Sh::VALUE_BYTES, n, shrink);
         const auto values = [&](int step, Fragment<Sh>& u) {
             if constexpr (RULE == DELTA) take<Sh>(u, U[step]);
             else load_values<Sh>(u, v, step);
@@ -398,7 +410,7 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const _
 
         float O[Sh::M][TOKEN_TILES][4] = {};
         read_state<Half, Sh>(O, S, q, shrink);
-        scale_columns<Sh>(O, [&](int t) { return a.scale * grow * (RULE >= DECAY ? fast_exp2(since[t]) : 1.0f); });
+        scale_columns<Sh>(O, [&](int t) { return a.scale * grow * (RULE >= DECAY ? n.kept[t] : 1.0f); });
         __syncthreads();  // P is there
         multiply_lower<Half, Sh>(O, P, values);
         if constexpr (RULE == MEAN)
@@ -406,8 +418,8 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const _
         if (RULE == MEAN && a.denominators != nullptr && w.slice == 0 && threadIdx.x < CHUNK && token + threadIdx.x < s.T)
             a.denominators[denominator_of(a, s, w.h, token + threadIdx.x)] = denominators[threadIdx.x];
         store_output<Half, Sh>(O, out, token, s.T, first_row, int(a.value_dim));
-        absorb<Half, Sh, RULE>(S, k, since, sum, values);
-        gates.publish(sinces + (chunk + 1) % 2 * CHUNK, betas + (chunk + 1) % 2 * CHUNK);
+        absorb<Half, Sh, RULE>(S, k, &n, sum, values);
+        gates.publish(numbers[(chunk + 1) % 2]);
     }
 
     if (a.final == nullptr || !w.ends_sequence() || w.h % (a.heads / a.kv_heads) != 0) return;

@@ -5,6 +5,7 @@
 
 namespace linear {
 
+constexpr int CHUNK = 64;  // tokens; near head_dim, where the work inside a chunk and between chunks balance
 constexpr float FORGET = -100.0f;  // a log decay below it counts as it: exp of it is 0
 
 // Sequence `n`: its tokens are rows `begin` to `begin + T - 1` of batch row `b`; `reverse` counts them from the last.
@@ -20,6 +21,12 @@ __device__ inline Sequence sequence_of(const Arguments& a, int64_t n) {
     if (a.cu_seqlens == nullptr) return {n, 0, int(a.length), a.reverse != 0};
     const int64_t begin = a.cu_seqlens[n];
     return {0, begin, int(min(a.length, a.cu_seqlens[n + 1] - begin)), a.reverse != 0};
+}
+
+// Where the chunks of sequence `n` begin among those of all sequences. A packed sequence has at most one chunk more than its
+// place in the batch row accounts for.
+__device__ inline int64_t first_slot(const Arguments& a, const Sequence& s, int64_t n) {
+    return a.cu_seqlens == nullptr ? n * ((a.length + CHUNK - 1) / CHUNK) : s.begin / CHUNK + n;
 }
 
 // Row after row of one head of a matrix, in the order of the sequence.

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tformer_lib.ladder import AUTO
+from tformer_lib.linear_attention.backward import refusal_of_backward, run_backward
 from tformer_lib.linear_attention.kernels import choose_step, launch, refusal, refusal_of_chain, run_chain
 from tformer_lib.linear_attention.pointwise import map_features, map_gradient, split_quotient
 from tformer_lib.linear_attention.shared import CHUNK, sum_dtype
@@ -137,13 +138,18 @@ def chunk_gradients(
     beta: Tensor | None,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
+    length: int,
     scale: float,
 ) -> tuple[Tensor | None, ...]:
-    """dq, dk, dv, dlog_decay, dbeta, dinitial of a decaying sum or the (gated) delta rule, in PyTorch.
+    """dq, dk, dv, dlog_decay, dbeta, dinitial of a decaying sum or the (gated) delta rule.
 
-    States are transposed, as in ``kernels.launch``.
+    States are transposed, as in ``kernels.launch``; ``length`` is of the longest sequence. They are a
+    kernel's where it can compute them, else PyTorch's.
     """
     group, dtype = q.shape[1] // k.shape[1], sum_dtype(q)
+    if length and refusal_of_backward(q, v, beta) is None:
+        dq, *rest = run_backward(dout, dfinal, q, k, v, log_decay, beta, initial, cu_seqlens, length, scale)
+        return dq, *(None if x is None else from_heads(x, group) for x in rest)
     gates = k.new_zeros(*k.shape[:3], 1) if log_decay is None else log_decay
     by_token = [q.to(dtype) * scale, *(to_heads(x, group).to(dtype) for x in (k, v)), dout.to(dtype)]
     by_token += [to_heads(gates, group).double(), None if beta is None else to_heads(beta, group).to(dtype)]

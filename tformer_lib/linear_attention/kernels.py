@@ -11,6 +11,10 @@ cpu    cpu.cpp          the same chunks in vectorised C++                       
 4      4_hopper.cu      the chunks of 2 and 3 by wgmma, warp specialisation      sm_90, bf16 f16
 ====== ================ ======================================================== ==========================
 
+Gradients of sums whose decays need none are three more sums, by the forward's step (``gradients``, ``pointwise.cu``).
+Those of decays and of the delta rule are ``backward.cu``. What it cannot compute are chunks in PyTorch, whose chains of
+states are ``chain.cu``.
+
 The kernels keep a state transposed: (sequences, kv_heads, value_dim, head_dim), with one more row, the sum of the keys,
 where the output is normalised.
 """
@@ -31,6 +35,7 @@ from tformer_lib.ladder import (
     refusal_of_hopper,
     refusal_of_place,
     refusal_of_tensor_cores,
+    refusal_of_untried,
 )
 from tformer_lib.linear_attention.decay import scan_decayed
 from tformer_lib.linear_attention.delta import scan_delta
@@ -75,7 +80,10 @@ class Arguments(ctypes.Structure):
             )
         ),
         *((name, ctypes.c_int64) for name in ("sequences", "heads", "kv_heads", "length", "rows")),
-        *((name, ctypes.c_int64) for name in ("head_dim", "value_dim", "segment_count", "segment_chunks")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("head_dim", "value_dim", "segment_count", "segment_chunks", "chunk_slots")
+        ),
         *((name, ctypes.c_float) for name in ("scale", "map_scale")),
         *((name, ctypes.c_int32) for name in ("map", "dtype", "normalise", "reverse")),
     ]
@@ -162,12 +170,13 @@ def bring_scratch(
     segment_count = segments(step, blocks, chunks, q.device) if segment_count is None else min(segment_count, chunks)
     a.segment_chunks = -(-chunks // segment_count)
     a.segment_count = -(-chunks // a.segment_chunks)
+    a.chunk_slots = a.sequences * chunks if a.cu_seqlens is None else a.rows // CHUNK + a.sequences
     slots = states * (a.segment_count - 1)
     floats = lambda n: torch.empty(n, dtype=torch.float32, device=q.device)  # noqa: E731
     scratch = [floats(slots * (a.value_dim + a.normalise) * a.head_dim), floats(slots)]
     a.segments, a.segment_decay = (x.data_ptr() for x in scratch)
     if delta:
-        scratch += [floats(slots * a.head_dim**2), q.new_empty(states * chunks * CHUNK**2)]
+        scratch += [floats(slots * a.head_dim**2), q.new_empty(a.kv_heads * a.chunk_slots * CHUNK**2)]
         a.transitions, a.inverses = (x.data_ptr() for x in scratch[2:])
     return scratch
 
@@ -254,13 +263,15 @@ def refusal(step: str, q: Tensor, v: Tensor, beta: Tensor | None) -> str | None:
         return None
     if step in ("2", "3") and (step == "3") != (beta is not None):
         return f"step {step} is {'the delta rule, which needs beta' if step == '3' else 'without the delta rule'}"
-    return refusal_of_tensor_cores(q.dtype, q.device) or (refusal_of_step_4(q, v) if step == "4" else None)
+    return refusal_of_tensor_cores(q.dtype, q.device) or (refusal_of_step_4(q, v, beta) if step == "4" else None)
 
 
-def refusal_of_step_4(q: Tensor, v: Tensor) -> str | None:
+def refusal_of_step_4(q: Tensor, v: Tensor, beta: Tensor | None) -> str | None:
     """Why two warpgroups of 64 value columns each, with a head_dim padded to 128, cannot do this, or would idle."""
     if not 64 < q.shape[3] <= 128 or v.shape[3] <= 64:
         return f"it is for a head_dim of 65 to 128 and a value_dim over 64, got {q.shape[3]} and {v.shape[3]}"
+    if beta is not None and (reason := refusal_of_untried()):
+        return reason
     return refusal_of_hopper(q.device)
 
 

@@ -105,7 +105,7 @@ def linear_attention_backward_op(
         options = (normalised, scale, map_code, map_scale)
         grads = sums.gradients(dout, dfinal, q, k, v, log_decay, initial, out, denominators, *options)
     else:
-        grads = chunk_gradients(dout, dfinal, q, k, v, log_decay, beta, initial, cu_seqlens, scale)
+        grads = chunk_gradients(dout, dfinal, q, k, v, log_decay, beta, initial, cu_seqlens, length, scale)
     inputs = (q, k, v, log_decay, beta, initial)
     return tuple(contiguous_like(grad, x, q) for grad, x in zip(grads, inputs, strict=True))
 
