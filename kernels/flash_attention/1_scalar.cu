@@ -10,7 +10,7 @@
 // Ledger (H200, 4,096 tokens, figures in benchmarks/results/nvidia-h200/flash_attention.json)
 //   hypothesis  the online softmax alone makes attention run in O(T) memory; speed is another matter
 //   predicted   8 bytes are loaded for 4 operations and a warp reduces for every score: a few percent of the limit
-//   measured    2.6 TFLOP/s at d 64, 4.6 at d 128 (twice the work for the same five shuffles): 5 and 9 % of a float32
+//   measured    2.6 TFLOP/s at d 64, 4.7 at d 128 (twice the work for the same five shuffles): 5 and 9 % of a float32
 //               matrix product's 51.3
 #include "common/launch.cuh"
 #include "common/resources.cuh"

@@ -12,7 +12,7 @@
 //   hypothesis  a tile that 64 queries share, and 16 scores a thread, turn loads into arithmetic
 //   predicted   64 multiply-adds take a warp 16 cycles of the float32 units, their 8 loads 12 of shared memory: most of the
 //               float32 limit, less the waits for K and V, which nothing hides but the second block
-//   measured    25.0 TFLOP/s at d 64, 26.7 at d 128: ten and six times step 1, half of a matrix product's 51.3. The waits
+//   measured    25.1 TFLOP/s at d 64, 26.7 at d 128: ten and six times step 1, half of a matrix product's 51.3. The waits
 //               are what the next step removes
 #include "common/launch.cuh"
 #include "common/resources.cuh"

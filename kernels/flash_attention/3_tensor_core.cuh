@@ -16,7 +16,7 @@
 //   hypothesis  32 rows a warp halve the reads of shared memory for a product; two stages hide the loads; two blocks a
 //               multiprocessor hide the softmax
 //   predicted   as fast as FlashAttention-2, which works so: 305 TFLOP/s at d 64, 346 at d 128
-//   measured    332 and 348. The swizzle alone is worth a factor of 3.2 and 3.7 (without it: 103 and 93)
+//   measured    331 and 343. The swizzle alone is worth a factor of 3.3 and 3.7 (without it: 101 and 92)
 //   limit       mma.sync itself: half of what the same device reaches in a matrix product by wgmma (687)
 //
 // The rungs that led here, each a file of its own that asks for less of this one (`Rung`): 3a has the tensor cores alone, 3b

@@ -19,10 +19,17 @@
 //               softmax hides behind products of the same and of the other warpgroup
 //   predicted   what FlashAttention-3 reports for this plan: 640 to 660 TFLOP/s at d 128, most of it from wgmma and TMA, a
 //               tenth from turns and overlap
-//   measured    549 at d 64 (cuDNN 463, FlashAttention-3 499), 657 at d 128 (623, 663), 666 at d 256 (643, 712) on 16,384
-//               tokens; causal 510 (445, 477), 651 (567, 638), 629 (613, 708); causal on 4,096 tokens, d 128, 607 (527, 557).
-//               At d 64 without turns 497, without overlap inside a warpgroup 518; at d 128 with turns 594, without overlap
-//               562. On 512 tokens a call from Python takes longer than the kernel
+//   measured    532 at d 64 (cuDNN 455, FlashAttention-3 489), 640 at d 128 (600, 656), 647 at d 256 (663, 704) on 16,384
+//               tokens; causal 500 (451, 472), 639 (551, 631), 598 (633, 708); causal on 4,096 tokens, d 128, 556 (521, 551).
+//               At d 64 without turns 494, without overlap inside a warpgroup 512; at d 128 with turns 582, without overlap
+//               539. An earlier run, a few percent faster for all, had 549, 657 and 666 here, 499, 663 and 712 for
+//               FlashAttention-3
+//   short rows  On 512 tokens, d 128, a call took longer to prepare than to run: 251 TFLOP/s, causal 167. By plans, 438 and 311
+//               (FlashAttention-3 367 and 259, cuDNN 524 and 342)
+//   not yet     In the SASS, ptxas puts the wait for P(i) V(i) in front of the exponentials that should run beside it, at
+//               every d. A wait that comes behind a trap which depends on their sum keeps its place, and costs spills at d 64
+//               and with 176 keys. Descriptors advanced by one addition save 7 % of the loop's instructions at d 128, 15 % at
+//               d 256. Neither has been measured
 //   limit       power. Alone after a pause (ncu, d 128) it takes 5.14 million cycles, cuDNN 5.41; the tensor cores work in
 //               84 % of them, cuDNN's in 78 %. But the clock falls from 1.98 GHz to 1.67 (cuDNN 1.69): 713 TFLOP/s then,
 //               686 for cuDNN, less of both in a long run. What is measured first, on a cool card, looks better
@@ -389,7 +396,8 @@ const char* make_plan(Plan& plan, const Arguments& a) {
     plan.tiles = int((a.queries + Sh::ROWS - 1) / Sh::ROWS);
     if (heads * plan.tiles > MOST_BLOCKS / 2) return "more than 2^30 tiles: split the batch";
     plan.tiles_in_all = int(heads * plan.tiles);
-    const int64_t fitting = BUNDLE_BYTES / (std::max<int64_t>(a.keys, 1) * (a.head_dim + a.value_dim) * 2) * (a.heads / a.kv_heads);
+    const int64_t head_bytes = std::max<int64_t>(a.keys, 1) * (a.head_dim + a.value_dim) * 2;
+    const int64_t fitting = BUNDLE_BYTES / head_bytes * (a.heads / a.kv_heads);
     plan.heads_together = a.ahead == 0 && a.window == 0 ? int(std::clamp<int64_t>(fitting, 1, heads)) : 1;
     return nullptr;
 }

@@ -18,7 +18,7 @@
 //   hypothesis  five products by wgmma, four of them without leaving registers, pass FlashAttention-2's mma.sync (286 TFLOP/s
 //               at d 64, 307 at d 128) as the forward did
 //   predicted   by tiles of 128 x 64 at d 128, 256 KB of shared memory are read in 2,000 cycles while the products take 2,560
-//   measured    458 at d 64 (cuDNN 447), 538 at d 128 (cuDNN 534); causal 448 (427) and 525 (522)
+//   measured    462 at d 64 (cuDNN 444), 525 at d 128 (cuDNN 540); causal 457 (424) and 514 (527)
 //
 //   The same bits in every run, at d 128 and under a causal mask, one change after another:
 //   a fence after each addition, blocks of a head side by side    353, 209: every tile waits for its sums to reach memory,

@@ -19,7 +19,7 @@
 //   hypothesis  with every operand in shared memory, one plan fits every head_dim; two or three blocks a multiprocessor
 //               hide one another's waits
 //   predicted   FlashAttention-2's 286 TFLOP/s at d 64 and 307 at d 128, since the plan is the same
-//   measured    264 and 278; causal 232 and 275 (272 and 310); d 256 at 4,096 tokens 238 (245)
+//   measured    267 and 284; causal 241 and 272 (270 and 307); d 256 at 4,096 tokens 235 (243)
 //   limit       shared memory, nearly: at d 128 a tile's fragments take it 4,350 cycles, the products 5,120
 //   tried       one block of 128 keys and eight warps at d 128: 284 instead of 288. At d 64, tiles of 128 queries: 263
 //               instead of 270; two blocks instead of three: 251. The small tiles at d 256: 187 instead of 229

@@ -14,7 +14,8 @@
 //               hides, cost more here
 //   predicted   a tile of 64 queries takes the tensor cores 2,560 cycles, and its exponentials, barriers and additions 1,000
 //               more: 450 TFLOP/s, where mma.sync has 238
-//   measured    390, causal 364 (mma.sync 235 and 217, SDPA's flash 243 and 219). The waits are longer than predicted
+//   measured    390, causal 364 (mma.sync 235 and 217, SDPA's flash 243 and 219). Where the rest of the time goes has not been
+//               measured
 #include "backward.cuh"
 
 namespace flash {
