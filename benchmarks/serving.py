@@ -26,6 +26,18 @@ request's arrival to its first token, TPOT the time per token after it; goodput 
 neither was several times as long as on an idle engine. The policies are budgets: a step that may read whole prompts
 serves the newcomer first and makes those that write wait; a step of small pieces does the opposite.
 
+The part "timeline" takes a decode step apart. Of 160 rows with 942 keys each, a step took 2.77 ms on an H200 where its
+bytes would take 1.72 (62 %), and the kernels said why, before gate and up were one product:
+
+    attention          1.41 ms, 1.15 by its bytes: 309 MB a layer at 3.5 TB/s. A call lasts 88 us, of which some 9 pass
+                       before the first bytes arrive and after the last, and rows this short end often
+    matrix products    1.02 ms, 0.57 by their bytes. A product of few rows has a floor of its own: 6.4 us for out (2.0
+                       by its bytes) and 6.8 for q, k and v (2.9), even for one row; down, cut along its inner
+                       dimension, takes 16.6 (7.8)
+    small kernels      0.24 ms: RoPE, writing keys and values, norms, the gate, the residual, 2 to 3 us each
+    choosing tokens    0.06 ms
+    the host           nothing: it takes 1.3 ms a step, and is a step ahead
+
 The parts "speculation", "float8" and "deterministic" ask what each of these gains or costs: drafts at batch 1, on texts
 that repeat themselves, that never do, and that mislead; float8 in the same bytes of keys and values; and steps of one
 shape, under which no bit of a text depends on its neighbours. The part "soak" runs for twenty minutes on a CPU.
