@@ -771,10 +771,12 @@ def test_the_kernels_equal_the_float64_sum(rule, dtype, T, dims, heads, layout, 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+@pytest.mark.parametrize("untried", ["0", "1"])
 @pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize("rule", RULES)
-def test_long_sequences_in_segments_equal_the_float64_sum(rule, segments):
+def test_long_sequences_in_segments_equal_the_float64_sum(rule, segments, untried, monkeypatch):
     """Many chunks for every step that works by chunks, at the width that they are made for."""
+    monkeypatch.setenv("TFORMER_UNTRIED_KERNELS", untried)
     q, k, v = (torch.randn(1, 2, 1500, 128, dtype=torch.float64, device="cuda").bfloat16() for _ in range(3))
     options = {"scale": 128**-0.5}
     if rule == "mean":

@@ -19,12 +19,11 @@
 //               delta rule 0.500 and 0.727, of which T takes 0.114, and at 1 x 32,768 the scan over the segments 0.101;
 //               with 32 of the scan's loads in flight 0.473 and 0.673, through the operator. The operator's host needs
 //               an estimated 0.2 ms a call, so that a sum through it takes 0.265 and 0.276
-//   hypothesis  the delta rule's groups wait: for exponentials that a token needs once, for gates on their way from memory, for
-//               P and for each other; the scan waits for one row of a state after the other
+//   hypothesis  the delta rule's groups wait: for exponentials that a token needs once, for P and for each other; the scan
+//               waits for one row of a state after the other
 //   predicted   exponentials 0.45 and 0.65; P by the producer's four warps 0.40 and 0.60
 //   measured    0.466 and 0.666; 0.634 and 0.834: the producer takes longer over P than the consumers over all the rest
-//   predicted   each group its own P, of the next chunk, during the outputs of this one; seven blocks of (0) on a
-//               multiprocessor; the scan's rows at once: 0.40 and 0.55
+//   predicted   seven blocks of (0) on a multiprocessor, the scan's rows at once: 0.44 and 0.58; AHEAD 0.40 and 0.55
 //   limit       where a sum is normalised, 4 warps of the producer take longer over a chunk than the consumers: 0.33, with a
 //               feature map 0.72, so that step 2 is taken there
 //
@@ -90,41 +89,6 @@ struct Share {
         return *reinterpret_cast<uint4*>(tile + boxed(top + i * ROWS, chunk));
     }
 };
-
-// 4 bytes from global to shared memory without passing through registers; zero where `valid` is false.
-__device__ inline void copy_number(float* target, const float* source, bool valid) {
-    const int bytes = valid ? 4 : 0;
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(target)), "l"(source), "r"(bytes));
-}
-
-// Start copying a chunk's log decays to where their sums will be, and its step sizes: two tokens a lane of warp 0.
-template <Rule RULE>
-__device__ void start_numbers(ChunkNumbers& n, const Arguments& a, const Sequence& s, int64_t kv, int token) {
-    if (RULE < DECAY || warp() != 0) return;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-        const int t = 2 * lane() + e, gate = token + t - s.reverse;  // see gate_of
-        const auto copy = [&](float* to, const Numbers& from, int token, bool valid) {
-            const float* const first = from.data + s.b * from.batch + kv * from.head;
-            copy_number(to + t, valid ? first + s.row(token) * from.row : from.data, valid);
-        };
-        if (a.log_decay.data != nullptr) copy(n.since, a.log_decay, gate, gate >= 0 && token + t < s.T);
-        if (RULE == DELTA) copy(n.beta, a.beta, token + t, token + t < s.T);
-    }
-}
-
-// What the same lane of warp 0 has copied, as the gates that it publishes.
-template <Rule RULE>
-__device__ Gates<RULE> arrived_numbers(const ChunkNumbers& n, const Arguments& a) {
-    Gates<RULE> gates;
-    if (RULE >= DECAY && warp() == 0)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            if (a.log_decay.data != nullptr) gates.gate[e] = fmaxf(n.since[2 * lane() + e], FORGET) * LOG2E;
-            if (RULE == DELTA) gates.beta[e] = n.beta[2 * lane() + e];
-        }
-    return gates;
-}
 
 template <class Half, int D>
 __device__ void map_share(const Share<D>& share, uint8_t* tile, const Arguments& a, int rows) {
@@ -331,7 +295,10 @@ __device__ inline void pin_words(uint32_t (&w)[COUNT][4]) {
 
 // One block: some value columns of a head's segment. OUTPUTS: (3), else (1) of segments.cuh, in which the blocks behind
 // those of the values compute the delta rule's transitions.
-template <class Half, int D, Rule RULE, bool OUTPUTS>
+//
+// AHEAD, for the delta rule, whose products wait for one another: each group computes the whole P of the next chunk while it
+// writes the outputs of this one, and the groups never wait for each other, so that one's products fill the other's gaps.
+template <class Half, int D, Rule RULE, bool OUTPUTS, bool AHEAD = false>
 __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constant__ Arguments a) {
     using At = HopperLayout<D, RULE, OUTPUTS>;
     using Sh = Warp<D>;
@@ -369,6 +336,7 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
         const Share<CHUNK> square;
         KeySum<Half, D> sum;
         if constexpr (RULE == MEAN) sum.load(keys, a, start);
+        Gates<RULE> gates, next;
         float decay = 0.0f;
         const auto finish = [&](int chunk) {
             const int i = chunk - w.first, stage = i % STAGES;
@@ -381,7 +349,7 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
                 if (OUTPUTS) sum.read(keys, q, numbers[stage].before);
                 sum.absorb(keys, k, reinterpret_cast<float*>(shared + At::SUMS) + i % 2 * 4 * D);
             }
-            arrived_numbers<RULE>(numbers[stage], a).publish(numbers[stage]);
+            gates.publish(numbers[stage]);
             if (RULE >= DECAY && threadIdx.x == WARP - 1) decay += numbers[stage].since[CHUNK - 1];  // its own
             show_to_async();
             arrive(&full[stage]);
@@ -396,12 +364,13 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
                          transition ? 0 : int(a.value_dim) - first_value);
             if constexpr (RULE == DELTA)
                 square.start(tile + At::T, inverses + int64_t(chunk) * CHUNK * CHUNK, CHUNK, CHUNK, CHUNK);
-            start_numbers<RULE>(numbers[stage], a, s, w.kv, token);
             commit_copies();
+            next.fetch(a, s, w.kv, token);
             if (i > 0) {
                 wait_copies<1>();
                 finish(chunk - 1);
             }
+            gates = next;
         }
         wait_copies<0>();
         if (w.first < w.last) finish(w.last - 1);
@@ -422,9 +391,6 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
             for (int e = 0; e < 4; ++e)
                 c.S[0][j][e] = first_row + e / 2 * 8 + row_in_tile() == j * 8 + column_in_tile() + e % 2 ? 1.0f : 0.0f;
 
-    // The delta rule's products wait for one another. So each group computes the whole P of the next chunk while it writes the
-    // outputs of this one, and the groups never wait for each other: one's products fill the other's gaps.
-    constexpr bool AHEAD = OUTPUTS && RULE == DELTA;
     float scores[AHEAD ? TOKEN_TILES : 4][4];
     const auto own_P = [&](int i) { return shared + At::P + (2 * c.group + i % 2) * BOX_BYTES; };
     const auto start_scores = [&](int i) {
@@ -471,7 +437,7 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
         if (OUTPUTS) c.start_read(O[0], A, q);
         c.load_values(U, v);
         if constexpr (OUTPUTS && !AHEAD) {
-            wait_products<1>();
+            wait_products<RULE == DELTA ? 2 : 1>();
             pin(scores);
             c.template store_scores<RULE>(scores, c.group * 32, P, part + c.group * CHUNK, n.since, a.scale);
             show_to_async();
@@ -541,9 +507,9 @@ const char* with_types(const Arguments& a, const Run& run) {
 
 constexpr int WIDTH = 128;  // of head_dim, padded; at 64 a warpgroup's products are too short to hide one another
 
-}  // namespace
-
-extern "C" const char* forward(const Arguments* a, void* stream) {
+// With AHEAD the delta rule's outputs are computed so.
+template <bool AHEAD>
+const char* run(const Arguments* a, void* stream) {
     return with_types(*a, [&]<class Half, Rule RULE>() -> const char* {
         const int64_t slices = (a->value_dim + VALUES - 1) / VALUES, states = a->sequences * a->kv_heads;
         if (RULE == DELTA)
@@ -555,10 +521,17 @@ extern "C" const char* forward(const Arguments* a, void* stream) {
                 return error;
             if (const char* error = launch_scan<WIDTH, RULE>(*a, stream)) return error;
         }
-        return launch(hopper_kernel<Half, WIDTH, RULE, true>, a->sequences * a->heads * a->segment_count * slices, THREADS,
-                      HopperLayout<WIDTH, RULE, true>::BYTES, stream, *a);
+        return launch(hopper_kernel<Half, WIDTH, RULE, true, AHEAD && RULE == DELTA>,
+                      a->sequences * a->heads * a->segment_count * slices, THREADS, HopperLayout<WIDTH, RULE, true>::BYTES, stream,
+                      *a);
     });
 }
+
+}  // namespace
+
+extern "C" const char* forward(const Arguments* a, void* stream) { return run<false>(a, stream); }
+
+extern "C" const char* forward_ahead(const Arguments* a, void* stream) { return run<true>(a, stream); }
 
 extern "C" const char* resources(const Arguments* a, Resources* out) {
     return with_types(*a, [&]<class Half, Rule RULE>() {

@@ -156,7 +156,8 @@ def launch(
             setattr(a, name, held[-1].data_ptr())
     if step in CHUNK_STEPS:
         held += bring_scratch(step, a, q, states, segment_count, delta=beta is not None)
-    LADDER.launch(step, "forward", a, q.device)
+    ahead = step == "4" and beta is not None and refusal_of_untried() is None
+    LADDER.launch(step, "forward_ahead" if ahead else "forward", a, q.device)
     return out, final, denominators
 
 
@@ -263,15 +264,13 @@ def refusal(step: str, q: Tensor, v: Tensor, beta: Tensor | None) -> str | None:
         return None
     if step in ("2", "3") and (step == "3") != (beta is not None):
         return f"step {step} is {'the delta rule, which needs beta' if step == '3' else 'without the delta rule'}"
-    return refusal_of_tensor_cores(q.dtype, q.device) or (refusal_of_step_4(q, v, beta) if step == "4" else None)
+    return refusal_of_tensor_cores(q.dtype, q.device) or (refusal_of_step_4(q, v) if step == "4" else None)
 
 
-def refusal_of_step_4(q: Tensor, v: Tensor, beta: Tensor | None) -> str | None:
+def refusal_of_step_4(q: Tensor, v: Tensor) -> str | None:
     """Why two warpgroups of 64 value columns each, with a head_dim padded to 128, cannot do this, or would idle."""
     if not 64 < q.shape[3] <= 128 or v.shape[3] <= 64:
         return f"it is for a head_dim of 65 to 128 and a value_dim over 64, got {q.shape[3]} and {v.shape[3]}"
-    if beta is not None and (reason := refusal_of_untried()):
-        return reason
     return refusal_of_hopper(q.device)
 
 
