@@ -683,6 +683,11 @@ def test_a_checkpoint_is_served_in_one_line(tmp_path):
     answers = LLM(*pretrained.load(tmp_path)).generate(["Once upon a time", "There was"], {"max_new_tokens": 6})
     prompts = [pretrained.load_tokenizer(tmp_path).encode_ordinary(text) for text in ("Once upon a time", "There was")]
     assert [answer.new_tokens for answer in answers] == generate(model, prompts, max_new_tokens=6)
+    model, encoding = pretrained.load(tmp_path)
+    pretrained.to_hub(model, tmp_path / "copy", encoding)
+    copied, same = pretrained.load(tmp_path / "copy")
+    assert same.render([{"role": "user", "content": "Hi"}]) == encoding.render([{"role": "user", "content": "Hi"}])
+    assert generate(copied, prompts, max_new_tokens=6) == generate(model, prompts, max_new_tokens=6)
     small, _ = pretrained.load(tmp_path, dtype=torch.int8)
     assert any(isinstance(part, int8.Int8Linear) for part in small.modules())
 

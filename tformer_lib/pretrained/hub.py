@@ -18,6 +18,7 @@ from tformer_lib.pretrained.fetch import fetch
 from tformer_lib.pretrained.keys import Keys, read_config
 from tformer_lib.pretrained.links import Link
 from tformer_lib.pretrained.shards import INDEX, Shards
+from tformer_lib.pretrained.tokenizer import HubEncoding
 from tformer_lib.transformer import Decoder, ModelConfig
 
 LARGEST_SHARD = 5 * 10**9
@@ -214,12 +215,20 @@ def match(family: Family, links: Iterable[Link], model: nn.Module, source: Sourc
 # Back to the hub's layout
 
 
-def to_hub(model: Decoder, folder: Path | str, *, family: str | None = None, largest: int = LARGEST_SHARD) -> None:
+def to_hub(
+    model: Decoder,
+    folder: Path | str,
+    encoding: HubEncoding | None = None,
+    *,
+    family: str | None = None,
+    largest: int = LARGEST_SHARD,
+) -> None:
     """Write a model as a folder that the hub, transformers and :func:`from_hub` read: each number as it is, bit by bit.
 
     Args:
         model: the decoder.
         folder: made if it is not there.
+        encoding: the model's tokenizer, whose files are copied.
         family: a ``model_type``; the first that can say what the model's config says if not given.
         largest: the most bytes of tensors in one file; several have an index.
 
@@ -238,6 +247,8 @@ def to_hub(model: Decoder, folder: Path | str, *, family: str | None = None, lar
     folder.mkdir(parents=True, exist_ok=True)
     save_shards(folder, theirs, largest)
     write_atomically(folder / "config.json", json.dumps(written | {"dtype": dtype}, indent=2).encode())
+    for name, data in ({} if encoding is None else encoding.files()).items():
+        write_atomically(folder / name, data)
 
 
 def describe(config: ModelConfig, family: str | None = None) -> tuple[str, dict]:

@@ -10,7 +10,7 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 """Says which tensor is in which file, where there are several."""
 
-MAPPED = 2**28
+MAPPED = 2**26
 """Bytes read of a file after which it is opened anew: what a process has read of a mapped file counts as its memory."""
 
 

@@ -42,6 +42,11 @@ class HubEncoding:
             raise ValueError(f"{path} is damaged or of an unknown kind: {error}") from error
         self.settings = read_json(self.folder / "tokenizer_config.json")
 
+    def files(self) -> dict[str, bytes]:
+        """The files that say all of this, by name: for another folder with the same tokenizer."""
+        names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+        return {name: (self.folder / name).read_bytes() for name in names if (self.folder / name).is_file()}
+
     @property
     def n_vocab(self) -> int:
         """One more than the largest token."""
