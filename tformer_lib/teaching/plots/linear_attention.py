@@ -14,6 +14,7 @@ def two_orders(tokens: int, head_dim: int) -> None:
     """The product Q Kᵀ V in its two orders, every matrix drawn to scale."""
     _, axes = style.figure(2, 1, height=4.3)
     d, N = head_dim, tokens
+    kv = ("KᵀV", d, d)
     draw_product(
         axes[0],
         [("Q", N, d), ("Kᵀ", d, N), ("=", 0, 0), ("QKᵀ", N, N), ("V", N, d), ("=", 0, 0), ("O", N, d)],
@@ -21,7 +22,7 @@ def two_orders(tokens: int, head_dim: int) -> None:
     )
     draw_product(
         axes[1],
-        [("Kᵀ", d, N), ("V", N, d), ("=", 0, 0), ("KᵀV", d, d), ("", 0, 0), ("Q", N, d), ("=", 0, 0), ("O", N, d)],
+        [("Kᵀ", d, N), ("V", N, d), ("=", 0, 0), kv, ("", 0, 0), ("Q", N, d), kv, ("=", 0, 0), ("O", N, d)],
         f"Q (Kᵀ V): the matrix in between has {d * d:,} numbers",
     )
     style.show()
