@@ -23,7 +23,8 @@
 //               waits for one row of a state after the other
 //   predicted   exponentials 0.45 and 0.65; P by the producer's four warps 0.40 and 0.60
 //   measured    0.466 and 0.666; 0.634 and 0.834: the producer takes longer over P than the consumers over all the rest
-//   predicted   seven blocks of (0) on a multiprocessor, the scan's rows at once: 0.44 and 0.58; AHEAD 0.40 and 0.55
+//   predicted   seven blocks of (0) on a multiprocessor, the scan's rows at once: 0.44 and 0.58; AHEAD 0.40 and 0.55;
+//               not measured yet. flash-linear-attention 0.6.0: 0.84 and 1.45
 //   limit       where a sum is normalised, 4 warps of the producer take longer over a chunk than the consumers: 0.33, with a
 //               feature map 0.72, so that step 2 is taken there
 //

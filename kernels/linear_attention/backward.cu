@@ -42,10 +42,11 @@
 //   hypothesis  nothing but halves passes between the kernels, and every product runs on tensor cores
 //   predicted   2.2 and 2.6: (1) 0.2, (3) 0.3, (5) 0.5, (6) 0.8, and the segments 0.4 and 0.8
 //   measured    2.30 and 2.65: (1) 0.21, (2) 0.18 and 0.44, (3) 0.25, (4) 0.24 and 0.32, (5) 0.46, (6) 0.96. In one segment
-//               2.20 at 4 x 8,192, which is taken where the blocks fill the device
+//               2.20 at 4 x 8,192, which is taken where the blocks fill the device. flash-linear-attention 0.6.0 in the same
+//               run: 1.84 and 3.09 without gates; with gates it refuses this machine's Triton (3.6)
 //   hypothesis  half of (6)'s 3,900 instructions a thread and chunk divide 64-bit numbers; of (3)'s and (5)'s 1,500 a fifth
 //               moves halves between lanes, which matrices of 8 x 8 blocks need not; the scans wait for each row in turn
-//   predicted   1.8 and 2.1
+//   predicted   1.8 and 2.1; not measured yet
 #include "common/mma_tiles.cuh"
 #include "common/resources.cuh"
 #include "inverse.cuh"
