@@ -7,6 +7,9 @@ from torch import Tensor, nn
 LARGEST = 127
 """The largest integer that is used: -128 would have no counterpart."""
 
+AT_ONCE = 2**18
+"""Numbers of a matrix that are widened at once."""
+
 
 class Int8Linear(nn.Module):
     """A linear map whose matrix is kept in 8 bits: (..., in) -> (..., out).
@@ -45,12 +48,17 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: a number is not finite, so that its row has no scale.
     """
-    weight = weight.float()
-    if not weight.isfinite().all():
-        raise ValueError("a weight is NaN or infinite: it has no place among integers")
-    scale = weight.abs().amax(dim=1) / LARGEST
-    scale = torch.where(scale > 0, scale, 1.0)  # a row of zeros
-    return (weight / scale[:, None]).round().to(torch.int8), scale
+    numbers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(len(weight), device=weight.device)
+    rows = max(1, AT_ONCE // weight.shape[1])
+    for start in range(0, len(weight), rows):
+        part = weight[start : start + rows].float()  # a copy of few rows, so that loading takes little more memory
+        if not part.isfinite().all():
+            raise ValueError("a weight is NaN or infinite: it has no place among integers")
+        largest = part.abs().amax(dim=1) / LARGEST
+        scale[start : start + rows] = torch.where(largest > 0, largest, 1.0)  # 1 for a row of zeros
+        numbers[start : start + rows] = (part / scale[start : start + rows, None]).round()
+    return numbers, scale
 
 
 def make_room(model: nn.Module) -> set[str]:
