@@ -342,6 +342,15 @@ def test_configs_that_ask_for_something_else_are_refused(folder, changes, messag
     refused(folder, message, monkeypatch=monkeypatch)
 
 
+@pytest.mark.parametrize("hub", ["meta-llama/Llama-3.2-1B", "google/gemma-3-1b-it", "openai/gpt-oss-20b"])
+def test_two_scalings_of_rope_that_differ_are_refused(hub):
+    config = pretrained.PUBLISHED[hub].config
+    same = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    both = config | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_parameters": same}
+    with pytest.raises(ValueError, match="rope_scaling and rope_parameters disagree on factor"):
+        pretrained.config_from_hub(both)
+
+
 def test_shards_that_lie_are_refused(folder, monkeypatch):
     index, first = folder / shards.INDEX, sorted(folder.glob("*.safetensors"))[0]
     whole, data = json.loads(index.read_text()), first.read_bytes()

@@ -8,7 +8,7 @@ from tformer_lib.pretrained.family import LLAMA_NAMES
 from tformer_lib.pretrained.keys import Keys
 from tformer_lib.pretrained.links import Link, same
 from tformer_lib.pretrained.mixtures import experts_of, special_qwen_moe
-from tformer_lib.pretrained.words import llama_keys, llama_like, read_text_config, rope_parameters
+from tformer_lib.pretrained.words import check_one_rope, llama_keys, llama_like, read_text_config, rope_parameters
 from tformer_lib.transformer import LinearConfig, ModelConfig
 
 TYPES = {"linear_attention": "linear", "full_attention": "full"}
@@ -46,6 +46,7 @@ def read_hybrid(keys: Keys, **options) -> ModelConfig:
 
 def hybrid_rope(keys: Keys) -> dict:
     """RoPE on the first quarter of a head's channels. Sections for the axes of an image mean nothing in a text."""
+    check_one_rope(keys.config)
     given = keys.take("rope_parameters", None) or keys.take("rope_scaling", None) or {}
     text = {name: value for name, value in given.items() if name not in ("mrope_section", "mrope_interleaved")}
     base, scaling, fraction = rope_parameters({"rope_theta": keys.take("rope_theta", 10_000_000.0), **text})

@@ -37,9 +37,27 @@ def rope_of(keys: Keys) -> tuple[float, dict | None, float]:
     """RoPE's base, its scaling, and the share of channels that turn.
 
     They stand in ``rope_parameters``, or in older files apart, as ``rope_theta`` and ``rope_scaling``.
+
+    Raises:
+        ValueError: both places are there, and they disagree.
     """
+    check_one_rope(keys.config)
     old = {"rope_theta": keys.take("rope_theta", 10_000.0), **(keys.take("rope_scaling", None) or {})}
     return rope_parameters({**old, **(keys.take("rope_parameters", None) or {})})
+
+
+def check_one_rope(config: dict) -> None:
+    """Refuse a config with two scalings of RoPE that differ: which of them is meant, nobody can know.
+
+    Raises:
+        ValueError: ``rope_scaling`` says something that ``rope_parameters`` does not say.
+    """
+    old, new = config.get("rope_scaling"), config.get("rope_parameters")
+    if not old or not new:
+        return
+    apart = [name for name, value in old.items() if new.get("rope_type" if name == "type" else name) != value]
+    if apart:
+        raise ValueError(f"rope_scaling and rope_parameters disagree on {', '.join(sorted(apart))}")
 
 
 def rope_parameters(parameters: dict) -> tuple[float, dict | None, float]:
@@ -119,6 +137,7 @@ def ropes_by_type(keys: Keys) -> dict:
 
     They stand in ``rope_parameters`` by type of layer, or in older files apart; windows are never stretched.
     """
+    check_one_rope(keys.config)
     parameters = keys.take("rope_parameters", None)
     if parameters is None:
         base, scaling, _ = rope_of(keys)
