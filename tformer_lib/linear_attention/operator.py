@@ -71,7 +71,7 @@ def linear_attention_fake(
 ):
     """The shapes and dtypes of what the operator returns."""
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = q.new_empty(sequences, k.shape[1], v.shape[3] + normalised, q.shape[3], dtype=sum_dtype(q))
+    final = q.new_empty(sequences, k.shape[1], v.shape[3] + int(normalised), q.shape[3], dtype=sum_dtype(q))
     return q.new_empty(*q.shape[:3], v.shape[3]), final, denominators_like(q, normalised)
 
 
