@@ -605,6 +605,14 @@ def test_operators_keep_the_rules_of_torch():
     torch.library.opcheck(grouped_outer_op, (torch.randn(6, 7), torch.randn(6, 5), counts))
 
 
+def test_gradients_of_biases_are_added_up_in_float32():
+    """2,000 rows of bfloat16: a sum in bfloat16 stands still once a row is less than half its last digit."""
+    experts = Experts(2, 8, 8, bias=True).bfloat16()
+    routing = Routing(torch.zeros(2000, 1, dtype=torch.int64), torch.ones(2000, 1), torch.ones(2000, 2) / 2)
+    mix_grouped(experts, torch.zeros(2000, 8, dtype=torch.bfloat16), routing).sum().backward()
+    assert experts.down_bias.grad[:8].tolist() == pytest.approx([2000.0] * 8, rel=0.01)
+
+
 def test_gradcheck():
     experts, routing = random_experts(3), random_routing(4, 3, 2)
     x = torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)

@@ -306,7 +306,11 @@ def grouped_linear(counts: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | 
         dtype = torch.get_autocast_dtype(rows.device.type)
         rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     out = grouped_matmul(rows, weight, counts)
-    return out if bias is None else out + bias.repeat_interleave(counts, dim=0, output_size=len(rows))
+    if bias is None:
+        return out
+    expert = torch.arange(len(counts), device=rows.device).repeat_interleave(counts, output_size=len(rows))  # (M,)
+    chosen = F.one_hot(expert, len(counts)).to(bias.dtype)  # (M, E)
+    return out + chosen @ bias  # a product, for its gradient adds up in float32 and not in bfloat16
 
 
 def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
