@@ -310,7 +310,7 @@ def grouped_linear(counts: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | 
         return out
     expert = torch.arange(len(counts), device=rows.device).repeat_interleave(counts, output_size=len(rows))  # (M,)
     chosen = F.one_hot(expert, len(counts)).to(bias.dtype)  # (M, E)
-    return out + chosen @ bias  # a product, for its gradient adds up in float32 and not in bfloat16
+    return out + chosen @ bias  # a product, whose gradient adds up in float32 on every device
 
 
 def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
