@@ -128,6 +128,33 @@ def budgets(names: Sequence[int], worst: Sequence[float], first: Sequence[float]
     style.show()
 
 
+def latency(
+    rates: Sequence[float], visits: Sequence[tuple[Sequence[float], Sequence[float]]], knee: tuple[float, float]
+) -> None:
+    """Time to the first token and time per output token, over the rate at which requests arrive.
+
+    Args:
+        rates: requests a second.
+        visits: for each rate the seconds of the first and of the second, one for each request.
+        knee: between which two rates the knee was predicted.
+    """
+    _, axes = style.figure(1, 2, height=3.3)
+    first = {
+        "90th percentile": [1e3 * np.quantile(waits, 0.9) for waits, _ in visits],
+        "median": [1e3 * np.median(waits) for waits, _ in visits],
+    }
+    style.lines(axes[0], rates, first)
+    axes[0].set_yscale("log")
+    style.lines(axes[1], rates, {"median": [1e3 * np.median(gaps) for _, gaps in visits]})
+    axes[0].set(title="Time to the first token", ylabel="ms, by the cost model")
+    axes[1].set(title="Time per output token", ylabel="ms, by the cost model", ylim=(0, None))
+    for ax in axes:
+        ax.axvspan(*knee, color=style.GREY, alpha=0.25, label="predicted knee")
+        ax.set(xlabel="requests a second")
+        ax.legend(loc="upper left" if ax is axes[0] else "lower right", fontsize=9)
+    style.show()
+
+
 def blocks(log: Sequence[Step], blocks: int, requests: int) -> None:
     """Blocks held and requests running over an engine's steps; a mark where one had to give its blocks back."""
     _, (top, bottom) = style.figure(2, 1, height=4.4, sharex=True, height_ratios=(1, 1.5))
