@@ -277,8 +277,6 @@ PAGED_ODD = {
     "every second length": of("lengths", spread),
     "every second start": of("query_starts", spread),
     "a window past everything": given(window=2**31),
-    "sides past everything": given(window=(2**31, 2**31)),
-    "slopes that lie apart": of("alibi_slopes", spread),
 }
 
 
@@ -467,6 +465,8 @@ STRIDES = {"every second element": spread, "turned": turned, "not aligned": shif
 FLASH_ODD = {f"{name} is {word}": of(name, how) for name in "qkv" for word, how in STRIDES.items()} | {
     "keys are columns": of("k", lambda x: x.mT.contiguous().mT),
     "a window past everything": given(window=2**31),
+    "sides past everything": given(window=(2**31, 2**31)),
+    "slopes that lie apart": of("alibi_slopes", spread),
 }
 
 

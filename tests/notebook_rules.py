@@ -82,6 +82,24 @@ def pictures_have_words(notebook: dict) -> Iterator[str]:
             yield f"a picture needs mystnb.image.alt in the metadata of\n{source(cell)}"
 
 
+def drawings_have_a_picture(notebook: dict) -> Iterator[str]:
+    """Beside every SVG stands a PNG: JupyterLab draws no SVG of a notebook that is not trusted yet."""
+    for cell in cells(notebook, "code"):
+        kinds = [set(output.get("data", {})) for output in cell["outputs"]]
+        if any("image/svg+xml" in kind and "image/png" not in kind for kind in kinds):
+            yield f"an SVG without a PNG (make notebooks NB=...):\n{source(cell)}"
+
+
+def solutions_are_folded(notebook: dict) -> Iterator[str]:
+    """A solution, and whatever the page hides, is folded in JupyterLab and VS Code too."""
+    for cell in cells(notebook, "code"):
+        tags, folds = set(cell["metadata"].get("tags", [])), cell["metadata"].get("jupyter", {})
+        if {"solution", "hide-cell"} & tags and not (folds.get("source_hidden") and folds.get("outputs_hidden")):
+            yield f"source_hidden and outputs_hidden are missing in the metadata of\n{source(cell)}"
+        if "hide-output" in tags and not folds.get("outputs_hidden"):
+            yield f"outputs_hidden is missing in the metadata of\n{source(cell)}"
+
+
 def no_markdown_table_in_outputs(notebook: dict) -> Iterator[str]:
     """No output is a table in Markdown, which the book would show as one line with bars; ``show_table`` makes HTML."""
     for cell in cells(notebook, "code"):
@@ -139,6 +157,8 @@ RULES = (
     no_error,
     no_absolute_path,
     pictures_have_words,
+    drawings_have_a_picture,
+    solutions_are_folded,
     no_markdown_table_in_outputs,
     streams_are_whole,
     figures_keep_their_state,

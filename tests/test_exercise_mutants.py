@@ -67,6 +67,9 @@ EQUAL = {
         "0 -> 1": "the mirrored order",
         "2 -> 3": "as even as every second round",
     },
+    "flash_kernels.row_max": {
+        "line 3: 2 -> 3": "1 and 3 lead to the same four lanes as 1 and 2",
+    },
     "flash_kernels.swizzle": {
         "chunks < 8 -> chunks <= 8": "rows of 8 pieces begin at a line each way",
         "line 2: 8 -> 9": "the number of pieces is a power of two",

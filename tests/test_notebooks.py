@@ -107,6 +107,8 @@ SOUND = {
 FIGURE = {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": {"model_id": "7f"}}}
 PICTURE = {"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo="}}
 
+DRAWN = {"output_type": "display_data", "data": {"image/svg+xml": "<svg/>"}}
+
 PRINTED = {"output_type": "stream", "name": "stdout", "text": ["1\n"]}
 TABLE = {"output_type": "display_data", "data": {"text/markdown": ["| a | b |\n", "|---|---|\n", "| 1 | 2 |"]}}
 
@@ -121,6 +123,14 @@ FAULTY = {
         code("open(path)", {"output_type": "stream", "name": "stdout", "text": ["in /tmp/x/y.py"]}, count=2),
     ],
     "pictures_have_words": [code("draw()", PICTURE, count=2)],
+    "drawings_have_a_picture": [code("draw()", DRAWN, count=2)],
+    "solutions_are_folded": [
+        {
+            **code("answer()", count=2),
+            "metadata": {"tags": ["hide-cell", "solution"], "jupyter": {"outputs_hidden": True}},
+        },
+        {**code("answer()", count=2), "metadata": {"tags": ["hide-output"]}},
+    ],
     "no_markdown_table_in_outputs": [code("rows()", TABLE, count=2)],
     "streams_are_whole": [code("print(1), print(2)", PRINTED, PRINTED, count=2)],
     "figures_keep_their_state": [code("explore()", FIGURE, count=2)],
