@@ -28,6 +28,9 @@ PACKAGES = {
 }
 """Package and version -> the archive's SHA-512, in base64, as the registry publishes it."""
 
+SAFELY = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+"""How an archive is unpacked: Python before 3.11.4 knows no filters, and the checksum says what is in it."""
+
 NPM_OPTIONS = ("--silent", "--fetch-retries=1", "--fetch-retry-mintimeout=1000", "--fetch-timeout=60000")
 """Give up soon where there is no network."""
 
@@ -108,7 +111,7 @@ def fetch(name: str, checksum: str, work: Path) -> Path:
     if found != checksum:
         raise Unavailable(f"{name} has SHA-512 {found}, expected {checksum}")
     with tarfile.open(archives[0]) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, **SAFELY)
     return folder / "package"
 
 
