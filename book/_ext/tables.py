@@ -35,6 +35,7 @@ def fill(app: Sphinx, page: str, source: list[str]) -> None:
         marks = {page: {"{{ part }}": lambda root: part(root, page)}}
     for mark, make in marks.get(page, {}).items():
         source[0] = source[0].replace(mark, make(root))
+        app.env.note_reread()  # what it is made from may change while the page does not
 
 
 def chapters(root: Path) -> str:
