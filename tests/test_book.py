@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tarfile
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import yaml
 from IPython.core.interactiveshell import InteractiveShell
 from pybtex.database import parse_file
 
+from tformer_lib import flash_attention
 from tools import record_figure
 from tools.chapters import load
 
@@ -333,3 +335,13 @@ def test_workflow_calls_the_commands_of_the_readme(name):
     assert all(re.fullmatch(r"actions/[\w-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
     if name == "publish":
         assert {"pages": "write", "id-token": "write"}.items() <= workflow["permissions"].items()
+
+
+def test_the_table_of_names_has_names_that_are_there():
+    table = (BOOK / "notation.md").read_text(encoding="utf-8").partition("## The same settings under other names")[2]
+    ours = " ".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| ") and "---" not in line)
+    words = {word.partition("=")[0] for word in re.findall(r"`([^`]+)`", ours)}
+    taken = {*signature(flash_attention.flash_attention).parameters}
+    taken |= {*signature(flash_attention.flash_attention_varlen).parameters, "flash_attention_varlen"}
+    assert len(words) > 8
+    assert words <= taken
