@@ -363,6 +363,8 @@ def test_page_is_accessible(browser, address, axe, page, theme):
     browser.open(f"{address}{page}.html")
     browser.evaluate(f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}')")
     browser.open(f"{address}{page}.html")
+    browser.send("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)  # nothing is hovered over
+    browser.evaluate("Promise.all(document.getAnimations().map((one) => one.finished.catch(() => 0))).then(() => 0)")
     browser.evaluate(f"{axe}; 0")
     assert browser.evaluate(SERIOUS_FINDINGS) == []
 
