@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from draws import draws
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_serving import MODEL, PREFIXES, VOCAB, check_all_blocks_are_back, make_model
 
@@ -160,8 +160,16 @@ wishes = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.xfail(strict=False, reason="a fault that is known and not mended: one drawn case in some hundred differs")
 @draws(30)
+@example(  # each place of a draft has a random number of its own, though each row is drawn alone
+    one=(0, [1, 2, 0], {"max_new_tokens": 8, "temperature": 0.8, "seed": 3}),
+    others=[],
+    seats=1,
+    more_blocks=0,
+    prefix_cache=False,
+    speculates=True,
+    wide=False,
+)
 @given(
     one=st.tuples(st.integers(0, 6), prompts, wishes),
     others=st.lists(st.tuples(st.integers(0, 6), prompts, wishes), max_size=5),

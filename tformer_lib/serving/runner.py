@@ -499,23 +499,26 @@ class Runner:
             best: what :func:`likeliest` has found in the logits, if it was asked already.
         """
         tokens, finite = best or likeliest(logits)
+        earlier = rows_before(requests)
         groups: dict[tuple, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
             if not request.is_plain:  # a sum over the vocabulary may take another order where there are more rows
                 groups[request.rules, place if self.deterministic else None].append(place)
         for (rules, _), places in groups.items():
             index = torch.tensor(places).to(self.device, non_blocking=True)
-            tokens[index] = self._sample(logits[index], rules, [requests[i] for i in places], seats[index])
+            asked = [(requests[i], earlier[i]) for i in places]
+            tokens[index] = self._sample(logits[index], rules, asked, seats[index])
         return tokens.masked_fill(~finite, NONE)
 
-    def _sample(self, logits: Tensor, rules: Sampling, requests: list[Request], seats: Tensor) -> Tensor:
+    def _sample(self, logits: Tensor, rules: Sampling, asked: list[tuple[Request, int]], seats: Tensor) -> Tensor:
+        """Tokens for rows of equal rules; ``asked`` has each row's request, and how many rows of its came before."""
         if rules.repetition_penalty != 1:
-            seen = self._seen_by(requests, seats, logits.shape[1])
+            seen = self._seen_by([request for request, _ in asked], seats, logits.shape[1])
             logits = penalise_repetition(logits, seen, rules.repetition_penalty)
         if rules.temperature == 0:
             tokens = logits.argmax(-1)
         else:
-            uniforms = torch.tensor(uniforms_of(requests), dtype=torch.float64)
+            uniforms = torch.tensor(uniforms_of(asked), dtype=torch.float64)
             tokens = draw(distribution(logits, rules), uniforms.to(self.device, non_blocking=True))
         if rules.repetition_penalty != 1:
             self.seen[seats, tokens] = True
@@ -546,13 +549,18 @@ class Runner:
         return self.seen[seats]
 
 
-def uniforms_of(requests: list[Request]) -> list[float]:
-    """The random number of each row, by the place in its text for which it is; as :meth:`Runner.choose` takes them."""
-    numbers, before = [], Counter()
+def rows_before(requests: list[Request]) -> list[int]:
+    """For each row, how many rows before it are for the same request, and so for earlier places of its text."""
+    counts, before = Counter(), []
     for request in requests:
-        numbers.append(request.uniform(len(request.tokens) + request.pending - 1 + before[request]))
-        before[request] += 1
-    return numbers
+        before.append(counts[request])
+        counts[request] += 1
+    return before
+
+
+def uniforms_of(asked: list[tuple[Request, int]]) -> list[float]:
+    """The random number of each row, by the place in its text for which it is."""
+    return [request.uniform(len(request.tokens) + request.pending - 1 + before) for request, before in asked]
 
 
 def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
