@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -521,21 +521,28 @@ def sanitize(options: SanitizeOptions) -> int:
         cases[options.run]()
         return 0
     cases = {name: run for name, run in cases.items() if name in (options.cases or cases)}
+    wanted = pairs(cases, ["address"] if on_cpu else options.tools)
+    results: dict[tuple[str, str], dict] = {}
     with ThreadPoolExecutor(options.jobs) as pool:
-        run = partial(check, options.topic, options.seconds, options.calls)
-        results = list(pool.map(lambda pair: run(*pair), pairs(cases, ["address"] if on_cpu else options.tools)))
-    for result in results:
-        verdict = "as it should be" if as_hoped(result) else "NOT as it should be"
-        print(f"{result['tool']:<10} {result['case']:<28} {result['summary']:<60} {verdict}  {result['seconds']} s")
-        output = result.pop("output")
-        if not as_hoped(result):
-            print("\n".join(output.splitlines()[:60]))
-    device = torch.device(options.device)
+        running = {pool.submit(check, options.topic, options.seconds, options.calls, *pair): pair for pair in wanted}
+        for future in as_completed(running):  # shown and saved as they come, so that a run that is cut leaves a log
+            result = results[running[future]] = future.result()
+            verdict = "as it should be" if as_hoped(result) else "NOT as it should be"
+            summary = f"{result['tool']:<10} {result['case']:<28} {result['summary']:<60} {verdict}"
+            print(f"{summary}  {result['seconds']} s", flush=True)
+            output = result.pop("output")
+            if not as_hoped(result):
+                print("\n".join(output.splitlines()[:60]), flush=True)
+            save(options.topic, torch.device(options.device), [results[pair] for pair in wanted if pair in results])
+    return 0 if all(map(as_hoped, results.values())) else 1
+
+
+def save(topic: str, device: torch.device, results: list[dict]) -> None:
+    """Write what is known so far to ``<results>/<topic>-sanitizer.json``."""
     folder = Path(os.environ.get("TFORMER_RESULTS") or RESULTS / device_name(device))
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"topic": options.topic, **environment(device), "command": command(), "results": results}
-    write_atomically(folder / f"{options.topic}-sanitizer.json", (json.dumps(facts, indent=1) + "\n").encode())
-    return 0 if all(map(as_hoped, results)) else 1
+    facts = {"topic": topic, **environment(device), "command": command(), "results": results}
+    write_atomically(folder / f"{topic}-sanitizer.json", (json.dumps(facts, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
