@@ -32,7 +32,7 @@ def two_ways(tokens: int = 12, tile: int = 3) -> None:
         axes[1].add_patch(Rectangle((x, row * tile), width, tile, facecolor=style.GREEN, alpha=0.5, edgecolor="k"))
         axes[1].text(x + width / 2, row * tile - 0.4, name, ha="center", fontsize=10)
     axes[1].text(tokens + 3.2, row * tile + 4.2, "kept", ha="center", fontsize=9.5)
-    axes[1].set_title("Flash: one tile at a time, and three sums", fontsize=10.5)
+    axes[1].set_title("Flash: one tile at a time, three things kept", fontsize=10.5)
     for ax in axes:
         frame(ax, tokens)
     style.show()
