@@ -2,26 +2,34 @@
 
     python -m benchmarks.real_models --part loading     # beside reading its files; the most memory that a process took
     python -m benchmarks.real_models --part decoding    # beside transformers; on a GPU our engine too
+    python -m benchmarks.real_models --part attention   # transformers' Llama and Qwen3 on our attention, a GPU only
 
 Loading reads files that the operating system has in memory already, so that the disk is left out of all rows alike.
-Decoding is bound by reading the weights once a token (and few keys), which is the limit of its rows.
+A decode step is bound by reading the weights once (and few keys), which is the limit of its rows. What a step takes is
+the time of a long text less that of a short one, so that the prompt and what is prepared once are left out of all
+rows alike. Where several contestants do the same work, they take turns: what else the machine does disturbs them alike.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
-from benchmarks.harness import Options, Report, command_line, copy_rate, measure
+from benchmarks.harness import Options, Report, Timing, command_line, copy_rate, host_seconds, matmul_rate, measure
 from tformer_lib import pretrained
 from tformer_lib.generation import generate
+from tformer_lib.pretrained.interface import NAME, register_with_transformers
 from tformer_lib.serving import LLM
 from tformer_lib.transformer import Decoder
 
@@ -29,19 +37,29 @@ SHAPE = pretrained.PUBLISHED["meta-llama/Llama-3.2-1B"].config
 TINY = SHAPE | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 4}
 PROMPT = list(range(1, 65))
 READING = "reading the files"
-THEIRS = "transformers generate, sdpa"
+SHORT = 4
+"""Tokens of the short text that a long one is compared with."""
+BACKENDS = {"sdpa": "sdpa", "fa3": "FlashAttention-3", NAME: "our attention"}
+"""What attention transformers is asked for, and what a row calls it.
+
+FlashAttention-3 is taken from the ``vllm`` wheel. transformers looks for names with "flash" among packages of its own.
+"""
+THEIRS = "transformers, sdpa"
+FAMILIES = {"Llama": "meta-llama/Llama-3.2-1B", "Qwen3": "Qwen/Qwen3-0.6B"}
 
 
 @dataclass(frozen=True)
 class RealModelsOptions(Options):
     """What this benchmark can be asked besides."""
 
-    part: Literal["loading", "decoding"] = "loading"
+    part: Literal["loading", "decoding", "attention"] = "loading"
     """What to measure."""
     tiny: bool = False
     """A model that takes no time, to see that all runs."""
     tokens: int = 64
-    """How many tokens are written in a call."""
+    """How many tokens the long text has."""
+    rounds: int = 5
+    """How many turns each contestant takes."""
 
 
 def main(arguments=None) -> int:
@@ -50,19 +68,34 @@ def main(arguments=None) -> int:
 
 
 def run(asked: RealModelsOptions) -> None:
-    """Write the checkpoint, and measure what was asked."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), TINY if asked.tiny else SHAPE)
-        report = Report(f"real_models-{asked.part}", asked.device, asked.out, peers=(READING, THEIRS))
-        {"loading": loading, "decoding": decoding}[asked.part](report, Path(folder), asked)
-        report.finish()
+    """Measure what was asked."""
+    report = Report(f"real_models-{asked.part}", asked.device, asked.out, peers=(READING, THEIRS))
+    if asked.part == "attention":
+        attention(report, asked)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            write_checkpoint(Path(folder), TINY if asked.tiny else SHAPE, torch.device(asked.device))
+            {"loading": loading, "decoding": decoding}[asked.part](report, Path(folder), asked)
+    report.finish()
 
 
-def write_checkpoint(folder: Path, config: dict) -> None:
-    """Random weights in bfloat16, in two files."""
-    model = Decoder(pretrained.config_from_hub(config)).to(torch.bfloat16)
+def write_checkpoint(folder: Path, config: dict, device: torch.device) -> None:
+    """Random weights in bfloat16, drawn on a device, in two files."""
+    with made_in(torch.bfloat16), device:
+        model = Decoder(pretrained.config_from_hub(config))
     size = sum(p.nbytes for p in model.parameters())
     pretrained.to_hub(model, folder, largest=int(0.7 * size))
+
+
+@contextmanager
+def made_in(dtype: torch.dtype) -> Iterator[None]:
+    """Within it, weights are made in a dtype, and never in a wider one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def loading(report: Report, folder: Path, asked: RealModelsOptions) -> None:
@@ -123,31 +156,156 @@ def resident(what: str) -> int:
 
 
 def decoding(report: Report, folder: Path, asked: RealModelsOptions) -> None:
-    """Tokens a second of one row: ours, our engine's, and those of transformers."""
-    device, count = torch.device(asked.device), asked.tokens
+    """Seconds of a decode step of one row: ours, our engine's, and those of transformers."""
+    device = torch.device(asked.device)
     model = pretrained.from_hub(folder, device=device)
-    weights = sum(p.nbytes for name, p in model.named_parameters())
+    weights = sum(p.nbytes for p in model.parameters())
     limit = copy_rate(device)
-    report.note(copy_bytes_per_second=limit, new_tokens=count, prompt=len(PROMPT), weight_bytes=weights)
-    work = {"case": f"a row of {count} tokens, bfloat16", "bytes": count * weights, "limit": limit}
-    timed = partial(measure, device=device, seconds=4.0, warmup=0.0, min_calls=3, max_calls=20)
-    report.add(timing=timed(theirs(folder, device, count)), contestant=THEIRS, **work)
-    write = partial(generate, model, [PROMPT], max_new_tokens=count)
-    report.add(timing=timed(write), contestant="ours, generate", **work)
+    report.note(copy_bytes_per_second=limit, prompt=len(PROMPT), weight_bytes=weights, new_tokens=asked.tokens)
+    model_of_theirs = load_theirs(folder, device)
+    contestants = {f"transformers, {BACKENDS[name]}": theirs(model_of_theirs, name) for name in backends(device)}
+    contestants["ours, generate"] = lambda count: generate(model, [PROMPT], max_new_tokens=count)
     if device.type == "cuda":
-        report.add(timing=timed(partial(write, cuda_graph=True)), contestant="ours, a CUDA graph", **work)
         llm = LLM(model, blocks=64, seats=1)
-        report.add(timing=timed(lambda: llm.generate([PROMPT], {"max_new_tokens": count})), contestant="engine", **work)
+        contestants["ours, a CUDA graph"] = lambda n: generate(model, [PROMPT], max_new_tokens=n, cuda_graph=True)
+        contestants["our engine"] = lambda n: llm.generate([PROMPT], {"max_new_tokens": n})
+    for name, timing in time_of_a_step(contestants, asked.tokens, asked.rounds, device).items():
+        speed = round(1 / timing.median, 2)
+        report.add(
+            timing=timing,
+            case="a decode step of one row, bfloat16",
+            contestant=name,
+            bytes=weights,
+            limit=limit,
+            tokens_per_second=speed,
+        )
 
 
-def theirs(folder: Path, device: torch.device, count: int) -> Callable[[], object]:
-    """The same by transformers, which reads the same folder."""
+def time_of_a_step(
+    contestants: dict[str, Callable[[int], object]], count: int, rounds: int, device: torch.device
+) -> dict[str, Timing]:
+    """Seconds a token of each that writes as many as it is asked, in turns: of ``count`` tokens less a short text."""
+    for write in contestants.values():
+        write(SHORT)
+    seconds = {name: [] for name in contestants}
+    for name, write in [*contestants.items()] * rounds:
+        short, long = (host_seconds(partial(write, tokens), device) for tokens in (SHORT, count))
+        seconds[name].append((long - short) / (count - SHORT))
+    return {name: timing_of(times) for name, times in seconds.items()}
+
+
+def timing_of(times: list[float]) -> Timing:
+    """Their median and spread."""
+    p10, *_, p90 = quantiles(times, n=10) if len(times) > 1 else (times[0], times[0])
+    return Timing(median(times), p10, p90, len(times))
+
+
+def load_theirs(folder: Path, device: torch.device) -> nn.Module:
+    """The same files as transformers reads them."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
-    prompt = torch.tensor([PROMPT], device=device)
-    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-    return partial(model.generate, prompt, attention_mask=torch.ones_like(prompt), **options)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+
+
+def theirs(model: nn.Module, backend: str) -> Callable[[int], object]:
+    """What writes so many greedy tokens after the prompt with an attention of :data:`BACKENDS`."""
+
+    def write(count: int) -> None:
+        model.set_attn_implementation(backend)
+        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        prompt = torch.tensor([PROMPT], device=model.device)
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+
+    return write
+
+
+def backends(device: torch.device) -> list[str]:
+    """Those of :data:`BACKENDS` that are there, each registered with transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    register_with_transformers()
+    if device.type != "cuda" or not find_spec("vllm"):
+        return ["sdpa", NAME]
+    AttentionInterface.register("fa3", attend_with_flash_attention_3)
+    AttentionMaskInterface.register("fa3", lambda *_, **__: None)
+    return list(BACKENDS)
+
+
+def attend_with_flash_attention_3(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float | None = None, **_
+) -> tuple[Tensor, None]:
+    """One causal row: q (1, heads, T, head_dim), k and v (1, kv_heads, S, head_dim) -> (1, T, heads, head_dim)."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    ends = torch.arange(2, device=q.device, dtype=torch.int32)
+    out = flash_attn_varlen_func(
+        *(x[0].transpose(0, 1) for x in (q, k, v)),
+        max_seqlen_q=q.shape[2],
+        cu_seqlens_q=ends * q.shape[2],
+        max_seqlen_k=k.shape[2],
+        cu_seqlens_k=ends * k.shape[2],
+        softmax_scale=scaling,
+        causal=True,
+        fa_version=3,
+    )
+    return out[None], None
+
+
+def attention(report: Report, asked: RealModelsOptions) -> None:
+    """Seconds in which transformers' own models read a prompt, with each attention of :data:`BACKENDS`."""
+    device = torch.device(asked.device)
+    limit = matmul_rate(device, torch.bfloat16)
+    report.note(matmul_flops_per_second=limit)
+    for family, name in FAMILIES.items():
+        config = pretrained.PUBLISHED[name].config | ({"vocab_size": 512, "num_hidden_layers": 2} if asked.tiny else {})
+        model = random_model_of_theirs(config, device)
+        for length in (64,) if asked.tiny else (4096, 16384):
+            tokens = torch.randint(model.config.vocab_size, (1, length), device=device)
+            read = {backend: partial(read_prompt, model, tokens, backend) for backend in backends(device)}
+            apart = {backend: distance(run(), read["sdpa"]()) for backend, run in read.items()}
+            seconds = {backend: [] for backend in read}
+            for backend, run in [*read.items()] * asked.rounds:
+                seconds[backend].append(host_seconds(run, device))
+            for backend, times in seconds.items():
+                report.add(
+                    timing=timing_of(times),
+                    case=f"{family} reads {length:,} tokens",
+                    contestant=f"transformers, {BACKENDS[backend]}",
+                    flops=flops_of_reading(config, length),
+                    limit=limit,
+                    difference_from_sdpa=apart[backend],
+                )
+
+
+def random_model_of_theirs(config: dict, device: torch.device) -> nn.Module:
+    """A model of transformers with random weights in bfloat16."""
+    import transformers
+
+    theirs = transformers.AutoConfig.for_model(**config)
+    with device:
+        return transformers.AutoModelForCausalLM.from_config(theirs, dtype=torch.bfloat16).eval()
+
+
+@torch.no_grad()
+def read_prompt(model: nn.Module, tokens: Tensor, backend: str) -> Tensor:
+    """The logits after the last token, (1, vocab_size)."""
+    model.set_attn_implementation(backend)
+    return model(tokens, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """The root mean square of the difference of two vectors, as a share of that of the second."""
+    return ((one - other).norm() / other.norm()).item()
+
+
+def flops_of_reading(config: dict, length: int) -> float:
+    """Floating-point operations of a prompt: two a parameter of the blocks and a token, and causal attention's."""
+    ours = pretrained.config_from_hub(config)
+    with torch.device("meta"):
+        model = Decoder(ours)
+    blocks = sum(p.numel() for p in model.stack.parameters())
+    pairs = length * (length + 1) / 2
+    return 2 * blocks * length + 4 * ours.layers * ours.heads * ours.size_of_head * pairs
 
 
 if __name__ == "__main__":
