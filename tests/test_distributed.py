@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -138,7 +139,7 @@ def test_functions_of_a_notebook_travel_with_what_they_name():
 # --- data parallel
 
 
-def gradients_of(scheme: str, pieces: int) -> dict[str, torch.Tensor]:
+def gradients_of(scheme: str, pieces: int, chunked: bool = False) -> dict[str, torch.Tensor]:
     """The gradients of a batch of 8 windows, cut into so many pieces, in this process's world."""
     torch.manual_seed(0)
     model = Decoder(SMALL)
@@ -151,7 +152,7 @@ def gradients_of(scheme: str, pieces: int) -> dict[str, torch.Tensor]:
         announced.append(last)
         distributed.announce_piece(network, last)
 
-    loss_of = lambda x, y: training.next_token_loss(network, x, y)  # noqa: E731
+    loss_of = lambda x, y: training.next_token_loss(network, x, y, chunked=chunked)  # noqa: E731
     training.accumulate_gradient(loss_of, rows[mine, :-1], rows[mine, 1:], pieces, announce)
     assert announced == [False] * (pieces - 1) + [True]
     return {name: distributed.whole(p.grad) for name, p in model.named_parameters()}
@@ -164,6 +165,14 @@ def test_gradients_are_those_of_one_process(pools, scheme, pieces, size):
     alone = gradients_of(scheme, 1)
     for theirs in pools[size].run(gradients_of, scheme, pieces):
         assert theirs.keys() == alone.keys()
+        for name, gradient in alone.items():
+            assert (theirs[name] - gradient).abs().max() <= 1e-6 * max(1.0, gradient.abs().max()), name
+
+
+@pytest.mark.parametrize("scheme", ["ddp", "fsdp"])
+def test_a_loss_in_chunks_has_the_same_gradients(pools, scheme):
+    alone = gradients_of(scheme, 1)
+    for theirs in pools[2].run(gradients_of, scheme, 2, chunked=True):
         for name, gradient in alone.items():
             assert (theirs[name] - gradient).abs().max() <= 1e-6 * max(1.0, gradient.abs().max()), name
 
@@ -195,7 +204,7 @@ def test_fsdp_holds_its_share_and_no_more(pools):
     assert held[:, 0].max() <= 1.2 * whole / 4
 
 
-def compiled_gradients(scheme: str) -> dict[str, torch.Tensor]:
+def compiled_gradients(scheme: str, chunked: bool) -> dict[str, torch.Tensor]:
     """The same as :func:`gradients_of`, through the compiled loss of a run."""
     torch.manual_seed(0)
     model = Decoder(dataclasses.replace(SMALL, layers=2))
@@ -205,16 +214,18 @@ def compiled_gradients(scheme: str) -> dict[str, torch.Tensor]:
         patch.setattr(
             torch, "compile", lambda function, compiler=torch.compile: compiler(function, backend="aot_eager")
         )
-        loss = distributed.compile_loss(network, training.training_loss, training.mean_cross_entropy)
+        loss_of = functools.partial(training.training_loss, chunked=chunked)
+        loss = distributed.compile_loss(network, loss_of, training.mean_cross_entropy)
     mine = distributed.world().share(8)
     loss(network, rows[mine, :-1], rows[mine, 1:]).backward()
     return {name: distributed.whole(p.grad) for name, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("scheme", ["ddp", "fsdp"])
-def test_a_compiled_step_gathers_and_sends_all_the_same(pools, scheme):
+def test_a_compiled_step_gathers_and_sends_all_the_same(pools, scheme, chunked):
     alone = gradients_of(scheme, 1)
-    for theirs in pools[2].run(compiled_gradients, scheme):
+    for theirs in pools[2].run(compiled_gradients, scheme, chunked):
         for name, gradient in alone.items():
             assert (theirs[name] - gradient).abs().max() <= 1e-6 * max(1.0, gradient.abs().max()), name
 

@@ -13,7 +13,7 @@ and the place in the data in one file. That file is replaced in one step, so a r
 where its last checkpoint was. Nothing here is pickled.
 
 Each topic has a room: ``config`` (settings and presets), ``data`` (windows of text), ``optimizer``, ``loss``,
-``machine`` (device, random numbers, signals), ``run`` and ``command``. Files are written by
+``cross_entropy``, ``machine`` (device, random numbers, signals), ``run`` and ``command``. Files are written by
 :mod:`tformer_lib.checkpoint`.
 
 Sources: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization" (arXiv:1711.05101); Karpathy's nanoGPT,
@@ -24,6 +24,7 @@ appendix B, for the count of floating-point operations.
 from tformer_lib.checkpoint import load_weights, read_metrics, read_tensors, save_weights, weights_of, write_atomically
 from tformer_lib.training.command import main
 from tformer_lib.training.config import PRESETS, TrainingConfig, config_from_dict, difference, llama_like, preset
+from tformer_lib.training.cross_entropy import chunked_cross_entropy
 from tformer_lib.training.data import (
     IGNORED,
     beginning,
@@ -57,6 +58,7 @@ __all__ = [
     "TrainingConfig",
     "accumulate_gradient",
     "beginning",
+    "chunked_cross_entropy",
     "config_from_dict",
     "difference",
     "end_of_document",

@@ -69,6 +69,9 @@ class TrainingConfig:
     """The type of the matrix products; 'auto' is bfloat16 (autocast) on a GPU that has it, else float32."""
     compile: bool | None = None
     """Whether to fuse the model with torch.compile; None is: on a GPU yes, on a CPU no."""
+    chunked_loss: bool | None = None
+    """Whether the loss takes the logits of a chunk of tokens at a time, which saves memory; None is: where all of a
+    micro-batch would be more than 256 MB."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Where torchrun starts several processes: 'ddp' keeps the whole model in each of them, 'fsdp' a part in each."""
     timeout: float = 600.0

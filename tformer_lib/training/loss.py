@@ -7,21 +7,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tformer_lib.mixture_of_experts import mixtures, take_balance_loss
+from tformer_lib.training.cross_entropy import chunked_cross_entropy
 from tformer_lib.training.data import IGNORED
-from tformer_lib.transformer import ModelConfig, evaluating
+from tformer_lib.transformer import Decoder, ModelConfig, evaluating
 
 # One step
 
 
-def next_token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+def next_token_loss(model: nn.Module, inputs: Tensor, targets: Tensor, *, chunked: bool = False) -> Tensor:
     """Mean cross-entropy of the targets, in nats; computed in float32, or in float64 for float64 logits.
 
     Args:
         model: tokens (batch, T) to logits (batch, T, vocab_size).
         inputs: (batch, T) int64.
         targets: (batch, T) int64; ``IGNORED`` ones do not count.
+        chunked: take the logits of a chunk of tokens at a time. The model must be a ``Decoder``, or what stands around
+            one where it is trained by several processes.
     """
-    return mean_cross_entropy(model(inputs), targets)
+    if not chunked:
+        return mean_cross_entropy(model(inputs), targets)
+    return model(inputs, head=lambda hidden, decoder: loss_of_hidden(hidden, decoder, targets))
+
+
+def loss_of_hidden(hidden: Tensor, model: Decoder, targets: Tensor) -> Tensor:
+    """The loss of what the blocks made of the tokens, (batch, T, width), without all logits at once."""
+    return chunked_cross_entropy(hidden, model.unembedding.weight, targets, softcap=model.config.logit_softcap)
+
+
+CHUNKED_FROM = 2**28
+"""Bytes of float32 logits from which on they are taken in chunks, unless the config says otherwise: 256 MB."""
+
+
+def is_chunked(wish: bool | None, tokens: int, vocab_size: int) -> bool:
+    """Whether a loss over so many tokens takes their logits in chunks: as wished, or by their size."""
+    return 4 * tokens * vocab_size > CHUNKED_FROM if wish is None else wish
 
 
 def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -31,16 +50,23 @@ def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def training_loss(
-    model: nn.Module, inputs: Tensor, targets: Tensor, head: Callable[[Tensor, Tensor], Tensor] = mean_cross_entropy
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor, Tensor], Tensor] = mean_cross_entropy,
+    *,
+    chunked: bool = False,
 ) -> Tensor:
     """What training minimises: :func:`next_token_loss`, and the balance loss of the model's experts, if it has any.
 
     Args:
         model, inputs, targets: as for :func:`next_token_loss`.
         head: (logits, targets) to the loss, such as a compiled :func:`mean_cross_entropy`.
+        chunked: take the logits of a chunk of tokens at a time, as :func:`next_token_loss` does; ``head`` is not used.
     """
     layers = mixtures(model)  # before they run, for a compiled model lists no modules that have changed
-    return head(model(inputs), targets) + take_balance_loss(layers)
+    loss = next_token_loss(model, inputs, targets, chunked=True) if chunked else head(model(inputs), targets)
+    return loss + take_balance_loss(layers)
 
 
 def accumulate_gradient(
@@ -84,7 +110,7 @@ def accumulate_gradient(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, inputs: Tensor, targets: Tensor, *, batch: int = 64) -> float:
+def evaluate(model: nn.Module, inputs: Tensor, targets: Tensor, *, batch: int = 64, chunked: bool = False) -> float:
     """Mean loss in nats over all targets that count, without dropout, added up in float64.
 
     Args:
@@ -92,12 +118,14 @@ def evaluate(model: nn.Module, inputs: Tensor, targets: Tensor, *, batch: int = 
         inputs: (windows, T) int64, on the model's device.
         targets: (windows, T) int64.
         batch: windows read at once.
+        chunked: take the logits of a chunk of tokens at a time, as :func:`next_token_loss` does.
     """
     total = torch.zeros((), dtype=torch.float64, device=inputs.device)
     with evaluating(model):
         for x, y in zip(inputs.split(batch), targets.split(batch), strict=True):
             counted = (y != IGNORED).sum()
-            total += torch.where(counted > 0, next_token_loss(model, x, y).double() * counted, 0.0)
+            loss = next_token_loss(model, x, y, chunked=chunked)
+            total += torch.where(counted > 0, loss.double() * counted, 0.0)
     return (total / (targets != IGNORED).sum()).item()
 
 

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ from tformer_lib.training.data import (
     replace_some,
     window_starts,
 )
-from tformer_lib.training.loss import accumulate_gradient, evaluate, mean_cross_entropy, training_loss
+from tformer_lib.training.loss import accumulate_gradient, evaluate, is_chunked, mean_cross_entropy, training_loss
 from tformer_lib.training.machine import interrupts, pick_device, random_states, restore_random_states, seed_all
 from tformer_lib.training.optimizer import learning_rate, make_optimizer
 from tformer_lib.transformer import Decoder
@@ -122,9 +123,11 @@ class Run:
         self.val_inputs, self.val_targets = (x.to(self.device) for x in self.share_of_windows(*windows))
         self.floor = entropy_floor(self.corpus, windows[1])
         compiled = self.device.type == "cuda" if config.compile is None else config.compile
-        self.loss = training_loss
+        here = config.batch // config.accumulation // self.world.size * config.context
+        self.chunked = is_chunked(config.chunked_loss, here, config.model.vocab_size)
+        self.loss = partial(training_loss, chunked=self.chunked)
         if compiled:
-            self.loss = distributed.compile_loss(self.network, training_loss, mean_cross_entropy)
+            self.loss = distributed.compile_loss(self.network, self.loss, mean_cross_entropy)
         self.saver = distributed.Saver(self.out) if self.world.size > 1 else None
         if self.world.size > 1:  # dropout differs from process to process
             self.seed_anew()
@@ -217,7 +220,8 @@ class Run:
         """
         with self.averaged():
             with self.autocast():
-                loss = self.mean_over_processes(evaluate(self.model, self.val_inputs, self.val_targets))
+                loss = evaluate(self.model, self.val_inputs, self.val_targets, chunked=self.chunked)
+                loss = self.mean_over_processes(loss)
             self.check_finite(loss, "validation loss")
             self.keep_best(loss)
         self.record(val_loss=loss, val_tokens=self.val_tokens, **({} if self.floor is None else {"floor": self.floor}))

@@ -39,6 +39,7 @@ class Decoder(nn.Module):
         mask: Tensor | None = None,
         cache=None,
         only: Tensor | None = None,
+        head: "Callable[[Tensor, Decoder], Tensor] | None" = None,
     ) -> Tensor:
         """The logits of the token after each one.
 
@@ -49,9 +50,11 @@ class Decoder(nn.Module):
             cache: a KV cache; T new tokens are appended to what it holds.
             only: (n,) int64, the places along T whose logits are wanted; all if not given. A server that reads a
                 prompt needs those of its last token alone, and the vocabulary is the widest matrix.
+            head: a function of (what the blocks made of the tokens, (batch, T, width); this model) in place of
+                :meth:`unembed`, such as a loss that never holds all logits.
 
         Returns:
-            (batch, T, vocab_size), or (batch, n, vocab_size) with ``only``.
+            (batch, T, vocab_size), or (batch, n, vocab_size) with ``only``, or what ``head`` returns.
 
         Raises:
             ValueError: if ``tokens`` has another shape or dtype, or a token is outside the vocabulary or too far along
@@ -65,7 +68,8 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance(tokens.shape[1])
         with profiling.range("unembed"):
-            return self.unembed(x if only is None else x[:, only])  # (batch, T or n, vocab_size)
+            x = x if only is None else x[:, only]
+            return self.unembed(x) if head is None else head(x, self)  # (batch, T or n, vocab_size)
 
     def unembed(self, x: Tensor) -> Tensor:
         """What the blocks made of tokens to the logits of the next: (..., width) -> (..., vocab_size)."""
