@@ -16,15 +16,14 @@ length as likely, and in the part "skewed" every order of magnitude as likely, w
 - contiguous: ``generation.generate`` on a preallocated cache with its recorded step, one such batch.
 - transformers: the same shape, its own generate, one such batch, greedy, bfloat16, SDPA without cuDNN (which would
   prepare a plan for every new shape).
+- nano-vllm: another engine of this kind, at the same memory and at 64 GiB, if it can be imported. How it is set up for
+  a fair run is written in ``serving_peer``.
 
 The parts run in processes of their own, unless ``--no-apart`` says otherwise. A batch's tokens count if they were asked
 for.
 
-The part "latency" lets requests arrive while others are served, one by one at random (Poisson) or many at once
-(bursts), at rates below and above what the engine can bear. It asks how long each waits. TTFT is the time from a
-request's arrival to its first token, TPOT the time per token after it; goodput counts the requests a second for which
-neither was several times as long as on an idle engine. The policies are budgets: a step that may read whole prompts
-serves the newcomer first and makes those that write wait; a step of small pieces does the opposite.
+The parts "latency" and "knee" let requests arrive while others are served, one by one at random (Poisson) or many at
+once (bursts), at rates below and above what the engine can bear, and ask how long each waits: see ``serving_latency``.
 
 The part "timeline" takes a decode step apart. Of 160 rows with 942 keys each, a step took 2.77 ms on an H200 where its
 bytes would take 1.72 (62 %), and the kernels said why, before gate and up were one product:
@@ -40,11 +39,13 @@ bytes would take 1.72 (62 %), and the kernels said why, before gate and up were 
 
 The parts "speculation", "float8" and "deterministic" ask what each of these gains or costs: drafts at batch 1, on texts
 that repeat themselves, that never do, and that mislead; float8 in the same bytes of keys and values; and steps of one
-shape, under which no bit of a text depends on its neighbours. The part "soak" runs for twenty minutes on a CPU.
+shape, under which no bit of a text depends on its neighbours. On a CPU, "precision" measures what float8 does to the
+loss and to greedy texts, and "soak" runs for twenty minutes.
 """
 
 import json
 import math
+import operator
 import os
 import subprocess
 import sys
@@ -60,12 +61,18 @@ from random import Random
 from statistics import median, quantiles
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks.harness import Options, Report, Timing, command_line, synchronize
+from benchmarks.serving_latency import Load, compare_policies, find_knee, skewed_lengths
+from benchmarks.serving_peer import is_there as nano_vllm_is_there
+from benchmarks.serving_peer import make_server, time_server
 from tformer_lib import pretrained
 from tformer_lib.generation import changing_shapes, generate, prefill
 from tformer_lib.kv_cache import CacheShape, GrowingCache
-from tformer_lib.serving import Engine, Request, Speculation, Step, blocks_that_fit, calibrate
+from tformer_lib.ladder import FP8
+from tformer_lib.serving import Engine, PackedPass, Request, Speculation, Step, blocks_that_fit, calibrate
+from tformer_lib.stories import stories
 from tformer_lib.tokens import Encoding
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
 
@@ -90,13 +97,15 @@ BANDWIDTH = 4.3e12
 """Bytes a second that an H200 reads at best; what the bound of a step is taken of."""
 REQUESTS, SHORTEST, LONGEST = 256, 100, 1024
 ROWS_RESERVED = MEMORY // (FULL_LENGTH * 2 * 16 * 8 * 64 * 2)
-SECONDS = {"engine": 120, "skewed": 80, "transformers": 80, "contiguous": 80, "latency": 300, "stories": 60}
-SECONDS |= {"soak": 1500} | dict.fromkeys(("roomy", "timeline", "speculation", "float8", "deterministic", "int8"), 80)
-"""How long each part may take."""
+SECONDS = {"engine": 120, "latency": 300, "soak": 1500, "precision": 300}
+MOST_SECONDS = 80
+"""How long each part may take, and how long those that are not listed."""
 
+ROOMY, ROOMY_CASE = 64 * 2**30, "256 requests, 64 GiB"
+"""Memory in which all requests fit at once."""
 
-PEERS = ("static", "sequential", "engine", "64 tokens a step", "1024 tokens a step", "no prefix cache")
-PEERS += ("no drafts", "bfloat16", "any order")
+PEERS = ("nano-vllm", "static", "sequential", "engine", "64 tokens a step", "1024 tokens a step", "no prefix cache")
+PEERS += ("no drafts", "bfloat16", "any order", "predicted by the bound")
 MANY_STEPS = "a run of many steps; the bound of a step stands beside the decode steps"
 
 
@@ -127,17 +136,26 @@ def run(args: ServingOptions) -> None:
         args.out.write_text(json.dumps(result))
         return
     report = Report("serving", args.device, args.out, peers=PEERS)
+    apart = {part for part in PARTS if args.apart or part.startswith("nano-vllm")}
     if args.device == "cuda":
         report.note(requests=REQUESTS, kv_memory_bytes=MEMORY, rows_reserved_at_full_length=ROWS_RESERVED)
-    parts = args.parts or (
-        ["stories", "latency"] if args.device == "cpu" else [p for p in PARTS if p not in ("stories", "soak")]
-    )
-    for part in parts:
-        result = run_apart(part, args.device) if args.apart else PARTS[part](args.device)
+    for part in args.parts or default_parts(args.device):
+        result = run_apart(part, args.device) if part in apart else PARTS[part](args.device)
         add_rows(report, result.pop("rows", []))
         report.note(**result)
         compare(report)
         report.finish()
+
+
+def default_parts(device: str) -> list[str]:
+    """All that fit the device; nano-vllm only where it can be imported."""
+    if device == "cpu":
+        return ["stories", "latency"]
+    return [
+        part
+        for part in PARTS
+        if part not in ("stories", "precision", "soak") and (nano_vllm_is_there() or not part.startswith("nano-vllm"))
+    ]
 
 
 def run_apart(part: str, device: str) -> dict:
@@ -147,7 +165,7 @@ def run_apart(part: str, device: str) -> dict:
         command = [sys.executable, "-m", "benchmarks.serving", "--device", device, "--part", part, "--out", str(out)]
         begin = time.perf_counter()
         try:
-            subprocess.run(command, timeout=SECONDS[part], check=True)
+            subprocess.run(command, timeout=SECONDS.get(part, MOST_SECONDS), check=True)
             result = json.loads(out.read_text())
         except subprocess.SubprocessError as error:
             result = {f"failed_{part}": f"{type(error).__name__}: {error}"[:300]}
@@ -162,11 +180,12 @@ def add_rows(report: Report, rows: list[dict]) -> None:
 
 def compare(report: Report) -> None:
     """How many times more tokens a second the engine writes."""
-    rates = {row.name: row.extra["tokens_per_second"] for row in report.rows if "tokens_per_second" in row.extra}
-    for name, rate in rates.items():
-        ours = rates.get("engine, skewed lengths" if "skewed" in name else "engine")
-        if ours and not name.startswith("engine"):
-            report.note(**{f"engine / {name}": round(ours / rate, 2)})
+    rates = {(row.case, row.contestant): row for row in report.rows if "tokens_per_second" in row.extra}
+    for (case, _), row in rates.items():
+        ours = rates.get((case, "engine"))
+        if ours and ours is not row:
+            times = ours.extra["tokens_per_second"] / row.extra["tokens_per_second"]
+            report.note(**{f"engine / {row.name}": round(times, 2)})
 
 
 # the workload
@@ -262,13 +281,13 @@ def continuous(engine: Engine) -> dict:
 def roomy_part(device: str) -> dict:
     """All requests at once where all of them fit: 64 GiB of keys and values."""
     model, requests, seconds = llama(device), workload(), []
-    engine = make_engine(model, seats=REQUESTS, memory=64 * 2**30)
+    engine = make_engine(model, seats=REQUESTS, memory=ROOMY)
     for _ in range(2):
         engine.log.clear()
         seconds.append(time_engine(engine, [requests]))
-    why = {"alone": "all of them fit, and so they would into a static batch"}
     written = sum(new for _, new in requests)
-    rows = [run_row("256 requests, 64 GiB", "engine", seconds, written, **why)]
+    why = {"alone": "all requests fit, and so they would into a static batch"}
+    rows = [run_row(ROOMY_CASE, "engine", seconds, written)]
     rows += [{**row, **why} for row in decode_rows("engine, 64 GiB", list(engine.log), model)]
     return {"rows": rows, "roomy_steps": len(engine.log)}
 
@@ -478,142 +497,15 @@ def stories_part(device: str) -> dict:
 # latency under load
 
 
-@dataclass(frozen=True)
-class Load:
-    """Requests, and how they arrive."""
-
-    prompts: list[list[int]]
-    new: list[int]
-    """Tokens that each one writes."""
-    engine: Callable[..., Engine]
-    """Makes an engine of these options, warmed up."""
-
-
-@dataclass(frozen=True)
-class Wait:
-    """What one request had to wait, in seconds."""
-
-    first: float
-    """TTFT."""
-    each: float
-    """TPOT."""
-    whole: float
-    """From its arrival to its last token."""
-
-
-def arrivals(count: int, rate: float, *, burst: int = 1, seed: int = 0) -> list[float]:
-    """When each request arrives, in seconds: groups of ``burst`` at once, with exponential gaps between groups.
-
-    Args:
-        count: how many requests.
-        rate: of requests a second, on average.
-        burst: 1 is a Poisson process.
-        seed: of the gaps.
-    """
-    random, now, times = Random(seed), 0.0, []
-    while len(times) < count:
-        now += random.expovariate(rate / burst)
-        times += [now] * burst
-    return times[:count]
-
-
-def drive(engine: Engine, load: Load, times: Sequence[float]) -> list[Wait]:
-    """Add each request when its time has come, and step in between; what each one waited."""
-    heard: list[list[float]] = [[] for _ in times]
-    begin, ahead = time.perf_counter(), 0
-
-    def listen(piece) -> None:
-        heard[piece.request.id].append(time.perf_counter() - begin)
-
-    while ahead < len(times) or engine.busy:
-        while ahead < len(times) and times[ahead] <= time.perf_counter() - begin:
-            wish = {"max_new_tokens": load.new[ahead]}
-            engine.add(load.prompts[ahead], wish, id=ahead, listener=listen)
-            ahead += 1
-        if engine.busy:
-            engine.step()
-        else:
-            time.sleep(max(times[ahead] - (time.perf_counter() - begin), 0.0))
-    return [wait_of(arrived, stamps) for arrived, stamps in zip(times, heard, strict=True)]
-
-
-def wait_of(arrived: float, stamps: list[float]) -> Wait:
-    """The waits of a request, from the times at which its tokens came."""
-    each = (stamps[-1] - stamps[0]) / max(len(stamps) - 1, 1)
-    return Wait(stamps[0] - arrived, each, stamps[-1] - arrived)
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p50, p90 and p99 in milliseconds: the smallest value that so many percent do not pass."""
-    ordered = sorted(values)
-    ranks = {f"p{p}": ordered[max(math.ceil(p / 100 * len(ordered)) - 1, 0)] for p in (50, 90, 99)}
-    return {name: round(1e3 * value, 1) for name, value in ranks.items()}
-
-
-def latency_row(case: str, policy: str, waits: list[Wait], times: Sequence[float], load: Load, objective: Wait) -> dict:
-    """A run as a row: its timing is that of whole requests."""
-    whole = sorted(wait.whole for wait in waits)
-    ends = max(arrived + wait.whole for arrived, wait in zip(times, waits, strict=True))
-    good = sum(wait.first <= objective.first and wait.each <= objective.each for wait in waits)
-    return {
-        "name": f"{case}: {policy}",
-        "case": case,
-        "contestant": policy,
-        "timing": (median(whole), whole[len(whole) // 10], whole[9 * len(whole) // 10], len(whole)),
-        "unbounded": "a wait in a queue",
-        "ttft_ms": percentiles([wait.first for wait in waits]),
-        "tpot_ms": percentiles([wait.each for wait in waits]),
-        "e2e_ms": percentiles([wait.whole for wait in waits]),
-        "tokens_per_second": round(sum(load.new) / ends),
-        "requests_per_second": round(len(waits) / ends, 2),
-        "goodput_per_second": round(good / ends, 2),
-    }
-
-
 def latency_part(device: str) -> dict:
-    """Every policy under every load, and the prefix cache where prompts share a beginning."""
-    load, shared, budgets = stories_load(device) if device == "cpu" else llama_load(device)
-    rows: list[dict] = []
-    engines = {budget: load.engine(budget=budget) for budget in budgets}
-    engine = engines[budgets[1]]
-    together = [drive(engine, load, [0.0] * len(load.prompts)) for _ in range(2)]
-    capacity = max(len(waits) / max(wait.whole for wait in waits) for waits in together)
-    idle = [
-        drive(engine, Load([p], [n], load.engine), [0.0])[0] for p, n in zip(load.prompts[:6], load.new, strict=False)
-    ]
-    objective = Wait(TTFT_SLACK * median(w.first for w in idle), TPOT_SLACK * median(w.each for w in idle), math.inf)
-    for case, times in loads(len(load.prompts), capacity).items():
-        for budget, each in engines.items():
-            each.forget()
-            waits = drive(each, load, times)
-            rows.append(latency_row(case, f"{budget} tokens a step", waits, times, load, objective))
-    for policy, cache in (("no prefix cache", False), ("prefix cache", True)):
-        engine.scheduler.prefix_cache = cache
-        times = arrivals(len(shared.prompts), capacity)
-        rows.append(latency_row("a shared beginning", policy, drive(engine, shared, times), times, shared, objective))
-    facts = {"ttft_objective_ms": round(1e3 * objective.first, 1), "tpot_objective_ms": round(1e3 * objective.each, 2)}
-    return {"rows": rows, "capacity_requests_per_second": round(capacity, 2), **facts}
+    """Every policy under every load; see ``serving_latency``."""
+    return compare_policies(*(stories_load(device) if device == "cpu" else llama_load(device)))
 
 
-TTFT_SLACK, TPOT_SLACK = 10, 3
-"""How many times as long as on an idle engine a request may wait for its first token, and for each one after it."""
-
-
-def loads(count: int, capacity: float) -> dict[str, list[float]]:
-    """The arrivals of each case."""
-    steady = {f"Poisson, {share:g} of capacity": arrivals(count, share * capacity) for share in (0.4, 0.8, 2.0)}
-    return steady | {"bursts of 8, 0.8 of capacity": arrivals(count, 0.8 * capacity, burst=8)}
-
-
-def skewed_lengths(random: Random, count: int, shortest: int, longest: int) -> list[int]:
-    """Lengths of which every order of magnitude is as likely."""
-    return [round(math.exp(random.uniform(math.log(shortest), math.log(longest)))) for _ in range(count)]
-
-
-def stories_load(device: str) -> tuple[Load, Load, tuple[int, ...]]:
-    """The pretrained model: requests, some with a shared beginning, and the budgets that are compared."""
+def stories_load(device: str) -> tuple[Load, Load, Load, tuple[int, ...]]:
+    """The pretrained model: requests, some with a shared beginning, some talks, and the budgets that are compared."""
     model, encoding = pretrained.load(device=device)
-    random, count = Random(0), 40
+    random, count = Random(0), 32
 
     def engine(**options) -> Engine:
         made = Engine(model, seats=16, **{"prefix_cache": False, **options})
@@ -627,17 +519,51 @@ def stories_load(device: str) -> tuple[Load, Load, tuple[int, ...]]:
     prompts = [tokens(length) for length in skewed_lengths(random, count, 8, 180)]
     beginning = tokens(160)
     shared = Load([beginning + tokens(8) for _ in range(count)], [8] * count, engine)
-    return Load(prompts, skewed_lengths(random, count, 6, 48), engine), shared, (16, 64, 1024)
+    chats = Load([tokens(80) for _ in range(8)], [16] * 8, engine, [[tokens(12) for _ in range(3)] for _ in range(8)])
+    return Load(prompts, skewed_lengths(random, count, 6, 48), engine), shared, chats, (16, 64, 1024)
 
 
-def llama_load(device: str) -> tuple[Load, Load, tuple[int, ...]]:
-    """The 1B shape: 64 of the skewed requests, some with a shared beginning, and the budgets that are compared."""
+def llama_load(device: str) -> tuple[Load, Load, Load, tuple[int, ...]]:
+    """The 1B shape: 64 of the skewed requests, some with a shared beginning, some talks, and the budgets."""
     model, pairs, random = llama(device), workload(skewed=True)[:64], Random(1)
     engine = partial(make_engine, model, seats=len(pairs))
-    beginning = [random.randrange(LLAMA_1B.vocab_size) for _ in range(1024)]
-    tails = [[random.randrange(LLAMA_1B.vocab_size) for _ in range(32)] for _ in pairs]
-    shared = Load([beginning + tail for tail in tails], [64] * len(pairs), engine)
-    return Load([p for p, _ in pairs], [new for _, new in pairs], engine), shared, (256, 1024, 8192)
+
+    def tokens(length: int) -> list[int]:
+        return [random.randrange(LLAMA_1B.vocab_size) for _ in range(length)]
+
+    beginning = tokens(1024)
+    shared = Load([beginning + tokens(32) for _ in pairs], [64] * len(pairs), engine)
+    questions = [[tokens(48) for _ in range(3)] for _ in range(24)]
+    chats = Load([tokens(700) for _ in range(24)], [128] * 24, engine, questions)
+    return Load([p for p, _ in pairs], [new for _, new in pairs], engine), shared, chats, (256, 1024, 8192)
+
+
+PREFILL_RATE = 600e12
+"""Operations a second of a step that reads prompts: what the cost model counts with."""
+
+
+def knee_part(device: str) -> dict:
+    """The first 192 requests, one by one at rates from light load to past saturation, driven and predicted."""
+    model, requests = llama(device), workload()[:192]
+    load = Load([prompt for prompt, _ in requests], [new for _, new in requests], partial(make_engine, model))
+    weights, per_token = weight_bytes(model), CacheShape.of(model, 1).bytes_per_token
+
+    def step_seconds(tokens: int, held: int) -> float:
+        return max(weights * tokens / PREFILL_RATE, (weights + held * per_token) / BANDWIDTH)
+
+    return find_knee(load.engine(seats=256, budget=512), load, (30, 50, 65, 80, 110), step_seconds)
+
+
+# nano-vllm
+
+
+def nano_vllm_part(device: str, *, memory: int = MEMORY) -> dict:
+    """The same requests by nano-vllm, which has to be on PYTHONPATH; see ``serving_peer``."""
+    requests = workload()
+    seconds = time_server(make_server(LLAMA_1B, memory, REQUESTS), requests, LLAMA_1B.vocab_size)
+    if memory == MEMORY:
+        return {"rows": [total_row("nano-vllm", seconds, requests)]}
+    return {"rows": [run_row(ROOMY_CASE, "nano-vllm", seconds, sum(new for _, new in requests))]}
 
 
 # a step taken apart
@@ -757,6 +683,44 @@ def speculation_part(device: str) -> dict:
             facts[f"speed-up, {case}, {who}"] = round(median(seconds["no drafts"]) / median(times), 3)
             facts[f"same text, {case}, {who}"] = request.new_tokens == last["no drafts"].new_tokens
     return {"rows": rows, **facts}
+
+
+@torch.no_grad()
+def precision_part(device: str) -> dict:
+    """What float8 keys and values cost: the loss on unseen stories, and how many greedy tokens stay the same."""
+    model, encoding = pretrained.load(device=device)
+    text = encoding.encode_ordinary("\n".join(stories(400, seed=99)))
+    texts = [text[start : start + 240] for start in range(0, 240 * 100, 240)]
+    scales, facts = calibrate(model, texts[:8]), {}
+    kinds = {"float32": (torch.float32, None), "float8": (FP8, scales), "float8 unscaled": (FP8, (1.0, 1.0))}
+    for name, (dtype, by) in kinds.items():
+        losses = [loss_through_pools(model, some, dtype, by) for some in texts[8:]]
+        facts[f"loss, {name}"] = round(sum(losses) / len(losses), 5)
+        facts[f"perplexity, {name}"] = round(math.exp(sum(losses) / len(losses)), 4)
+    written = []
+    for options in ({}, {"kv_dtype": "float8", "kv_scales": scales}):
+        engine = Engine(model, seats=32, **options)
+        made = [engine.add(some[:20], {"max_new_tokens": 100}) for some in texts[8:]]
+        engine.run()
+        written.append([request.new_tokens for request in made])
+    pairs = [pair for left, right in zip(*written, strict=True) for pair in zip(left, right, strict=True)]
+    facts["greedy tokens"], facts["greedy tokens that are the same"] = len(pairs), sum(a == b for a, b in pairs)
+    facts["texts"], facts["texts that are the same"] = len(written[0]), sum(map(operator.eq, *written))
+    return {"rows": [], "tokens": sum(len(some) - 1 for some in texts[8:]), "scales": list(scales), **facts}
+
+
+def loss_through_pools(
+    model: Decoder, text: list[int], dtype: torch.dtype, scales: tuple[float, float] | None
+) -> float:
+    """Mean cross-entropy of a text's tokens, all keys and values of which went through pools of this dtype."""
+    tokens = torch.tensor([text], device=next(model.parameters()).device)
+    places, config = torch.arange(len(text), device=tokens.device), model.config
+    size = (1, config.number_of_kv_heads, len(text), config.size_of_head)  # one block holds all of it
+    pools = [[torch.zeros(size, dtype=dtype, device=tokens.device) for _ in "kv"] for _ in range(config.layers)]
+    table, length = places.new_zeros(1, 1).int(), places.new_tensor([len(text)]).int()
+    starts = places.new_tensor([0, len(text)]).int()
+    cache = PackedPass(pools, places, places, table, length, starts, len(text), scales=scales)
+    return F.cross_entropy(model(tokens, cache=cache)[0, :-1].double(), tokens[0, 1:]).item()
 
 
 def float8_part(device: str) -> dict:
@@ -883,17 +847,21 @@ def resident_bytes() -> int:
 
 PARTS: dict[str, Callable[[str], dict]] = {
     "engine": engine_part,
+    "nano-vllm": nano_vllm_part,
     "roomy": roomy_part,
+    "nano-vllm, 64 GiB": partial(nano_vllm_part, memory=ROOMY),
     "skewed": skewed_part,
     "transformers": transformers_part,
     "contiguous": contiguous_part,
     "latency": latency_part,
+    "knee": knee_part,
     "timeline": timeline_part,
     "speculation": speculation_part,
     "float8": float8_part,
     "deterministic": deterministic_part,
     "int8": int8_part,
     "stories": stories_part,
+    "precision": precision_part,
     "soak": soak_part,
 }
 

@@ -409,7 +409,7 @@ def test_a_copy_outside_a_checkout_names_its_commit_by_the_environment(tmp_path,
 
 
 def test_arrivals_have_their_rate_and_their_bursts():
-    from benchmarks.serving import arrivals
+    from benchmarks.serving_latency import arrivals
 
     single, grouped = arrivals(4000, 10.0), arrivals(4000, 10.0, burst=8)
     for times in (single, grouped):
@@ -423,14 +423,14 @@ def test_arrivals_have_their_rate_and_their_bursts():
 
 
 def test_percentiles_are_values_that_occurred():
-    from benchmarks.serving import percentiles
+    from benchmarks.serving_latency import percentiles
 
     assert percentiles([i / 1000 for i in range(100, 0, -1)]) == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
     assert percentiles([0.007]) == {"p50": 7.0, "p90": 7.0, "p99": 7.0}
 
 
 def test_a_load_is_driven_to_its_end_and_every_wait_counts_from_the_arrival():
-    from benchmarks.serving import Load, Wait, drive, latency_row
+    from benchmarks.serving_latency import Load, Wait, drive, latency_row
     from tformer_lib.serving import Engine
     from tformer_lib.transformer import Decoder, ModelConfig
 
@@ -445,9 +445,48 @@ def test_a_load_is_driven_to_its_end_and_every_wait_counts_from_the_arrival():
         [wait.first + wait.each * (new - 1) for wait, new in zip(waits, load.new, strict=True)]
     )
     everything, nothing = Wait(math.inf, math.inf, math.inf), Wait(0.0, 0.0, 0.0)
-    rows = [latency_row("case", "policy", waits, times, load, objective) for objective in (everything, nothing)]
+    rows = [latency_row("case", "policy", waits, objective) for objective in (everything, nothing)]
     assert rows[0]["goodput_per_second"] == rows[0]["requests_per_second"] > 0
     assert rows[1]["goodput_per_second"] == 0
+
+
+def test_in_a_talk_each_question_brings_the_dialogue_along_and_comes_after_the_answer():
+    from benchmarks.serving_latency import THINKING, Load, drive
+    from tformer_lib.serving import Engine
+    from tformer_lib.transformer import Decoder, ModelConfig
+
+    model = Decoder(ModelConfig(vocab_size=11, max_length=32, width=8, layers=1, heads=1, positions="rope"))
+    engine, added = Engine(model, blocks=20, seats=2, budget=4), []
+    add = engine.add
+    engine.add = lambda prompt, *args, **options: added.append(add(prompt, *args, **options))
+    waits = drive(engine, Load([[1, 2, 3], [4]], [2, 1], lambda: engine, [[[5, 6], [7]], []]), [0.0, 0.0])
+    assert len(waits) == len(added) == 4
+    first, second, third = (request for request in added if request.tokens[0] == 1)
+    assert second.prompt == [*first.tokens, 5, 6]
+    assert third.prompt == [*second.tokens, 7]
+    talk = sorted(wait.arrived for wait, request in zip(waits, added, strict=True) if request.tokens[0] == 1)
+    assert all(later - earlier > THINKING for earlier, later in itertools.pairwise(talk))
+    assert [wait.tokens for wait in waits] == [len(request.new_tokens) for request in added]
+
+
+def test_the_cost_model_predicts_waits_by_its_own_clock():
+    from benchmarks.serving_latency import Load, predicted
+    from tformer_lib.paged_attention import BlockAllocator
+    from tformer_lib.serving import Scheduler
+
+    load = Load([[0] * 6, [0] * 6, [0]], [3, 1, 2], lambda: None)
+    scheduler = Scheduler(BlockAllocator(8), seats=2, budget=4, max_blocks=8, prefix_cache=False)
+    waits = predicted(load, [0.0, 0.5, 20.0], scheduler, lambda tokens, held: 1.0 + held / 100)
+    # the steps: 4 of the first prompt; 2 and 2 of the second; 1 and 3; 1 and 1; and later the third one's two
+    ends, clock = [], 0.0
+    for held in (4, 6 + 2, 7 + 5, 8 + 6):
+        clock += 1 + held / 100
+        ends.append(clock)
+    assert waits[0].first == pytest.approx(ends[1])
+    assert waits[0].whole == pytest.approx(ends[3])
+    assert waits[1].first == pytest.approx(ends[3] - 0.5)
+    assert waits[2].first == pytest.approx(1.01)
+    assert waits[2].whole == pytest.approx(1.01 + 1.02)
 
 
 # Edited kernels

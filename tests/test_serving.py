@@ -36,6 +36,7 @@ from tformer_lib.serving import (
 )
 from tformer_lib.serving.command import main
 from tformer_lib.serving.runner import likeliest
+from tformer_lib.serving.scheduler import POLICIES
 from tformer_lib.serving.turns import Turns
 from tformer_lib.tokens import characters
 from tformer_lib.transformer import Decoder, ModelConfig
@@ -110,9 +111,10 @@ def requests(draw):
     ahead=st.integers(0, 1),
     prefix_cache=st.booleans(),
     spare=st.sampled_from([0.0, 1.0]),
+    policy=st.sampled_from(POLICIES),
 )
 def test_every_schedule_writes_what_each_request_gets_alone(
-    plans, seats, more_budget, block_size, more_blocks, ahead, prefix_cache, spare
+    plans, seats, more_budget, block_size, more_blocks, ahead, prefix_cache, spare, policy
 ):
     longest = max(len(prompt) + new - 1 for _, prompt, new, _, _ in plans)
     engine = Engine(
@@ -124,6 +126,7 @@ def test_every_schedule_writes_what_each_request_gets_alone(
         ahead=ahead,
         prefix_cache=prefix_cache,
         spare_blocks=spare,
+        policy=policy,
     )
     made, step = {}, 0
     while engine.busy or len(made) < len(plans):
@@ -171,6 +174,31 @@ def test_no_step_passes_its_budget_and_long_prompts_come_in_pieces():
     mixed = [step for step in engine.log if step.samples and step.tokens > step.samples]
     assert mixed, "no step read a prompt while another row wrote"
     assert all(request.new_tokens == made[0].new_tokens for request in made)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_says_who_waits_while_a_prompt_is_read(policy):
+    engine = Engine(MODEL, block_size=4, seats=4, budget=8, policy=policy)
+    engine.add([1, 2], {"max_new_tokens": 12})
+    engine.step()
+    engine.step()
+    late = engine.add(list(range(20)), {"max_new_tokens": 2})
+    engine.run()
+    prompts = [step for step in engine.log if any(arrival == 1 and count > 1 for arrival, _, count in step.rows)]
+    writers = [{arrival for arrival, _, _ in step.rows} - {1} for step in prompts]
+    first = next(place for place, step in enumerate(engine.log) if step is prompts[0])
+    if policy == "mixed":
+        assert (len(prompts), writers, first) == (3, [{0}] * 3, 2)
+    elif policy == "prefill first":
+        assert (len(prompts), writers, first) == (3, [set()] * 3, 2)
+    else:
+        assert (len(prompts), writers, first) == (3, [set()] * 3, 12)
+    assert late.new_tokens == alone(list(range(20)), max_new_tokens=2)
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(ValueError, match="policy must be one of mixed, prefill first, decode first, got 'any'"):
+        Engine(MODEL, policy="any")
 
 
 def test_a_shared_beginning_is_computed_once():

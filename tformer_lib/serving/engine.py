@@ -122,7 +122,7 @@ class Engine:
             given.
         prefix_cache: whether blocks of earlier prompts are used again where a prompt begins as they did
             (``enable_prefix_caching``). A model with linear layers has none: no block holds the state of a beginning.
-        spare_blocks: see :class:`Scheduler`.
+        spare_blocks, policy: see :class:`Scheduler`.
         ahead: how many steps are launched before the tokens of a step are looked at; 1 on a GPU, 0 elsewhere
             (``async_scheduling``).
         cuda_graphs: record steps in which all rows write; by default where the model is on a GPU
@@ -161,6 +161,7 @@ class Engine:
         max_context: int | None = None,
         prefix_cache: bool = True,
         spare_blocks: float = 0.0,
+        policy: str = "mixed",
         ahead: int | None = None,
         cuda_graphs: bool | None = None,
         compile: bool = False,
@@ -198,7 +199,8 @@ class Engine:
         check_room(model, blocks * block_size, rows, budget, max_blocks, kv_dtype, window_rings)
         self.allocator = BlockAllocator(blocks, block_size)
         sizes = {"seats": seats, "budget": budget, "max_blocks": max_blocks}
-        self.scheduler = Scheduler(self.allocator, prefix_cache=prefix_cache, spare_blocks=spare_blocks, **sizes)
+        rules = {"prefix_cache": prefix_cache, "spare_blocks": spare_blocks, "policy": policy}
+        self.scheduler = Scheduler(self.allocator, **rules, **sizes)
         with torch.inference_mode(False):  # steps outside of it will write to the pools
             precision = {"kv_dtype": KV_DTYPES[kv_dtype], "kv_scales": kv_scales, "deterministic": deterministic}
             precision["window_rings"] = window_rings

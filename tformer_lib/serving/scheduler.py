@@ -27,6 +27,10 @@ class Row(NamedTuple):
         return 1 + len(self.drafts) if self.samples else 0
 
 
+POLICIES = ("mixed", "prefill first", "decode first")
+"""What a step does where some rows write and others have a prompt to read, see :class:`Scheduler`."""
+
+
 class Scheduler:
     """Who computes what in the next step. First come, first served.
 
@@ -34,6 +38,10 @@ class Scheduler:
     token of the budget each; what is left goes to prompts, in pieces if need be. A request is let in when there are
     blocks for all of its text so far and some to grow; where those that write need more blocks than there are, the
     latest to arrive gives its own back and waits again.
+
+    Two older policies are there to be compared (their names: Agrawal et al. 2024, arXiv:2403.02310). With "prefill
+    first" a step reads prompts alone as long as there is one to read, and those that write pause. With "decode first"
+    nobody is let in before all who write have ended, so that a batch is one from its beginning to its end.
 
     Args:
         allocator: the blocks.
@@ -43,6 +51,10 @@ class Scheduler:
         prefix_cache: whether a prompt's beginning is looked for among the blocks that were computed before.
         spare_blocks: blocks per running request that must stay free when another is let in, so that it is not thrown
             out again soon.
+        policy: one of POLICIES.
+
+    Raises:
+        ValueError: the budget is too small, or there is no such policy.
     """
 
     def __init__(
@@ -54,11 +66,14 @@ class Scheduler:
         max_blocks: int,
         prefix_cache: bool = True,
         spare_blocks: float = 0.0,
+        policy: str = "mixed",
     ):
+        if policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         if seats < 1 or budget < seats:
             raise ValueError(f"budget must be at least 1 token for each of {seats} seats, got {budget}")
         self.allocator, self.budget, self.spare_blocks = allocator, budget, spare_blocks
-        self.prefix_cache = prefix_cache
+        self.prefix_cache, self.policy = prefix_cache, policy
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.free_seats = list(range(seats - 1, -1, -1))
@@ -83,18 +98,32 @@ class Scheduler:
             drafts: guesses of what follows some of the texts that are written. They come last: a row is given as many
                 as fit into budget and blocks that no other row's next token needs.
         """
+        was_short = self.is_short()
         while self.is_short():
             self.preempt()
+        is_open = self.policy != "decode first" or all(request.wanted > 1 for request in self.running)
         rows: list[Row] = []
         left = self.budget
+        if self.policy == "prefill first" and not was_short:  # else who was preempted would come back at once
+            for request in self.running:
+                if request.wanted > 1:
+                    left -= self._take(request, left, rows)
+            self._let_in(left, rows)
+            if rows:
+                return rows
         for place, request in enumerate(self.running):
             guesses = drafts.get(request, ()) if drafts else ()
             if guesses:
                 guesses = guesses[: self._room_for_drafts(place, left)]
             left -= self._take(request, left, rows, tuple(guesses))
+        if is_open:
+            self._let_in(left, rows)
+        return rows
+
+    def _let_in(self, left: int, rows: list[Row]) -> None:
+        """Let those that wait run, in their order, while there is budget, a seat and room for the next one."""
         while left and self.waiting and self.free_seats and self._admit(self.waiting[0]):
             left -= self._take(self.running[-1], left, rows)
-        return rows
 
     def _room_for_drafts(self, place: int, left: int) -> int:
         """How many drafts the running request at this place may have, if it and each one after it gets a token."""
