@@ -13,6 +13,7 @@ checkout of it on PYTHONPATH, and vLLM's build of FlashAttention-3 too. For a fa
   second run has other prompts of the same lengths.
 """
 
+import atexit
 import sys
 import tempfile
 import time
@@ -111,7 +112,9 @@ def make_server(config: ModelConfig, memory: int, rows: int):
             dtype="bfloat16",
         ).save_pretrained(folder)
         options = {"max_model_len": config.max_length, "max_num_seqs": rows, "max_num_batched_tokens": 16384}
-        return LLM(folder, **options)
+        server = LLM(folder, **options)
+    atexit.unregister(server.exit)  # it need not be taken down: the process ends with it
+    return server
 
 
 def time_server(server, requests: Sequence[tuple[list[int], int]], vocab_size: int, *, runs: int = 2) -> list[float]:
