@@ -146,7 +146,7 @@ FOLDERS = {
 """Folder -> the extras that its files may import from. (A benchmark's peers are what the tests' oracles are.)"""
 
 
-OPTIONAL = {"fla", "vllm", "flashinfer", "triton"}
+OPTIONAL = {"fla", "vllm", "flashinfer", "triton", "nanovllm"}
 """Peers of a benchmark on a GPU, which it leaves out where they are missing."""
 
 
