@@ -480,6 +480,19 @@ def test_several_processes_learn_what_one_learns(pools, data, tmp_path, unbroken
 
 
 @pytest.mark.parametrize("scheme", ["ddp", "fsdp"])
+def test_muon_learns_the_same_in_several_processes_and_goes_on_with_one(pools, data, tmp_path, scheme):
+    config = tiny(data, tmp_path / "one", optimizer="muon", dtype="float32")
+    train(config)
+    alone = losses(tmp_path / "one")
+    pools[2].run(train, dataclasses.replace(config, out=str(tmp_path / "two"), parallel=scheme, steps=4))
+    go_on(str(tmp_path / "two"), steps=6)
+    ours = {key: value for key, value in losses(tmp_path / "two").items() if key[0] <= 3}
+    assert ours
+    assert all(value == pytest.approx(alone[key], rel=5e-3) for key, value in ours.items())
+    assert losses(tmp_path / "two")[6, "val_loss"] == pytest.approx(alone[6, "val_loss"], rel=2e-2)
+
+
+@pytest.mark.parametrize("scheme", ["ddp", "fsdp"])
 def test_experts_are_balanced_by_the_loads_of_all_processes(pools, data, tmp_path, scheme):
     experts = ExpertsConfig(count=4, per_token=2, balance_weight=0.0, bias_rate=0.05)
     model = training.llama_like(width=16, layers=2, heads=2, experts=experts)

@@ -36,12 +36,16 @@ class TrainingConfig:
     """The learning rate at the end of the cosine; a tenth of the peak is usual."""
     warmup: int = 100
     """Steps of linear warm-up: step t (from 0) has (t + 1) / (warmup + 1) of the peak."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Who takes the steps: AdamW, or Muon for the matrices of the blocks and AdamW for the rest."""
+    muon_factor: float = 1.0
+    """Muon's learning rate as a multiple of learning_rate; its updates are as long as AdamW's usually are."""
     beta1: float = 0.9
     """AdamW's memory of the gradient: about 1 / (1 - beta1) steps."""
     beta2: float = 0.99
     """AdamW's memory of the squared gradient; 0.99 where a batch has few tokens, 0.95 where it has many."""
     weight_decay: float = 0.1
-    """AdamW's decay of every matrix, embeddings included; norms and biases are never decayed."""
+    """Decay of every matrix, embeddings included; norms and biases are never decayed."""
     clip: float = 1.0
     """The longest gradient, as a norm over all parameters; longer ones are scaled down to it. 0 is off."""
     average: float = 0.0
@@ -91,6 +95,10 @@ class TrainingConfig:
             raise ValueError(f"dtype must be auto, float32 or bfloat16, got {self.dtype!r}")
         if self.parallel not in ("ddp", "fsdp"):
             raise ValueError(f"parallel must be ddp or fsdp, got {self.parallel!r}")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer must be adamw or muon, got {self.optimizer!r}")
+        if not 0 < self.muon_factor < math.inf:
+            raise ValueError(f"muon_factor must be positive and finite, got {self.muon_factor}")
         if not 0 < self.timeout < math.inf:
             raise ValueError(f"timeout must be a number of seconds above 0, got {self.timeout}")
         if not math.isfinite(self.learning_rate):

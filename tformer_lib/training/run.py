@@ -47,7 +47,7 @@ from tformer_lib.training.data import (
 )
 from tformer_lib.training.loss import accumulate_gradient, evaluate, is_chunked, mean_cross_entropy, training_loss
 from tformer_lib.training.machine import interrupts, pick_device, random_states, restore_random_states, seed_all
-from tformer_lib.training.optimizer import learning_rate, make_optimizer
+from tformer_lib.training.optimizer import learning_rate, make_optimizer, state_names
 from tformer_lib.transformer import Decoder
 
 
@@ -156,7 +156,7 @@ class Run:
         config = self.config
         inputs, targets = self.next_batch()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, config)
+            group["lr"] = learning_rate(self.step, config) * group.get("factor", 1.0)
         loss = accumulate_gradient(self.batch_loss, inputs, targets, config.accumulation, self.announce)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
         self.optimizer.step()
@@ -410,17 +410,20 @@ class Run:
         self.seed_anew()
 
     def restore_optimizer(self, states: dict[str, Tensor], source: str) -> None:
-        """Take over AdamW's state; a parameter that never had a gradient has none."""
+        """Take over the optimizer's state; a parameter that never had a gradient has none."""
         parameters = dict(self.model.named_parameters())
         parameters = {n: p for n, p in parameters.items() if part(states, f"{n}.")}
-        like = {"step": torch.zeros(()), "exp_avg": None, "exp_avg_sq": None}
-        expected = {f"{n}.{key}": p if x is None else x for n, p in parameters.items() for key, x in like.items()}
+        expected = {
+            f"{name}.{key}": torch.zeros(()) if key == "step" else p
+            for name, p in parameters.items()
+            for key in state_names(self.optimizer, p)
+        }
         check_like(states, expected, source)
         for name, parameter in parameters.items():
             state = part(states, f"{name}.")  # the step counts on the host, unless the optimizer is fused
             counter = parameter.device if self.optimizer.defaults["fused"] else "cpu"
-            devices = {"step": counter, "exp_avg": parameter.device, "exp_avg_sq": parameter.device}
-            self.optimizer.state[parameter] = {key: x.to(devices[key], copy=True) for key, x in state.items()}
+            places = {key: counter if key == "step" else parameter.device for key in state}
+            self.optimizer.state[parameter] = {key: x.to(places[key], copy=True) for key, x in state.items()}
 
     def start(self) -> None:
         """Make the run's folder and its first files.
