@@ -771,12 +771,10 @@ def test_the_kernels_equal_the_float64_sum(rule, dtype, T, dims, heads, layout, 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
-@pytest.mark.parametrize("untried", ["0", "1"])
 @pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize("rule", RULES)
-def test_long_sequences_in_segments_equal_the_float64_sum(rule, segments, untried, monkeypatch):
+def test_long_sequences_in_segments_equal_the_float64_sum(rule, segments):
     """Many chunks for every step that works by chunks, at the width that they are made for."""
-    monkeypatch.setenv("TFORMER_UNTRIED_KERNELS", untried)
     q, k, v = (torch.randn(1, 2, 1500, 128, dtype=torch.float64, device="cuda").bfloat16() for _ in range(3))
     options = {"scale": 128**-0.5}
     if rule == "mean":
@@ -793,6 +791,36 @@ def test_long_sequences_in_segments_equal_the_float64_sum(rule, segments, untrie
         for a, b in zip(kernels.launch(step, q, k, v, **options, segment_count=segments)[:2], truth[:2], strict=True):
             error = (a.double() - b).norm() / b.norm()
             assert error < torch.finfo(torch.bfloat16).eps, f"step {step}: error {error:.1e}"
+
+
+@pytest.mark.skipif(not steps_here(), reason="neither a C++ compiler nor a GPU is here")
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("d", [40, 128])
+def test_products_past_what_float16_holds_do_not_overflow(rule, d):
+    """Products of queries and keys of over 65,504, where float16 ends, with values so small that the sum fits."""
+    generator = torch.Generator().manual_seed(d)
+    draw = lambda width: torch.randn(1, 2, 300, width, generator=generator)  # noqa: E731
+    q, k, v = draw(d).sign() * 100, draw(d).sign() * 100, draw(d) * 1e-4
+    options = {"scale": 1.0}
+    if rule == "mean":
+        q, k, v = q.abs(), k.abs(), v * 1e4
+        options["normalised"] = True
+    if "delta" in rule:
+        q, k = q * 200, k / (100 * d**0.5)
+        options["beta"] = draw(1).sigmoid()
+    if rule in ("decay", "gated delta"):
+        options["log_decay"] = F.logsigmoid(draw(1))
+    inputs = [x.half() for x in (q, k, v)]
+    assert (inputs[0].double() @ inputs[1].double().mT).abs().max() > 65504
+    truth = kernels.plain(*(x.double() for x in inputs), **options)
+    for step, device in steps_here():
+        on_device = [x.to(device) for x in inputs]
+        given = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+        if not kernels.refusal(step, on_device[0], on_device[2], given.get("beta")):
+            found = kernels.launch(step, *on_device, **given)
+            for name, a, b in zip(("out", "state"), found, truth, strict=False):
+                error = (a.double().cpu() - b).norm() / b.norm()
+                assert error < 2 * torch.finfo(torch.float16).eps, f"step {step}, {name}: error {error:.1e}"
 
 
 def in_layout(draw, shape, layout):

@@ -23,8 +23,12 @@
 //               waits for one row of a state after the other
 //   predicted   exponentials 0.45 and 0.65; P by the producer's four warps 0.40 and 0.60
 //   measured    0.466 and 0.666; 0.634 and 0.834: the producer takes longer over P than the consumers over all the rest
-//   predicted   seven blocks of (0) on a multiprocessor, the scan's rows at once: 0.44 and 0.58; AHEAD 0.40 and 0.55;
-//               not measured yet. flash-linear-attention 0.6.0: 0.84 and 1.45
+//   predicted   seven blocks of (0) on a multiprocessor 0.44; a scan whose loads for the next segment are on their way while it
+//               multiplies 0.58; no meeting, each group computing the whole P one chunk ahead, 0.40 and 0.55
+//   measured    0.441 and 0.598; 0.569 at 1 x 32,768 (the scan 0.025); 0.480 and 0.606, so the groups go on meeting: the
+//               other half of P and its exponentials cost more than the wait. flash-linear-attention 0.6.0: 0.84 and 1.45
+//   timeline    5,900 cycles a chunk, of which the tensor cores multiply 2,300: products with the state 1,490, P's
+//               exponentials and stores 1,260, beta (V - K S), T and S 1,850, the output's rows 1,300
 //   limit       where a sum is normalised, 4 warps of the producer take longer over a chunk than the consumers: 0.33, with a
 //               feature map 0.72, so that step 2 is taken there
 //
@@ -42,7 +46,7 @@ constexpr int WARPGROUP = 128, GROUPS = 2, THREADS = (1 + GROUPS) * WARPGROUP;
 constexpr int STAGES = 3;        // chunks on their way or in use
 constexpr int GROUP_VALUES = 64, VALUES = GROUPS * GROUP_VALUES;
 constexpr int BOX_BYTES = CHUNK * 128;  // 64 rows of 64 halves: what one descriptor walks along
-constexpr int KEEPERS = 1, PRODUCERS = 2, FIRST_GROUP = 3;  // hardware barriers
+constexpr int KEEPERS = 1, PRODUCERS = 2;  // hardware barriers
 
 // One warp's share of a consumer warpgroup, as chunk.cuh sees it.
 template <int D>
@@ -58,9 +62,10 @@ struct HopperLayout {
     static constexpr int Q = 0, K = OUTPUTS ? KEY_BYTES : 0, V = K + KEY_BYTES, T = V + VALUE_BYTES;
     static constexpr int STAGE = T + (RULE == DELTA ? BOX_BYTES : 0);
     static constexpr int P = STAGES * STAGE;
-    static constexpr int NUMBERS = P + (OUTPUTS ? (RULE == DELTA ? 2 * GROUPS : 2) * BOX_BYTES : 0);
+    static constexpr int NUMBERS = P + (OUTPUTS ? 2 * BOX_BYTES : 0);
     static constexpr int PARTS = NUMBERS + STAGES * int(sizeof(StageNumbers));  // the denominators' halves, twice
-    static constexpr int SUMS = PARTS + 2 * GROUPS * CHUNK * int(sizeof(float));
+    static constexpr int SHRINKS = PARTS + 2 * GROUPS * CHUNK * int(sizeof(float));  // what rows of P were multiplied by
+    static constexpr int SUMS = SHRINKS + 2 * GROUPS * CHUNK * int(sizeof(float));
     static constexpr int BARRIERS = SUMS + 2 * 4 * D * int(sizeof(float));
     static constexpr int BYTES = BARRIERS + 2 * STAGES * int(sizeof(uint64_t)) + 1024;  // aligned to 1,024 by hand
 };
@@ -201,10 +206,11 @@ struct Consumer {
         commit_products();
     }
 
-    // C^T += U^T L^T, or = it, for a tile L of 64 x 64, started.
+    // C^T += U^T L^T, or = it, for the columns of a tile L of 64 x 64 from 16 FROM to 16 TO, started.
+    template <int FROM = 0, int TO = STEPS>
     __device__ void start_square(float (&C)[TOKEN_TILES][4], const uint32_t (&U)[STEPS][4], uint32_t L, bool add) const {
 #pragma unroll
-        for (int k = 0; k < STEPS; ++k) multiply_64<Half>(C, U[k], columns_of(L, k), add || k > 0);
+        for (int k = FROM; k < TO; ++k) multiply_64<Half>(C, U[k], columns_of(L, k), add || k > 0);
         commit_products();
     }
 
@@ -221,30 +227,36 @@ struct Consumer {
             ldmatrix_transposed(U[k], V + group * BOX_BYTES + place<64>(k * 16 + n_row(), row / 8 + n_chunk()));
     }
 
-    // P from column `first` on, masked and decayed, to shared memory; with MEAN the sums of its rows, too.
+    // P from column `first` on, masked and decayed, to shared memory; with MEAN the sums of its rows, too. `shrinks`: what
+    // each row was multiplied by to fit.
     template <Rule RULE, int TILES>
-    __device__ void store_scores(const float (&C)[TILES][4], int first, uint8_t* P, float* part, const float* since,
+    __device__ void store_scores(float (&C)[TILES][4], int first, uint8_t* P, float* part, float* shrinks, const float* since,
                                  float scale) const {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int token = row + r * 8 + row_in_tile();
-            float total = 0.0f;
+            float total = 0.0f, most = 0.0f;
 #pragma unroll
-            for (int j = 0; j < TILES; ++j) {
-                float p[2];
+            for (int j = 0; j < TILES; ++j)
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const int column = first + j * 8 + column_in_tile() + e;
                     const float kept = RULE >= DECAY ? fast_exp2(since[token] - since[column]) : 1.0f;
-                    p[e] = column <= token ? C[j][2 * r + e] * (scale * kept) : 0.0f;
+                    float& p = C[j][2 * r + e];
+                    p = column <= token ? p * (scale * kept) : 0.0f;
+                    most = fmaxf(most, fabsf(p));
                 }
-                const uint32_t word = pack<Half>(p[0], p[1]);
+            const float shrink = shrink_of_row<Half>(most);
+            if (SHRINKS<Half> && lane() % 4 == 0) shrinks[token] = shrink;
+#pragma unroll
+            for (int j = 0; j < TILES; ++j) {
+                const uint32_t word = pack<Half>(C[j][2 * r] * shrink, C[j][2 * r + 1] * shrink);
                 *reinterpret_cast<uint32_t*>(P + place<64>(token, first / 8 + j) + lane() % 4 * 4) = word;
                 const float2 rounded = unpack<Half>(word);
                 total += rounded.x + rounded.y;
             }
             if constexpr (RULE == MEAN) {
-                total = quad_sum(total);
+                total = quad_sum(total) / shrink;
                 if (lane() % 4 == 0) part[token] = total;
             }
         }
@@ -296,10 +308,7 @@ __device__ inline void pin_words(uint32_t (&w)[COUNT][4]) {
 
 // One block: some value columns of a head's segment. OUTPUTS: (3), else (1) of segments.cuh, in which the blocks behind
 // those of the values compute the delta rule's transitions.
-//
-// AHEAD, for the delta rule, whose products wait for one another: each group computes the whole P of the next chunk while it
-// writes the outputs of this one, and the groups never wait for each other, so that one's products fill the other's gaps.
-template <class Half, int D, Rule RULE, bool OUTPUTS, bool AHEAD = false>
+template <class Half, int D, Rule RULE, bool OUTPUTS>
 __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constant__ Arguments a) {
     using At = HopperLayout<D, RULE, OUTPUTS>;
     using Sh = Warp<D>;
@@ -307,6 +316,7 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
     uint8_t* const shared = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
     StageNumbers* const numbers = reinterpret_cast<StageNumbers*>(shared + At::NUMBERS);
     float* const parts = reinterpret_cast<float*>(shared + At::PARTS);
+    float* const shrinks = reinterpret_cast<float*>(shared + At::SHRINKS);
     uint64_t *const full = reinterpret_cast<uint64_t*>(shared + At::BARRIERS), *const empty = full + STAGES;
 
     const int value_slices = int((a.value_dim + VALUES - 1) / VALUES);
@@ -392,34 +402,13 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
             for (int e = 0; e < 4; ++e)
                 c.S[0][j][e] = first_row + e / 2 * 8 + row_in_tile() == j * 8 + column_in_tile() + e % 2 ? 1.0f : 0.0f;
 
-    float scores[AHEAD ? TOKEN_TILES : 4][4];
-    const auto own_P = [&](int i) { return shared + At::P + (2 * c.group + i % 2) * BOX_BYTES; };
-    const auto start_scores = [&](int i) {
-        const uint32_t tile = shared_address(shared) + i % STAGES * At::STAGE;
-        wait(&full[i % STAGES], i / STAGES & 1);
-        products_begin();
-#pragma unroll
-        for (int step = 0; step < Sh::STATE_STEPS; ++step)
-            if constexpr (AHEAD)
-                multiply_shared<Half, false, false>(scores, columns_of(tile + At::Q, step), columns_of(tile + At::K, step),
-                                                    step > 0);
-        commit_products();
-    };
-    const auto finish_scores = [&](int i) {
-        wait_products<0>();
-        pin(scores);
-        c.template store_scores<RULE>(scores, 0, own_P(i), nullptr, numbers[i % STAGES].since, a.scale);
-        show_to_async();
-    };
-    if constexpr (AHEAD)
-        if (w.first < w.last) start_scores(0), finish_scores(0);
-
     for (int chunk = w.first; chunk < w.last; ++chunk) {
         const int i = chunk - w.first, stage = i % STAGES, token = chunk * CHUNK;
         const uint32_t tile = shared_address(shared) + stage * At::STAGE;
         const uint32_t q = tile + At::Q, k = tile + At::K, v = tile + At::V;
-        uint8_t* const P = AHEAD ? own_P(i) : shared + At::P + i % 2 * BOX_BYTES;
+        uint8_t* const P = shared + At::P + i % 2 * BOX_BYTES;
         float* const part = parts + i % 2 * GROUPS * CHUNK;
+        float *const left = shrinks + i % 2 * GROUPS * CHUNK, *const right = left + CHUNK;  // of P's halves
         const StageNumbers& n = numbers[stage];
         const float shrink = shrink_of<Half, Sh>(c.S), grow = 1.0f / shrink;
         uint32_t A[Sh::STATE_STEPS][4], U[STEPS][4];
@@ -428,7 +417,8 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
 
         wait(&full[stage], i / STAGES & 1);
         products_begin();
-        if constexpr (OUTPUTS && !AHEAD) {
+        float scores[4][4];
+        if constexpr (OUTPUTS) {
 #pragma unroll
             for (int step = 0; step < Sh::STATE_STEPS; ++step)
                 multiply_32<Half>(scores, columns_of(q, step), columns_of(k + c.group * 32 * 128, step), step > 0);
@@ -437,10 +427,11 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
         if (RULE == DELTA) c.start_read(X, A, k);
         if (OUTPUTS) c.start_read(O[0], A, q);
         c.load_values(U, v);
-        if constexpr (OUTPUTS && !AHEAD) {
+        if constexpr (OUTPUTS) {
             wait_products<RULE == DELTA ? 2 : 1>();
             pin(scores);
-            c.template store_scores<RULE>(scores, c.group * 32, P, part + c.group * CHUNK, n.since, a.scale);
+            c.template store_scores<RULE>(scores, c.group * 32, P, part + c.group * CHUNK, left + c.group * CHUNK, n.since,
+                                          a.scale);
             show_to_async();
         }
         if constexpr (RULE == DELTA) {
@@ -458,11 +449,21 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
         if (OUTPUTS) {
             wait_products<0>();
             pin(O[0]);
-            scale_columns<Sh>(O, [&](int t) { return a.scale * grow * (RULE >= DECAY ? n.kept[t] : 1.0f); });
-            if (AHEAD) meet(FIRST_GROUP + c.group, WARPGROUP);  // all of P is there
-            else meet(KEEPERS, GROUPS * WARPGROUP);
+            const auto factor = [&](int t) { return a.scale * grow * (RULE >= DECAY ? n.kept[t] : 1.0f); };
+            if constexpr (!SHRINKS<Half>) scale_columns<Sh>(O, factor);
+            meet(KEEPERS, GROUPS * WARPGROUP);  // all of P is there
+            if constexpr (SHRINKS<Half>) scale_columns<Sh>(O, [&](int t) { return left[t] * factor(t); });
             products_begin();
-            c.start_square(O[0], U, shared_address(P), true);
+            if constexpr (SHRINKS<Half>) {
+                c.template start_square<0, STEPS / 2>(O[0], U, shared_address(P), true);
+                wait_products<0>();
+                pin(O[0]);
+                scale_columns<Sh>(O, [&](int t) { return right[t] / left[t]; });
+                products_begin();
+                c.template start_square<STEPS / 2, STEPS>(O[0], U, shared_address(P), true);
+            } else {
+                c.start_square(O[0], U, shared_address(P), true);
+            }
         }
         uint32_t decayed[STEPS][4];
 #pragma unroll
@@ -472,23 +473,23 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
         if (RULE >= DECAY) c.decay_to_end(decayed, n);
         products_begin();
         c.start_absorb(decayed, k);
-        const int next = min(i + 1, w.last - w.first - 1);  // after the last chunk its own P once more, which nobody reads
-        if constexpr (AHEAD) start_scores(next);
         if (OUTPUTS) {
-            wait_products<AHEAD ? 2 : 1>();
+            wait_products<1>();
             pin(O[0]);
             if constexpr (RULE == MEAN) {
                 const auto total = [&](int t) { return n.before[t] * a.scale + part[t] + part[CHUNK + t]; };
-                scale_columns<Sh>(O, [&](int t) { return total(t) > 0.0f ? 1.0f / total(t) : 0.0f; });
+                const auto shrink = [&](int t) { return SHRINKS<Half> ? right[t] : 1.0f; };
+                scale_columns<Sh>(O, [&](int t) { return total(t) > 0.0f ? 1.0f / (shrink(t) * total(t)) : 0.0f; });
                 const int t = threadIdx.x - WARPGROUP;
                 if (a.denominators != nullptr && w.slice == 0 && t < CHUNK && token + t < s.T)
                     a.denominators[denominator_of(a, s, w.h, token + t)] = total(t);
+            } else if constexpr (SHRINKS<Half>) {
+                scale_columns<Sh>(O, [&](int t) { return 1.0f / right[t]; });
             }
             store_output<Half, Sh>(O, out, token, s.T, first_row, int(a.value_dim));
         }
-        wait_products<AHEAD ? 1 : 0>();
+        wait_products<0>();
         pin(c.S[0]);
-        if constexpr (AHEAD) finish_scores(i + 1);
         __syncwarp();
         if (lane() == 0) arrive(&empty[stage]);
     }
@@ -508,9 +509,9 @@ const char* with_types(const Arguments& a, const Run& run) {
 
 constexpr int WIDTH = 128;  // of head_dim, padded; at 64 a warpgroup's products are too short to hide one another
 
-// With AHEAD the delta rule's outputs are computed so.
-template <bool AHEAD>
-const char* run(const Arguments* a, void* stream) {
+}  // namespace
+
+extern "C" const char* forward(const Arguments* a, void* stream) {
     return with_types(*a, [&]<class Half, Rule RULE>() -> const char* {
         const int64_t slices = (a->value_dim + VALUES - 1) / VALUES, states = a->sequences * a->kv_heads;
         if (RULE == DELTA)
@@ -522,17 +523,10 @@ const char* run(const Arguments* a, void* stream) {
                 return error;
             if (const char* error = launch_scan<WIDTH, RULE>(*a, stream)) return error;
         }
-        return launch(hopper_kernel<Half, WIDTH, RULE, true, AHEAD && RULE == DELTA>,
-                      a->sequences * a->heads * a->segment_count * slices, THREADS, HopperLayout<WIDTH, RULE, true>::BYTES, stream,
-                      *a);
+        return launch(hopper_kernel<Half, WIDTH, RULE, true>, a->sequences * a->heads * a->segment_count * slices, THREADS,
+                      HopperLayout<WIDTH, RULE, true>::BYTES, stream, *a);
     });
 }
-
-}  // namespace
-
-extern "C" const char* forward(const Arguments* a, void* stream) { return run<false>(a, stream); }
-
-extern "C" const char* forward_ahead(const Arguments* a, void* stream) { return run<true>(a, stream); }
 
 extern "C" const char* resources(const Arguments* a, Resources* out) {
     return with_types(*a, [&]<class Half, Rule RULE>() {

@@ -46,7 +46,9 @@
 //               run: 1.84 and 3.09 without gates; with gates it refuses this machine's Triton (3.6)
 //   hypothesis  half of (6)'s 3,900 instructions a thread and chunk divide 64-bit numbers; of (3)'s and (5)'s 1,500 a fifth
 //               moves halves between lanes, which matrices of 8 x 8 blocks need not; the scans wait for each row in turn
-//   predicted   1.8 and 2.1; not measured yet
+//   predicted   1.8 and 2.1
+//   measured    2.09 and 2.46: (1) 0.18, (3) 0.35 and 0.24, (5) 0.66 and 0.44, (6) 0.90; 2.41 with scans whose loads for the
+//               next segment are on their way while they multiply ((2) 0.37, (4) 0.28)
 #include "common/mma_tiles.cuh"
 #include "common/resources.cuh"
 #include "inverse.cuh"
@@ -181,7 +183,7 @@ __global__ void __launch_bounds__(INVERSE_THREADS) scores_kernel(const __grid_co
     wait_copies<0>();
     __syncthreads();
     uint8_t* const P = shared + 2 * Sh::KEY_BYTES;
-    score<Half, Sh, DECAY>(P, nullptr, q, k, numbers.since, nullptr, a.scale);
+    score<Half, Sh, DECAY>(P, nullptr, nullptr, q, k, numbers.since, nullptr, a.scale);
     __syncthreads();
     Half* const to = of_chunk<Half>(g.scores, a, s, n, h, chunk, CHUNK * CHUNK);
     for (int i = threadIdx.x; i < CHUNK * CHUNK / VECTOR; i += INVERSE_THREADS) {
@@ -397,41 +399,24 @@ __global__ void __launch_bounds__(SCAN_THREADS) reverse_scan_kernel(const __grid
     }
 }
 
-// The delta rule's: SCAN_ROWS rows of a state's gradient (value columns), a thread a column. The slot before a segment gains
-// (the slot after it) . M, where `transitions` has M transposed.
+// The delta rule's. The slot before a segment gains (the slot after it) . M, where `transitions` has M transposed.
 template <int D>
-__global__ void __launch_bounds__(D) reverse_matrix_scan_kernel(const __grid_constant__ Gradients g) {
-    __shared__ __align__(16) float run[SCAN_ROWS][D];
+__global__ void __launch_bounds__(Scan<D>::THREADS) reverse_matrix_scan_kernel(const __grid_constant__ Gradients g) {
     const Arguments& a = g.forward;
-    const int64_t parts = (a.value_dim + SCAN_ROWS - 1) / SCAN_ROWS, head = blockIdx.x / parts, n = head / a.heads;
-    const int64_t state = n * a.kv_heads + head % a.heads / (a.heads / a.kv_heads), width = a.head_dim;
-    const int first = int(blockIdx.x % parts) * SCAN_ROWS, column = threadIdx.x;
-    const int rows = min(SCAN_ROWS, int(a.value_dim) - first);
-    const bool here = column < width;
-    const auto slot = [&](int segment, int row) -> float& {
-        return g.dsegments[((head * (a.segment_count - 1) + segment) * a.value_dim + first + row) * width + column];
+    const int64_t slices = (a.value_dim + Scan<D>::ROWS - 1) / Scan<D>::ROWS, head = blockIdx.x / slices;
+    const int64_t state = head / a.heads * a.kv_heads + head % a.heads / (a.heads / a.kv_heads);
+    const int first = int(blockIdx.x % slices) * Scan<D>::ROWS, width = int(a.head_dim), column = threadIdx.x % D;
+    const int slots = segments_of(a, state) - 1;
+    const int64_t slot = head * (a.segment_count - 1), transition = slot_of(a, state, 0);
+    const auto at = [&](int step, int row) {
+        return g.dsegments + ((slot + slots - 1 - step) * a.value_dim + first + row) * width + column;
     };
-    for (int segment = segments_of(a, state) - 2; segment > 0; --segment) {
-        float alone[SCAN_ROWS], next[SCAN_ROWS] = {};
-#pragma unroll
-        for (int r = 0; r < SCAN_ROWS; ++r) alone[r] = here && r < rows ? slot(segment - 1, r) : 0.0f;
-        __syncthreads();
-#pragma unroll
-        for (int r = 0; r < SCAN_ROWS; ++r) run[r][column] = here && r < rows ? slot(segment, r) : 0.0f;
-        __syncthreads();
-        const float* const M = a.transitions + (slot_of(a, state, segment) * width + column) * width;
-        for (int l = 0; here && l < width; l += 4) {
-            const float4 m = *reinterpret_cast<const float4*>(M + l);
-#pragma unroll
-            for (int r = 0; r < SCAN_ROWS; ++r) {
-                const float4 x = *reinterpret_cast<const float4*>(&run[r][l]);
-                next[r] = fmaf(x.x, m.x, fmaf(x.y, m.y, fmaf(x.z, m.z, fmaf(x.w, m.w, next[r]))));
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < SCAN_ROWS; ++r)
-            if (here && r < rows) slot(segment - 1, r) = next[r] + alone[r];
-    }
+    const auto load = [&](float (&m)[4], int step, int l) {
+        const float* const from = a.transitions + ((transition + slots - step) * width + column) * width + l;
+        const float4 x = *reinterpret_cast<const float4*>(from);
+        m[0] = x.x, m[1] = x.y, m[2] = x.z, m[3] = x.w;
+    };
+    Scan<D>::run(slots, min(Scan<D>::ROWS, int(a.value_dim) - first), width, column < width, at, load);
 }
 
 // --- (6) -------------------------------------------------------------------------------------------------------------
@@ -759,9 +744,9 @@ const char* run(const Gradients& g, void* stream) {
         if (const char* error = launch(reverse_kernel<Half, Sh, RULE, false>, heads * a.segment_count * slices, Sh::THREADS,
                                        ReverseLayout<Sh>::BYTES, stream, g))
             return error;
-        const int64_t rows = (a.value_dim + SCAN_ROWS - 1) / SCAN_ROWS;
+        const int64_t blocks = heads * Scan<D>::slices(a.value_dim);
         const int64_t parts = (a.value_dim * a.head_dim / 4 + SCAN_THREADS - 1) / SCAN_THREADS;
-        if (const char* error = RULE == DELTA ? launch(reverse_matrix_scan_kernel<D>, heads * rows, D, 0, stream, g)
+        if (const char* error = RULE == DELTA ? launch(reverse_matrix_scan_kernel<D>, blocks, Scan<D>::THREADS, 0, stream, g)
                                               : launch(reverse_scan_kernel, heads * parts, SCAN_THREADS, 0, stream, g))
             return error;
     }

@@ -315,9 +315,12 @@ struct Gates {
 
 // float16 ends at 65,504, which a sum over many tokens passes: its state is multiplied by a power of two on its way into
 // a product, and the product by the inverse. bfloat16 needs none.
+template <class Half>
+constexpr bool SHRINKS = std::is_same_v<Half, Fp16>;
+
 template <class Half, class Sh>
 __device__ float shrink_of(const State<Sh>& S) {
-    if constexpr (std::is_same_v<Half, Fp16>) {
+    if constexpr (SHRINKS<Half>) {
         float most = 0.0f;
 #pragma unroll
         for (int m = 0; m < Sh::M; ++m)
@@ -331,6 +334,15 @@ __device__ float shrink_of(const State<Sh>& S) {
         return exp2f(8.0f - ceilf(log2f(most)));
     }
     return 1.0f;
+}
+
+// The same for a row of P, whose quad has seen `most`: weights beyond float16's end are stored times a power of two each row.
+template <class Half>
+__device__ float shrink_of_row(float most) {
+    if constexpr (!SHRINKS<Half>) return 1.0f;
+    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+    return most <= 32768.0f ? 1.0f : exp2f(15.0f - ceilf(log2f(most)));
 }
 
 // Multiply the columns (tokens) of accumulators by a number each.

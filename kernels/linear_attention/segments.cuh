@@ -182,62 +182,92 @@ __global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(const __grid_constan
     }
 }
 
-constexpr int SCAN_ROWS = 8, AHEAD = 32;
-
-// SCAN_ROWS rows of a state (value columns), a thread a column. Transitions and states are transposed: row . M^T.
+// A scan with matrices over the segments, ROWS rows of a state (value columns) a block. A thread has a column and a quarter
+// of its sums; what it needs of the next segment's transition is on its way while it multiplies with this one's.
 template <int D>
-__global__ void __launch_bounds__(D) matrix_scan_kernel(const __grid_constant__ Arguments a) {
-    __shared__ __align__(16) float run[SCAN_ROWS][D];
-    const int64_t parts = (a.value_dim + SCAN_ROWS - 1) / SCAN_ROWS, state = blockIdx.x / parts;
-    const int first = int(blockIdx.x % parts) * SCAN_ROWS, column = threadIdx.x, width = int(a.head_dim);
-    const int rows = min(SCAN_ROWS, int(a.value_dim) - first);
-    const bool here = column < width;
-    const int64_t at = int64_t(first) * width + column;
-    const int used = segments_of(a, state);
-    for (int segment = 0; segment + 1 < used; ++segment) {
-        const int64_t slot = slot_of(a, state, segment);
-        float* const own = a.segments + slot * state_size(a) + at;
-        float alone[SCAN_ROWS], next[SCAN_ROWS] = {};
+struct Scan {
+    static constexpr int PARTS = 4, THREADS = D * PARTS, SHARE = D / PARTS;
+    static constexpr int ROWS = D == 256 ? 8 : 16, OWN = ROWS / PARTS;  // as many as shared memory holds
+    static constexpr int LOADS = D == 256 ? 16 : SHARE;                 // on their way at once, as many as registers hold
+    static int64_t slices(int64_t value_dim) { return (value_dim + ROWS - 1) / ROWS; }
+
+    // row(s) += row(s - 1) . M(s) for s from 1 to `steps` - 1. `at(s, row)` points to a row's element of this thread's column,
+    // `load(m, s, l)` reads M(s)'s rows l to l + 3 in this column; both only where `here`, and l < `width`.
+    template <class At, class Load>
+    __device__ static void run(int steps, int rows, int width, bool here, const At& at, const Load& load) {
+        __shared__ __align__(16) float before[ROWS][D];
+        __shared__ float sums[PARTS][ROWS][D];
+        const int column = threadIdx.x % D, part = threadIdx.x / D, begin = part * SHARE;
+        float m[LOADS / 4][4] = {};
+        const auto fetch = [&](int e, int s, int l) {
+            if (here && s < steps && l < width) load(m[e], s, l);
+        };
 #pragma unroll
-        for (int r = 0; r < SCAN_ROWS; ++r) alone[r] = here && r < rows ? own[int64_t(r) * width] : 0.0f;
-        if (segment > 0) {
-            const float* const M = a.transitions + slot * width * width + column;
-            float m[AHEAD], later[AHEAD];  // all of them on their way before the first is used
-            const auto load = [&](float (&to)[AHEAD], int l) {
+        for (int e = 0; e < LOADS / 4; ++e) fetch(e, 1, begin + 4 * e);
 #pragma unroll
-                for (int e = 0; e < AHEAD; ++e) to[e] = here && l + e < width ? M[(l + e) * width] : 0.0f;
-            };
-            load(later, 0);
-            __syncthreads();
-            for (int l = 0; l < width; l += AHEAD) {
+        for (int i = 0; i < OWN; ++i) {
+            const int row = part + i * PARTS;
+            before[row][column] = here && row < rows && steps > 0 ? *at(0, row) : 0.0f;
+        }
+        __syncthreads();
+        for (int s = 1; s < steps; ++s) {
+            float alone[OWN], next[ROWS] = {};
 #pragma unroll
-                for (int e = 0; e < AHEAD; ++e) m[e] = later[e];
-                load(later, l + AHEAD);
+            for (int i = 0; i < OWN; ++i) {
+                const int row = part + i * PARTS;
+                alone[i] = here && row < rows ? *at(s, row) : 0.0f;
+            }
 #pragma unroll
-                for (int e = 0; e < AHEAD; e += 4)
+            for (int piece = 0; piece < SHARE; piece += LOADS)
 #pragma unroll
-                    for (int r = 0; r < SCAN_ROWS; ++r) {
-                        const float4 x = *reinterpret_cast<const float4*>(&run[r][l + e]);
-                        next[r] = fmaf(x.x, m[e], fmaf(x.y, m[e + 1], fmaf(x.z, m[e + 2], fmaf(x.w, m[e + 3], next[r]))));
+                for (int e = 0; e < LOADS / 4; ++e) {
+#pragma unroll
+                    for (int r = 0; r < ROWS; ++r) {
+                        const float4 x = *reinterpret_cast<const float4*>(&before[r][begin + piece + 4 * e]);
+                        next[r] = fmaf(x.x, m[e][0], fmaf(x.y, m[e][1], fmaf(x.z, m[e][2], fmaf(x.w, m[e][3], next[r]))));
                     }
+                    const bool ends = piece + LOADS == SHARE;
+                    fetch(e, s + ends, begin + 4 * e + (ends ? 0 : piece + LOADS));
+                }
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) sums[part][r][column] = next[r];
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < OWN; ++i) {
+                const int row = part + i * PARTS;
+                float all = alone[i];
+#pragma unroll
+                for (int p = 0; p < PARTS; ++p) all += sums[p][row][column];
+                if (here && row < rows) *at(s, row) = all;
+                before[row][column] = all;
             }
             __syncthreads();
         }
-#pragma unroll
-        for (int r = 0; r < SCAN_ROWS; ++r) {
-            next[r] += alone[r];
-            if (here && r < rows) own[int64_t(r) * width] = next[r];
-            run[r][column] = next[r];
-        }
     }
+};
+
+// Transitions and states are transposed: row . M^T.
+template <int D>
+__global__ void __launch_bounds__(Scan<D>::THREADS) matrix_scan_kernel(const __grid_constant__ Arguments a) {
+    const int64_t slices = (a.value_dim + Scan<D>::ROWS - 1) / Scan<D>::ROWS, state = blockIdx.x / slices;
+    const int first = int(blockIdx.x % slices) * Scan<D>::ROWS, width = int(a.head_dim), column = threadIdx.x % D;
+    const int64_t slot = slot_of(a, state, 0);
+    const auto at = [&](int segment, int row) {
+        return a.segments + (slot + segment) * state_size(a) + int64_t(first + row) * width + column;
+    };
+    const auto load = [&](float (&m)[4], int segment, int l) {
+        const float* const from = a.transitions + ((slot + segment) * width + l) * width + column;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) m[i] = from[i * width];
+    };
+    Scan<D>::run(segments_of(a, state) - 1, min(Scan<D>::ROWS, int(a.value_dim) - first), width, column < width, at, load);
 }
 
 template <int D, Rule RULE>
 const char* launch_scan(const Arguments& a, void* stream) {
     const int64_t states = a.sequences * a.kv_heads;
     if constexpr (RULE == DELTA) {
-        const int64_t parts = (a.value_dim + SCAN_ROWS - 1) / SCAN_ROWS;
-        return launch(matrix_scan_kernel<D>, states * parts, D, 0, stream, a);
+        return launch(matrix_scan_kernel<D>, states * Scan<D>::slices(a.value_dim), Scan<D>::THREADS, 0, stream, a);
     } else {
         const int64_t parts = ((a.value_dim + a.normalise) * a.head_dim / 4 + SCAN_THREADS - 1) / SCAN_THREADS;
         return launch(scan_kernel<RULE>, states * parts, SCAN_THREADS, 0, stream, a);
@@ -246,25 +276,25 @@ const char* launch_scan(const Arguments& a, void* stream) {
 
 // --- (3) -------------------------------------------------------------------------------------------------------------
 
-// P = Q K^T below the diagonal, decayed, written to shared memory as halves. A warp takes 16 rows, or half of them. With
-// MEAN also the rows' sums, and with them the share of the keys before the chunk: the denominators.
+// P = Q K^T below the diagonal, decayed, written to shared memory as halves, 16 rows a warp; `shrinks`, unless null, says what
+// each row was multiplied by to fit. With MEAN also the rows' sums, and with them the share of the keys before the chunk: the
+// denominators.
 template <class Half, class Sh, Rule RULE>
-__device__ void score(uint8_t* P, float* denominators, uint32_t Q, uint32_t K, const float* since, const float* sum,
-                      float scale) {
-    constexpr int PAIRS = 16 / Sh::WARPS;
-    const int tile = warp() % 4, first = warp() / 4 * PAIRS;
-    if (first > tile) return;
-    float C[PAIRS][2][4] = {};
+__device__ void score(uint8_t* P, float* denominators, float* shrinks, uint32_t Q, uint32_t K, const float* since,
+                      const float* sum, float scale) {
+    static_assert(Sh::WARPS == 4);
+    const int tile = warp();
+    float C[4][2][4] = {};
     float before[2] = {};
 #pragma unroll
     for (int k = 0; k < Sh::STATE_STEPS; ++k) {
         uint32_t q[4];
         ldmatrix(q, Q + place<Sh::D>(tile * 16 + lane() % 16, 2 * k + lane() / 16));
 #pragma unroll
-        for (int j = 0; j < PAIRS; ++j)
-            if (first + j <= tile) {
+        for (int j = 0; j < 4; ++j)
+            if (j <= tile) {
                 uint32_t b[4];
-                ldmatrix(b, K + place<Sh::D>((first + j) * 16 + n_row(), 2 * k + n_chunk()));
+                ldmatrix(b, K + place<Sh::D>(j * 16 + n_row(), 2 * k + n_chunk()));
                 mma<Half>(C[j][0], q, b[0], b[1]);
                 mma<Half>(C[j][1], q, b[2], b[3]);
             }
@@ -279,27 +309,36 @@ __device__ void score(uint8_t* P, float* denominators, uint32_t Q, uint32_t K, c
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int row = tile * 16 + r * 8 + row_in_tile();
-        float total = 0.0f;
+        float total = 0.0f, most = 0.0f;
 #pragma unroll
-        for (int j = 0; j < PAIRS; ++j)
-            if (first + j <= tile)
+        for (int j = 0; j < 4; ++j)
+            if (j <= tile)
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    float p[2];
+                for (int half = 0; half < 2; ++half)
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        const int column = (first + j) * 16 + half * 8 + column_in_tile() + e;
+                        const int column = j * 16 + half * 8 + column_in_tile() + e;
                         const float kept = RULE >= DECAY ? fast_exp2(since[row] - since[column]) : 1.0f;
-                        p[e] = column <= row ? C[j][half][2 * r + e] * (scale * kept) : 0.0f;
+                        float& p = C[j][half][2 * r + e];
+                        p = column <= row ? p * (scale * kept) : 0.0f;
+                        most = fmaxf(most, fabsf(p));
                     }
-                    const int at = place<CHUNK>(row, (first + j) * 2 + half) + lane() % 4 * 4;
-                    const uint32_t word = pack<Half>(p[0], p[1]);
+        const float shrink = shrinks == nullptr ? 1.0f : shrink_of_row<Half>(most);
+        if (SHRINKS<Half> && shrinks != nullptr && lane() % 4 == 0) shrinks[row] = shrink;
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            if (j <= tile)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const float(&p)[4] = C[j][half];
+                    const int at = place<CHUNK>(row, j * 2 + half) + lane() % 4 * 4;
+                    const uint32_t word = pack<Half>(p[2 * r] * shrink, p[2 * r + 1] * shrink);
                     *reinterpret_cast<uint32_t*>(P + at) = word;
                     const float2 rounded = unpack<Half>(word);  // the weights that the values get, so that they sum to 1
                     total += rounded.x + rounded.y;
                 }
         if constexpr (RULE == MEAN) {
-            total = quad_sum(total + before[r] * scale);
+            total = quad_sum(total / shrink + before[r] * scale);
             if (lane() % 4 == 0) denominators[row] = total;
         }
     }
@@ -342,7 +381,7 @@ struct Layout {
     static constexpr int STAGE = 2 * Sh::KEY_BYTES + Sh::VALUE_BYTES + (RULE == DELTA ? Sh::SQUARE_BYTES : 0);
     static constexpr int P = 2 * STAGE;
     static constexpr int NUMBERS = P + Sh::SQUARE_BYTES;
-    static constexpr int BYTES = NUMBERS + 2 * int(sizeof(ChunkNumbers)) + (CHUNK + Sh::D) * int(sizeof(float));
+    static constexpr int BYTES = NUMBERS + 2 * int(sizeof(ChunkNumbers)) + (2 * CHUNK + Sh::D) * int(sizeof(float));
 };
 
 template <class Half, class Sh, Rule RULE>
@@ -350,7 +389,8 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const _
     using At = Layout<Sh, RULE>;
     extern __shared__ __align__(128) uint8_t shared[];
     ChunkNumbers* const numbers = reinterpret_cast<ChunkNumbers*>(shared + At::NUMBERS);
-    float *const denominators = reinterpret_cast<float*>(numbers + 2), *const sum = denominators + CHUNK;
+    float *const denominators = reinterpret_cast<float*>(numbers + 2), *const shrinks = denominators + CHUNK;
+    float* const sum = shrinks + CHUNK;
     const uint32_t tiles = shared_address(shared), P = tiles + At::P;
 
     const int slices = int((a.value_dim + Sh::VALUES - 1) / Sh::VALUES);
@@ -399,7 +439,7 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const _
             __syncthreads();
         }
         const float shrink = shrink_of<Half, Sh>(S), grow = 1.0f / shrink;
-        score<Half, Sh, RULE>(shared + At::P, denominators, q, k, n.since, sum, a.scale);
+        score<Half, Sh, RULE>(shared + At::P, denominators, shrinks, q, k, n.since, sum, a.scale);
 
         uint32_t U[RULE == DELTA ? STEPS : 1][Sh::M][4];
         if constexpr (RULE == DELTA) solve<Half, Sh>(U, S, k, v, v + Sh::VALUE_BYTES, n, shrink);
@@ -410,11 +450,14 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const _
 
         float O[Sh::M][TOKEN_TILES][4] = {};
         read_state<Half, Sh>(O, S, q, shrink);
-        scale_columns<Sh>(O, [&](int t) { return a.scale * grow * (RULE >= DECAY ? n.kept[t] : 1.0f); });
+        const auto shrink_at = [&](int t) { return SHRINKS<Half> ? shrinks[t] : 1.0f; };
         __syncthreads();  // P is there
+        scale_columns<Sh>(O, [&](int t) { return shrink_at(t) * a.scale * grow * (RULE >= DECAY ? n.kept[t] : 1.0f); });
         multiply_lower<Half, Sh>(O, P, values);
         if constexpr (RULE == MEAN)
-            scale_columns<Sh>(O, [&](int t) { return denominators[t] > 0.0f ? 1.0f / denominators[t] : 0.0f; });
+            scale_columns<Sh>(O, [&](int t) { return denominators[t] > 0.0f ? 1.0f / (shrink_at(t) * denominators[t]) : 0.0f; });
+        else if constexpr (SHRINKS<Half>)
+            scale_columns<Sh>(O, [&](int t) { return 1.0f / shrinks[t]; });
         if (RULE == MEAN && a.denominators != nullptr && w.slice == 0 && threadIdx.x < CHUNK && token + threadIdx.x < s.T)
             a.denominators[denominator_of(a, s, w.h, token + threadIdx.x)] = denominators[threadIdx.x];
         store_output<Half, Sh>(O, out, token, s.T, first_row, int(a.value_dim));

@@ -35,7 +35,6 @@ from tformer_lib.ladder import (
     refusal_of_hopper,
     refusal_of_place,
     refusal_of_tensor_cores,
-    refusal_of_untried,
 )
 from tformer_lib.linear_attention.decay import scan_decayed
 from tformer_lib.linear_attention.delta import scan_delta
@@ -156,8 +155,7 @@ def launch(
             setattr(a, name, held[-1].data_ptr())
     if step in CHUNK_STEPS:
         held += bring_scratch(step, a, q, states, segment_count, delta=beta is not None)
-    ahead = step == "4" and beta is not None and refusal_of_untried() is None
-    LADDER.launch(step, "forward_ahead" if ahead else "forward", a, q.device)
+    LADDER.launch(step, "forward", a, q.device)
     return out, final, denominators
 
 
