@@ -191,7 +191,7 @@ def steadiness(found: dict[str, dict]) -> None:
         ax.plot(shares, [row] * len(medians), style.MARKERS[row], color=style.PALETTE[row], alpha=0.6)
     ax.axvline(1.0, color=style.GREY, linewidth=1)
     ax.set_yticks(range(len(rows)), list(rows))
-    ax.set(xlabel="time, of the median of all", ylim=(-0.6, len(rows) - 0.4))
+    ax.set(xlabel="time, as a share of the median of all", ylim=(-0.6, len(rows) - 0.4))
     ax.set_title("The same measurement, again and again: nothing changed")
     style.show()
 
