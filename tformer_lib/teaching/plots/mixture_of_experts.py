@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.ticker import FuncFormatter
 
 from tformer_lib.teaching import style
 
@@ -81,5 +82,7 @@ def step_times(panels: dict[str, dict[str, tuple[Sequence[int], Sequence[float]]
             ax.plot(tokens, milliseconds, color=colour, label=name, **look)
         style.log2_axis(ax, tokens)
         ax.set(title=title, xlabel="tokens in the step", ylabel="milliseconds", yscale="log")
-        ax.legend()
+        for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+            axis(FuncFormatter(lambda ms, _: f"{ms:g}" if f"{ms:e}"[0] in "125" else ""))
+    np.atleast_1d(axes)[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.08))
     style.show()
