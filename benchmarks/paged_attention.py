@@ -20,7 +20,7 @@ heads, head_dim 128, blocks of 16 shuffled in the pool): FlashAttention-3's page
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +30,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.harness import (
     Options,
     Report,
-    Timing,
     command_line,
     copy_rate,
     edited_kernel,
     matmul_rate,
     measure,
+    measure_graph,
     profiled,
 )
 from tformer_lib.paged_attention import FP8, PREFILL_STEPS, blocks_for, write_cache
@@ -147,22 +147,6 @@ def own(step: int | str | None) -> Callable:
     return lambda x: attention(**x, step=step)
 
 
-def measure_graph(fn: Callable, inputs: Sequence[tuple]) -> Timing:
-    """The time of one call inside a CUDA graph that holds a call on every input set, at least ten."""
-    rounds = -(-10 // len(inputs))
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for arguments in inputs:
-            fn(*arguments)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for arguments in list(inputs) * rounds:
-            fn(*arguments)
-    timing, calls = measure(graph.replay, device="cuda", seconds=SECONDS), rounds * len(inputs)
-    return replace(timing, median=timing.median / calls, p10=timing.p10 / calls, p90=timing.p90 / calls)
-
-
 # --- GPU -----------------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +159,7 @@ def time_decode(report: Report, limit: float) -> None:
         for contestant, fn in calls.items():
             timing = measure(fn, inputs, device="cuda", seconds=SECONDS)
             report.add(f"decode, {name}: {contestant}", timing, **facts)
-        report.add(f"decode, {name}: step 2, CUDA graph", measure_graph(own(2), inputs), **facts)
+        report.add(f"decode, {name}: step 2, CUDA graph", measure_graph(own(2), inputs, seconds=SECONDS), **facts)
         del inputs
         if len(set(lengths)) == 1:
             time_dense(report, name, lengths, facts)
@@ -265,7 +249,7 @@ def time_writing(report: Report, limit: float) -> None:
         row = f"write_cache, {tokens:,} tokens{name}"
         facts = {"case": row, "bytes": moved, "limit": limit}
         report.add(row, timing, contestant="called", peer=f"{row}, CUDA graph", **facts)
-        timing = measure_graph(fn, inputs)
+        timing = measure_graph(fn, inputs, seconds=SECONDS)
         report.add(f"{row}, CUDA graph", timing, contestant="CUDA graph", peer=row, **facts)
 
 

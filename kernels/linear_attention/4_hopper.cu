@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
     if (threadIdx.x == 0)
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(&full[i], WARPGROUP);
-            barrier_init(&empty[i], GROUPS * 4);
+            barrier_init(&empty[i], GROUPS * WARPGROUP);  // every thread reads tiles by itself
         }
     __syncthreads();
 
@@ -490,8 +490,7 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
         }
         wait_products<0>();
         pin(c.S[0]);
-        __syncwarp();
-        if (lane() == 0) arrive(&empty[stage]);
+        arrive(&empty[stage]);
     }
     if (transition) store_state<Sh>(c.S, a.head_dim, a.head_dim, a.transitions + slot * a.head_dim * a.head_dim, first_row);
     else if (!OUTPUTS || writes_final) store_state<Sh>(c.S, a.value_dim, a.head_dim, to, first_row);

@@ -206,10 +206,13 @@ struct Rows : Consumer<Half, Sh> {
         store(O, m, l, work, group_row);
     }
 
+    // A number of a note, read by the lane that will release it.
+    __device__ int noted(const int& number) const { return __shfl_sync(0xffffffff, this->lane == 0 ? number : 0, 0); }
+
     template <int ENTRY>
     __device__ void mask_entry(float (&S)[Sh::KEYS / 8][4], int group_row) {
         constexpr int FIRST = ENTRY * BLOCK / 8;
-        const int block = shared.notes[note].block[ENTRY], mask = shared.notes[note].mask[ENTRY];
+        const int block = noted(shared.notes[note].block[ENTRY]), mask = noted(shared.notes[note].mask[ENTRY]);
         const int key = block * BLOCK, T = int(a.queries), S_ = int(a.keys);
         if (mask >= 0) {
 #pragma unroll

@@ -231,12 +231,15 @@ struct Consumer {
         if (lane == 0) arrive(empty);
     }
 
+    // A number of a note, read by the lane that will release it.
+    __device__ int noted(const int& number) const { return __shfl_sync(0xffffffff, lane == 0 ? number : 0, 0); }
+
     // Scores that do not count become -inf.
     template <int ENTRY>
     __device__ void mask_entry(float (&S)[Sh::ROWS / 8][4], int s) const {
         constexpr int FIRST = ENTRY * BLOCK / 8;
-        const int block = shared.notes[s].block[ENTRY], query = block * BLOCK, key = work.tile * TILE + group * GROUP_KEYS;
-        if (shared.notes[s].mask[ENTRY] >= 0) {
+        const int block = noted(shared.notes[s].block[ENTRY]), query = block * BLOCK, key = work.tile * TILE + group * GROUP_KEYS;
+        if (noted(shared.notes[s].mask[ENTRY]) >= 0) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) mask_by_word<FIRST>(S, r, shared.words[s][ENTRY][row_in_tile(r)]);
         }
@@ -290,7 +293,7 @@ struct Consumer {
 
     // A warpgroup's part: at d 64 the block of queries of its own entry, at d 128 its half of the columns.
     __device__ void add_dq(const float (&dQ)[PART / 8][4], int64_t bh, int s) const {
-        const int block = Sh::ENTRIES > 1 ? shared.notes[s].block[group] : shared.notes[s].block[0];
+        const int block = noted(shared.notes[s].block[Sh::ENTRIES > 1 ? group : 0]);
         if (block < 0) return;
         const int64_t part = (bh * query_blocks(a) + block) * Sh::PARTS + (Sh::PARTS > 1 ? group : 0);
         float* const target = a.dq_sum + part * PART * PART + threadIdx.x % WARPGROUP * 4;
