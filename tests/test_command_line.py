@@ -1,5 +1,7 @@
 """Commands: every refusal is one line on stderr and a status that is not 0; Ctrl-C and a closed pipe end quietly."""
 
+import io
+import json
 import signal
 import subprocess
 import sys
@@ -10,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tformer_lib import command_line
+from tests.checkpoints import save_chat_model
+from tformer_lib import command_line, pretrained
+from tformer_lib.generation import Conversation, generate
+from tformer_lib.generation.command import main as generation_main
 from tformer_lib.tokens.command import main as tokens_main
 from tformer_lib.training.command import main as training_main
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"tokens": tokens_main, "training": training_main}
+COMMANDS = {"generation": generation_main, "tokens": tokens_main, "training": training_main}
 
 
 @dataclass
@@ -142,3 +147,144 @@ def test_ctrl_c_stops_a_corpus_in_the_making(tmp_path):
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (130, "")
     assert not (tmp_path / "made").exists()
+
+
+# --- python -m tformer_lib.generation ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A public model with random weights and a chat template."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_chat_model(folder)
+    return folder
+
+
+def written(arguments: list, monkeypatch, capsys, typed: str = "") -> tuple[int, str, str]:
+    """The exit status of the command, and what it writes on stdout and stderr, given what is typed."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    status = generation_main([str(argument) for argument in arguments])
+    return status, *capsys.readouterr()
+
+
+def test_a_prompt_is_gone_on_with(monkeypatch, capsys):
+    """By the stories model, where none is named."""
+    model, encoding = pretrained.load()
+    prompt = [encoding.eot_token, *encoding.encode_ordinary("Once, Lily")]
+    for options, rules in (
+        ([], {}),
+        (["--temperature", 0.9, "--top-k", 20, "--seed", 3], {"temperature": 0.9, "top_k": 20, "seed": 3}),
+    ):
+        (tokens,) = generate(model, [prompt], max_new_tokens=20, stop_tokens=[encoding.eot_token], **rules)
+        arguments = ["--prompt", "Once, Lily", "--max-new-tokens", 20, *options]
+        text = encoding.decode([token for token in tokens if token != encoding.eot_token])
+        assert written(arguments, monkeypatch, capsys) == (0, f"Once, Lily{text}\n", "")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_checkpoint_converses_in_every_dtype(checkpoint, dtype, monkeypatch, capsys):
+    conversation = Conversation(*pretrained.load(checkpoint, dtype=getattr(torch, dtype)), system="Be a dog.")
+    answers = []
+    for text in ("Once upon a time", "there was"):
+        answers.append("".join(conversation.say(text, max_new_tokens=8)) + "\n")
+    arguments = ["--model", checkpoint, "--chat", "--dtype", dtype, "--max-new-tokens", 8, "--system", "Be a dog."]
+    typed = "Once upon a time\nthere was\n"
+    assert written(arguments, monkeypatch, capsys, typed) == (0, "".join(answers), "")
+    first = [*arguments, "--prompt", "Once upon a time"]
+    assert written(first, monkeypatch, capsys, "there was\n/again\n") == (0, "".join([*answers, answers[-1]]), "")
+    assert written(arguments, monkeypatch, capsys, "there was\n/new\n" + typed)[1].endswith("".join(answers))
+
+
+def test_the_stories_model_says_that_its_chat_goes_on_with_the_story(monkeypatch, capsys):
+    status, said, note = written(["--chat", "--max-new-tokens", 6], monkeypatch, capsys, "Once, Lily\n\n")
+    whole = written(["--prompt", "Once, Lily", "--max-new-tokens", 12], monkeypatch, capsys)[1]
+    assert (status, "Once, Lily" + said.replace("\n", "")) == (0, whole.removesuffix("\n"))
+    assert note == "stories has no chat template: it goes on with the text, and what you write is appended to it\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either --prompt or --chat must be given"),
+        (["--prompt", "x", "--model", "nothing"], "there is no pretrained model 'nothing'"),
+        (
+            ["--prompt", "x", "--model", "/nowhere"],
+            "there is no pretrained model '/nowhere', nor a folder of that name",
+        ),
+        (["--prompt", "x", "--dtype", "float16"], "invalid choice 'float16' for argument '--dtype'"),
+        (["--prompt", "x", "--device", "toaster"], "device 'toaster' is not here"),
+        (["--prompt", "x", "--context", 300], "context must be from 2 to 256, which is the model's, got 300"),
+        (["--prompt", "x" * 2000], "the conversation has"),
+        (["--prompt", "x", "--max-new-tokens", 0], "max_new_tokens must be at least 1, got 0"),
+        (["--prompt", "x", "--temperature", -1], "temperature must be at least 0"),
+        (["--chat", "--system", "Be a dog."], "this model has no chat template"),
+    ],
+)
+def test_what_cannot_be_written_is_one_line(arguments, message, monkeypatch, capsys):
+    status, said, error = written(arguments, monkeypatch, capsys)
+    assert (status, said) == (2, "")
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_damaged_checkpoints_are_one_line(checkpoint, tmp_path, monkeypatch, capsys):
+    for name, text, message in (
+        ("config.json", "{", "config.json is not JSON"),
+        ("config.json", json.dumps({"model_type": "wizard"}), "a model of type 'wizard'"),
+        ("tokenizer.json", "{}", "tokenizer.json is damaged"),
+        ("model.safetensors", "12345678", "model.safetensors"),
+    ):
+        folder = tmp_path / f"{name}-{len(text)}"
+        folder.mkdir()
+        for path in checkpoint.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        (folder / name).write_text(text)
+        status, said, error = written(["--chat", "--model", folder], monkeypatch, capsys)
+        assert (status, said) == (2, "")
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_a_refused_turn_leaves_the_conversation_and_is_told_at_the_end(checkpoint, monkeypatch, capsys):
+    arguments = ["--model", checkpoint, "--chat", "--max-new-tokens", 5, "--context", 60]
+    status, said, error = written(arguments, monkeypatch, capsys, "/again\nOnce\n" + "dog " * 80 + "\nthere was\n")
+    assert status == 2
+    assert said.count("\n") >= 2
+    assert [line.split(":")[0] for line in error.splitlines()] == ["error", "error"]
+    assert "nothing was said yet" in error
+    assert "its context is 60" in error
+    _, alone, _ = written(arguments, monkeypatch, capsys, "Once\nthere was\n")
+    assert said == alone
+
+
+def start_chat(*arguments: str) -> subprocess.Popen:
+    """The command in a process of its own, with pipes."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    program = [sys.executable, "-m", "tformer_lib.generation", "--chat", "--temperature", "1", *arguments]
+    return subprocess.Popen(program, cwd=ROOT, text=True, **pipes)
+
+
+def begin_answer(process: subprocess.Popen) -> None:
+    """Say something, and wait until the answer has begun."""
+    process.stdin.write("Once, Lily\n" + "\n" * 200)
+    process.stdin.flush()
+    assert process.stdout.read(10)
+
+
+def test_ctrl_c_ends_a_chat_quietly():
+    process = start_chat()
+    begin_answer(process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.count("\n") == 1, "only the note about the template"
+
+
+def test_a_closed_pipe_ends_a_chat_quietly():
+    process = start_chat()
+    begin_answer(process)
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr.read().count("\n") == 1, "only the note about the template"
+    process.stdin.close()

@@ -12,7 +12,10 @@ from draws import draws
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.checkpoints import TURNS, save_chat_model
+from tformer_lib import pretrained
 from tformer_lib.generation import (
+    Conversation,
     Sampling,
     StaticStep,
     cut,
@@ -28,6 +31,7 @@ from tformer_lib.generation import (
     random_stream,
     stream,
 )
+from tformer_lib.generation.conversation import stop_tokens
 from tformer_lib.kv_cache import CacheShape, GrowingCache, PreallocatedCache, RingCache
 from tformer_lib.transformer import Decoder, ModelConfig, evaluating
 
@@ -453,3 +457,164 @@ def test_a_learned_table_too_short_is_refused_before_any_work():
     with pytest.raises(ValueError, match="60 tokens and 6 new ones need 65 positions, the model has learned 64"):
         generate(model, [[1] * 60], max_new_tokens=6)
     assert len(generate(model, [[1] * 60], max_new_tokens=5)[0]) == 5
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["llama", "windows", "linear"])
+def chat_model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    save_chat_model(folder, request.param)
+    return pretrained.load(folder, dtype=torch.float64)
+
+
+class Counted:
+    """A model that counts the tokens which pass through it; ``fail_at`` names a pass that is interrupted half-way."""
+
+    def __init__(self, model, monkeypatch):
+        self.tokens, self.passes, self.fail_at = 0, 0, None
+        forward, block = model.forward, model.stack.blocks[-1]
+
+        def counted(tokens, **options):
+            self.tokens += tokens.numel()
+            self.passes += 1
+            return forward(tokens, **options)
+
+        def fail(*_):
+            if self.passes == self.fail_at:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(model, "forward", counted)
+        self.hook = block.register_forward_pre_hook(fail)
+
+
+def as_if_alone(conversation) -> list[int]:
+    """The last answer, written in one go by a model that has a cache of its own."""
+    model, turn = conversation.model, conversation.turns[-1]
+    stops, prompt = stop_tokens(conversation.encoding), turn.tokens[: turn.start]
+    return generate(model, [prompt], max_new_tokens=max(turn.written, 1), stop_tokens=stops)[0]
+
+
+def test_of_each_turn_only_what_is_new_is_read(chat_model, monkeypatch):
+    model, encoding = chat_model
+    counted, conversation = Counted(model, monkeypatch), Conversation(model, encoding, system="Be a dog.")
+    texts = ["Once upon a time", "there was", "a dog, 日本", "", " and  two <|im_start|> spaces"]
+    for number, text in enumerate(texts):
+        held, counted.tokens = conversation.cache.host_lengths[0], 0
+        pieces = list(conversation.say(text, max_new_tokens=9))
+        turn = conversation.turns[-1]
+        new = encoding.render(conversation.messages[:-1])
+        assert encoding.decode(turn.tokens[: turn.start]) == new, (
+            "what is read is the conversation, no more and no less"
+        )
+        assert counted.tokens == turn.read + turn.written - 1
+        if number and not conversation.turns[-2].ended:
+            assert turn.read == turn.start - held
+        assert "".join(pieces) == turn.answer
+        assert turn.tokens[turn.start :] == as_if_alone(conversation)
+    assert conversation.turns[-1].start > 100
+
+
+def test_another_answer_reads_one_token(chat_model, monkeypatch):
+    model, encoding = chat_model
+    conversation = Conversation(model, encoding)
+    for text in ("Once upon a time there was", "a dog and two spaces"):
+        list(conversation.say(text, max_new_tokens=12))
+    first, held = conversation.turns[-1], conversation.cache.host_lengths[0]
+    list(conversation.say(conversation.take_back(), max_new_tokens=12))
+    again = conversation.turns[-1]
+    assert again.tokens == first.tokens
+    can_go_back = model.config.types_of_layers == ("full", "full")
+    assert again.read == (1 if can_go_back else again.start)
+    assert conversation.cache.host_lengths[0] == held
+    drawn = set()
+    for _ in range(3):
+        list(conversation.say(conversation.take_back(), max_new_tokens=12, temperature=1.5))
+        drawn.add(conversation.turns[-1].answer)
+    assert len(drawn) == 3, "each answer draws from a stream of its own"
+    conversation.clear()
+    with pytest.raises(ValueError, match="nothing was said yet"):
+        conversation.take_back()
+    list(conversation.say("Once", max_new_tokens=5))
+    assert conversation.turns[-1].tokens[conversation.turns[-1].start :] == as_if_alone(conversation)
+
+
+def test_whoever_stops_listening_can_go_on(chat_model, monkeypatch):
+    model, encoding = chat_model
+    conversation = Conversation(model, encoding)
+    answer = conversation.say("Once upon a time", max_new_tokens=50)
+    for _ in range(3):
+        next(answer)
+    answer.close()
+    assert 3 <= conversation.turns[-1].written < 50
+    list(conversation.say("there was", max_new_tokens=8))
+    assert encoding.render(conversation.messages[:-1]) == encoding.decode(
+        conversation.turns[-1].tokens[: conversation.turns[-1].start]
+    )
+    assert conversation.turns[-1].tokens[conversation.turns[-1].start :] == as_if_alone(conversation)
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 5])
+def test_an_interrupted_pass_leaves_nothing_that_is_seen(chat_model, fail_at, monkeypatch):
+    model, encoding = chat_model
+    conversation = Conversation(model, encoding)
+    list(conversation.say("Once upon", max_new_tokens=4))
+    counted = Counted(model, monkeypatch)
+    counted.fail_at = fail_at
+    with pytest.raises(KeyboardInterrupt):
+        list(conversation.say("a time there was", max_new_tokens=20))
+    counted.hook.remove()
+    list(conversation.say("a dog", max_new_tokens=8))
+    assert conversation.turns[-1].tokens[conversation.turns[-1].start :] == as_if_alone(conversation)
+
+
+def test_a_template_that_changes_what_was_said_is_followed(tmp_path):
+    """As templates that leave out what a model thought: the common beginning is kept, the rest is read again."""
+    template = TURNS.replace("message.content", "(message.content if loop.last else message.content[:3])")
+    save_chat_model(tmp_path, template=template)
+    conversation = Conversation(*pretrained.load(tmp_path, dtype=torch.float64))
+    for text in ("Once upon a time", "there was a dog", "and two spaces"):
+        list(conversation.say(text, max_new_tokens=9))
+        turn = conversation.turns[-1]
+        expected = conversation.encoding.render(conversation.messages[:-1])
+        assert conversation.encoding.decode(turn.tokens[: turn.start]) == expected
+        assert turn.tokens[turn.start :] == as_if_alone(conversation)
+
+
+def test_a_full_context_refuses_a_turn_and_changes_nothing(chat_model):
+    model, encoding = chat_model
+    conversation = Conversation(model, encoding, context=40)
+    list(conversation.say("Once", max_new_tokens=100))
+    turn = conversation.turns[-1]
+    assert turn.ended or len(turn.tokens) == 40, "it writes as long as there is room"
+    with pytest.raises(ValueError, match="its context is 40: begin a new one"):
+        conversation.say("there was a dog and two spaces and lines " * 3)
+    for rules in ({"max_new_tokens": 0}, {"temperature": -1.0}):
+        with pytest.raises(ValueError, match="must be at least"):
+            conversation.say("x", **rules)
+    assert conversation.turns == [turn]
+    for context in (1, 513):
+        with pytest.raises(ValueError, match=f"context must be from 2 to 512, which is the model's, got {context}"):
+            Conversation(model, encoding, context=context)
+
+
+def test_a_model_without_a_template_goes_on_with_the_text(chat_model):
+    model, encoding = pretrained.load()
+    conversation = Conversation(model, encoding)
+    assert not conversation.templated
+    said = ["Once, Lily lived", "Then", " she"]
+    for text in said:
+        list(conversation.say(text, max_new_tokens=10))
+    turn, told = conversation.turns[-1], "".join(f"{turn.said}{turn.answer} " for turn in conversation.turns[:2])
+    assert encoding.decode(turn.tokens[1 : turn.start]) == told.rstrip() + " she"
+    assert turn.tokens[0] == encoding.eot_token
+    assert turn.tokens[turn.start :] == as_if_alone(conversation)
+    list(conversation.say("", max_new_tokens=200))
+    assert conversation.turns[-1].ended
+    assert conversation.turns[-1].read == 1, "nothing new was said: the last token was still unread"
+    with pytest.raises(ValueError, match="no chat template"):
+        Conversation(model, encoding, system="Be a dog.")
+    public = Conversation(*chat_model, plain=True)
+    list(public.say("Once upon", max_new_tokens=4))
+    assert public.turns[0].tokens[: public.turns[0].start] == chat_model[1].encode("Once upon")

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from tests.checkpoints import CHATML, train_tokenizer
 from tformer_lib import pretrained
 from tformer_lib.generation import generate
 from tformer_lib.kv_cache import CacheShape, GrowingCache, ModelCache, cache_bytes
@@ -462,16 +463,6 @@ def test_weights_stay_mapped_where_their_dtype_stays(folder):
 
 # --- tokenizers and chat templates ------------------------------------------------------------------------------------
 
-CHATML = """{%- for message in messages %}
-    {%- if message.role not in ["system", "user", "assistant"] %}
-        {{- raise_exception("no role " + message.role) }}
-    {%- endif %}
-    {{- "<|im_start|>" + message.role + "\n" + message.content | trim + "<|im_end|>\n" }}
-{%- endfor %}
-{%- if tools %}{{- tools | tojson }}{%- endif %}
-{%- for x in [1, 2, 3] %}{%- if x == 2 %}{%- break %}{%- endif %}{{- bos_token }}{%- endfor %}
-{%- if add_generation_prompt %}{{- "<|im_start|>assistant\n" }}{%- endif %}"""
-
 TEXTS = [
     "Once upon a time, there was a dog.",
     "  two  spaces\n\nand lines",
@@ -479,39 +470,6 @@ TEXTS = [
     "<|im_end|> is text",
     "",
 ]
-
-
-def train_tokenizer(folder: Path, kind: str) -> None:
-    """A small tokenizer.json: GPT-2's bytes as characters, or SentencePiece's pieces with bytes to fall back on."""
-    tokenizers = pytest.importorskip("tokenizers")
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-    specials = ["<s>", "<|im_start|>", "<|im_end|>"]
-    if kind == "bytes":
-        tokenizer = tokenizers.Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=400, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-        )
-    else:
-        tokenizer = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-        tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
-        bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-        trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=["<unk>", *specials, *bytes_])
-    tokenizer.train_from_iterator(["Once upon a time there was a dog, and two spaces and lines."] * 3, trainer)
-    if kind != "bytes":  # the trainer made special tokens of the bytes, which they are not
-        data = json.loads(tokenizer.to_str())
-        data["added_tokens"] = [token for token in data["added_tokens"] if not token["content"].startswith("<0x")]
-        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
-    begin = tokenizer.token_to_id("<s>")
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": "<s>", "eos_token": {"content": "<|im_end|>"}, "chat_template": CHATML}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])

@@ -13,6 +13,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 REFUSED = 2
 INTERRUPTED = 128 + signal.SIGINT
@@ -100,3 +104,21 @@ def first_words(box: str) -> str:
         elif words:
             break
     return one_line(" ".join(words)).removesuffix(" (required)")
+
+
+def pick_device(name: str) -> "torch.device":
+    """The device of that name; 'auto' is the first GPU if there is one.
+
+    Raises:
+        ValueError: if there is no such device here.
+    """
+    import torch  # here, so that a command which computes nothing starts at once
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not here: {str(error).splitlines()[0]}") from error
+    return device

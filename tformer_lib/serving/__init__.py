@@ -28,6 +28,7 @@ with the extra ``serve``), and ``command``:
     python -m tformer_lib.serving serve --model stories
 """
 
+from tformer_lib.generation import TextStream, overlap
 from tformer_lib.serving.calibration import calibrate
 from tformer_lib.serving.engine import (
     DEFAULT_MEMORY,
@@ -39,7 +40,7 @@ from tformer_lib.serving.engine import (
     check_servable,
     graph_sizes,
 )
-from tformer_lib.serving.request import LogProbabilities, Params, Piece, Request, TextStream, overlap
+from tformer_lib.serving.request import LogProbabilities, Params, Piece, Request
 from tformer_lib.serving.runner import (
     SAMPLED,
     Inputs,

@@ -14,7 +14,6 @@ from tformer_lib.serving.engine import DEFAULT_MEMORY, LLM, blocks_that_fit
 from tformer_lib.serving.request import Params, Request, check_counts
 from tformer_lib.serving.speculation import Speculation
 from tformer_lib.tokens import Encoding
-from tformer_lib.training import pick_device
 
 PROGRAM = "python -m tformer_lib.serving"
 HELP = """Serve a model to many requests at once.
@@ -52,7 +51,7 @@ class EngineOptions:
 
     def open(self) -> LLM:
         """The model behind an engine."""
-        model, encoding = pretrained.load(self.model, device=pick_device(self.device))
+        model, encoding = pretrained.load(self.model, device=command_line.pick_device(self.device))
         blocks = blocks_that_fit(model, self.memory)
         if blocks < 1:
             raise ValueError(f"memory is {self.memory:,} bytes, less than a block of keys and values takes")
@@ -68,7 +67,7 @@ class EngineOptions:
             return None
         if self.draft_model is None:
             return Speculation(tokens=self.drafts)
-        draft, _ = pretrained.load(self.draft_model, device=pick_device(self.device))
+        draft, _ = pretrained.load(self.draft_model, device=command_line.pick_device(self.device))
         return Speculation(tokens=self.drafts, model=draft)
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from tformer_lib import profiling
-from tformer_lib.generation import check_memory, check_number
+from tformer_lib.generation import TextStream, check_memory, check_number
 from tformer_lib.kv_cache import CacheShape
 from tformer_lib.ladder import FP8
 from tformer_lib.paged_attention import BLOCK_SIZE, BlockAllocator, blocks_for
-from tformer_lib.serving.request import LogProbabilities, Params, Piece, Request, TextStream, check_counts
+from tformer_lib.serving.request import LogProbabilities, Params, Piece, Request, check_counts
 from tformer_lib.serving.runner import NONE, Inputs, Launched, Runner
 from tformer_lib.serving.scheduler import Row, Scheduler
 from tformer_lib.serving.speculation import ModelDrafter, Speculation, accepted, make_drafter

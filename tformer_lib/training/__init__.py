@@ -46,7 +46,7 @@ from tformer_lib.training.loss import (
     next_token_loss,
     training_loss,
 )
-from tformer_lib.training.machine import interrupts, pick_device, random_states, restore_random_states, seed_all
+from tformer_lib.training.machine import interrupts, random_states, restore_random_states, seed_all
 from tformer_lib.training.optimizer import learning_rate, make_optimizer, parameter_groups
 from tformer_lib.training.run import Progress, Run, sample_text, train
 
@@ -77,7 +77,6 @@ __all__ = [
     "mean_cross_entropy",
     "next_token_loss",
     "parameter_groups",
-    "pick_device",
     "preset",
     "random_states",
     "read_metrics",

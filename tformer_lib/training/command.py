@@ -13,7 +13,6 @@ from tformer_lib.checkpoint import load_weights, read_tensors, require
 from tformer_lib.mixture_of_experts import ExpertsConfig
 from tformer_lib.tokens import load_encoding
 from tformer_lib.training.config import PRESETS, TrainingConfig, config_from_dict, preset
-from tformer_lib.training.machine import pick_device
 from tformer_lib.training.run import Run, sample_text
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
 
@@ -99,7 +98,7 @@ def command_sample(command: Sample) -> int:
     encoding = load_encoding(command.out)
     model = Decoder(config_from_dict(facts["config"], f"{source}: config").model)
     load_weights(model, weights, str(source))
-    model.to(pick_device(command.device)).eval()
+    model.to(command_line.pick_device(command.device)).eval()
     prompt = facts["beginning"] + encoding.encode(command.prompt, disallowed_special=())
     options = {"temperature": command.temperature, "top_k": command.top_k, "seed": command.seed}
     print(command.prompt + sample_text(model, encoding, prompt, command.max_new_tokens, **options))

@@ -68,22 +68,6 @@ def interrupts() -> Iterator[list[int]]:
         give_back(*before)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name; 'auto' is the first GPU if there is one.
-
-    Raises:
-        ValueError: if there is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not here: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def seed_all(seed: int) -> None:
     """Seed torch, numpy and Python."""
     torch.manual_seed(seed)

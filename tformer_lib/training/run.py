@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tformer_lib import distributed
+from tformer_lib import command_line, distributed
 from tformer_lib.checkpoint import (
     check_like,
     load_weights,
@@ -46,7 +46,7 @@ from tformer_lib.training.data import (
     window_starts,
 )
 from tformer_lib.training.loss import accumulate_gradient, evaluate, is_chunked, mean_cross_entropy, training_loss
-from tformer_lib.training.machine import interrupts, pick_device, random_states, restore_random_states, seed_all
+from tformer_lib.training.machine import interrupts, random_states, restore_random_states, seed_all
 from tformer_lib.training.optimizer import learning_rate, make_optimizer, state_names
 from tformer_lib.transformer import Decoder
 
@@ -107,7 +107,7 @@ class Run:
         self.world = distributed.world()
         self.share = self.world.share(config.batch, "a batch")
         self.world.share(config.batch // config.accumulation, "a micro-batch")
-        self.device = distributed.own_device(pick_device(config.device))
+        self.device = distributed.own_device(command_line.pick_device(config.device))
         seed_all(config.seed)
         self.model = Decoder(config.model).to(self.device)
         self.network = distributed.data_parallel(self.model, config.parallel)
