@@ -1,28 +1,39 @@
 """Training: how many tokens a second, what share of the device's matrix-product rate, and how far a recipe gets.
 
     python -m benchmarks.training --device cuda                               # the speed of a training step
+    python -m benchmarks.training --device cuda --nanogpt model.py            # beside nanoGPT's model (that file of it)
     python -m benchmarks.training --recipe shakespeare-char     # train a preset, keep its log
+    python -m benchmarks.training --optimizers shakespeare-char # AdamW beside Muon, each at several learning rates
 
 The limit of a step is the arithmetic that it needs, ``estimate_flops_per_token``, at the rate of the device's own
 matrix products (measured here, in the same precision). The share of it that is reached is known as model FLOPs
 utilisation.
-A step is all of it: forward, backward, clipping, AdamW. The windows are on the device already.
+A step is all of it: forward, backward, clipping, AdamW. The windows are on the device already. The steps of one shape
+are timed in turns, and on a GPU the profiler says how long each kind of kernel takes in them.
 """
 
+import importlib.util
 import json
+import multiprocessing
+import re
 import sys
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import median, quantiles
 
 import torch
 from torch import nn
 
-from benchmarks.harness import Options, Report, command_line, matmul_rate, measure
+from benchmarks.harness import Options, Report, Timing, command_line, copy_rate, matmul_rate, measure, warm_up
 from tformer_lib import training
 from tformer_lib.training import Run, TrainingConfig
+from tformer_lib.training.loss import is_chunked
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
 
 GPT2_SMALL = TrainingConfig(
@@ -42,8 +53,14 @@ GPT2_SMALL = TrainingConfig(
     beta2=0.95,
 )
 
+GPT2_MEDIUM = replace(GPT2_SMALL, batch=16, model=replace(GPT2_SMALL.model, width=1024, layers=24, heads=16))
+
 SHAPES = {
-    "cuda": {"shakespeare-char": training.preset("shakespeare-char"), "GPT-2 small, 124M": GPT2_SMALL},
+    "cuda": {
+        "shakespeare-char": training.preset("shakespeare-char"),
+        "GPT-2 small, 124M": GPT2_SMALL,
+        "GPT-2 medium, 350M": GPT2_MEDIUM,
+    },
     "cpu": {name: training.preset(name) for name in ("shakespeare-char-cpu", "quick")},
 }
 VOCABULARY = {"shakespeare-char": 65, "shakespeare-char-cpu": 65, "quick": 1024}
@@ -60,7 +77,21 @@ class TrainingOptions(Options):
     pack: bool = False
     """With --recipe: pack the run's files into one .tar.gz beside the log."""
     name: str | None = None
-    """With --recipe: what to call the log, instead of training-<preset>."""
+    """What to call the file, instead of training, training-<preset> or training-optimizers."""
+    shapes: tuple[str, ...] = ()
+    """Measure these shapes alone, by the beginnings of their names."""
+    nanogpt: Path | None = None
+    """nanoGPT's model.py: its model is then timed in turns with ours, in the same process."""
+    seconds: float = 4.0
+    """How long each contestant's steps are timed."""
+    optimizers: tuple[str, ...] = ()
+    """Compare AdamW with Muon on these presets instead, each at several learning rates."""
+    steps: int = 1000
+    """With --optimizers: the steps of each run."""
+    workers: int = 1
+    """With --optimizers: the runs that go on at once."""
+    budget: float = 3600.0
+    """With --optimizers: seconds after which no run begins."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,32 +100,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(asked: TrainingOptions) -> None:
-    """Measure the speed of a step, or train a recipe."""
+    """Measure the speed of a step, train a recipe, or compare optimizers."""
     if asked.recipe:
         train_recipe(asked)
+    elif asked.optimizers:
+        compare_optimizers(asked)
     else:
-        measure_steps(torch.device(asked.device), asked.out)
+        measure_steps(asked)
 
 
-def measure_steps(device: torch.device, out: Path | None) -> None:
-    """Tokens per second of each shape, and the share of the matrix-product rate."""
-    report = Report("training", device, out)
+# --- the speed of a step
+
+NANOGPT, PLAIN, OWN = "nanoGPT's model", "sdpa, all logits at once", "flash attention, logits in chunks"
+
+
+def measure_steps(asked: TrainingOptions) -> None:
+    """Tokens per second of each shape and contestant, the share of the matrix-product rate, and where the time goes."""
+    device = torch.device(asked.device)
+    report = Report(asked.name or "training", device, asked.out, peers=[NANOGPT, PLAIN])
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     limit = matmul_rate(device, dtype)
     report.note(matmul_rate=limit, matmul_dtype=str(dtype).removeprefix("torch."), compiled=device.type == "cuda")
     for name, config in SHAPES[device.type].items():
-        model = replace(
-            config.model, vocab_size=VOCABULARY.get(name, config.model.vocab_size), max_length=config.context
-        )
-        config = replace(config, model=model)
-        tokens, flops = config.batch * config.context, training.estimate_flops_per_token(model, config.context)
-        step, parameters = make_step(config, device)
-        timing = measure(step, [random_windows(config, device) for _ in range(4)], device=device, seconds=4)
+        if asked.shapes and not name.startswith(tuple(asked.shapes)):
+            continue
+        vocab_size = VOCABULARY.get(name, config.model.vocab_size)
+        config = replace(config, model=replace(config.model, vocab_size=vocab_size, max_length=config.context))
+        measure_shape(report, name, config, device, limit, asked)
+        report.save()
+    report.finish()
+
+
+def measure_shape(report: Report, name: str, config: TrainingConfig, device: torch.device, limit, asked) -> None:
+    """Add the rows of one shape, and where a step's time goes."""
+    torch._dynamo.reset()  # else a second shape is compiled for all sizes that differ from the first's
+    tokens, flops = config.batch * config.context, training.estimate_flops_per_token(config.model, config.context)
+    windows = [random_windows(config, device) for _ in range(4)]
+    steps, peaks = {}, {}
+    for contestant, make in contestants(name, config, device, asked.nanogpt).items():
+        step, parameters = make()
+        warm_up(step, windows, device, 0.1)  # compiles
+        steps[contestant], peaks[contestant] = step, peak_memory(step, windows[0], device)
+    for contestant, timing in in_turns(steps, windows, device, asked.seconds).items():
         report.add(
             timing=timing,
             case=name,
-            contestant=f"a step of {tokens:,} tokens",
-            alone="no other trainer was measured",
+            contestant=contestant,
+            alone="no other trainer was measured" if len(steps) == 1 else None,
             flops=flops * tokens,
             limit=limit,
             tokens_per_second=round(tokens / timing.median),
@@ -102,32 +154,181 @@ def measure_steps(device: torch.device, out: Path | None) -> None:
             parameters=parameters,
             batch=config.batch,
             context=config.context,
+            peak_bytes=peaks[contestant],
         )
-    report.finish()
+    report.save()
+    if device.type == "cuda" and len(steps) > 1:
+        spent = {contestant: where_time_goes(step, windows) for contestant, step in steps.items()}
+        bounds = least_seconds(config, limit, copy_rate(device, size=2**30))
+        report.attach(**{f"kernels of {name}": {"bounds": bounds, "milliseconds": spent}})
+        for contestant, found in spent.items():
+            print(
+                f"  {contestant}: " + ", ".join(f"{kind} {ms:.2f}" for kind, ms in found["kinds"].items()), flush=True
+            )
+        print("  least: " + ", ".join(f"{kind} {ms:.2f}" for kind, ms in bounds.items()), flush=True)
 
 
-def make_step(config: TrainingConfig, device: torch.device) -> tuple[Callable, int]:
+def print_milliseconds(name: str, kinds: dict[str, float]) -> None:
+    """One line: how long each kind takes."""
+    print(f"  {name}: {', '.join(f'{kind} {ms:.2f}' for kind, ms in kinds.items())} ms", flush=True)
+
+
+def contestants(name: str, config: TrainingConfig, device: torch.device, nanogpt: Path | None) -> dict[str, Callable]:
+    """Who makes a step: functions that return it and the number of parameters. GPT-2's shapes have several."""
+    if device.type == "cpu" or not name.startswith("GPT-2"):
+        return {f"a step of {config.batch * config.context:,} tokens": partial(make_step, config, device)}
+    flash = replace(config, model=replace(config.model, attention="flash_attention"))
+    found = {OWN: partial(make_step, flash, device), PLAIN: partial(make_step, config, device, chunked=False)}
+    return found if nanogpt is None else {NANOGPT: partial(make_nanogpt_step, nanogpt, config, device), **found}
+
+
+def in_turns(steps: dict[str, Callable], windows: list, device: torch.device, seconds: float) -> dict[str, Timing]:
+    """Time the steps of several contestants, a few of each at a time, so that all see the same machine."""
+    if device.type == "cpu":
+        return {name: measure(step, windows, device=device, seconds=seconds) for name, step in steps.items()}
+    times, begin = {name: [] for name in steps}, time.perf_counter()
+    while time.perf_counter() - begin < seconds * len(steps):
+        for name, step in steps.items():
+            step(*windows[0])  # what came before has left the caches to another
+            events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(6)]
+            for i, (start, end) in enumerate(events):
+                start.record()
+                step(*windows[i % len(windows)])
+                end.record()
+            torch.cuda.synchronize()
+            times[name] += [start.elapsed_time(end) / 1e3 for start, end in events]
+    found = {name: (quantiles(some, n=10), some) for name, some in times.items()}
+    return {name: Timing(median(some), q[0], q[-1], len(some)) for name, (q, some) in found.items()}
+
+
+def make_step(config: TrainingConfig, device: torch.device, *, chunked: bool | None = None) -> tuple[Callable, int]:
     """A function of (inputs, targets) that does one whole step, and the number of parameters."""
     torch.manual_seed(0)
     model = Decoder(config.model).to(device)
     optimizer = training.make_optimizer(model, config)
-    loss_of = torch.compile(training.next_token_loss) if device.type == "cuda" else training.next_token_loss
+    chunked = is_chunked(chunked, config.batch * config.context, config.model.vocab_size)
+    loss_of = partial(training.next_token_loss, chunked=chunked)
+    loss_of = torch.compile(loss_of) if device.type == "cuda" else loss_of
+    return whole_step(partial(loss_of, model), model, optimizer, config, device), count_parameters(model)
+
+
+def make_nanogpt_step(file: Path, config: TrainingConfig, device: torch.device) -> tuple[Callable, int]:
+    """The same with the model and the optimizer of nanoGPT's model.py, as its train.py uses them."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    m = config.model
+    sizes = {"n_layer": m.layers, "n_head": m.heads, "n_embd": m.width, "vocab_size": m.vocab_size}
+    model = module.GPT(module.GPTConfig(block_size=config.context, dropout=0.0, bias=m.bias, **sizes)).to(device)
+    betas = config.beta1, config.beta2
+    optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device.type)
+    compiled = torch.compile(model) if device.type == "cuda" else model
+    loss_of = lambda inputs, targets: compiled(inputs, targets)[1]  # noqa: E731
+    return whole_step(loss_of, model, optimizer, config, device), count_parameters(model)
+
+
+def whole_step(
+    loss_of: Callable, model: nn.Module, optimizer, config: TrainingConfig, device: torch.device
+) -> Callable:
+    """Forward, backward, clipping and the optimizer, as a function of (inputs, targets)."""
+    parameters = list(model.parameters())
 
     def step(inputs: torch.Tensor, targets: torch.Tensor) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = loss_of(model, inputs, targets)
+            loss = loss_of(inputs, targets)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step, count_parameters(model)
+    return step
+
+
+def peak_memory(step: Callable, window: tuple, device: torch.device) -> int | None:
+    """Bytes that a step holds at most beside what was there before it; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(*window)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+KINDS = {
+    "loss": r"rows_kernel|^triton.*(softmax|logsumexp|nll)",
+    "norms, activations, residual sums": "^triton",
+    "attention": "flash|fmha|attention|forward_kernel|backward_kernel|prepare_kernel|round_dq",
+    "matrix products": "nvjet|gemm|cutlass|cublas|splitk|gemv",
+    "optimizer": "adam",
+    "clipping": "lpnorm|multi_tensor|foreach",
+    "fills and copies": "memset|memcpy|fill|copy",
+}
+"""What a kernel is for, by a part of its name; the first that fits. What is left is "other"."""
+
+
+def where_time_goes(step: Callable, windows: list, *, calls: int = 3, kept: int = 40) -> dict:
+    """The milliseconds of a step by kind of kernel, with the gaps between kernels, and the longest kernels."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for i in range(calls):
+            step(*windows[i % len(windows)])
+        torch.cuda.synchronize()
+    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels, counts = Counter(), Counter()
+    for event in events:
+        kernels[event.name] += event.time_range.elapsed_us() / 1e3 / calls
+        counts[event.name] += 1 / calls
+    kinds = Counter()
+    for name, ms in kernels.items():
+        kinds[kind_of(name)] += ms
+    span = (max(e.time_range.end for e in events) - min(e.time_range.start for e in events)) / 1e3 / calls
+    kinds["nothing runs"] = max(0.0, span - sum(kernels.values()))
+    longest = [[name[:120], round(counts[name], 2), round(ms, 4)] for name, ms in kernels.most_common(kept)]
+    return {"kinds": {kind: round(ms, 3) for kind, ms in kinds.most_common()}, "longest": longest}
+
+
+def kind_of(kernel: str) -> str:
+    """What a kernel is for, by its name."""
+    lower = kernel.lower()
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, lower)), "other")
+
+
+def least_seconds(config: TrainingConfig, matmul: float, copy: float) -> dict[str, float]:
+    """Milliseconds of each kind that the device's own rates allow: the products' arithmetic, the others' bytes.
+
+    Args:
+        config: the run's, of a GPT-2 model in bfloat16 with a residual stream in float32.
+        matmul: the device's matrix products, FLOP/s.
+        copy: its memory, bytes/s read plus written.
+    """
+    m, tokens = config.model, config.batch * config.context
+    weights = m.layers * (4 * m.width**2 + 2 * m.width * m.size_of_feed_forward) + m.width * m.vocab_size
+    numbers = count_parameters(Decoder(m).to("meta"))
+    attention = 7 * 2 * m.layers * m.width * config.context / 2 * tokens  # causal: 2 products forward, 5 backward
+    logits = 2 * tokens * m.vocab_size
+    # of each layer: two sums and norms read and write the stream, forward and backward; an activation, twice
+    stream, hidden = 4 * tokens * m.width, 2 * tokens * m.size_of_feed_forward
+    elementwise = m.layers * (2 * (2.5 * stream + 4 * stream) + 2 * hidden + 3 * hidden)
+    return {
+        "matrix products": round(6e3 * weights * tokens / matmul, 3),
+        "attention": round(1e3 * attention / matmul, 3),
+        "loss": round(2e3 * logits / copy, 3),  # read once, its gradient written once
+        "norms, activations, residual sums": round(1e3 * elementwise / copy, 3),
+        "optimizer": round(28e3 * numbers / copy, 3),  # weight, two moments: read and written; the gradient read
+        "clipping": round(12e3 * numbers / copy, 3),  # the gradient read, read and written
+    }
 
 
 def random_windows(config: TrainingConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets of random tokens, (batch, context) int64 each."""
     rows = torch.randint(0, config.model.vocab_size, (config.batch, config.context + 1), device=device)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+# --- recipes
 
 
 def train_recipe(arguments: TrainingOptions) -> None:
@@ -165,6 +366,93 @@ def recipe_config(arguments: TrainingOptions, name: str) -> TrainingConfig:
         except ValueError as error:
             raise ValueError(f"--set {change}: the value must be JSON ({error})") from error
     return training.config_from_dict(values)
+
+
+# --- AdamW beside Muon
+
+RATES = (1e-3, 2e-3, 4e-3, 5e-4, 8e-3, 1.6e-2)
+"""The peak learning rates that both optimizers are tried at, the likeliest first."""
+
+
+def compare_optimizers(asked: TrainingOptions) -> None:
+    """Train presets with AdamW and with Muon at the same learning rates, and the best of each with other seeds.
+
+    The file has the validation losses of every run, and how many tokens the best of each optimizer needed for the loss
+    that the best AdamW ends with.
+    """
+    report = Report(asked.name or "training-optimizers", asked.device, asked.out)
+    report.facts = {"steps": asked.steps, "rates": RATES, "runs": []}
+    begin = time.perf_counter()
+    runs = [(p, o, rate, 1337) for rate in RATES for p in asked.optimizers for o in ("adamw", "muon")]
+    with ProcessPoolExecutor(asked.workers, multiprocessing.get_context("spawn")) as pool:
+        train_all(pool, runs, asked, report, begin)
+        best = [best_run(report.facts["runs"], p, o) for p in asked.optimizers for o in ("adamw", "muon")]
+        again = [(r["preset"], r["optimizer"], r["rate"], seed) for seed in (1, 2) for r in best if r]
+        train_all(pool, again, asked, report, begin)
+    report.facts["best"] = [summary(report.facts["runs"], preset) for preset in asked.optimizers]
+    for line in report.facts["best"]:
+        print(f"  {line}", flush=True)
+    report.save()
+
+
+def train_all(pool: ProcessPoolExecutor, runs: list, asked: TrainingOptions, report: Report, begin: float) -> None:
+    """Train these (preset, optimizer, rate, seed), and keep what each of them measures."""
+    jobs = [pool.submit(train_one, run, asked.steps, asked.device, begin, asked.budget) for run in runs]
+    for job in as_completed(jobs):
+        if (found := job.result()) is not None:
+            report.facts["runs"].append(found)
+            print("  {preset} {optimizer} {rate:g} seed {seed}: {val_loss:.4f}".format(**found), flush=True)
+            report.save()
+
+
+def train_one(run: tuple, steps: int, device: str, begin: float, budget: float) -> dict | None:
+    """One run, in a process of its own; None if there is no time left for it. A run that diverges has a loss of NaN."""
+    preset, optimizer, rate, seed = run
+    if time.perf_counter() - begin > budget:  # the machine's clock, the same in all processes
+        return None
+    every = max(1, steps // 40)
+    changes = {"learning_rate": rate, "min_learning_rate": rate / 10, "optimizer": optimizer, "seed": seed}
+    changes |= {"steps": steps, "warmup": steps // 20, "eval_interval": every, "log_interval": every}
+    changes |= {"sample_tokens": 0, "save_interval": steps, "eval_windows": 256, "device": device}
+    config = training.preset(preset, out=f"runs/{preset}-{optimizer}-{rate:g}-{seed}", **changes)
+    found = {
+        "preset": preset,
+        "optimizer": optimizer,
+        "rate": rate,
+        "seed": seed,
+        "tokens": config.batch * config.context,
+    }
+    trained = Run(config)
+    try:
+        trained.train(quiet=True)
+    except FloatingPointError:
+        return {**found, "val_loss": float("nan"), "curve": []}
+    curve = [[line["step"], round(line["val_loss"], 5)] for line in trained.history if "val_loss" in line]
+    return {**found, "val_loss": min(loss for _, loss in curve), "curve": curve}
+
+
+def best_run(runs: list[dict], preset: str, optimizer: str) -> dict | None:
+    """The run of the sweep with the lowest validation loss."""
+    tried = [r for r in runs if (r["preset"], r["optimizer"], r["seed"]) == (preset, optimizer, 1337)]
+    return min((r for r in tried if r["val_loss"] == r["val_loss"]), key=lambda r: r["val_loss"], default=None)
+
+
+def summary(runs: list[dict], preset: str) -> dict:
+    """Both optimizers at their best rates: their losses over the seeds, and the tokens to AdamW's loss."""
+    line = {"preset": preset}
+    for optimizer in ("adamw", "muon"):
+        best = best_run(runs, preset, optimizer)
+        same = [r for r in runs if best and all(r[k] == best[k] for k in ("preset", "optimizer", "rate"))]
+        line[optimizer] = {"rate": best and best["rate"], "val_loss": [r["val_loss"] for r in same]}
+        target = line["adamw"]["val_loss"] and max(line["adamw"]["val_loss"])
+        line["target"] = target
+        line[optimizer]["tokens"] = [tokens_to(r, target) for r in same]
+    return line
+
+
+def tokens_to(run: dict, target: float) -> int | None:
+    """The tokens after which a run's validation loss was first no higher than a target."""
+    return next((step * run["tokens"] for step, loss in run["curve"] if loss <= target + 1e-5), None)
 
 
 def pack(folder: Path, target: Path) -> None:

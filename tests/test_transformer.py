@@ -9,6 +9,7 @@ from torch import nn
 from tformer_lib import positional_encoding
 from tformer_lib.attention import attend
 from tformer_lib.transformer import (
+    ACTIVATIONS,
     Block,
     Decoder,
     Embedding,
@@ -140,6 +141,17 @@ def test_feed_forward_formula(kind):
         gate = x @ layer.gate.weight.T + layer.gate.bias
         hidden = gate / (1 + torch.exp(-gate)) * up
     torch.testing.assert_close(layer(x), hidden @ layer.down.weight.T + layer.down.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_compiled_gelu_is_the_same_function(dtype):
+    compiled = torch.compile(ACTIVATIONS["gelu_tanh"], backend="aot_eager", fullgraph=True)
+    x = torch.linspace(-12, 12, 4001, dtype=dtype, requires_grad=True)
+    ours, theirs = compiled(x), nn.functional.gelu(x, approximate="tanh")
+    rounding = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 4e-2}[dtype]
+    torch.testing.assert_close(ours, theirs, atol=rounding, rtol=rounding)
+    for a, b in zip(*(torch.autograd.grad(y.sum(), x) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, atol=rounding, rtol=rounding)
 
 
 # --- transformers as oracle ---------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from torch import Tensor
 from tformer_lib.training import cross_entropy_triton
 from tformer_lib.training.data import IGNORED
 
-CHUNK_BYTES = 2**29
-"""What a chunk's logits may take, unless the caller says how many tokens a chunk has."""
+CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**30}
+"""What a chunk's logits may take, unless the caller says how many tokens a chunk has. Large products run faster on a
+GPU: GPT-2's vocabulary gets 8,192 tokens a chunk there."""
 
 
 def chunked_cross_entropy(
@@ -44,7 +45,7 @@ def chunked_cross_entropy(
         ignore_index: targets that do not count.
         label_smoothing: the share of each target's probability that is spread over the whole vocabulary.
         softcap: logits z become ``softcap * tanh(z / softcap)`` first.
-        chunk: tokens whose logits are held at once; as many as fit into ``CHUNK_BYTES`` if not given.
+        chunk: tokens whose logits are held at once; by ``CHUNK_BYTES`` if not given.
 
     Returns:
         The mean over the targets that count; NaN if none does, as PyTorch has it.
@@ -69,12 +70,19 @@ def chunked_cross_entropy(
     elif hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype}, weight is {weight.dtype}")
     if chunk is None:
-        chunk = max(1, CHUNK_BYTES // (len(weight) * hidden.element_size()))
+        chunk = tokens_of_chunk(targets.numel(), len(weight) * hidden.element_size(), device)
     elif chunk < 1:
         raise ValueError(f"a chunk must have at least 1 token, got {chunk}")
     differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     options = ignore_index, float(label_smoothing), float(softcap or 0.0), chunk, differentiated
     return chunked_cross_entropy_op(hidden.flatten(0, -2), weight, targets.flatten(), *options)[0]
+
+
+def tokens_of_chunk(tokens: int, row: int, device: str) -> int:
+    """Equal chunks, as few as may be and whole tiles of a matrix product where they are large; ``row`` is in bytes."""
+    most = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // row)
+    each = -(-tokens // max(1, -(-tokens // most)))
+    return max(1, min(most, -(-each // 256) * 256) if most >= 256 else most)
 
 
 @torch.library.custom_op("tformer_lab::chunked_cross_entropy", mutates_args=())

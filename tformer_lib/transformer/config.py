@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,12 +22,23 @@ ATTENTION_FORMS = {
 }
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its approximation x / 2 (1 + tanh(u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), of any shape.
+
+    Compiled, it is the same function as x sigmoid(2 u): an exponential is one instruction of a GPU, a tanh is dozens.
+    """
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.sigmoid(math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3))).to(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_tanh": gelu_tanh,
     "swiglu": F.silu,
-    "geglu": partial(F.gelu, approximate="tanh"),
+    "geglu": gelu_tanh,
 }
 
 GATED = ("swiglu", "geglu")
