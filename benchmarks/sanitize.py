@@ -381,16 +381,19 @@ def run_linear_backward() -> None:
 
 def door_cases(topic: str, calls: int) -> dict[str, Callable]:
     """Every door of a topic, and the control."""
-    cases = {f"door: {name}": partial(knock, draw, calls) for name, draw in doors.DOORS.get(topic, {}).items()}
+    cases = {
+        f"door: {name}": partial(knock, draw, doors.steps(topic, name)[-1], calls)
+        for name, draw in doors.DOORS[topic].items()
+    }
     return cases | {"control: lse too short": partial(write_past_lse, "cpu", "cpu")}
 
 
-def knock(draw: Callable[[Random], doors.Call], calls: int) -> None:
-    """So many random calls by the C++ twin; an AssertionError ends them at the first that is answered wrongly."""
+def knock(draw: Callable[[Random], doors.Call], step: int | str, calls: int) -> None:
+    """So many random calls by one step; an AssertionError ends them at the first that is answered wrongly."""
     refused = 0
     for seed in range(calls):
         call = draw(Random(seed))
-        call.check("cpu")
+        call.check(step)
         refused += call.refused
     print(f"{calls:,} calls: {calls - refused:,} answered, {refused:,} refused")
 
@@ -479,7 +482,8 @@ class SanitizeOptions:
     """Every kernel of a topic under a sanitizer."""
 
     topic: Annotated[str, Positional]
-    """Whose kernels: flash_attention, linear_attention, paged_attention, rope or sparse_attention."""
+    """Whose kernels or doors: flash_attention, linear_attention, paged_attention, rope, sparse_attention; on a CPU
+    attention and mixture_of_experts too."""
     device: Literal["cuda", "cpu"] = "cuda"
     """CUDA kernels under compute-sanitizer, or the C++ twin under an address sanitizer."""
     calls: int = 3000
@@ -496,8 +500,9 @@ class SanitizeOptions:
     """The most that one case may take."""
 
     def __post_init__(self):
-        if self.topic not in TOPICS:
-            raise ValueError(f"there is no topic {self.topic!r}; there are {', '.join(TOPICS)}")
+        topics = doors.DOORS if self.device == "cpu" else TOPICS
+        if self.topic not in topics:
+            raise ValueError(f"there is no topic {self.topic!r} on {self.device}; there are {', '.join(topics)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

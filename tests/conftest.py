@@ -9,8 +9,7 @@ from draws import register_profiles
 from hypothesis import settings
 
 register_profiles()
-if "HYPOTHESIS_PROFILE" in os.environ:
-    settings.load_profile(os.environ["HYPOTHESIS_PROFILE"])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ordinary"))
 
 
 @pytest.fixture(scope="module", autouse=True)

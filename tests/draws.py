@@ -7,13 +7,21 @@ ORDINARY = 100
 
 
 def register_profiles() -> None:
-    """Let ``HYPOTHESIS_PROFILE`` (or ``--hypothesis-profile``) choose ``deep``, which is for a release."""
-    settings.register_profile("deep", max_examples=100 * ORDINARY, suppress_health_check=[HealthCheck.too_slow])
+    """Let ``HYPOTHESIS_PROFILE`` (or ``--hypothesis-profile``) choose ``deep``, which is for a release.
+
+    Neither has a deadline, which a busy machine would miss, and neither draws the same examples each time, as
+    hypothesis would do by itself where the variable CI is set.
+    """
+    settings.register_profile("ordinary", deadline=None, derandomize=False, print_blob=True)
+    slow = [HealthCheck.too_slow]
+    settings.register_profile(
+        "deep", settings.get_profile("ordinary"), max_examples=100 * ORDINARY, suppress_health_check=slow
+    )
 
 
 def draws(count: int, **options) -> settings:
     """The settings of a test that draws ``count`` examples in an ordinary run, however slow the machine is."""
-    return settings(max_examples=count * settings().max_examples // ORDINARY, deadline=None, **options)
+    return settings(max_examples=count * settings().max_examples // ORDINARY, **options)
 
 
 def is_deep() -> bool:

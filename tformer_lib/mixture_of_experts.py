@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tformer_lib.contract import in_named_dtypes
+from tformer_lib.contract import in_named_dtypes, readable
 
 ROUTERS = ("softmax_then_topk", "topk_then_softmax", "sigmoid_then_topk")
 
@@ -256,7 +256,11 @@ def mix_by_loop(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
 
     Returns:
         (N, width).
+
+    Raises:
+        ValueError: the routing does not fit the tokens, or, on a CPU, names an expert that is not there.
     """
+    check_routing(x, routing, experts)
     out = torch.zeros_like(x)
     for expert in range(len(experts.up)):
         token, choice = (routing.experts == expert).nonzero(as_tuple=True)  # both (its tokens,)
@@ -267,6 +271,25 @@ def mix_by_loop(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     return out
 
 
+def check_routing(x: Tensor, routing: Routing, experts: Experts, processes: int = 1) -> None:
+    """Refuse tokens and a routing that do not fit one another or the experts, of which each process holds as many.
+
+    Which experts are named is read on a CPU alone: a GPU would wait for it.
+    """
+    held, _, width = experts.up.shape
+    chosen, count = routing.experts, held * processes
+    if x.dim() != 2 or x.shape[1] != width:
+        raise ValueError(f"x must be (N, {width}), got {tuple(x.shape)}")
+    if chosen.dim() != 2 or len(chosen) != len(x) or chosen.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"experts must be ({len(x)}, k) integers, got {tuple(chosen.shape)} of {chosen.dtype}")
+    if routing.weights.shape != chosen.shape:
+        raise ValueError(f"weights must be {tuple(chosen.shape)} as experts are, got {tuple(routing.weights.shape)}")
+    if chosen.device.type == "cpu" and chosen.numel() and readable(chosen):
+        least, most = (int(n) for n in chosen.aminmax())
+        if least < 0 or most >= count:
+            raise ValueError(f"experts must be 0 to {count - 1}, got {least if least < 0 else most}")
+
+
 def linear_of_one(expert: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The linear map of one expert: x (n, inputs), weight (E, outputs, inputs), bias (E, outputs) -> (n, outputs)."""
     return F.linear(x, weight[expert], None if bias is None else bias[expert])
@@ -275,8 +298,9 @@ def linear_of_one(expert: int, x: Tensor, weight: Tensor, bias: Tensor | None) -
 def mix_grouped(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """Sort the choices by expert, so that each expert finds its tokens side by side, and sort back what they become.
 
-    Args and result as for :func:`mix_by_loop`.
+    Args, result and errors as for :func:`mix_by_loop`.
     """
+    check_routing(x, routing, experts)
     order, counts = sort_by_expert(routing.experts, len(experts.up))  # (N k,), (E,)
     token = order // routing.experts.shape[1]  # choice i belongs to token i // k
     made = experts(x[token], partial(grouped_linear, counts))  # (N k, width)
@@ -326,10 +350,27 @@ def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
     Returns:
         (M, outputs).
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or the counts, where they are read, do not sum to M.
     """
+    check_groups(rows, weight, counts)
     if has_grouped_kernel(rows, weight):
         return F.grouped_mm(rows, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
     return grouped_matmul_op(rows, weight, counts)
+
+
+def check_groups(rows: Tensor, weight: Tensor, counts: Tensor) -> None:
+    """Refuse rows, stacked matrices and counts that do not fit one another. The counts are not read."""
+    if rows.dim() != 2 or weight.dim() != 3 or rows.shape[1] != weight.shape[2]:
+        raise ValueError(
+            f"rows must be (M, inputs) and weight (E, outputs, inputs), got {tuple(rows.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
+    if rows.dtype != weight.dtype:
+        raise ValueError(f"rows and weight must share a dtype, got {rows.dtype} and {weight.dtype}")
+    if counts.shape != weight.shape[:1] or counts.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"counts must be ({len(weight)},) integers, got {tuple(counts.shape)} of {counts.dtype}")
 
 
 def has_grouped_kernel(rows: Tensor, weight: Tensor) -> bool:
@@ -343,7 +384,7 @@ def has_grouped_kernel(rows: Tensor, weight: Tensor) -> bool:
 def grouped_matmul_op(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """One matrix multiplication a group, as an operator, so that a compiled model need not know the counts."""
     out = rows.new_empty(len(rows), weight.shape[1])
-    for expert, (start, stop) in spans(counts):
+    for expert, (start, stop) in spans(counts, len(rows)):
         torch.mm(rows[start:stop], weight[expert].T, out=out[start:stop])
     return out
 
@@ -352,15 +393,17 @@ def grouped_matmul_op(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 def grouped_outer_op(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     """The gradient of the matrices: left (M, outputs), right (M, inputs) -> (E, outputs, inputs), zeros for no rows."""
     out = left.new_zeros(len(counts), left.shape[1], right.shape[1])
-    for expert, (start, stop) in spans(counts):
+    for expert, (start, stop) in spans(counts, len(left)):
         torch.mm(left[start:stop].T, right[start:stop], out=out[expert])
     return out
 
 
-def spans(counts: Tensor) -> Iterator[tuple[int, tuple[int, int]]]:
+def spans(counts: Tensor, rows: int) -> Iterator[tuple[int, tuple[int, int]]]:
     """Each expert that has rows, with its first row and the one after its last."""
-    stop = 0
-    for expert, count in enumerate(counts.tolist()):
+    sizes, stop = counts.tolist(), 0
+    if min(sizes, default=0) < 0 or sum(sizes) != rows:
+        raise ValueError(f"counts must be at least 0 and sum to {rows} rows, got {sizes}")
+    for expert, count in enumerate(sizes):
         start, stop = stop, stop + count
         if count:
             yield expert, (start, stop)
@@ -403,7 +446,13 @@ def mix_batched(experts: Experts, x: Tensor, routing: Routing, capacity: int | N
 
     Returns:
         (N, width).
+
+    Raises:
+        ValueError: as for :func:`mix_by_loop`, or the capacity is negative.
     """
+    check_routing(x, routing, experts)
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"capacity must be at least 0, got {capacity}")
     count, width = len(experts.up), x.shape[1]
     order, counts = sort_by_expert(routing.experts, count)
     if capacity is None:

@@ -13,7 +13,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_to_all_single
 
-from tformer_lib.mixture_of_experts import Experts, Routing, grouped_linear, mixtures, sort_by_expert, weighted_sum
+from tformer_lib.mixture_of_experts import (
+    Experts,
+    Routing,
+    check_routing,
+    grouped_linear,
+    mixtures,
+    sort_by_expert,
+    weighted_sum,
+)
 
 
 def expert_parallel(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
@@ -64,6 +72,7 @@ def mix_over_processes(experts: Experts, x: Tensor, routing: Routing, *, group: 
     Returns:
         (tokens, width).
     """
+    check_routing(x, routing, experts, group.size())
     held = len(experts.up)
     order, counts = sort_by_expert(routing.experts, held * group.size())  # (tokens k,), (E,)
     arriving = torch.empty_like(counts)  # from each process, for each of my experts

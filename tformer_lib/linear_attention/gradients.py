@@ -84,6 +84,9 @@ class Sums:
 
     def first_decay(self, gates: Tensor) -> Tensor:
         """exp of every sequence's first log decay, (sequences, heads, 1, 1): it stands before the first state."""
+        if gates.shape[2] == 0:  # no token: the last state is the first one
+            sequences = gates.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+            return gates.new_ones(sequences, gates.shape[1], 1, 1)
         if self.cu_seqlens is None:
             return gates[:, :, :1].exp()
         first, lengths = self.cu_seqlens[:-1].long(), self.cu_seqlens.diff()

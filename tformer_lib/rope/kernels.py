@@ -109,8 +109,6 @@ def rotate_at_positions(
         frequencies: (rotary_dim / 2,) float32, radians per position.
         factor: what cosines and sines are multiplied by.
     """
-    if positions.is_floating_point() or positions.dim() not in (1, 2):
-        raise ValueError(f"positions must be ([batch,] T) integers, got {tuple(positions.shape)} of {positions.dtype}")
     angles = shape_of_angles(positions, frequencies)
     check_both(q, k, angles, angles, layout, q_weight, k_weight, norm_eps)
     name = LADDER.name(step)
@@ -171,11 +169,20 @@ def check_both(
             raise ValueError("weights of a norm were given without its norm_eps")
         if weight.shape != q.shape[-1:]:
             raise ValueError(f"a norm's weight must be ({q.shape[-1]},), got {tuple(weight.shape)}")
+        if weight.device != q.device or not weight.is_floating_point():
+            raise ValueError(f"a norm's weight must be floats on {q.device}, got {weight.dtype} on {weight.device}")
 
 
 def shape_of_angles(positions: Tensor, frequencies: Tensor) -> Tensor:
-    """A tensor of the shape that the angles have: ([batch,] T, pairs)."""
-    return positions[..., None].expand(*positions.shape, frequencies.shape[0])
+    """A tensor of the shape that the angles have, ([batch,] T, pairs), and of the frequencies' dtype and device."""
+    if positions.is_floating_point() or positions.dtype == torch.bool or positions.dim() not in (1, 2):
+        raise ValueError(f"positions must be ([batch,] T) integers, got {tuple(positions.shape)} of {positions.dtype}")
+    if frequencies.dim() != 1 or frequencies.device != positions.device:
+        raise ValueError(
+            f"frequencies must be (pairs,) on {positions.device}, where positions are, got "
+            f"{tuple(frequencies.shape)} on {frequencies.device}"
+        )
+    return frequencies.expand(*positions.shape, -1)
 
 
 def check_operator(

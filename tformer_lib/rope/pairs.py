@@ -88,6 +88,9 @@ def check_rotation(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> None:
         raise ValueError(f"x must be (batch, heads, T, head_dim) floats, got shape {tuple(x.shape)} of {x.dtype}")
     if cos.shape != sin.shape or cos.dim() not in (2, 3):
         raise ValueError(f"cos and sin must both be ([batch,] T, pairs), got {tuple(cos.shape)} and {tuple(sin.shape)}")
+    for name, t in (("cos", cos), ("sin", sin)):
+        if not t.is_floating_point() or t.device != x.device:
+            raise ValueError(f"{name} must be floats on {x.device}, where x is, got {t.dtype} on {t.device}")
     if cos.shape[-2] != x.shape[-2]:
         raise ValueError(f"x has {x.shape[-2]} tokens, but there are angles for {cos.shape[-2]} positions")
     if cos.dim() == 3 and cos.shape[0] not in (1, x.shape[0]):

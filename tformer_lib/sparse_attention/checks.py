@@ -48,8 +48,11 @@ def check_gradients(dout: Tensor, dlse: Tensor | None, q: Tensor, v: Tensor, out
 
 def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
     """Refuse sinks of the wrong shape or place."""
-    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
-        raise ValueError(f"sinks must be ({q.shape[1]},) on {q.device}, got {tuple(sinks.shape)} on {sinks.device}")
+    if sinks is None:
+        return
+    if sinks.shape != q.shape[1:2] or sinks.device != q.device or not sinks.is_floating_point():
+        came = f"{tuple(sinks.shape)} of {sinks.dtype} on {sinks.device}"
+        raise ValueError(f"sinks must be ({q.shape[1]},) floats on {q.device}, got {came}")
 
 
 def check_chosen(chosen: Tensor, q: Tensor, k: Tensor) -> None:

@@ -277,6 +277,8 @@ class Documents(Pattern):
 
     def ranges(self, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         """The smallest and the largest document between each first and last position."""
+        if not len(first):
+            return (self.ids[..., :0].to(first.device),) * 2
         spans = [self.ids[..., a : b + 1] for a, b in zip(first.clamp(min=0), last.clamp(min=0), strict=True)]
         return tuple(
             torch.stack([pick(s, -1) for s in spans], -1).to(first.device) for pick in (torch.amin, torch.amax)
