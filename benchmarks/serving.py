@@ -204,12 +204,12 @@ def workload(skewed: bool = False) -> list[tuple[list[int], int]]:
     return [([random.randrange(LLAMA_1B.vocab_size) for _ in range(p)], new) for p, new in pairs]
 
 
-def llama(device: str) -> Decoder:
-    """The 1B shape with random weights, made on the device."""
+def llama(device: str, **options) -> Decoder:
+    """The 1B shape with random weights, made on the device; ``options`` are other fields of its config."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        model = Decoder(LLAMA_1B)
+        model = Decoder(replace(LLAMA_1B, **options))
     torch.set_default_dtype(torch.float32)
     return model.eval()
 
@@ -648,32 +648,56 @@ def first_layers(model: Decoder, layers: int) -> Decoder:
     return draft.eval()
 
 
+CYCLE = 96
+"""Tokens after which a repeating text begins anew."""
+
 TEXTS = {
-    "repeating text": {},
-    "three likely tokens": {"temperature": 2.0, "top_k": 3},
-    "text without repetition": {"temperature": 1.0},
+    "repeating text": (0, {}),
+    "three likely tokens": (CYCLE, {"temperature": 1.0, "top_k": 3}),
+    "text without repetition": (2 * CYCLE, {"temperature": 100.0}),
 }
-"""How each kind of text is written. A greedy text of random weights repeats itself; one that is drawn from all of a
-large vocabulary never does; where three tokens are as likely at each place, most pairs of tokens have stood before, and
-what followed them then rarely follows again."""
+"""Each kind of text: the token with which its prompt ends, and how it is written; see :func:`successors`."""
+
+
+@torch.no_grad()
+def successors(model: Decoder) -> Decoder:
+    """Weights under which a token decides what follows it, for what random weights write never repeats itself.
+
+    The blocks hardly add to what they get, so the last token's embedding is what the output looks at, and the row of a
+    token is the sum of the embeddings that it follows. After each of the first ``CYCLE`` tokens comes the next, and
+    after the last the first. After each of the next ``CYCLE`` come three of them, equally likely: most pairs of tokens
+    have then stood in the text before, and what followed them rarely follows again. Every matrix keeps its random
+    digits, because a GPU multiplies zeros faster.
+    """
+    for block in model.stack.blocks:
+        block.attention.out_proj.weight.mul_(1e-3)
+        block.feed_forward.down.weight.mul_(1e-3)
+    table = model.embedding.tokens.weight
+    first, second = table[:CYCLE].clone(), table[CYCLE : 2 * CYCLE].clone()
+    model.unembedding.weight[:CYCLE] = first.roll(1, 0)
+    model.unembedding.weight[CYCLE : 2 * CYCLE] = sum(second.roll(shift, 0) for shift in (1, 5, 23))
+    return model
 
 
 def speculation_part(device: str) -> dict:
-    """One request at a time: with and without drafts, on texts for which they are good, useless and misleading."""
-    model = llama(device)
+    """One request at a time: with and without drafts, on texts for which they are good, misleading and none."""
+    model = successors(llama(device, tie_embeddings=False))
     options = {"seats": 1, "budget": 512}
     contestants = {"no drafts": make_engine(model, **options)}
     contestants["n-grams"] = make_engine(model, speculation=Speculation(tokens=6), **options)
     draft = Speculation(tokens=4, model=first_layers(model, 2))
     contestants["first 2 of 16 layers"] = make_engine(model, speculation=draft, **options)
+    stranger = Speculation(tokens=4, model=llama(device, layers=2))  # whose drafts are never right
+    contestants["a stranger of 2 layers"] = make_engine(model, speculation=stranger, **options)
     random, rows, facts = Random(3), [], {}
-    prompt, new = [random.randrange(LLAMA_1B.vocab_size) for _ in range(64)] * 4, 256
-    for case, rules in TEXTS.items():
+    beginning, new = [random.randrange(2 * CYCLE, LLAMA_1B.vocab_size) for _ in range(255)], 256
+    for case, (last_token, rules) in TEXTS.items():
         seconds, last = {who: [] for who in contestants}, {}
-        for seed in range(3):
+        for seed in range(4):
             for who, engine in contestants.items():
                 begin = time.perf_counter()
-                last[who] = engine.add(prompt, {"max_new_tokens": new, "seed": seed, **rules})
+                wish = {"max_new_tokens": new, "seed": seed, **rules}
+                last[who] = engine.add([*beginning, last_token], wish)
                 engine.run()
                 seconds[who].append(time.perf_counter() - begin)
         for who, times in seconds.items():

@@ -1,5 +1,6 @@
 """Speculative decoding: whoever drafts, and however badly, each request gets what it would get alone."""
 
+import copy
 import math
 from collections import Counter
 from functools import partial
@@ -493,12 +494,22 @@ def test_draft_models_that_do_not_fit_are_refused():
         Engine(MODEL, speculation=Speculation(model=stretched))
 
 
+@torch.no_grad()
+def nearly(model):
+    """A model that often, but not always, writes what this one does."""
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    for weight in other.parameters():
+        noise = torch.randn(weight.shape, generator=generator).to(weight)
+        weight.add_(noise * weight.std(correction=0), alpha=0.15)
+    return other
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("kind", ["n-grams", "itself", "another"])
 def test_on_a_gpu_drafts_change_no_text(kind, cuda_graphs):
     model = make_model(width=128, heads=2, kv_heads=1).to("cuda", torch.float32)
-    other = make_model(seed=6, layers=1).to("cuda", torch.float32)
+    other = nearly(model)  # a stranger would have no draft accepted
     draft = {"n-grams": None, "itself": model, "another": other}[kind]
     engine = Engine(
         model,

@@ -339,8 +339,10 @@ class Runner:
         self.returned = deque(torch.zeros(lanes * seats, dtype=torch.int64, pin_memory=on_gpu) for _ in range(depth))
         self.buffer = torch.zeros(room, dtype=torch.uint8, device=self.device)
         self.graphs: dict[int, tuple] = {}  # by the number of lanes: a CUDA graph, its logits, and the likeliest tokens
+        self.find_likeliest = likeliest
         if compile:
             compile_blocks(model)
+            self.find_likeliest = compiled_likeliest
         self.parameters = [module._parameters for module in model.modules() if module._parameters]
         self.weights = self._state_of_weights()
 
@@ -477,12 +479,12 @@ class Runner:
             inputs = self._upload([], np.zeros((len(self.last_tokens), self.max_blocks), np.int32), size, size, size)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                likeliest(self._forward(inputs))
+                self.find_likeliest(self._forward(inputs))
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
                 logits = self._forward(inputs)
-                best = likeliest(logits)
+                best = self.find_likeliest(logits)
             graph.replay()  # the first replay of a graph takes longer
             self.graphs[size], pool = (graph, logits, *best), graph.pool()
         self.graphs = dict(sorted(self.graphs.items()))
@@ -498,7 +500,7 @@ class Runner:
             seats: (rows,) int64, on the device.
             best: what :func:`likeliest` has found in the logits, if it was asked already.
         """
-        tokens, finite = best or likeliest(logits)
+        tokens, finite = best or self.find_likeliest(logits)
         earlier = rows_before(requests)
         groups: dict[tuple, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
@@ -582,6 +584,14 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     return tokens[:, 0], most.gather(1, part)[:, 0].isfinite()
 
 
+def compiled_likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`likeliest` in fewer kernels, for any number of rows."""
+    torch._dynamo.maybe_mark_dynamic(logits, 0)
+    return COMPILED_LIKELIEST(logits)
+
+
+COMPILED_LIKELIEST = torch.compile(likeliest)
+
 MOST_VARIANTS = 64
 """After so many, PyTorch gives up compiling a block and runs it as it stands."""
 
@@ -610,9 +620,15 @@ def is_plain(layer: nn.Module | None) -> bool:
 
 
 def join(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """One matrix (sum of out_features, in_features) and one bias for layers with one input; theirs are parts of it."""
+    """One matrix (sum of out_features, in_features) and one bias for layers with one input; theirs are parts of it.
+
+    Their sizes are marked as fixed. They are no parameters, so a compiler that is told to expect any number of tokens
+    would expect any number of features too, and could not tell that half a row begins at a multiple of 16 bytes.
+    """
     weight = torch.cat([layer.weight.detach() for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
+    for tensor in (weight, *(() if bias is None else (bias,))):
+        torch._dynamo.mark_static(tensor)
     for layer, part in zip(layers, weight.split([layer.out_features for layer in layers]), strict=True):
         layer.weight.data = part
     return weight, bias
