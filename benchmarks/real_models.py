@@ -34,7 +34,7 @@ from tformer_lib.serving import LLM
 from tformer_lib.transformer import Decoder
 
 SHAPE = pretrained.PUBLISHED["meta-llama/Llama-3.2-1B"].config
-TINY = SHAPE | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 4}
+TINY = SHAPE | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 8}
 PROMPT = list(range(1, 65))
 READING = "reading the files"
 SHORT = 4
@@ -52,8 +52,8 @@ FAMILIES = {"Llama": "meta-llama/Llama-3.2-1B", "Qwen3": "Qwen/Qwen3-0.6B"}
 class RealModelsOptions(Options):
     """What this benchmark can be asked besides."""
 
-    part: Literal["loading", "decoding", "attention"] = "loading"
-    """What to measure."""
+    part: tuple[Literal["loading", "decoding", "attention"], ...] = ("loading",)
+    """What to measure, one after the other."""
     tiny: bool = False
     """A model that takes no time, to see that all runs."""
     tokens: int = 64
@@ -68,15 +68,16 @@ def main(arguments=None) -> int:
 
 
 def run(asked: RealModelsOptions) -> None:
-    """Measure what was asked."""
-    report = Report(f"real_models-{asked.part}", asked.device, asked.out, peers=(READING, THEIRS))
-    if asked.part == "attention":
-        attention(report, asked)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            write_checkpoint(Path(folder), TINY if asked.tiny else SHAPE, torch.device(asked.device))
-            {"loading": loading, "decoding": decoding}[asked.part](report, Path(folder), asked)
-    report.finish()
+    """Measure what was asked, each part in a file of its own."""
+    for part in asked.part:
+        report = Report(f"real_models-{part}", asked.device, asked.out, peers=(READING, THEIRS))
+        if part == "attention":
+            attention(report, asked)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                write_checkpoint(Path(folder), TINY if asked.tiny else SHAPE, torch.device(asked.device))
+                {"loading": loading, "decoding": decoding}[part](report, Path(folder), asked)
+        report.finish()
 
 
 def write_checkpoint(folder: Path, config: dict, device: torch.device) -> None:
@@ -275,6 +276,7 @@ def attention(report: Report, asked: RealModelsOptions) -> None:
                     limit=limit,
                     difference_from_sdpa=apart[backend],
                 )
+            report.save()
 
 
 def random_model_of_theirs(config: dict, device: torch.device) -> nn.Module:

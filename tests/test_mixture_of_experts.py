@@ -24,6 +24,7 @@ from tformer_lib.mixture_of_experts import (
     Router,
     Routing,
     balance_loss,
+    every_row_by_every_matrix,
     expected_experts,
     grouped_matmul,
     grouped_matmul_op,
@@ -595,7 +596,8 @@ def test_grouped_matmul_multiplies_each_group_by_its_matrix(dtype):
         [part @ w.T for part, w in zip(rows.double().split(counts.tolist()), weight.double(), strict=True)]
     )
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
-    torch.testing.assert_close(grouped_matmul(rows, weight, counts).double(), wanted, atol=tolerance, rtol=tolerance)
+    for form in (grouped_matmul, every_row_by_every_matrix):
+        torch.testing.assert_close(form(rows, weight, counts).double(), wanted, atol=tolerance, rtol=tolerance)
 
 
 def test_operators_keep_the_rules_of_torch():

@@ -383,9 +383,23 @@ def has_grouped_kernel(rows: Tensor, weight: Tensor) -> bool:
 @torch.library.custom_op("tformer_lab::grouped_matmul", mutates_args=())
 def grouped_matmul_op(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """One matrix multiplication a group, as an operator, so that a compiled model need not know the counts."""
+    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+        return every_row_by_every_matrix(rows, weight, counts)
     out = rows.new_empty(len(rows), weight.shape[1])
     for expert, (start, stop) in spans(counts, len(rows)):
         torch.mm(rows[start:stop], weight[expert].T, out=out[start:stop])
+    return out
+
+
+def every_row_by_every_matrix(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """The same without a look at the counts, which a CUDA graph cannot take: each row keeps what its own matrix made.
+
+    It multiplies E times more, which the few rows of a decode step hide behind reading the matrices.
+    """
+    expert = torch.arange(len(counts), device=rows.device).repeat_interleave(counts, output_size=len(rows))  # (M,)
+    out = rows.new_zeros(len(rows), weight.shape[1])
+    for number, matrix in enumerate(weight):
+        out = torch.where((expert == number)[:, None], rows @ matrix.T, out)
     return out
 
 
