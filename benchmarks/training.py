@@ -377,6 +377,9 @@ RATES = (1e-3, 2e-3, 4e-3, 5e-4, 8e-3, 1.6e-2)
 def compare_optimizers(asked: TrainingOptions) -> None:
     """Train presets with AdamW and with Muon at the same learning rates, and the best of each with other seeds.
 
+    All else is the preset's, weight decay too, but for the warm-up (a twentieth of the steps), the least learning rate
+    (a tenth of the peak), and no average of the weights.
+
     The file has the validation losses of every run, and how many tokens the best of each optimizer needed for the loss
     that the best AdamW ends with.
     """
@@ -414,6 +417,7 @@ def train_one(run: tuple, steps: int, device: str, begin: float, budget: float) 
     changes = {"learning_rate": rate, "min_learning_rate": rate / 10, "optimizer": optimizer, "seed": seed}
     changes |= {"steps": steps, "warmup": steps // 20, "eval_interval": every, "log_interval": every}
     changes |= {"sample_tokens": 0, "save_interval": steps, "eval_windows": 256, "device": device}
+    changes |= {"average": 0.0, "compile": False}  # losses are measured, of the weights themselves
     config = training.preset(preset, out=f"runs/{preset}-{optimizer}-{rate:g}-{seed}", **changes)
     found = {
         "preset": preset,
