@@ -25,12 +25,14 @@ step   source               what it is                                        ru
 ====== ==================== ================================================= ======================================
 
 ``attend`` takes the top step that can do what is asked, on a CPU step 0; ``attend_chosen`` takes lists that the device
-chose itself. Gradients come from ``backward.cu`` on a Hopper GPU, from ``backward_tensor_core.cu`` on others from
-sm_80 on and for step 1, from ``cpu.cpp`` for its own step, else from step 0.
+chose itself. ``Indexer`` scores all pairs cheaply, and ``chosen_tokens`` makes the mask of each query's best. Gradients
+come from ``backward.cu`` on a Hopper GPU, from ``backward_tensor_core.cu`` on others from sm_80 on and for step 1, from
+``cpu.cpp`` for its own step, else from step 0.
 """
 
 from tformer_lib.sparse_attention.attention import attend, attend_chosen, choose_blocks
 from tformer_lib.sparse_attention.blocks import attend_blocks, attend_piece, in_blocks, narrow
+from tformer_lib.sparse_attention.indexer import Indexer, chosen_tokens, index_loss, index_scores
 from tformer_lib.sparse_attention.lists import Lists, pattern_lists
 from tformer_lib.sparse_attention.patterns import (
     BLOCK,
@@ -75,6 +77,7 @@ __all__ = [
     "Documents",
     "Either",
     "GlobalTokens",
+    "Indexer",
     "Lists",
     "Pattern",
     "Segments",
@@ -89,6 +92,7 @@ __all__ = [
     "candidate_blocks",
     "causal",
     "choose_blocks",
+    "chosen_tokens",
     "dilated",
     "documents",
     "draw_blocks",
@@ -97,6 +101,8 @@ __all__ = [
     "global_tokens",
     "hide",
     "in_blocks",
+    "index_loss",
+    "index_scores",
     "longformer",
     "make_bucket",
     "narrow",
