@@ -88,7 +88,7 @@ def chosen_tokens(scores: Tensor, count: int, *, causal: bool = False) -> Tensor
 
 
 def index_loss(scores: Tensor, attention: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """How far the softmax of an indexer's scores is from the attention that it serves: KL(attention || indexer), the mean.
+    """How far the softmax of an indexer's scores is from the attention that it serves: KL(attention || indexer).
 
     DeepSeek-V3.2 trains an indexer with it, first on all pairs while the model stands still, then on those that were
     chosen, while the model learns to live with the choice.
