@@ -1,6 +1,7 @@
 """What linear attention saves over softmax attention as the text grows, in time and in memory.
 
     python -m benchmarks.linear_attention --device cpu
+    python -m benchmarks.linear_attention --device cuda --steps 1000       # what a hybrid of both learns, some minutes
 
 The theory: softmax attention takes 4·N²·d operations (half of that if the future is skipped), and N² numbers if it is
 written out; chunked linear attention takes 4·N·C·d + 4·N·d² operations for chunks of C, and O(N·d) numbers. On
@@ -9,17 +10,24 @@ logarithmic axes the slopes are 2 and 1. Decoding from a state takes 4·d² oper
 On a GPU the products of a chunk are fast, and memory is the limit: a forward reads q, k and v and writes the output
 once, so the limit beside each row is a device copy's rate. Softmax attention is held to the same bytes, to show by how
 much its N² operations take it away from them. flash-linear-attention stands beside, where it is installed.
+
+With ``--steps``, three models of four layers are trained: softmax attention in all layers, three layers of the gated
+delta rule to one of softmax attention, the gated delta rule in all layers. They learn the stories, and to recall values
+by their keys. The result is ``linear_attention-hybrids.json``.
 """
 
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.grouped_query_attention import tokens_of
 from benchmarks.harness import (
     Options,
     Report,
@@ -31,9 +39,12 @@ from benchmarks.harness import (
     measure,
     measure_graph,
 )
-from tformer_lib import linear_attention
+from tformer_lib import linear_attention, pretrained
 from tformer_lib.attention import attend
 from tformer_lib.flash_attention import flash_attention
+from tformer_lib.training import evaluate, evaluation_windows, next_token_loss, read_windows
+from tformer_lib.training.data import IGNORED
+from tformer_lib.transformer import Decoder, LinearConfig, ModelConfig
 
 HEAD_DIM = 64
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -47,14 +58,25 @@ GPU_SECONDS = 0.06  # of each measurement, after as long a warm-up
 SOFTMAX, PEER = "softmax, our flash kernel", ", flash-linear-attention"
 
 
+@dataclass(frozen=True)
+class LinearOptions(Options):
+    """Time and memory over the length, or with ``--steps`` what a hybrid of linear and softmax attention learns."""
+
+    steps: int = 0
+    """Steps of training for each model and task; 0 measures time instead."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return command_line(run, arguments, topic="linear_attention", description=__doc__)
+    return command_line(run, arguments, options=LinearOptions, topic="linear_attention", description=__doc__)
 
 
-def run(args: Options) -> None:
+def run(args: LinearOptions) -> None:
     """Time and memory over the length, and the time of a decoded token over the length before it."""
     device = torch.device(args.device)
+    if args.steps:
+        hybrids(Report("linear_attention-hybrids", device, args.out, peers=()), args.steps)
+        return
     if device.type == "cuda":
         on_gpu(Report("linear_attention", device, args.out, peers=(SOFTMAX, "sum", "linear")))
         return
@@ -327,6 +349,119 @@ def decode_on_gpu(report: Report, limit: float) -> None:
             timing = measure_graph(step, caches, seconds=GPU_SECONDS)
             name, peer = f"from {N:,} keys", f"{case}: {own}"
             report.add(timing=timing, contestant=name, bytes=caches[0][0].nbytes, peer=peer, tokens=N, **work)
+
+
+# --- hybrids ---------------------------------------------------------------------------------------------------------
+
+STACKS = {"softmax": ("full",), "hybrid": ("linear", "linear", "linear", "full"), "linear": ("linear",)}
+WIDTH, STACK_HEADS, STACK_HEAD_DIM, LAYERS = 128, 4, 32, 4
+CONTEXT, STORY_BATCH, RECALL_BATCH = 256, 32, 64
+KEYS, VALUES, PAIRS = 256, 64, 32  # of the recall task; PAIRS in a row of the training
+RECALLED = (8, 16, 32, 64, 128)
+
+
+def hybrids(report: Report, steps: int) -> None:
+    """Train each stack on both tasks; write the losses in nats a token and the shares of values recalled."""
+    device = report.device
+    _, encoding = pretrained.load(device=device)
+    held_out = tokens_of(encoding, 150, "linear val")
+    validation = [x.to(device) for x in evaluation_windows(held_out, CONTEXT, end_of_document=encoding.eot_token)]
+    told = tokens_of(encoding, 40 * steps, "linear train")
+    report.note(steps=steps, width=WIDTH, layers=LAYERS, heads=STACK_HEADS, head_dim=STACK_HEAD_DIM, context=CONTEXT)
+    report.note(story_batch=STORY_BATCH, recall_batch=RECALL_BATCH, keys=KEYS, values=VALUES, pairs=PAIRS)
+    report.note(validation_targets=int((validation[1] >= 0).sum()))
+    for name in STACKS:
+        torch.manual_seed(0)
+        model = make_stack(name, encoding.n_vocab).to(device)
+        draw = np.random.default_rng(0)
+        batch = lambda: read_windows(told, draw.integers(0, len(told) - CONTEXT - 1, STORY_BATCH), CONTEXT)  # noqa: B023, E731
+        curve = train_stack(model, batch, steps)
+        loss = evaluate(model, *validation)
+        report.note(**{f"stories: {name}": {"parameters": count_parameters(model), "loss": loss, "training": curve}})
+        report.save()
+    for name in STACKS:
+        torch.manual_seed(0)
+        model = make_stack(name, KEYS + VALUES).to(device)
+        generator = torch.Generator().manual_seed(0)
+        curve = train_stack(model, lambda: draw_recall(RECALL_BATCH, PAIRS, generator), steps)  # noqa: B023
+        shares = {pairs: recalled_share(model, pairs) for pairs in RECALLED}
+        report.note(**{f"recall: {name}": {"shares": shares, "training": curve}})
+        report.save()
+    report.finish()
+
+
+def make_stack(name: str, symbols: int) -> Decoder:
+    """Four layers whose kinds are those of ``STACKS``."""
+    sizes = {"key_heads": STACK_HEADS, "value_heads": STACK_HEADS}
+    linear = LinearConfig(**sizes, head_dim=STACK_HEAD_DIM, value_dim=STACK_HEAD_DIM)
+    config = ModelConfig(
+        vocab_size=symbols,
+        max_length=2 * CONTEXT,
+        width=WIDTH,
+        layers=LAYERS,
+        heads=STACK_HEADS,
+        norm="rmsnorm",
+        feed_forward="swiglu",
+        positions="rope",
+        bias=False,
+        layer_types=STACKS[name],
+        linear=linear if "linear" in STACKS[name] else None,
+    )
+    return Decoder(config)
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Numbers that are learned."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def draw_recall(batch: int, pairs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pairs of a key and a value, then the same pairs in another order: inputs and targets (batch, 4 pairs - 1).
+
+    The targets are the values that come again; all else does not count.
+    """
+    keys = torch.rand(batch, KEYS, generator=generator).argsort(1)[:, :pairs]
+    stored = torch.stack([keys, KEYS + torch.randint(VALUES, (batch, pairs), generator=generator)], 2)
+    order = torch.rand(batch, pairs, generator=generator).argsort(1)[..., None]
+    tokens = torch.cat([stored, stored.gather(1, order.expand(-1, -1, 2))], 1).flatten(1)  # (batch, 4 pairs)
+    targets = torch.full_like(tokens, IGNORED)
+    targets[:, 2 * pairs + 1 :: 2] = tokens[:, 2 * pairs + 1 :: 2]
+    return tokens[:, :-1], targets[:, 1:]
+
+
+def train_stack(model: Decoder, batch: Callable[[], tuple[Tensor, Tensor]], steps: int) -> list[float]:
+    """AdamW with warm-up and a cosine; the mean training loss of each twentieth of the steps."""
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1)
+    rate = lambda t: min(1.0, (t + 1) / 50) * (0.05 + 0.95 * (1 + math.cos(math.pi * t / steps)) / 2)  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    losses = []
+    for _ in range(steps):
+        inputs, targets = (x.to(device) for x in batch())
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = next_token_loss(model, inputs, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.detach())
+    every = max(1, steps // 20)
+    return [round(part.mean().item(), 4) for part in torch.stack(losses).split(every)]
+
+
+@torch.no_grad()
+def recalled_share(model: Decoder, pairs: int, batches: int = 8) -> float:
+    """The share of values that the model names right when their keys come again."""
+    device, right = next(model.parameters()).device, []
+    generator = torch.Generator().manual_seed(1)
+    model.eval()
+    for _ in range(batches):
+        inputs, targets = (x.to(device) for x in draw_recall(RECALL_BATCH, pairs, generator))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            best = model(inputs).argmax(-1)
+        right.append((best == targets)[targets != IGNORED].float().mean())
+    return round(torch.stack(right).mean().item(), 4)
 
 
 def slope(x, y) -> float:
