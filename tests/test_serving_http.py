@@ -20,6 +20,9 @@ import openai
 import pytest
 import torch
 import uvicorn
+from draws import draws
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tformer_lib.generation import generate
 from tformer_lib.serving import Engine
@@ -364,6 +367,7 @@ def test_absurd_conversations_are_refused(running, messages, message):
         (b'"text"', 400),
         (b'{"model": "tiny", "prompt": "a", "temperature": NaN}', 400),
         (b'{"model": "tiny", "prompt": "\\ud800", "max_tokens": 2}', 200),
+        (b'{"model": "tiny", "prompt": "a", "\\ud800": 1}', 400),
         (b'{"prompt": "' + b"x" * 2**20 + b'"}', 413),
     ],
 )
@@ -374,6 +378,66 @@ def test_malformed_bodies_are_refused_and_the_next_request_is_served(running, co
     if status != 200:
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     running.check_it_still_answers()
+
+
+# Bodies drawn at random: what is right, and one or two fields that are not
+
+TEXTS = st.one_of(st.text(max_size=8), st.sampled_from(["\ud800", "a\0b", "x" * 300]))
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.sampled_from([2**64, 10**300, 1e39, -0.0]), st.floats(), TEXTS
+)
+ANYTHING = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=6
+)
+STOPS = st.text(min_size=1, max_size=3)
+GOOD = {
+    "temperature": st.floats(0, 3),
+    "top_p": st.floats(0.05, 1),
+    "top_k": st.integers(1, 300),
+    "min_p": st.floats(0, 1),
+    "repetition_penalty": st.floats(0.5, 3),
+    "n": st.integers(1, 3),
+    "seed": st.integers(-(2**63), 2**63),
+    "stop": STOPS | st.lists(STOPS, max_size=4),
+    "stop_token_ids": st.lists(st.integers(0, 255), max_size=4),
+    "ignore_eos": st.booleans(),
+    "stream": st.booleans(),
+    "stream_options": st.fixed_dictionaries({"include_usage": st.booleans()}),
+    "max_tokens": st.integers(1, 20),
+    "user": TEXTS,
+}
+PROMPTS = st.text(min_size=1, max_size=12) | st.lists(st.integers(0, 255), min_size=1, max_size=6)
+MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "system"]), "content": st.text(max_size=8)})
+NAMES = [*GOOD, "model", "prompt", "messages", "logprobs", "top_logprobs", "best_of", "echo", "response_format", "x"]
+ABSURD = st.dictionaries(st.sampled_from(NAMES) | TEXTS, ANYTHING, max_size=2)
+BODIES = {
+    "/v1/completions": (
+        {"prompt": PROMPTS | st.lists(PROMPTS, min_size=1, max_size=3)},
+        {"logprobs": st.integers(0, 5)},
+    ),
+    "/v1/chat/completions": ({"messages": st.lists(MESSAGE, min_size=1, max_size=2)}, {"logprobs": st.booleans()}),
+}
+
+
+@draws(40)
+@given(data=st.data(), path=st.sampled_from(sorted(BODIES)))
+def test_any_body_is_answered_or_refused_in_words(running, data, path):
+    needed, more = BODIES[path]
+    right = st.fixed_dictionaries({"model": st.just("tiny"), **needed}, optional={**GOOD, **more})
+    body = data.draw(right) | data.draw(st.just({}) | ABSURD)
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(running.url + path, content=json.dumps(body), headers=headers, timeout=30)
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+        assert "Traceback" not in response.text
+    elif "event-stream" in response.headers["content-type"]:
+        *events, last = [event.removeprefix("data: ") for event in response.text.split("\n\n") if event]
+        assert last == "[DONE]"
+        assert not any("error" in json.loads(event) for event in events)
+    else:
+        assert response.json()["usage"]["completion_tokens"] >= 1
+    running.check_nothing_is_held()
 
 
 def test_other_paths_methods_and_kinds_of_bodies(running):

@@ -58,7 +58,13 @@ class Refused(Exception):
         """As OpenAI's clients read it."""
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else printable(self.param)
+        return {"error": {"message": printable(self.message), "type": kind, "param": param, "code": self.code}}
+
+
+def printable(text: str) -> str:
+    """A text that UTF-8 can write: JSON may bring half of a surrogate pair, in the name of a field for example."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
