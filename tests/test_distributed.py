@@ -479,6 +479,72 @@ def test_several_processes_learn_what_one_learns(pools, data, tmp_path, unbroken
     assert {name: tuple(x.shape) for name, x in best.items()}.keys() == dict(model.named_parameters()).keys()
 
 
+LAYOUTS = {
+    "tensor": (2, {"tensor_parallel": 2}),
+    "context": (2, {"context_parallel": 2}),
+    "experts": (2, {"expert_parallel": True}),
+    "two of context, two readers": (4, {"context_parallel": 2}),
+    "two of tensor, two replicas": (4, {"tensor_parallel": 2, "parallel": "fsdp"}),
+    "tensor and context": (4, {"tensor_parallel": 2, "context_parallel": 2, "parallel": "fsdp"}),
+}
+
+
+def with_experts(changes: dict) -> dict:
+    """The changes of a layout, and a model with experts where it shares them."""
+    experts = ExpertsConfig(count=4, per_token=2, balance_weight=0.01)
+    if "expert_parallel" not in changes:
+        return changes
+    return {**changes, "model": training.llama_like(width=16, layers=2, heads=2, experts=experts)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_learns_what_one_process_learns_and_goes_on_with_one(pools, data, tmp_path, layout):
+    size, changes = LAYOUTS[layout]
+    changes = with_experts(changes)
+    alone = {key: value for key, value in changes.items() if key == "model"}
+    train(tiny(data, tmp_path / "one", **alone))
+    expected = losses(tmp_path / "one")
+    config = tiny(data, tmp_path / "many", steps=4, accumulation=2, **changes)
+    pools[size].run(train, config)
+    many = losses(tmp_path / "many")
+    # the balance of a mixture is taken over each process's tokens, and so a little different
+    rel = 2e-3 if layout == "experts" else 2e-5
+    assert {key for key in expected if key[0] <= 3} <= many.keys()
+    for key in many.keys() & expected.keys() - {(4, "val_loss")}:
+        if key[1] != "gradient_norm" or layout != "experts":
+            assert many[key] == pytest.approx(expected[key], rel=rel), key
+    best = training.read_tensors(tmp_path / "many" / "best.safetensors")[0]
+    shapes = {name: tuple(p.shape) for name, p in Run.resume(tmp_path / "one").model.named_parameters()}
+    assert {name: tuple(x.shape) for name, x in best.items()} == shapes
+    subprocess.run(["cp", "-r", tmp_path / "many", tmp_path / "again"], check=True)
+    back = {"tensor_parallel": 1, "context_parallel": 1, "expert_parallel": False}
+    go_on(str(tmp_path / "many"), steps=6, **back)
+    pools[size].run(go_on, str(tmp_path / "again"), steps=6)
+    one, same = losses(tmp_path / "many"), losses(tmp_path / "again")
+    for key in one.keys() & same.keys():
+        if key[1] != "gradient_norm" or layout != "experts":
+            assert same[key] == pytest.approx(one[key], rel=rel), key
+
+
+def test_layouts_that_cannot_be_are_refused(pools, data, tmp_path):
+    refused = {
+        "no multiple of context_parallel 1 x tensor_parallel 3": {"tensor_parallel": 3},
+        "2 replicas of each piece, which need parallel fsdp": {"tensor_parallel": 2},
+        "cannot be cut into 8 equal chunks": {"context_parallel": 4, "context": 12},
+        "expert_parallel needs a model with experts": {"expert_parallel": True},
+        "expert_parallel goes with parallel ddp": {"expert_parallel": True, "parallel": "fsdp"},
+        "heads 2 cannot be cut into 4": {"tensor_parallel": 4},
+        "full attention alone": {
+            "context_parallel": 4,
+            "model": training.llama_like(width=16, layers=2, heads=2, window=4),
+        },
+        "no experts, linear layers": {"tensor_parallel": 4, **with_experts({"expert_parallel": False})},
+    }
+    for message, changes in refused.items():
+        for said in pools[4].run(refusal, Run, tiny(data, tmp_path, **changes)):
+            assert message in said
+
+
 @pytest.mark.parametrize("scheme", ["ddp", "fsdp"])
 def test_muon_learns_the_same_in_several_processes_and_goes_on_with_one(pools, data, tmp_path, scheme):
     config = tiny(data, tmp_path / "one", optimizer="muon", dtype="float32")

@@ -93,7 +93,8 @@ def compile_loss(network: nn.Module, loss: Callable, head: Callable) -> Callable
         loss: (network, inputs, targets, head) to the loss.
         head: (logits, targets) to the loss, what ``loss`` takes if it is given none.
     """
-    if not isinstance(network, FSDPModule | DistributedDataParallel):
+    spread = any(isinstance(p, DTensor) for p in network.parameters())
+    if not spread and not isinstance(network, FSDPModule | DistributedDataParallel):
         return torch.compile(loss)
     model = network.module if isinstance(network, DistributedDataParallel) else network
     for block in model.stack.blocks:
@@ -111,9 +112,14 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by name, each whole."""
-    return {name: whole(p.detach()) for name, p in model.named_parameters()}
+def whole_weights(model: nn.Module, view: Callable[[str, Tensor], Tensor] = lambda name, x: x) -> dict[str, Tensor]:
+    """The parameters by name, each whole.
+
+    Args:
+        model: whose parameters.
+        view: what stands for a parameter of that name where one process holds a part of it.
+    """
+    return {name: whole(view(name, p.detach())) for name, p in model.named_parameters()}
 
 
 @torch.no_grad()

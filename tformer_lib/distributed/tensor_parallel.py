@@ -46,10 +46,14 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh, *, sequence: bool = False,
     Returns:
         The model.
 
+    A vocabulary that does not divide evenly stays whole in every process, where the rest of the scheme allows it.
+
     Raises:
-        ValueError: if heads, kv_heads, the feed-forward or the vocabulary do not divide evenly.
+        ValueError: if heads, kv_heads or the feed-forward do not divide evenly; or the vocabulary, with ``sequence`` or
+            without ``gather_logits``.
     """
-    check_divides(model, mesh.size())
+    cut_vocabulary = sequence or not gather_logits or model.config.vocab_size % mesh.size() == 0
+    check_divides(model, mesh.size(), cut_vocabulary)
     learned = model.config.positions == "learned"
     between = TOKENS if sequence else WHOLE
     embedded = RowwiseParallel(input_layouts=WHOLE, output_layouts=WHOLE if learned else between)
@@ -57,10 +61,11 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh, *, sequence: bool = False,
         input_layouts=between, output_layouts=WHOLE if gather_logits else LAST, use_local_output=gather_logits
     )
     tied = model.unembedding.weight is model.embedding.tokens.weight
-    parallelize_module(model, mesh, {"embedding.tokens": embedded, "unembedding": logits})
+    if cut_vocabulary:
+        parallelize_module(model, mesh, {"embedding.tokens": embedded, "unembedding": logits})
     if tied:
         model.unembedding.weight = model.embedding.tokens.weight
-    if learned:
+    if learned and cut_vocabulary:
         cut_positions(model, mesh, sequence)
     for block in model.stack.blocks:
         parallelize_module(block, mesh, block_plan(block, sequence))
@@ -99,11 +104,12 @@ def cut_positions(model: Decoder, mesh: DeviceMesh, sequence: bool) -> None:
         parallelize_module(model, mesh, {"embedding": plan})
 
 
-def check_divides(model: Decoder, size: int) -> None:
+def check_divides(model: Decoder, size: int, cut_vocabulary: bool) -> None:
     """Refuse a model whose pieces would not be equal."""
     config = model.config
     counts = {"heads": config.heads, "kv_heads": config.number_of_kv_heads}
-    counts |= {"feed_forward_width": config.size_of_feed_forward, "vocab_size": config.vocab_size}
+    counts |= {"feed_forward_width": config.size_of_feed_forward}
+    counts |= {"vocab_size": config.vocab_size} if cut_vocabulary else {}
     for name, count in counts.items():
         if count % size:
             raise ValueError(f"{name} {count} cannot be cut into {size} equal pieces")

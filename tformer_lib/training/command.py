@@ -33,8 +33,17 @@ class Resume:
     """Go on on another device."""
     parallel: Literal["ddp", "fsdp"] | None = None
     """Go on with the other scheme."""
+    tensor_parallel: int | None = None
+    """Go on with another number of processes that cut each matrix."""
+    context_parallel: int | None = None
+    """Go on with another number of processes that cut each window."""
+    expert_parallel: bool | None = None
+    """Go on with experts that are shared, or are not."""
     timeout: float = distributed.TIMEOUT
     """Seconds that a process waits for the others before it gives up."""
+
+
+CHANGED_BY_RESUME = ("steps", "data", "device", "parallel", "tensor_parallel", "context_parallel", "expert_parallel")
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ def command_train(config: TrainingConfig) -> int:
 
 def command_resume(command: Resume) -> int:
     """Go on with a run, in as many processes as torchrun has started now."""
-    changes = {name: getattr(command, name) for name in ("steps", "data", "device", "parallel")}
+    changes = {name: getattr(command, name) for name in CHANGED_BY_RESUME}
     with distributed.joined(cpu=command.device == "cpu", timeout=command.timeout):
         return train_and_tell(Run.resume(command.out, **{k: v for k, v in changes.items() if v is not None}))
 
@@ -87,7 +96,12 @@ def train_and_tell(run: Run) -> int:
 
 def describe_place(run: Run) -> str:
     """The device, and how many processes share the work."""
-    return f"{run.device}" if run.world.size == 1 else f"{run.world.size} x {run.device.type} ({run.config.parallel})"
+    if run.world.size == 1:
+        return f"{run.device}"
+    config, schemes = run.config, [run.config.parallel] if run.layout.replicas > 1 else []
+    schemes += [f"{kind} {n}" for kind in ("context", "tensor") if (n := getattr(config, f"{kind}_parallel")) > 1]
+    schemes += ["experts"] if config.expert_parallel else []
+    return f"{run.world.size} x {run.device.type} ({', '.join(schemes)})"
 
 
 def command_sample(command: Sample) -> int:

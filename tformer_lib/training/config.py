@@ -78,12 +78,19 @@ class TrainingConfig:
     micro-batch would be more than 256 MB."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Where torchrun starts several processes: 'ddp' keeps the whole model in each of them, 'fsdp' a part in each."""
+    tensor_parallel: int = 1
+    """Processes that cut each matrix among them; the others hold the same pieces, which needs parallel fsdp."""
+    context_parallel: int = 1
+    """Processes that cut each window of text among them and attend round a ring."""
+    expert_parallel: bool = False
+    """Whether the processes share the experts of a mixture, each holding some of them."""
     timeout: float = 600.0
     """Seconds that a process waits for the others before it gives up."""
 
     def __post_init__(self):
         at_least = {"batch": 1, "context": 1, "steps": 1, "warmup": 0, "accumulation": 1, "eval_interval": 1}
         at_least |= {"eval_windows": 0, "save_interval": 1, "log_interval": 1, "sample_tokens": 0, "seed": 0}
+        at_least |= {"tensor_parallel": 1, "context_parallel": 1}
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

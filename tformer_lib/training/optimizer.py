@@ -46,6 +46,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+def parted_by_mesh(group: dict) -> list[dict]:
+    """The group, or several where its parameters are spread over different processes: a fused kernel wants one kind."""
+    parts: dict[object, list[nn.Parameter]] = {}
+    for p in group["params"]:
+        parts.setdefault(getattr(p, "device_mesh", None), []).append(p)
+    return [group] if len(parts) < 2 else [{**group, "params": some} for some in parts.values()]
+
+
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """The config's optimizer; AdamW works in one fused kernel per group on a GPU.
 
@@ -55,7 +63,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
     """
     fused = next(model.parameters()).device.type == "cuda"
     options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "fused": fused}
-    groups = parameter_groups(model, config.weight_decay)
+    groups = [part for group in parameter_groups(model, config.weight_decay) for part in parted_by_mesh(group)]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options)
     return MuonAndAdamW(matrices(model), groups, factor=config.muon_factor, decay=config.weight_decay, **options)

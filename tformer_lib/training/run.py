@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from tformer_lib import command_line, distributed
@@ -91,6 +91,7 @@ class Run:
 
     Attributes:
         world: which of how many processes this is.
+        layout: what the processes share.
         network: what a step calls: the model, or what stands around it where it is trained by several processes.
         step: steps of the optimizer done.
         best: the lowest validation loss so far, in nats per token.
@@ -105,12 +106,18 @@ class Run:
         self.corpus = corpus or Corpus.load(config.data)
         self.config = config = fit_to_corpus(config, self.corpus)
         self.world = distributed.world()
-        self.share = self.world.share(config.batch, "a batch")
-        self.world.share(config.batch // config.accumulation, "a micro-batch")
+        kinds = {
+            "context": config.context_parallel,
+            "tensor": config.tensor_parallel,
+            "experts": config.expert_parallel,
+        }
+        self.layout = distributed.Layout(self.world, scheme=config.parallel, **kinds)
+        self.share = self.layout.share(config.batch, "a batch")
+        self.layout.share(config.batch // config.accumulation, "a micro-batch")
         self.device = distributed.own_device(command_line.pick_device(config.device))
         seed_all(config.seed)
         self.model = Decoder(config.model).to(self.device)
-        self.network = distributed.data_parallel(self.model, config.parallel)
+        self.network = self.layout.spread(self.model, config.context)
         self.optimizer = make_optimizer(self.model, config)
         if config.model.experts:
             self.optimizer.register_step_post_hook(lambda *_: self.balance_experts())
@@ -123,8 +130,9 @@ class Run:
         self.val_inputs, self.val_targets = (x.to(self.device) for x in self.share_of_windows(*windows))
         self.floor = entropy_floor(self.corpus, windows[1])
         compiled = self.device.type == "cuda" if config.compile is None else config.compile
-        here = config.batch // config.accumulation // self.world.size * config.context
-        self.chunked = is_chunked(config.chunked_loss, here, config.model.vocab_size)
+        compiled = compiled and self.layout.cut is None  # a compiler does not see what a ring sends
+        here = config.batch // config.accumulation // self.layout.replicas * config.context
+        self.chunked = config.tensor_parallel == 1 and is_chunked(config.chunked_loss, here, config.model.vocab_size)
         self.loss = partial(training_loss, chunked=self.chunked)
         if compiled:
             self.loss = distributed.compile_loss(self.network, self.loss, mean_cross_entropy)
@@ -158,7 +166,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, config) * group.get("factor", 1.0)
         loss = accumulate_gradient(self.batch_loss, inputs, targets, config.accumulation, self.announce)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
+        norm = self.layout.clip_gradients(self.model, config.clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -203,6 +211,7 @@ class Run:
         starts = window_starts(len(self.corpus.train), self.config, self.step)
         inputs, targets = read_windows(self.corpus.train, starts, self.config.context)
         windows = replace_some(inputs, self.config, self.step)[self.share], targets[self.share]
+        windows = tuple(map(self.layout.part, windows))
         if self.device.type == "cuda":  # from pinned memory the copy does not wait for the step before
             windows = tuple(x.pin_memory() for x in windows)
         return tuple(x.to(self.device, non_blocking=True) for x in windows)
@@ -231,13 +240,15 @@ class Run:
         """Write the model's weights to best.safetensors if their validation loss is the lowest so far."""
         if loss < self.best:
             self.best = loss
-            weights = {name: p.float() for name, p in distributed.whole_weights(self.model).items()}
+            weights = {
+                name: p.float() for name, p in distributed.whole_weights(self.model, self.layout.whole_view).items()
+            }
             if self.world.is_first:
                 save_tensors(self.out / "best.safetensors", weights, {**self.facts(), "val_loss": loss})
 
     def sample(self) -> str:
         """What the model writes now, from the beginning of a text."""
-        with self.averaged():
+        with self.averaged(), self.layout.whole_windows():
             text = sample_text(self.model, self.corpus.encoding, beginning(self.corpus), self.config.sample_tokens)
         self.record(sample=text)
         return text
@@ -280,11 +291,13 @@ class Run:
 
     def state(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint by name; where several processes share one, each holds its part."""
-        tensors = {f"weights.{name}": p for name, p in weights_of(self.model).items()}
-        tensors |= {f"average.{name}": x for name, x in self.average.items()}
+        view = self.layout.whole_view
+        tensors = {f"weights.{name}": view(name, p) for name, p in weights_of(self.model).items()}
+        tensors |= {f"average.{name}": view(name, x) for name, x in self.average.items()}
         names = {p: name for name, p in self.model.named_parameters()}
         for parameter, state in self.optimizer.state.items():
-            tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
+            name = names[parameter]
+            tensors |= {f"optimizer.{name}.{key}": view(name, value) for key, value in state.items()}
         return tensors
 
     def check_finite(self, value: float, name: str) -> None:
@@ -341,15 +354,15 @@ class Run:
         for name, parameter in self.model.named_parameters():
             for key, (shape, dtype) in part(shapes, f"optimizer.{name}.").items():
                 fused = self.optimizer.defaults["fused"]
-                if shape == parameter.shape and shape:
+                if shape == self.layout.whole_view(name, parameter).shape and shape:
                     empty = torch.zeros_like(parameter, dtype=dtype)  # spread as the parameter is
                 else:
                     empty = torch.zeros(shape, dtype=dtype, device=self.device if fused else "cpu")
                 self.optimizer.state[parameter][key] = empty
 
     def seed_anew(self) -> None:
-        """Seed this process's random numbers by the run's seed, the step and the rank."""
-        seed_all(int(np.random.SeedSequence((self.config.seed, self.step, self.world.rank)).generate_state(1)[0]))
+        """Seed this process's random numbers by the run's seed, the step and the tokens that it reads."""
+        seed_all(int(np.random.SeedSequence((self.config.seed, self.step, self.layout.replica)).generate_state(1)[0]))
 
     def come_back(self, facts: dict) -> None:
         """Take over how far a run had come."""
@@ -358,10 +371,10 @@ class Run:
 
     def share_of_windows(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """This process's part of the evaluation's windows; all get equally many, of which the last may not count."""
-        missing = -len(inputs) % self.world.size
+        missing = -len(inputs) % self.layout.readers
         inputs, targets = F.pad(inputs, (0, 0, 0, missing)), F.pad(targets, (0, 0, 0, missing), value=IGNORED)
-        mine = self.world.share(len(inputs), "the evaluation's windows")
-        return inputs[mine], targets[mine]
+        mine = self.layout.share(len(inputs), "the evaluation's windows")
+        return self.layout.part(inputs[mine]), self.layout.part(targets[mine])
 
     def mean_over_processes(self, loss: float) -> float:
         """The mean loss over all targets, from the mean over this process's."""
