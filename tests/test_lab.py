@@ -1,11 +1,13 @@
-"""JupyterLab with a live kernel, in a browser that reaches nothing but this machine: a figure draws and moves, and the
-text shows its boxes, exercises and equations.
+"""The course in JupyterLab, in a browser that reaches nothing but this machine, as ``make lab`` opens it.
 
-The chapter is cut down to a few cells, so that this takes seconds.
+Every chapter is opened as a new learner finds it, before any cell runs. Two small chapters are run as well: the first
+one, with the trained model, and the one about masks, cut down to a few cells, whose figure is moved. ``pytest --nbval``
+compares what the cells of the others print; here it is how JupyterLab shows it.
 """
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,13 +20,15 @@ import pytest
 from chromium import Browser, executable
 from pages import MOVE, NONSENSE
 
+from tools import lab as learners_lab
+from tools.chapters import load
+
 ROOT = Path(__file__).resolve().parents[1]
+NAMES = [chapter.name for chapter in load(ROOT).chapters if chapter.ready]
 CHAPTER = ROOT / "notebooks" / "03-masks.ipynb"
 
-SETTINGS = {
-    "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},  # every cell is in the page, seen or not
-    "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
-}
+WHOLE = {"windowingMode": "none"}
+"""JupyterLab's setting that keeps every cell in the page, seen or not."""
 
 pytestmark = pytest.mark.skipif(executable() is None, reason="Chromium is not installed (apt install chromium)")
 
@@ -54,26 +58,30 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory) -> str:
-    """The address of a JupyterLab of the test's own, with settings of its own, on the chapter's short version."""
-    folder = tmp_path_factory.mktemp("lab")
-    (folder / "work").mkdir()
-    (folder / "work" / "chapter.ipynb").write_text(json.dumps(short_version(CHAPTER)), encoding="utf-8")
-    overrides = folder / "settings" / "overrides.json"
-    overrides.parent.mkdir()
-    overrides.write_text(json.dumps(SETTINGS), encoding="utf-8")
+    """The address of a JupyterLab with settings of its own, on a learner's folder and a short chapter."""
+    home = tmp_path_factory.mktemp("lab")
+    folder = home / "learn"
+    own = {f"JUPYTER_{kind}_DIR": str(home / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in own.items():
+            patch.setenv(name, value)  # the chapters are signed with a key of the test's own
+        learners_lab.bring(ROOT, folder)
+    (folder / "chapter.ipynb").write_text(json.dumps(short_version(CHAPTER)), encoding="utf-8")
+    tracker = home / "user" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    tracker.parent.mkdir(parents=True)
+    tracker.write_text(json.dumps(WHOLE), encoding="utf-8")
     port = free_port()
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
+    command = [sys.executable, "-m", "jupyterlab", *learners_lab.options(folder)]
+    command += ["--no-browser", "--allow-root", "--expose-app-in-browser", "--IdentityProvider.token="]
     command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
-    command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={folder / 'work'}"]
-    command += [f"--LabApp.app_settings_dir={overrides.parent}", "--LabApp.news_url="]
-    command += [f"--LabApp.workspaces_dir={folder / 'spaces'}", f"--LabApp.user_settings_dir={folder / 'user'}"]
+    command += [f"--LabApp.workspaces_dir={home / 'spaces'}", f"--LabApp.user_settings_dir={home / 'user'}"]
     command += ["--LabApp.extension_manager=readonly"]
-    own = {"JUPYTER_CONFIG_DIR": str(folder / "config"), "PYTHONPATH": str(ROOT), "TFORMER_PROGRESS": ""}
-    with open(folder / "log", "w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | own)
+    own |= {"PYTHONPATH": str(ROOT), "TFORMER_PROGRESS": ""}
+    with open(home / "log", "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | own, cwd=folder)
     try:
         address = f"http://127.0.0.1:{port}/"
-        wait_for(address, server, folder / "log")
+        wait_for(address, server, home / "log")
         yield address
     finally:
         server.terminate()
@@ -94,29 +102,121 @@ def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
     raise RuntimeError(f"JupyterLab did not answer within a minute:\n{log.read_text()[-2000:]}")
 
 
-def test_figure_moves_with_a_live_kernel(lab):
-    with Browser() as browser:
-        browser.resize(1280, 900)
-        # JupyterLab runs the notebook that has the focus.
-        browser.send("Emulation.setFocusEmulationEnabled", enabled=True)
-        browser.open(f"{lab}lab/tree/chapter.ipynb?reset", most=90)
-        wait(browser, OPENED, "the notebook did not open")
-        browser.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells'); 0")
-        wait(browser, DRAWN, "the figure was not drawn")
-        wait(browser, f"{SESSION}.kernelDisplayStatus === 'idle'", "the kernel did not come to rest")
-        assert browser.evaluate("document.querySelectorAll('.tf-widget .tf-body svg').length") == 1
-        assert browser.evaluate(f"({MOVE})(0)"), "the figure does not change when its controls are moved"
-        assert browser.evaluate(NONSENSE) == []
-        assert [url for url in browser.requests if not url.startswith((lab, "data:", "blob:"))] == []
-        assert browser.evaluate(RAW) is None, "JupyterLab shows MyST as it is written: is jupyterlab-myst installed?"
-        assert browser.evaluate(EQUATIONS) >= 1
-        assert set(browser.evaluate(BOXES)) == {
-            "What you will be able to do",
-            "Exercise 1 (The causal mask)",
-            "Predict",
-            "Answer",
-        }
-        assert browser.messages == []
+@pytest.fixture(scope="module")
+def browser(lab) -> Browser:
+    """A browser in which JupyterLab stands open, on a chapter that is closed again."""
+    with Browser() as one:
+        one.resize(1280, 900)
+        one.send("Emulation.setFocusEmulationEnabled", enabled=True)  # JupyterLab runs the notebook that has the focus
+        one.open(f"{lab}lab/tree/chapter.ipynb?reset", most=90)
+        wait(one, f"{CURRENT}?.context?.isReady", "JupyterLab did not open the notebook")
+        wait(one, TYPESET, "a cell of text was not typeset")
+        close(one, own_kernel=True)
+        one.looking = one.evaluate(
+            "window.jupyterapp.serviceManager.kernels.startNew({name: 'python3'}).then((k) => k.id)"
+        )
+        yield one
+
+
+def test_a_figure_moves_with_a_live_kernel(browser, lab):
+    open_notebook(browser, "chapter", own_kernel=True)
+    run_all(browser)
+    wait(browser, f"{DRAWN} === 1", "the figure was not drawn")
+    assert browser.evaluate("document.querySelectorAll('.tf-widget .tf-body svg').length") == 1
+    assert browser.evaluate(f"({MOVE})(0)"), "the figure does not change when its controls are moved"
+    assert browser.evaluate(NONSENSE) == []
+    assert browser.evaluate("document.querySelectorAll('.jp-MarkdownCell .katex-display').length") >= 1
+    assert set(browser.evaluate(BOXES)) == {
+        "What you will be able to do",
+        "Exercise 1 (The causal mask)",
+        "Predict",
+        "Answer",
+    }
+    assert faults(browser) == []
+    assert [url for url in browser.requests if not url.startswith((lab, "data:", "blob:"))] == []
+    close(browser, own_kernel=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_new_learner_opens_a_chapter(browser, lab, name):
+    open_notebook(browser, name)
+    wanted = browser.evaluate(FIGURES)
+    wait(browser, f"{DRAWN} === {wanted}", "an interactive figure is not drawn from its recorded state")
+    assert wanted or name in WITHOUT_FIGURE
+    assert faults(browser) == []
+    assert browser.evaluate(PASSED) == []
+    assert [url for url in browser.requests if not url.startswith((lab, "data:", "blob:"))] == []
+    close(browser)
+
+
+def test_the_first_chapter_runs_from_top_to_bottom(browser):
+    open_notebook(browser, NAMES[0], own_kernel=True)
+    run_all(browser)
+    wait(browser, f"{DRAWN} === {browser.evaluate(FIGURES)}", "an interactive figure is not drawn by its kernel")
+    assert browser.evaluate("document.querySelectorAll('.jp-OutputArea-output img').length") >= 3
+    assert faults(browser) == []
+    close(browser, own_kernel=True)
+
+
+@pytest.mark.parametrize(
+    ("planted", "found"),
+    [
+        ("&lt;Figure size 420x340 with 1 Axes&gt;", "<Figure size"),
+        (":::{admonition} Predict", ":::"),
+        ("$$ x $$", "$$"),
+        ("{cite}vaswani2017", "{cite}"),
+        ("<span title='Citation Not Found'>key</span>", "Not Found"),
+        ("<div data-mime-type='application/vnd.jupyter.error'>NameError</div>", "NameError"),
+        ("<details open><summary>Answer</summary>42</details>", "Answer"),
+        ("<img src='data:image/png;base64,AAAA' alt='a broken picture'>", "a broken picture"),
+    ],
+)
+def test_a_fault_is_found(browser, planted, found):
+    open_notebook(browser, "chapter")
+    assert faults(browser) == []
+    browser.evaluate(f"{CURRENT}.node.querySelector('.jp-MarkdownCell').innerHTML += {json.dumps(planted)}; 0")
+    browser.listen(0.1, most=1)
+    assert any(found in fault for fault in faults(browser)), faults(browser)
+    close(browser)
+
+
+def test_an_open_solution_is_found(browser):
+    open_notebook(browser, "03-masks")
+    browser.evaluate(f"{CURRENT}.content.widgets.filter((c) => c.inputHidden)[0].inputHidden = false; 0")
+    assert [fault for fault in faults(browser) if fault.startswith("an open solution")] != []
+    close(browser)
+
+
+def open_notebook(browser: Browser, name: str, *, own_kernel: bool = False) -> None:
+    """Open a notebook in a tab and wait until its text is typeset.
+
+    What is only looked at shares one kernel, which runs nothing: to start one for every chapter takes a minute.
+    """
+    browser.messages, browser.requests = [], []
+    asked = {"path": f"{name}.ipynb"} | ({} if own_kernel else {"kernel": {"id": browser.looking}})
+    browser.evaluate(f"window.jupyterapp.commands.execute('docmanager:open', {json.dumps(asked)}); 0")
+    wait(browser, f"{CURRENT}?.context?.path === '{name}.ipynb' && {CURRENT}.context.isReady", "it did not open")
+    wait(browser, f"{CURRENT}.sessionContext.isReady", "it has no kernel")
+    wait(browser, TYPESET, "a cell of text was not typeset")
+
+
+def run_all(browser: Browser) -> None:
+    """Run every cell, and wait until the kernel rests and each cell has run."""
+    wait(browser, f"{CURRENT}.sessionContext.kernelDisplayStatus === 'idle'", "the kernel did not start")
+    browser.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells'); 0")
+    wait(browser, RAN, "a cell did not come to its end", seconds=240)
+
+
+def close(browser: Browser, *, own_kernel: bool = False) -> None:
+    """Close the tab without saving it; end its kernel, if it has one of its own."""
+    if own_kernel:
+        browser.evaluate(f"{CURRENT}.sessionContext.shutdown().then(() => 0)")
+    browser.evaluate(f"{CURRENT}.dispose(); 0")
+
+
+def faults(browser: Browser) -> list[str]:
+    """What a learner would see go wrong in the open notebook."""
+    return browser.evaluate(FAULTS) + [said for said in browser.messages if not re.search(HARMLESS, said)]
 
 
 def wait(browser: Browser, expression: str, otherwise: str, seconds: float = 60) -> None:
@@ -128,16 +228,69 @@ def wait(browser: Browser, expression: str, otherwise: str, seconds: float = 60)
         browser.listen(0.2, most=0.2)
 
 
-NOTEBOOK = "[...(window.jupyterapp?.shell.widgets('main') ?? [])].find((one) => one.sessionContext)"
-SESSION = f"{NOTEBOOK}?.sessionContext"
-OPENED = f"{SESSION}?.isReady && {NOTEBOOK}.context.isReady && window.jupyterapp.shell.currentWidget === {NOTEBOOK}"
-DRAWN = """
-[...document.querySelectorAll('.tf-widget .tf-body')]
-  .some((body) => body.childElementCount && body.getBoundingClientRect().height > 40)
+WITHOUT_FIGURE = {"14-real-models"}
+"""The chapters without an interactive figure."""
+
+HARMLESS = r"Canceled future for execute_request|Kernel connection disconnected"
+"""What JupyterLab itself reports when a tab is closed while its kernel starts."""
+
+CURRENT = "window.jupyterapp?.shell?.currentWidget"
+FIGURES = f"""
+{CURRENT}.content.widgets.filter((cell) => cell.model.type === 'code' && cell.model.outputs)
+  .flatMap((cell) => Array.from({{length: cell.model.outputs.length}}, (_, i) => cell.model.outputs.get(i)))
+  .filter((output) => Object.keys(output.data ?? {{}}).some((kind) => kind.includes('widget-view'))).length
 """
-BOXES = """
-[...document.querySelectorAll('.jp-MarkdownCell :is(aside, details)')]
+DRAWN = f"""
+[...{CURRENT}.node.querySelectorAll('.tf-widget .tf-body')]
+  .filter((body) => body.childElementCount && body.getBoundingClientRect().height > 40).length
+"""
+TYPESET = f"""
+[...{CURRENT}.node.querySelectorAll('.jp-MarkdownCell')].length > 0 &&
+[...{CURRENT}.node.querySelectorAll('.jp-MarkdownCell')].every((cell) => cell.innerText.trim())
+"""
+RAN = f"""
+{CURRENT}.sessionContext.kernelDisplayStatus === 'idle' &&
+{CURRENT}.content.widgets.every((cell) => cell.model.type !== 'code' || !cell.model.sharedModel.getSource().trim()
+  || cell.model.executionCount)
+"""
+BOXES = f"""
+[...{CURRENT}.node.querySelectorAll('.jp-MarkdownCell :is(aside, details)')]
   .map((box) => box.innerText.split('\\n')[0].replace(/\\s/g, ' '))
 """
-RAW = "document.querySelector('.jp-Notebook').innerText.match(/:::.*|\\$\\$|\\{(eq|cite|exercise)\\}/g)"
-EQUATIONS = "document.querySelectorAll('.jp-MarkdownCell .katex-display').length"
+PASSED = f"""
+{CURRENT}.content.widgets
+  .filter((cell) => cell.model.type === 'code' && !cell.outputHidden && /^passed/m.test(cell.outputArea.node.innerText))
+  .map((cell) => cell.outputArea.node.innerText)
+"""
+"""Outputs in sight that say that an exercise is solved."""
+
+FAULTS = f"""
+(() => {{
+  const notebook = {CURRENT}, node = notebook.node, found = [];
+  const all = (selector) => [...node.querySelectorAll(selector)].filter((e) => e.checkVisibility());
+  const say = (kind, elements) => found.push(...elements.map((e) => `${{kind}}: ${{e.outerHTML.slice(0, 300)}}`));
+  const text = [];
+  for (const cell of all('.jp-MarkdownCell')) {{
+    const copy = cell.cloneNode(true);
+    copy.querySelectorAll('code, pre, annotation, .cm-editor, .jp-InputArea-editor').forEach((part) => part.remove());
+    text.push(copy.textContent);
+  }}
+  const marks = /:::.*|\\$\\$.*|\\{{(?:eq|cite(?::t)?|ref|doc|term|exercise|solution|admonition|math)\\}}.*/g;
+  found.push(...text.join('\\n').match(marks) ?? []);
+  found.push(...node.innerText.match(/<Figure size.*|<\\?xml.*/g) ?? []);
+  say('not resolved', all('[title*="Not Found"], [title*="not found"], .katex-error'));
+  say('an error', all('[data-mime-type="application/vnd.jupyter.error"], [data-mime-type$="stderr"]'));
+  say('an open answer', all('.jp-MarkdownCell details[open]'));
+  say('a picture that is not drawn', all('img').filter((image) => image.complete && !image.naturalWidth));
+  for (const cell of notebook.content.widgets) {{
+    const tags = cell.model.getMetadata('tags') ?? [];
+    const folded = tags.includes('solution') || tags.includes('hide-cell');
+    const open = !cell.inputHidden || !cell.outputHidden;
+    if (folded && open) found.push(`an open solution: ${{cell.model.sharedModel.getSource().slice(0, 300)}}`);
+  }}
+  for (const fold of all('.jp-OutputPlaceholder'))
+    if (!/^\\s*From /.test(fold.innerText)) found.push(`a fold that tells what is in it: ${{fold.innerText}}`);
+  return found;
+}})()
+"""
+"""What a learner would see go wrong in the notebook in front."""

@@ -22,6 +22,7 @@ from tformer_lib.checkpoint import write_atomically
 from tformer_lib.teaching.exercises import record
 from tformer_lib.teaching.exercises.engine import Exercise, all_exercises
 from tools.chapters import ROOT, load
+from tools.handout import handed_out
 
 PROGRAM = "python -m tools.classroom"
 SOLUTION = "solution"
@@ -110,7 +111,7 @@ def write(root: Path, folder: Path, names: tuple[str, ...] = ()) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [name for name in ready if not names or name in names]
     for name in chosen:
-        notebook = nbformat.read(root / "notebooks" / f"{name}.ipynb", as_version=4)
+        notebook = handed_out(root, name)
         notebook.cells = [cell for cell in notebook.cells if SOLUTION not in cell.metadata.get("tags", [])]
         write_atomically(folder / f"{name}.ipynb", (nbformat.writes(notebook) + "\n").encode())
     return chosen

@@ -24,6 +24,7 @@ from nbformat.sign import NotebookNotary
 
 from tformer_lib import command_line
 from tools.chapters import ROOT, load
+from tools.handout import handed_out
 
 FOLDER = "learn"
 SETTINGS = Path(__file__).with_name("lab_settings")
@@ -86,10 +87,10 @@ def bring(root: Path, folder: Path) -> list[str]:
     folder.mkdir(exist_ok=True)
     record, kept = read_record(folder), []
     for name in (chapter.name for chapter in load(root).chapters if chapter.ready):
-        source, target = root / "notebooks" / f"{name}.ipynb", folder / f"{name}.ipynb"
-        new, mine, before = sources(source), sources(target), record.get(name, {}).get("sources")
+        target, chapter = folder / f"{name}.ipynb", handed_out(root, name)
+        new, mine, before = sources(chapter), sources(read(target)), record.get(name, {}).get("sources")
         if not target.exists() or (mine == before and new != before):
-            record[name] = copy(source, target)
+            record[name] = keep(chapter, target)
         elif mine not in (before, new) and new != before:
             kept.append(
                 f"{name} has changed in the course; yours, which you edited, stays. A clean copy: make fresh NB={name}"
@@ -110,11 +111,12 @@ def fresh(root: Path, folder: Path, name: str) -> str:
         raise ValueError(f"there is no chapter {name!r}; there are {known}")
     folder.mkdir(exist_ok=True)
     told = f"{FOLDER}/{target.name} is a clean copy"
-    if target.exists() and sources(target) != sources(source):
+    chapter = handed_out(root, name)
+    if target.exists() and sources(read(target)) != sources(chapter):
         mine = free_name(folder, f"{name} mine {date.today()}")
         target.rename(mine)
         told += f"; yours is now {FOLDER}/{mine.name}"
-    write_record(folder, read_record(folder) | {name: copy(source, target)})
+    write_record(folder, read_record(folder) | {name: keep(chapter, target)})
     return told
 
 
@@ -124,21 +126,28 @@ def free_name(folder: Path, stem: str) -> Path:
     return next(folder / name for name in names if not (folder / name).exists())
 
 
-def copy(source: Path, target: Path) -> dict:
-    """Copy a notebook and sign the copy, as a person does who trusts it; returns what the record keeps of it."""
+def keep(chapter: nbformat.NotebookNode, target: Path) -> dict:
+    """Write and sign a chapter, as a person does who trusts it; returns what the record keeps of it."""
     partial = target.with_suffix(".partial")
-    nbformat.write(nbformat.read(source, as_version=4), partial)
+    nbformat.write(chapter, partial)
     partial.replace(target)
     NotebookNotary().sign(nbformat.read(target, as_version=4))
-    return {"sources": sources(source), "saved": target.stat().st_mtime_ns}
+    return {"sources": sources(chapter), "saved": target.stat().st_mtime_ns}
 
 
-def sources(path: Path) -> str | None:
+def read(path: Path) -> dict | None:
+    """A notebook as JSON; None where there is none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def sources(notebook: dict | None) -> str | None:
     """A hash of the cells' text, without their outputs: running a chapter does not edit it. None for no notebook."""
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        text = json.dumps(["".join(cell["source"]) for cell in cells])
-    except (OSError, ValueError, KeyError, TypeError):
+        text = json.dumps(["".join(cell["source"]) for cell in notebook["cells"]])
+    except (KeyError, TypeError):
         return None
     return hashlib.sha256(text.encode()).hexdigest()
 
