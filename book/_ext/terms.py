@@ -77,8 +77,8 @@ def is_abbreviation(word: str) -> bool:
 
 def definitions(glossary: str) -> dict[str, str]:
     """Term -> definition, from the glossary's page, in plain words."""
-    found = re.findall(r"^(\S.*)\n((?:  .*\n)+)", glossary.partition(":::{glossary}\n")[2], flags=re.MULTILINE)
-    return {term: plain(" ".join(text.split())) for term, text in found}
+    found = re.findall(r"((?:^\S.*\n)+)((?:  .*\n)+)", glossary.partition(":::{glossary}\n")[2], flags=re.MULTILINE)
+    return {term: plain(" ".join(text.split())) for terms, text in found for term in terms.splitlines()}
 
 
 def plain(text: str) -> str:
