@@ -28,6 +28,7 @@ from tformer_lib.kv_cache.model_cache import ModelCache
 from tformer_lib.kv_cache.preallocated import PreallocatedCache
 from tformer_lib.kv_cache.ring import RingCache
 from tformer_lib.kv_cache.state import StateCache, StateLayer
+from tformer_lib.kv_cache.static import StaticCache
 
 __all__ = [
     "CacheShape",
@@ -41,6 +42,7 @@ __all__ = [
     "RingCache",
     "StateCache",
     "StateLayer",
+    "StaticCache",
     "cache_bytes",
     "pass_cost",
     "whole_numbers",

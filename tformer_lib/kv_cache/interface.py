@@ -224,12 +224,6 @@ class KVCache(ABC):
     def check_room(self, ends: list[int]) -> None:  # noqa: B027 (a cache without a limit has nothing to refuse)
         """Refuse a pass after which some row would hold more than there is room for."""
 
-    def _check_static(self, T: int) -> None:
-        """Refuse a pass that a recording for one token a row does not fit."""
-        if T != 1 or self.counts is not None:
-            came = f"{T} a row" if self.counts is None else f"{self.counts}"
-            raise ValueError(f"under static_shapes a pass brings 1 token a row, got {came}")
-
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token of one row takes: a key and a value in every layer and kv head."""

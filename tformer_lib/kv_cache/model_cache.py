@@ -116,7 +116,7 @@ class ModelCache:
 
     @contextmanager
     def static_shapes(self) -> Iterator[None]:
-        """Passes of one token whose shapes never change: see :meth:`PreallocatedCache.static_shapes`."""
+        """Passes of one token whose shapes never change: see :meth:`StaticCache.static_shapes`."""
         with ExitStack() as stack:
             for part in self.parts.values():
                 stack.enter_context(part.static_shapes())

@@ -1,15 +1,15 @@
 """The cache that writes into memory that it reserved."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tformer_lib.kv_cache.interface import CacheShape, KVCache, Pass
+from tformer_lib.kv_cache.interface import CacheShape, Pass
+from tformer_lib.kv_cache.static import StaticCache
 
 
-class PreallocatedCache(KVCache):
+class PreallocatedCache(StaticCache):
     """Write into memory that was reserved for ``capacity`` tokens a row: token p of a row is in slot p.
 
     Args:
@@ -27,7 +27,6 @@ class PreallocatedCache(KVCache):
         self.values = self.keys.new_zeros(*size, shape.size_of_value)  # 0 times an unwritten NaN would be NaN
         self.slots = torch.arange(capacity, device=shape.device)
         self.rows = torch.arange(shape.batch, device=shape.device)[:, None]  # (batch, 1)
-        self.is_static = False
 
     @property
     def nbytes(self) -> int:
@@ -52,39 +51,11 @@ class PreallocatedCache(KVCache):
         """Where the token at each position is kept; same shape."""
         return positions
 
-    @contextmanager
-    def static_shapes(self) -> Iterator[None]:
-        """Within it, a pass of one token looks at all slots behind a mask that the device makes from ``lengths``.
-
-        Nothing then depends on a number that the host knows, so one recording of the pass (a CUDA graph, a compiled
-        function) is right at every length. The host's books stand still meanwhile: call ``replayed()`` after each pass.
-        """
-        was, self.is_static, self._pass = self.is_static, True, None
-        try:
-            yield
-        finally:
-            self.is_static, self._pass = was, None
-
-    def replayed(self) -> None:
-        """Count one more token per row on the host, after a pass under ``static_shapes``."""
-        self.host_lengths = [n + 1 for n in self.host_lengths]
-
-    def plan(self, T: int) -> Pass:
-        """Work out what the layers of a pass of T tokens share."""
-        if not self.is_static:
-            return super().plan(T)
-        self._check_static(T)
-        self.abandon()
+    def static_plan(self) -> Pass:
+        """A pass of one token looks at all slots behind a mask that the device makes from ``lengths``."""
         positions = self.lengths[:, None]  # (batch, 1)
         filled = self.slots <= positions  # (batch, capacity); a ring's slots fill in order too
         return Pass(1, positions, None, None, self.capacity, filled[:, None, None, :])
-
-    def advance(self, T: int) -> None:
-        """Count the T tokens that all layers have stored; on the device alone under ``static_shapes``."""
-        if not self.is_static:
-            return super().advance(T)
-        self.lengths += T
-        self._pass, self.unfinished = None, None
 
     def complete(self, now: Pass) -> Pass:
         """A query sees the slots up to its own position."""

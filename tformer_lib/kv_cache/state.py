@@ -1,16 +1,16 @@
 """The cache of recurrent layers: a state of one size for each row, however many tokens it holds."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from tformer_lib.kv_cache.interface import CacheShape, KVCache, Pass
+from tformer_lib.kv_cache.interface import CacheShape, Pass
+from tformer_lib.kv_cache.static import StaticCache
 from tformer_lib.linear_attention import LayerState
 
 
-class StateCache(KVCache):
+class StateCache(StaticCache):
     """What linear layers remember of each row: the input of their convolution's next step, and a matrix a head.
 
     A state cannot forget its last tokens, so a row can be cut to nothing and to no other length.
@@ -29,7 +29,6 @@ class StateCache(KVCache):
         self.channels = torch.zeros(shape.layers, shape.batch, channels, before, dtype=shape.dtype, **new)
         self.memory = torch.zeros(shape.layers, shape.batch, *state, dtype=wide, **new)
         self.rows = torch.arange(shape.batch, device=shape.device)
-        self.is_static = False
         self.pending: list[tuple[int, Tensor, Tensor, Tensor]] = []  # layer, rows, channels, memory of this pass
 
     @property
@@ -47,25 +46,8 @@ class StateCache(KVCache):
         super().layer(index)  # refuses an index out of range
         return StateLayer(self, index)
 
-    @contextmanager
-    def static_shapes(self) -> Iterator[None]:
-        """Within it the host's books stand still, as in :meth:`PreallocatedCache.static_shapes`."""
-        was, self.is_static, self._pass = self.is_static, True, None
-        try:
-            yield
-        finally:
-            self.is_static, self._pass = was, None
-
-    def replayed(self) -> None:
-        """Count one more token per row on the host, after a pass under ``static_shapes``."""
-        self.host_lengths = [n + 1 for n in self.host_lengths]
-
-    def plan(self, T: int) -> Pass:
-        """Work out what the layers of a pass of T tokens share."""
-        if not self.is_static:
-            return super().plan(T)
-        self._check_static(T)
-        self.abandon()
+    def static_plan(self) -> Pass:
+        """Nothing is laid out."""
         return Pass(1, self.lengths[:, None], None, None, 0)
 
     def complete(self, now: Pass) -> Pass:
@@ -81,10 +63,7 @@ class StateCache(KVCache):
         for layer, rows, channels, memory in self.pending:
             self.channels[layer, rows], self.memory[layer, rows] = channels, memory
         self.pending = []
-        if not self.is_static:
-            return super().advance(T)
-        self.lengths += T
-        self._pass = None
+        super().advance(T)
 
     def abandon(self) -> None:
         """Forget what a pass left that failed before its end."""

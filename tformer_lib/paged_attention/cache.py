@@ -1,7 +1,6 @@
 """The cache interface of ``kv_cache`` over one pool of blocks for all layers."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from tformer_lib.attention import AttentionVariant, attend, attend_sdpa
 from tformer_lib.flash_attention import flash_attention
-from tformer_lib.kv_cache import CacheShape, KVCache, LayerCache, Pass
+from tformer_lib.kv_cache import CacheShape, LayerCache, Pass, StaticCache
 from tformer_lib.paged_attention.attention import paged_attention, write_cache
 from tformer_lib.paged_attention.blocks import BLOCK_SIZE, BlockAllocator, BlockTable, Copies, OutOfBlocks, blocks_for
 from tformer_lib.paged_attention.reference import gather_blocks
@@ -61,7 +60,7 @@ def as_variant(attend: Callable[..., Tensor]) -> AttentionVariant | None:
     return None if changes_scores or variant.form not in PLAIN_FORMS else variant
 
 
-class PagedKVCache(KVCache):
+class PagedKVCache(StaticCache):
     """A cache whose rows take blocks from one pool as they grow; rows may share blocks.
 
     Args:
@@ -86,7 +85,7 @@ class PagedKVCache(KVCache):
         super().__init__(shape)
         self.allocator = BlockAllocator(blocks, block_size)
         self.max_length = blocks * block_size if max_length is None else max_length
-        self.step, self.is_static = step, False
+        self.step = step
         size = (shape.layers, 2, blocks, shape.kv_heads, block_size, shape.head_dim)
         self.pools = torch.zeros(size, dtype=shape.dtype, device=shape.device)
         self._make_tables([BlockTable(self.allocator) for _ in range(shape.batch)])
@@ -161,29 +160,14 @@ class PagedKVCache(KVCache):
         super().layer(index)  # refuses an index out of range
         return PagedLayer(self, index)
 
-    @contextmanager
-    def static_shapes(self) -> Iterator[None]:
-        """Within it, a pass of one token reads lengths and tables from the device alone, as a CUDA graph needs.
-
-        Call ``check_room`` before each pass, which takes the blocks, and ``replayed()`` after it.
-        """
-        was, self.is_static, self._pass = self.is_static, True, None
-        try:
-            yield
-        finally:
-            self.is_static, self._pass = was, None
-
     def replayed(self) -> None:
-        """Count one more token per row on the host, after a pass under ``static_shapes``."""
-        self.host_lengths = [n + 1 for n in self.host_lengths]
+        """Count one more token per row on the host; call ``check_room``, which takes the blocks, before each pass."""
+        super().replayed()
         for row in self.rows:
             row.advance(1)
 
-    def plan(self, T: int) -> Pass:
-        """Work out what the layers of a pass of T tokens share."""
-        if not self.is_static:
-            return super().plan(T)
-        self._check_static(T)
+    def static_plan(self) -> Pass:
+        """A pass of one token reads lengths and tables from the device alone."""
         return self.complete(Pass(1, self.lengths[:, None], None, None, self.max_length))
 
     def complete(self, now: Pass) -> PagedPass:
@@ -204,13 +188,10 @@ class PagedKVCache(KVCache):
 
     def advance(self, T: int) -> None:
         """Count the tokens that all layers have stored; on the device alone under ``static_shapes``."""
-        if self.is_static:
-            self.lengths += T
-            self._pass, self.unfinished = None, None
-            return
         super().advance(T)
-        for row, length in zip(self.rows, self.host_lengths, strict=True):
-            row.advance(length - row.length)
+        if not self.is_static:
+            for row, length in zip(self.rows, self.host_lengths, strict=True):
+                row.advance(length - row.length)
 
     def write(self, layer: int, k: Tensor, v: Tensor, now: PagedPass) -> None:
         """Put new keys and values (batch, kv_heads, T, head_dim) into their slots."""
