@@ -339,10 +339,8 @@ class Runner:
         self.returned = deque(torch.zeros(lanes * seats, dtype=torch.int64, pin_memory=on_gpu) for _ in range(depth))
         self.buffer = torch.zeros(room, dtype=torch.uint8, device=self.device)
         self.graphs: dict[int, tuple] = {}  # by the number of lanes: a CUDA graph, its logits, and the likeliest tokens
-        self.find_likeliest = likeliest
         if compile:
             compile_blocks(model)
-            self.find_likeliest = compiled_likeliest
         self.parameters = [module._parameters for module in model.modules() if module._parameters]
         self.weights = self._state_of_weights()
 
@@ -394,10 +392,22 @@ class Runner:
         if self.deterministic:
             inputs = self._upload(rows, tables, self.budget, self.budget, self.budget, lanes=True)
             return self._forward(inputs)[inputs.places[:samples]], inputs.seats[:samples]
-        inputs = self._upload(rows, tables, sum(row.count for row in rows), len(rows), samples)
-        most = max(row.count for row in rows)
-        logits = self._forward(inputs, starts=inputs.starts, max_queries=most, only=inputs.places)
+        tokens, most = sum(row.count for row in rows), max(row.count for row in rows)
+        inputs = self._upload(rows, tables, tokens, len(rows), samples)
+        with self._as_it_stands(tokens):
+            logits = self._forward(inputs, starts=inputs.starts, max_queries=most, only=inputs.places)
         return logits, inputs.seats
+
+    def _as_it_stands(self, tokens: int) -> AbstractContextManager:
+        """Where decode steps are recorded: whether the others, of so many tokens, leave compiled blocks alone.
+
+        To call a compiled block costs the host a millisecond, because it looks at all that the block was compiled for;
+        a block as it stands is launched in a quarter of that. What is recorded costs the host nothing either way.
+        """
+        is_compiled = any(block._compiled_call_impl is not None for block in self.model.stack.blocks)
+        if is_compiled and self.graphs and tokens < COMPILED_FROM:
+            return torch.compiler.set_stance("force_eager")
+        return nullcontext()
 
     def _replay(self, size: int, rows: list[Row], tables: np.ndarray, samples: int) -> tuple[Tensor, ...]:
         """Tokens in lanes, padded to a recorded size: the same as :meth:`_run`, and what :func:`likeliest` finds."""
@@ -479,12 +489,12 @@ class Runner:
             inputs = self._upload([], np.zeros((len(self.last_tokens), self.max_blocks), np.int32), size, size, size)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self.find_likeliest(self._forward(inputs))
+                likeliest(self._forward(inputs))
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
                 logits = self._forward(inputs)
-                best = self.find_likeliest(logits)
+                best = likeliest(logits)
             graph.replay()  # the first replay of a graph takes longer
             self.graphs[size], pool = (graph, logits, *best), graph.pool()
         self.graphs = dict(sorted(self.graphs.items()))
@@ -500,7 +510,7 @@ class Runner:
             seats: (rows,) int64, on the device.
             best: what :func:`likeliest` has found in the logits, if it was asked already.
         """
-        tokens, finite = best or self.find_likeliest(logits)
+        tokens, finite = best or likeliest(logits)
         earlier = rows_before(requests)
         groups: dict[tuple, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
@@ -584,13 +594,8 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     return tokens[:, 0], most.gather(1, part)[:, 0].isfinite()
 
 
-def compiled_likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`likeliest` in fewer kernels, for any number of rows."""
-    torch._dynamo.maybe_mark_dynamic(logits, 0)
-    return COMPILED_LIKELIEST(logits)
-
-
-COMPILED_LIKELIEST = torch.compile(likeliest)
+COMPILED_FROM = 8192
+"""Tokens of a step from which the time that fused kernels save is longer than the host's, see ``Runner``."""
 
 MOST_VARIANTS = 64
 """After so many, PyTorch gives up compiling a block and runs it as it stands."""

@@ -273,7 +273,7 @@ class ModelDrafter(Drafter):
         ValueError: the models do not share a vocabulary, or the draft model has learned too few positions.
     """
 
-    patience = Patience(worth=1.0, growth=4, longest=256)  # each draft costs a step of the draft model
+    patience = Patience(worth=1.0, growth=16, longest=1024)  # each draft costs a step of the draft model
 
     def __init__(
         self, options: Speculation, model: nn.Module, *, blocks, block_size, seats, budget, max_blocks, max_context

@@ -155,6 +155,33 @@ def latency(
     style.show()
 
 
+def driven(rows: Sequence[dict]) -> None:
+    """The waits of an engine that was driven, and those that the cost model predicts, over the rate of arrivals.
+
+    Args:
+        rows: of a record of ``benchmarks/serving.py``, with those of its part "knee".
+    """
+    _, axes = style.figure(1, 2, height=3.3)
+    names = {"driven": "measured", "predicted by the bound": "cost model"}
+    found = [(row, names[row["contestant"]]) for row in rows if "rate" in row["extra"]]
+    rates = sorted({row["extra"]["rate"] for row, _ in found})
+    for ax, waits, percentiles in ((axes[0], "ttft_ms", ("p90", "p50")), (axes[1], "tpot_ms", ("p50",))):
+        ys = {
+            f"{who}, {'median' if percentile == 'p50' else '90th percentile'}": [
+                next(r["extra"][waits][percentile] for r, name in found if (name, r["extra"]["rate"]) == (who, rate))
+                for rate in rates
+            ]
+            for who in names.values()
+            for percentile in percentiles
+        }
+        style.lines(ax, rates, ys)
+        ax.set(xlabel="requests a second", ylabel="ms")
+        ax.legend(loc="best", fontsize=9)
+    axes[0].set(title="Time to the first token", yscale="log")
+    axes[1].set(title="Time per output token", ylim=(0, None))
+    style.show()
+
+
 def blocks(log: Sequence[Step], blocks: int, requests: int) -> None:
     """Blocks held and requests running over an engine's steps; a mark where one had to give its blocks back."""
     _, (top, bottom) = style.figure(2, 1, height=4.4, sharex=True, height_ratios=(1, 1.5))
