@@ -191,7 +191,9 @@ def open_notebook(browser: Browser, name: str, *, own_kernel: bool = False) -> N
 
     What is only looked at shares one kernel, which runs nothing: to start one for every chapter takes a minute.
     """
-    browser.evaluate("[...window.jupyterapp.shell.widgets('main')].forEach((tab) => tab.dispose()); 0")
+    browser.evaluate(
+        "[...window.jupyterapp.shell.widgets('main')].forEach((tab) => tab.dispose()); window.everyCellRan = false; 0"
+    )
     browser.messages, browser.requests = [], []
     asked = {"path": f"{name}.ipynb"} | ({} if own_kernel else {"kernel": {"id": browser.looking}})
     browser.evaluate(f"window.jupyterapp.commands.execute('docmanager:open', {json.dumps(asked)}); 0")
@@ -201,9 +203,12 @@ def open_notebook(browser: Browser, name: str, *, own_kernel: bool = False) -> N
 
 
 def run_all(browser: Browser) -> None:
-    """Run every cell, and wait until the kernel rests and each cell has run."""
+    """Run every cell, and wait until the kernel rests and each cell has run.
+
+    JupyterLab shows the output of a cell that runs, also of a folded one; the source stays folded.
+    """
     wait(browser, f"{CURRENT}.sessionContext.kernelDisplayStatus === 'idle'", "the kernel did not start")
-    browser.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells'); 0")
+    browser.evaluate("window.everyCellRan = true; window.jupyterapp.commands.execute('notebook:run-all-cells'); 0")
     wait(browser, RAN, "a cell did not come to its end", seconds=240)
 
 
@@ -226,7 +231,7 @@ def wait(browser: Browser, expression: str, otherwise: str, seconds: float = 60)
         browser.listen(0.2, most=0.2)
 
 
-WITHOUT_FIGURE = {"05-transformer", "08-rope", "14-real-models"}
+WITHOUT_FIGURE = {"08-rope", "14-real-models"}
 """Chapters without an interactive figure; in chapter 8 it answers a prediction, so it waits for its cell to run."""
 
 HARMLESS = r"Canceled future for execute_request|Kernel connection disconnected"
@@ -283,8 +288,8 @@ FAULTS = f"""
   for (const cell of notebook.content.widgets) {{
     const tags = cell.model.getMetadata('tags') ?? [];
     const folded = tags.includes('solution') || tags.includes('hide-cell');
-    const open = !cell.inputHidden || !cell.outputHidden;
-    if (folded && open) found.push(`an open solution: ${{cell.model.sharedModel.getSource().slice(0, 300)}}`);
+    if (folded && !cell.inputHidden) found.push(`an open solution: ${{cell.inputArea.node.innerText.slice(0, 99)}}`);
+    if (folded && !cell.outputHidden && !window.everyCellRan) found.push('the output of a solution');
   }}
   for (const fold of all('.jp-OutputPlaceholder'))
     if (!/^\\s*From /.test(fold.innerText)) found.push(`a fold that tells what is in it: ${{fold.innerText}}`);

@@ -15,6 +15,7 @@ from tformer_lib.teaching.widgets import (
     mixture_of_experts,
     scaling_out,
     training,
+    transformer,
 )
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
 
@@ -130,3 +131,31 @@ def test_routing_hands_the_page_the_logits_of_the_tokens():
     torch.testing.assert_close(torch.tensor(data["logits"]), logits, atol=0.006, rtol=0)
     with pytest.raises(ValueError, match="2 tokens and 3 rows of logits"):
         mixture_of_experts.routing(["a", "b"], logits)
+
+
+def test_residual_stream_adds_up_to_what_the_model_says():
+    model, encoding = pretrained.load()
+    ids = torch.tensor([encoding.encode_ordinary(STORY)])
+    added = transformer.additions(model, ids)
+    assert len(added) == 1 + len(transformer.branches(model)) == 9
+    with torch.no_grad():
+        said = model(ids)[0].softmax(-1)
+    torch.testing.assert_close(transformer.lens(model, added.sum(0)), said, atol=1e-5, rtol=1e-4)
+    with transformer.silent(model.stack.blocks[0].attention), torch.no_grad():
+        assert (model(ids)[0].softmax(-1) - said).abs().max() > 0.01
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids)[0].softmax(-1), said)
+
+
+def test_residual_stream_hands_the_page_the_numbers_of_the_chapter():
+    model, encoding = pretrained.load()
+    data = transformer.residual_stream(model, encoding).data
+    said, lily, itself = data["start"], data["words"].index(" Lily"), data["words"].index(" said")
+    assert data["tokens"][said] == " said"
+    assert len(data["says"]) == len(data["parts"]) == len(data["lengths"]) == 9
+    first = {name: says[said][:2] for name, says in zip(data["parts"], data["says"], strict=True)}
+    assert first["embedding"][0] == first["attention 0"][0] == itself, "it names itself before a head has looked"
+    assert first["attention 1"] == [lily, pytest.approx(970, abs=10)]
+    without = dict(zip(data["parts"][1:], (says[said] for says in data["without"]), strict=True))
+    assert without["attention 1"][0] != lily or without["attention 1"][1] < 100
+    assert without["attention 2"][:2] == [lily, pytest.approx(1000, abs=10)]
