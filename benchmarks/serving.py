@@ -524,8 +524,8 @@ def stories_load(device: str) -> tuple[Load, Load, Load, tuple[int, ...]]:
 
 
 def llama_load(device: str) -> tuple[Load, Load, Load, tuple[int, ...]]:
-    """The 1B shape: 64 of the skewed requests, some with a shared beginning, some talks, and the budgets."""
-    model, pairs, random = llama(device), workload(skewed=True)[:64], Random(1)
+    """The 1B shape: 40 of the skewed requests, some with a shared beginning, some talks, and the budgets."""
+    model, pairs, random = llama(device), workload(skewed=True)[:40], Random(1)
     engine = partial(make_engine, model, seats=len(pairs))
 
     def tokens(length: int) -> list[int]:
