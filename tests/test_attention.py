@@ -6,15 +6,18 @@ from functools import partial
 import pytest
 import torch
 from draws import draws
+from functorch.compile import make_boxed_func
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from tformer_lib import masks
 from tformer_lib.attention import (
     MANY_TOKENS,
     AttentionVariant,
     MultiHeadAttention,
+    aligned,
     attend,
     attend_scores,
     attend_sdpa,
@@ -289,6 +292,26 @@ def test_one_matmul_for_three_maps_gives_what_three_give(bias):
     gradients = [torch.autograd.grad(sum(o.square().sum() for o in out), parameters) for out in (together, apart)]
     for ours, theirs in zip((*together, *gradients[0]), (*apart, *gradients[1]), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_the_check_of_places_leaves_one_graph_and_copies_only_what_lies_wrong():
+    """What a GPU's SDPA goes through: a graph that breaks there copies q, k and v of every layer."""
+    copies = []
+
+    def compiler(graph, inputs):
+        copies.append(sum(node.target is torch.ops.aten.clone.default for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    def parts(x):
+        return [aligned(y.unflatten(-1, (2, 4)).transpose(1, 2)) for y in x.split(8, -1)]
+
+    backend = aot_autograd(fw_compiler=compiler)
+    x = torch.randn(2, 3, 24)
+    for ours, theirs in zip(torch.compile(parts, backend=backend, fullgraph=True)(x), parts(x), strict=True):
+        assert torch.equal(ours, theirs)
+    wrong = torch.compile(lambda x: aligned(x[..., 1:9]), backend=backend, fullgraph=True)(x)
+    assert torch.equal(wrong, x[..., 1:9])
+    assert copies == [0, 1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="one matmul for q, k and v is for a GPU")

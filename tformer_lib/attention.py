@@ -154,6 +154,7 @@ def attend_sdpa(
     return out if blind is None else out.masked_fill(blind, 0.0)
 
 
+@torch.compiler.allow_in_graph  # the compiler's front cannot ask where a tensor begins, what comes behind it can
 def aligned(x: Tensor) -> Tensor:
     """x, or a copy of it where its rows could begin at a multiple of 16 bytes and do not.
 

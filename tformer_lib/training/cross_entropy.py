@@ -18,9 +18,9 @@ from torch import Tensor
 from tformer_lib.training import cross_entropy_triton
 from tformer_lib.training.data import IGNORED
 
-CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**30}
-"""What a chunk's logits may take, unless the caller says how many tokens a chunk has. Large products run faster on a
-GPU: GPT-2's vocabulary gets 8,192 tokens a chunk there."""
+CHUNK_BYTES = 2**27
+"""What a chunk's logits may take on a CPU, unless the caller says how many tokens a chunk has. On a GPU it is a 32nd of
+its memory: large products run faster, and fewer of them do."""
 
 
 def chunked_cross_entropy(
@@ -45,7 +45,7 @@ def chunked_cross_entropy(
         ignore_index: targets that do not count.
         label_smoothing: the share of each target's probability that is spread over the whole vocabulary.
         softcap: logits z become ``softcap * tanh(z / softcap)`` first.
-        chunk: tokens whose logits are held at once; by ``CHUNK_BYTES`` if not given.
+        chunk: tokens whose logits are held at once; by the device's memory if not given.
 
     Returns:
         The mean over the targets that count; NaN if none does, as PyTorch has it.
@@ -69,18 +69,17 @@ def chunked_cross_entropy(
         hidden = hidden.to(torch.get_autocast_dtype(device))
     elif hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype}, weight is {weight.dtype}")
-    if chunk is None:
-        chunk = tokens_of_chunk(targets.numel(), len(weight) * hidden.element_size(), device)
-    elif chunk < 1:
+    if chunk is not None and chunk < 1:
         raise ValueError(f"a chunk must have at least 1 token, got {chunk}")
     differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    options = ignore_index, float(label_smoothing), float(softcap or 0.0), chunk, differentiated
+    options = ignore_index, float(label_smoothing), float(softcap or 0.0), chunk or 0, differentiated
     return chunked_cross_entropy_op(hidden.flatten(0, -2), weight, targets.flatten(), *options)[0]
 
 
-def tokens_of_chunk(tokens: int, row: int, device: str) -> int:
+def tokens_of_chunk(tokens: int, row: int, device: torch.device) -> int:
     """Equal chunks, as few as may be and whole tiles of a matrix product where they are large; ``row`` is in bytes."""
-    most = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // row)
+    room = torch.cuda.get_device_properties(device).total_memory // 32 if device.type == "cuda" else CHUNK_BYTES
+    most = max(1, room // row)
     each = -(-tokens // max(1, -(-tokens // most)))
     return max(1, min(most, -(-each // 256) * 256) if most >= 256 else most)
 
@@ -98,13 +97,14 @@ def chunked_cross_entropy_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of (tokens, width), and its gradients for hidden and weight: empty ones if they are not wanted.
 
-    ``hidden`` says in what type the products are, ``weight`` in what type its gradient is; a ``softcap`` of 0 is none.
+    ``hidden`` says in what type the products are, ``weight`` in what type its gradient is; a ``softcap`` of 0 is none,
+    a ``chunk`` of 0 is chosen by the memory.
     """
+    chunk = chunk or tokens_of_chunk(len(hidden), len(weight) * hidden.element_size(), hidden.device)
     tokens, vocab_size, wide = len(hidden), len(weight), accumulation_dtype(hidden.dtype)
     matrix, count = weight.to(hidden.dtype), (targets != ignore_index).sum()
     losses = hidden.new_empty(tokens, dtype=wide)
-    d_hidden, d_weight = empty_gradients(hidden, weight, differentiated)
-    d_weight = d_weight.zero_() if d_weight.dtype == wide else torch.zeros_like(d_weight, dtype=wide)
+    d_hidden, d_weight = torch.empty_like(hidden) if differentiated else hidden.new_empty(0), None
     # rows begin at whole cache lines, whatever the vocabulary's size
     room = hidden.new_empty(min(chunk, tokens), -(-vocab_size // 64) * 64)
     for start in range(0, tokens, chunk):
@@ -115,7 +115,9 @@ def chunked_cross_entropy_op(
         take_losses(logits, targets[some], losses[some], *options)
         if differentiated:  # the logits are their gradient now
             torch.mm(logits, matrix, out=d_hidden[some])
-            add_product(d_weight, logits.t(), hidden[some])
+            d_weight = add_product(d_weight, logits.t(), hidden[some], wide)
+    if d_weight is None:
+        d_weight = torch.zeros_like(weight) if differentiated else weight.new_empty(0)
     return losses.sum() / count, d_hidden, d_weight.to(weight.dtype)
 
 
@@ -125,14 +127,9 @@ def chunked_cross_entropy_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The shapes and dtypes of loss and gradients."""
     loss = hidden.new_empty((), dtype=accumulation_dtype(hidden.dtype))
-    return loss, *empty_gradients(hidden, weight, differentiated)
-
-
-def empty_gradients(hidden: Tensor, weight: Tensor, differentiated: bool) -> tuple[Tensor, Tensor]:
-    """Room for the gradients of both, none if they are not wanted."""
     if differentiated:
-        return torch.empty_like(hidden), torch.empty_like(weight)
-    return hidden.new_empty(0), weight.new_empty(0)
+        return loss, torch.empty_like(hidden), torch.empty_like(weight)
+    return loss, hidden.new_empty(0), weight.new_empty(0)
 
 
 def keep_gradients(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -201,11 +198,12 @@ def take_losses(
         logits.copy_(gradient.mul_(share).mul_(slope))
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to ``total``, in the type of ``total``, in place."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:  # the sum is never rounded to the factors' type
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b
+def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total + a @ b`` in a type as wide as theirs or wider, added in place; None counts as zeros."""
+    if dtype == a.dtype:
+        return a @ b if total is None else total.addmm_(a, b)
+    if not a.is_cuda:
+        return (a @ b).to(dtype) if total is None else total.add_(a @ b)
+    if total is None:  # the sum is never rounded to the factors' type
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.addmm(total, a, b, out_dtype=dtype, out=total)

@@ -21,11 +21,11 @@ def rows_kernel(
     logits, targets, losses, count, stride, smoothing, cap,
     V: constexpr, IGNORED: constexpr, SMOOTH: constexpr, CAP: constexpr, GRADIENT: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
-    """One row: its loss, and its gradient in its place."""
+    """One row: its loss, and its gradient in its place. Each reading takes one exponential for each logit."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     target, columns = tl.load(targets + row), tl.arange(0, BLOCK)
-    m = tl.full([BLOCK], float("-inf"), tl.float32)  # each lane's maximum and sum of exponentials, joined at the end
+    m = tl.full([], float("-inf"), tl.float32)  # the largest logit so far, and the sum of exponentials below it
     l = tl.zeros([BLOCK], tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
@@ -33,14 +33,13 @@ def rows_kernel(
         z = tl.load(logits + here, mask=here < V, other=float("-inf")).to(tl.float32)
         if CAP:
             z = tl.where(here < V, cap - 2 * cap / (1 + tl.exp(2 * z / cap)), float("-inf"))
-        m_new = tl.maximum(m, z)
+        if SMOOTH:
+            sums += tl.where(here < V, z, 0.0)
+        m_new = tl.maximum(m, tl.max(z, 0))
         anchor = tl.where(m_new == float("-inf"), 0.0, m_new)
         l = l * tl.exp(m - anchor) + tl.exp(z - anchor)
         m = m_new
-        if SMOOTH:
-            sums += tl.where(here < V, z, 0.0)
-    top = tl.max(m, 0)
-    lse = top + tl.log(tl.sum(l * tl.exp(m - top), 0))
+    lse = m + tl.log(tl.sum(l, 0))
     counts = target != IGNORED
     place = tl.where(counts, target, 0)
     wanted = tl.load(logits + place).to(tl.float32)
