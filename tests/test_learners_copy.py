@@ -107,6 +107,17 @@ def test_the_lab_opens_what_was_saved_last(course):
     assert "--LabApp.default_url=/lab/tree/03-masks.ipynb" in lab.options(learn)
 
 
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [(None, "0 exercises"), ('{"passed": ["masks.causal"]}', "1 exercise "), ('{"passed": ["a", "b"]}', "2 exercises")]
+    + [(broken, "0 exercises") for broken in ("", "[]", '{"passed": 3}')],
+)
+def test_the_learner_is_told_how_many_exercises_are_passed(tmp_path, kept, said):
+    if kept is not None:
+        (tmp_path / lab.PROGRESS).write_text(kept)
+    assert lab.progress(tmp_path).startswith(said)
+
+
 @pytest.mark.parametrize("record", ["", "{", "[1]", '{"02-attention": {}}'])
 def test_a_lost_record_loses_no_work(course, record):
     learn = course / "learn"

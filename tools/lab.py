@@ -28,6 +28,9 @@ from tools.handout import handed_out
 
 FOLDER = "learn"
 SETTINGS = Path(__file__).with_name("lab_settings")
+PROGRESS = ".tformer-progress.json"
+"""In the learner's folder: what the checks of the exercises note (``tformer_lib.teaching.exercises.record``)."""
+
 RECORD = ".course.json"
 """In the learner's folder: what each chapter was when it was copied, and when that was."""
 
@@ -59,7 +62,7 @@ def act(arguments: list[str] | None) -> None:
     if asked.fresh:
         print(fresh(ROOT, folder, Path(asked.fresh).stem))
         return
-    for line in bring(ROOT, folder):
+    for line in (*bring(ROOT, folder), progress(folder)):
         print(line)
     if asked.no_open:
         return
@@ -158,6 +161,14 @@ def latest(folder: Path) -> Path:
     saved = {path: path.stat().st_mtime_ns for path in notebooks}
     worked = [path for path in notebooks if saved[path] != record.get(path.stem, {}).get("saved")]
     return max(worked, key=saved.get) if worked else notebooks[0]
+
+
+def progress(folder: Path) -> str:
+    """One line on the exercises that the learner has passed, from the file that their checks keep."""
+    found = read(folder / PROGRESS)
+    passed = found.get("passed") if isinstance(found, dict) else None
+    count = len(passed) if isinstance(passed, list) else 0
+    return f"{count} {'exercise' if count == 1 else 'exercises'} passed so far; exercises.progress() lists them"
 
 
 def read_record(folder: Path) -> dict:

@@ -112,13 +112,13 @@ def draw_block(ax, x: float, y: float, words: Sequence[str], size: int, owner: i
 
 def block_sizes(sizes: Sequence[int], waste: Sequence[float], formula: Sequence[float], entries: Sequence[int]) -> None:
     """The two sides of a block size: slots wasted, and how long the tables are."""
-    shown = {"simulated": waste, "(B − 1) / 2 per sequence": formula}
+    shown = {"simulated": waste, "(b − 1) / 2 per sequence": formula}
     _, (left, right) = style.figure(1, 2, height=3.2)
     style.lines(left, sizes, {name: [100 * share for share in shares] for name, shares in shown.items()})
-    left.set(xscale="log", xlabel="tokens in a block, B", ylabel="percent of held slots", ylim=(0, None))
+    left.set(xscale="log", xlabel="tokens in a block, b", ylabel="percent of held slots", ylim=(0, None))
     left.set_title("Slots held and empty")
     style.lines(right, sizes, {"entries": entries})
-    right.set(xscale="log", yscale="log", xlabel="tokens in a block, B", ylabel="entries for 8,192 tokens")
+    right.set(xscale="log", yscale="log", xlabel="tokens in a block, b", ylabel="entries for 8,192 tokens")
     right.set_title("Table of one sequence")
     for ax in (left, right):
         ax.set_xticks(sizes, [str(s) for s in sizes])
@@ -214,5 +214,5 @@ def bookkeeping(rows: dict[str, Sequence[float]], sequences: Sequence[int]) -> N
     _, ax = style.figure(height=3.0)
     style.lines(ax, sequences, rows)
     ax.set(xlabel="sequences that append a token", ylabel="microseconds per step", ylim=(0, None))
-    ax.set_title("What the books cost, on this CPU")
+    ax.set_title("The time of the allocator, on this CPU")
     style.show()
