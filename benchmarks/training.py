@@ -79,7 +79,7 @@ class TrainingOptions(Options):
     name: str | None = None
     """What to call the file, instead of training, training-<preset> or training-optimizers."""
     shapes: tuple[str, ...] = ()
-    """Measure these shapes alone, by the beginnings of their names."""
+    """Measure these shapes alone, in this order, by the beginnings of their names."""
     nanogpt: Path | None = None
     """nanoGPT's model.py: its model is then timed in turns with ours, in the same process."""
     seconds: float = 4.0
@@ -121,9 +121,9 @@ def measure_steps(asked: TrainingOptions) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     limit = matmul_rate(device, dtype)
     report.note(matmul_rate=limit, matmul_dtype=str(dtype).removeprefix("torch."), compiled=device.type == "cuda")
-    for name, config in SHAPES[device.type].items():
-        if asked.shapes and not name.startswith(tuple(asked.shapes)):
-            continue
+    shapes = SHAPES[device.type]
+    for name in [n for wish in asked.shapes or ("",) for n in shapes if n.startswith(wish)]:
+        config = shapes[name]
         vocab_size = VOCABULARY.get(name, config.model.vocab_size)
         config = replace(config, model=replace(config.model, vocab_size=vocab_size, max_length=config.context))
         measure_shape(report, name, config, device, limit, asked)
@@ -178,7 +178,9 @@ def contestants(name: str, config: TrainingConfig, device: torch.device, nanogpt
     if device.type == "cpu" or not name.startswith("GPT-2"):
         return {f"a step of {config.batch * config.context:,} tokens": partial(make_step, config, device)}
     flash = replace(config, model=replace(config.model, attention="flash_attention"))
-    found = {OWN: partial(make_step, flash, device), PLAIN: partial(make_step, config, device, chunked=False)}
+    found = {OWN: partial(make_step, flash, device)}
+    if config.model == GPT2_SMALL.model:
+        found[PLAIN] = partial(make_step, config, device, chunked=False)
     return found if nanogpt is None else {NANOGPT: partial(make_nanogpt_step, nanogpt, config, device), **found}
 
 
