@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,3 +28,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """The folder of a corpus of characters, small enough to train on in seconds."""
+    from tformer_lib import tokens  # not for the many files that need no corpus
+
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text("The cat sat on the mat, and the rat sat on the cat. " * 40)
+    config = tokens.CorpusConfig(corpus=str(folder / "text.txt"), out=folder / "corpus", tokenizer="characters")
+    tokens.prepare(config)
+    return folder / "corpus"

@@ -21,11 +21,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
-from tformer_lib import distributed, generation, serving, tokens, training
+from tformer_lib import distributed, generation, serving, training
 from tformer_lib.attention import attend
 from tformer_lib.distributed import Workers, costs, workers
 from tformer_lib.mixture_of_experts import ExpertsConfig
-from tformer_lib.tokens import CorpusConfig
 from tformer_lib.training import Run, TrainingConfig
 from tformer_lib.transformer import Decoder, count_parameters
 
@@ -42,15 +41,6 @@ def pools():
     yield pools
     for pool in pools.values():
         pool.close()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """A corpus of characters."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("The cat sat on the mat, and the rat sat on the cat. " * 40)
-    tokens.prepare(CorpusConfig(corpus=str(folder / "text.txt"), out=folder / "corpus", tokenizer="characters"))
-    return folder / "corpus"
 
 
 def tiny(data: Path, out: Path, **changes) -> TrainingConfig:

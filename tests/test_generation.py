@@ -11,6 +11,7 @@ import torch
 from draws import draws
 from hypothesis import given
 from hypothesis import strategies as st
+from sharp import sharpened
 
 from tests.checkpoints import TURNS, save_chat_model
 from tformer_lib import pretrained
@@ -41,12 +42,7 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3], [5, 8, 9, 7, 9]]
 def make_model(seed=11, **options):
     torch.manual_seed(seed)
     config = ModelConfig(vocab_size=29, max_length=64, width=32, layers=2, heads=4, **{"positions": "rope", **options})
-    model = Decoder(config).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)  # sharper than at initialisation, so that texts differ
-    return model
+    return sharpened(Decoder(config).double())
 
 
 MODEL = make_model()

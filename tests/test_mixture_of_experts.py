@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tformer_lib import tokens
 from tformer_lib.checkpoint import build
 from tformer_lib.generation import generate
 from tformer_lib.kv_cache import pass_cost
@@ -37,7 +36,6 @@ from tformer_lib.mixture_of_experts import (
     take_balance_loss,
     update_selection_biases,
 )
-from tformer_lib.tokens import CorpusConfig
 from tformer_lib.training import (
     Run,
     TrainingConfig,
@@ -325,6 +323,17 @@ def copy_linear(ours: FeedForward, theirs: nn.Module) -> None:
         getattr(ours, name).weight.data.copy_(getattr(theirs, f"{name}_proj").weight)
 
 
+def assert_equals(theirs: nn.Module, ours: MixtureOfExperts, *, tokens: int = 13, tolerance: float = 1e-6) -> None:
+    """Our block with the weights of theirs, which are float32, makes the same of random tokens."""
+    ours.router.weight.data.copy_(theirs.gate.weight)
+    copy_experts(ours.experts, theirs.experts)
+    shared = getattr(theirs, "shared_experts", getattr(theirs, "shared_expert", None))
+    if shared is not None:
+        copy_linear(ours.shared, shared)
+    x = torch.randn(2, tokens, WIDTH, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x), atol=tolerance, rtol=min(tolerance, 1e-5))
+
+
 def test_equals_mixtral_of_transformers():
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
     config = mixtral.MixtralConfig(
@@ -336,10 +345,7 @@ def test_equals_mixtral_of_transformers():
     )
     theirs = random_block(mixtral.MixtralSparseMoeBlock(config))
     ours = mixture(count=8, per_token=2)
-    ours.router.weight.data.copy_(theirs.gate.weight)
-    copy_experts(ours.experts, theirs.experts)
-    x = torch.randn(2, 13, WIDTH, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), theirs(x), atol=1e-6, rtol=1e-6)  # their weights are float32
+    assert_equals(theirs, ours)
 
 
 @pytest.mark.parametrize("renormalise", [True, False])
@@ -355,10 +361,7 @@ def test_equals_qwen3_moe_of_transformers(renormalise):
     config._experts_implementation = "eager"
     theirs = random_block(qwen.Qwen3MoeSparseMoeBlock(config))
     ours = mixture(count=16, per_token=4, renormalise=renormalise)
-    ours.router.weight.data.copy_(theirs.gate.weight)
-    copy_experts(ours.experts, theirs.experts)
-    x = torch.randn(2, 13, WIDTH, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), theirs(x), atol=1e-6, rtol=1e-6)
+    assert_equals(theirs, ours)
 
 
 def test_equals_qwen2_moe_of_transformers_with_its_shared_gate():
@@ -374,12 +377,8 @@ def test_equals_qwen2_moe_of_transformers_with_its_shared_gate():
     config._experts_implementation = "eager"
     theirs = random_block(qwen.Qwen2MoeSparseMoeBlock(config))
     ours = mixture(count=6, per_token=2, renormalise=False, shared_width=40, shared_gate=True)
-    ours.router.weight.data.copy_(theirs.gate.weight)
     ours.shared_gate.weight.data.copy_(theirs.shared_expert_gate.weight)
-    copy_linear(ours.shared, theirs.shared_expert)
-    copy_experts(ours.experts, theirs.experts)
-    x = torch.randn(2, 13, WIDTH, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), theirs(x), atol=1e-6, rtol=1e-6)
+    assert_equals(theirs, ours)
 
 
 def test_equals_deepseek_v3_of_transformers_with_groups_and_bias():
@@ -407,12 +406,8 @@ def test_equals_deepseek_v3_of_transformers_with_groups_and_bias():
         groups_per_token=2,
         shared_width=2 * INNER,
     )
-    ours.router.weight.data.copy_(theirs.gate.weight)
     ours.router.selection_bias.data.copy_(theirs.gate.e_score_correction_bias)
-    copy_linear(ours.shared, theirs.shared_experts)
-    copy_experts(ours.experts, theirs.experts)
-    x = torch.randn(2, 50, WIDTH, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+    assert_equals(theirs, ours, tokens=50, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -441,11 +436,7 @@ def test_equals_deepseek_v2_of_transformers(groups):
         groups_per_token=2 if groups > 1 else 1,
         shared_width=2 * INNER,
     )
-    ours.router.weight.data.copy_(theirs.gate.weight)
-    copy_linear(ours.shared, theirs.shared_experts)
-    copy_experts(ours.experts, theirs.experts)
-    x = torch.randn(2, 50, WIDTH, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), theirs(x), atol=1e-4, rtol=1e-5)
+    assert_equals(theirs, ours, tokens=50, tolerance=1e-4)
 
 
 def test_equals_gpt_oss_of_transformers():
@@ -733,15 +724,6 @@ def test_biases_of_experts_are_not_decayed():
 
 
 # --- training -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """A corpus of characters."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("The cat sat on the mat, and the rat sat on the cat. " * 40)
-    tokens.prepare(CorpusConfig(corpus=str(folder / "text.txt"), out=folder / "corpus", tokenizer="characters"))
-    return folder / "corpus"
 
 
 def settings(data: Path, out: Path, *, steps: int = 40, **experts) -> TrainingConfig:

@@ -16,6 +16,7 @@ from draws import draws
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from sharp import sharpened
 
 from tformer_lib import pretrained
 from tformer_lib.generation import cut, generate, generate_uncached
@@ -55,12 +56,7 @@ def make_model(seed=5, **options):
         "tie_embeddings": False,
         **options,
     }
-    model = Decoder(ModelConfig(vocab_size=VOCAB, max_length=CONTEXT, **shape)).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)  # sharper than at initialisation, so that texts differ
-    return model
+    return sharpened(Decoder(ModelConfig(vocab_size=VOCAB, max_length=CONTEXT, **shape)).double())
 
 
 MODEL = make_model()

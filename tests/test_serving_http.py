@@ -23,6 +23,7 @@ import uvicorn
 from draws import draws
 from hypothesis import given
 from hypothesis import strategies as st
+from sharp import sharpened
 
 from tformer_lib.generation import generate
 from tformer_lib.serving import Engine
@@ -45,12 +46,7 @@ class Bytes:
 
 def make_model():
     torch.manual_seed(3)
-    model = Decoder(ModelConfig(vocab_size=256, max_length=96, width=16, layers=1, heads=2, positions="rope")).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)  # sharper than at initialisation, so that texts differ
-    return model
+    return sharpened(Decoder(ModelConfig(vocab_size=256, max_length=96, width=16, layers=1, heads=2, positions="rope")))
 
 
 MODEL = make_model()

@@ -33,15 +33,6 @@ ROOT = Path(__file__).parent.parent
 TINY = training.llama_like(width=16, layers=1, heads=2, dropout=0.1)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """A corpus of characters."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("The cat sat on the mat, and the rat sat on the cat. " * 40)
-    tokens.prepare(CorpusConfig(corpus=str(folder / "text.txt"), out=folder / "corpus", tokenizer="characters"))
-    return folder / "corpus"
-
-
 def tiny(data: Path, out: Path, **changes) -> TrainingConfig:
     """A run of seconds, which uses every source of randomness."""
     values = {"steps": 12, "batch": 4, "context": 16, "warmup": 3, "eval_interval": 4, "save_interval": 1}

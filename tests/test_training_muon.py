@@ -7,22 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tformer_lib import tokens, training
+from tformer_lib import training
 from tformer_lib.mixture_of_experts import ExpertsConfig
-from tformer_lib.tokens import CorpusConfig
 from tformer_lib.training import Run, TrainingConfig, optimizer
 from tformer_lib.transformer import Decoder
 
 MODEL = training.llama_like(vocab_size=48, max_length=32, width=32, layers=2, heads=4, kv_heads=2)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """A corpus of characters."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("The cat sat on the mat, and the rat sat on the cat. " * 40)
-    tokens.prepare(CorpusConfig(corpus=str(folder / "text.txt"), out=folder / "corpus", tokenizer="characters"))
-    return folder / "corpus"
 
 
 def config(**changes) -> TrainingConfig:

@@ -188,8 +188,9 @@ def read_gemma2(keys: Keys) -> ModelConfig:
     )
 
 
-def write_gemma2(config: ModelConfig) -> dict:
-    changes = {
+def gemma_keys(config: ModelConfig) -> dict:
+    """What Gemma 2 and 3 say beside Llama's keys."""
+    return {
         "hidden_act": None,
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": round((config.attention_scale or config.size_of_head**-0.5) ** -2),
@@ -199,6 +200,10 @@ def write_gemma2(config: ModelConfig) -> dict:
         "sliding_window": config.window,
         "layer_types": written_layer_types(config),
     }
+
+
+def write_gemma2(config: ModelConfig) -> dict:
+    changes = gemma_keys(config)
     # null says "no cap"; a missing key would be the reference code's 50 and 30
     caps = {name: changes[name] for name in ("attn_logit_softcapping", "final_logit_softcapping")}
     return llama_keys("gemma2", "Gemma2ForCausalLM", config, **changes) | caps
@@ -253,17 +258,7 @@ def gemma_ropes(keys: Keys) -> dict:
 
 
 def write_gemma3(config: ModelConfig) -> dict:
-    changes = {
-        "hidden_act": None,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": round((config.attention_scale or config.size_of_head**-0.5) ** -2),
-        "attn_logit_softcapping": config.attention_softcap,
-        "final_logit_softcapping": config.logit_softcap,
-        "attention_bias": bool(config.attention_bias),
-        "sliding_window": config.window,
-        "layer_types": written_layer_types(config),
-        "rope_parameters": written_ropes(config),
-    }
+    changes = gemma_keys(config) | {"rope_parameters": written_ropes(config)}
     return llama_keys("gemma3_text", "Gemma3ForCausalLM", config, **changes)
 
 
