@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from tformer_lib import pretrained
+from tests.checkpoints import FAMILIES, save_chat_model
+from tformer_lib import pretrained, teaching
 from tformer_lib.attention import attend
 from tformer_lib.distributed import costs
+from tformer_lib.generation import generate
 from tformer_lib.kv_cache import CacheShape
 from tformer_lib.teaching import STORY
 from tformer_lib.teaching.widgets import (
@@ -13,6 +15,7 @@ from tformer_lib.teaching.widgets import (
     generation,
     grouped_query_attention,
     mixture_of_experts,
+    real_models,
     scaling_out,
     training,
     transformer,
@@ -159,3 +162,130 @@ def test_residual_stream_hands_the_page_the_numbers_of_the_chapter():
     without = dict(zip(data["parts"][1:], (says[said] for says in data["without"]), strict=True))
     assert without["attention 1"][0] != lily or without["attention 1"][1] < 100
     assert without["attention 2"][:2] == [lily, pytest.approx(1000, abs=10)]
+
+
+# --- the chat of chapter 14, as the browser drives it -----------------------------------------------------------------
+
+
+def press(box, what: str, **more) -> dict:
+    """Send a message as the browser does, wait for the answer, and return what is shown then."""
+    box._handle_custom_msg({"do": what, **more}, [])
+    box.wait()
+    return box.data
+
+
+def test_chat_goes_on_with_a_story_by_the_shipped_model():
+    box = teaching.chat(say="Once, Lily lived", max_new_tokens=12, look=(1, 4))
+    model, encoding = pretrained.load()
+    prompt = [encoding.eot_token, *encoding.encode_ordinary("Once, Lily lived")]
+    (tokens,) = generate(model, [prompt], max_new_tokens=12)
+    (turn,) = box.data["turns"]
+    assert (turn["said"], turn["answer"]) == ("Once, Lily lived", encoding.decode(tokens))
+    assert turn["took"].startswith(f"{len(prompt)} tokens read, 12 written, ")
+    assert turn["took"].endswith(" tokens a second")
+    assert not box.data["busy"]
+    assert repr(box) == "Interactive figure: Chat: a model that answers from this kernel"
+    shown = press(box, "say", text="")
+    assert len(shown["turns"]) == 2
+    assert shown["turns"][1]["took"].startswith("1 tokens read, 12 written")
+
+
+def test_chat_answers_anew_at_another_temperature_and_begins_anew():
+    box = teaching.chat(say="Once, Lily lived", max_new_tokens=12)
+    greedy = box.data["turns"][0]["answer"]
+    assert press(box, "again")["turns"][0]["answer"] == greedy
+    press(box, "set", temperature=1.5)
+    drawn = {press(box, "again")["turns"][0]["answer"] for _ in range(3)}
+    assert len(drawn) == 3
+    assert len(box.data["turns"]) == 1
+    assert press(box, "new")["turns"] == []
+    assert press(box, "again")["note"] == "nothing was said yet"
+    assert "its context is 256" in press(box, "say", text="Once " * 300)["note"]
+    assert box.data["turns"] == [], "a turn that is refused changes nothing"
+
+
+def test_chat_stops_when_it_is_asked_to(monkeypatch):
+    box, shown = teaching.chat(max_new_tokens=200), []
+    box.observe(lambda change: shown.append(change.new), "data")
+    monkeypatch.setattr(real_models, "PAUSE", 0.0)
+
+    def stop_after_three(change):
+        if change.new["busy"] and len(change.new["turns"][0]["answer"].split()) >= 3:
+            box.hear({"do": "say", "text": "a turn that comes too soon"})
+            box.hear({"do": "stop"})
+
+    box.observe(stop_after_three, "data")
+    data = press(box, "say", text="Once, Lily lived")
+    assert len(data["turns"]) == 1
+    assert 3 <= len(data["turns"][0]["answer"].split()) < 20
+    assert [state["busy"] for state in shown][-2:] == [True, False]
+    box.unobserve_all()
+    assert len(press(box, "say", text="Then")["turns"]) == 2, "it goes on from there"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chat_shows_the_attention_of_the_chosen_head(family, tmp_path):
+    save_chat_model(tmp_path, family)
+    model, encoding = pretrained.load(tmp_path, dtype=torch.float64)
+    box = teaching.chat(model, encoding, say="Once upon a time there was a dog", max_new_tokens=9)
+    layers = {layer for layer, _ in box.heads}
+    assert layers == ({1} if family == "linear" else {0, 1}), "a linear layer has no weights to show"
+    tokens = box.conversation.turns[-1].tokens
+    for layer in layers:
+        look = press(box, "look", place=[layer, 3])["look"]
+        assert "".join(look["words"]) == encoding.decode(tokens)
+        assert look["start"] + len(look["rows"]) == len(tokens)
+        wanted = weights_by_hand(model, tokens, layer, 3)
+        for i, row in enumerate(look["rows"]):
+            torch.testing.assert_close(
+                torch.tensor(row, dtype=torch.float64), wanted[look["start"] + i, : len(row)], atol=6e-4, rtol=0
+            )
+            assert len(row) == look["start"] + i + 1
+    assert type(model.stack.blocks[1].attention).form is not None
+    assert "form" not in vars(model.stack.blocks[1].attention)
+
+
+def weights_by_hand(model, tokens, layer, head):
+    """The softmax of the scores of one head, from the queries and keys that a pass makes: (T, T)."""
+    kept = {}
+    attention = model.stack.blocks[layer].attention
+
+    def attend(q, k, v, **_):
+        kept["q"], kept["k"] = q, k
+        return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+
+    attention.form = lambda bias=None: attend
+    try:
+        with torch.no_grad():
+            model(torch.tensor([tokens]))
+    finally:
+        del attention.form
+    variant, q = attention.variant, kept["q"][0, head]
+    scale = variant.scale if variant and variant.scale else q.shape[-1] ** -0.5
+    scores = scale * q @ kept["k"][0, head // (attention.heads // attention.kv_heads)].T
+    back = torch.arange(len(tokens))[:, None] - torch.arange(len(tokens))
+    window = variant.window if variant and variant.window else len(tokens)
+    return scores.masked_fill((back < 0) | (back >= window), float("-inf")).softmax(-1)
+
+
+def test_chat_refuses_what_it_cannot_show():
+    model, encoding = pretrained.load()
+    with pytest.raises(ValueError, match="needs its encoding"):
+        teaching.chat(model)
+    with pytest.raises(ValueError, match="no head 9 with attention weights in layer 1"):
+        teaching.chat(model, encoding, look=(1, 9))
+    with pytest.raises(ValueError, match="there is no pretrained model 'nothing'"):
+        teaching.chat("nothing")
+
+
+def test_chat_says_what_went_wrong_in_its_thread(monkeypatch):
+    box = teaching.chat()
+
+    def fail(*_, **__):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(box.conversation.model, "forward", fail)
+    assert press(box, "say", text="Once")["note"] == "RuntimeError: out of luck"
+    monkeypatch.undo()
+    assert press(box, "again")["note"] == ""
+    assert box.data["turns"][0]["answer"]
