@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Options, Report, Timing, command_line, copy_rate, host_seconds, matmul_rate, measure
+from benchmarks.harness import Options, Report, Timing, command_line, copy_rate, host_seconds, matmul_rate
 from tformer_lib import pretrained
 from tformer_lib.generation import generate
 from tformer_lib.pretrained.interface import NAME, register_with_transformers
@@ -58,6 +58,8 @@ class RealModelsOptions(Options):
     """A model that takes no time, to see that all runs."""
     tokens: int = 64
     """How many tokens the long text has."""
+    dtypes: tuple[Literal["float32", "bfloat16", "int8"], ...] = ("bfloat16", "int8")
+    """What is loaded; a float32 model of this shape takes 5 GB."""
     rounds: int = 5
     """How many turns each contestant takes."""
 
@@ -101,16 +103,32 @@ def made_in(dtype: torch.dtype) -> Iterator[None]:
 
 def loading(report: Report, folder: Path, asked: RealModelsOptions) -> None:
     """Seconds to read the files, and to load them in each dtype; the most memory, each in a process of its own."""
-    bytes_of_files = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    work = {"case": "a checkpoint of random bfloat16 weights", "unbounded": "what the files' bytes cost is the peer"}
-    calls = 5 if not asked.tiny else 2
-    timed = partial(measure, seconds=0.0, warmup=0.0, min_calls=calls, max_calls=calls)
-    report.add(timing=timed(partial(read_all, folder)), contestant=READING, bytes=bytes_of_files, **work)
-    for dtype in ("bfloat16", "float32", "int8"):
-        load = partial(load_all, folder, dtype)
-        peak, weights = peak_of(folder, dtype)
-        facts = {"peak_bytes": peak, "weight_bytes": weights, "peak_share": round(peak / weights, 3)}
-        report.add(timing=timed(load), contestant=f"from_hub, {dtype}", bytes=bytes_of_files, **work, **facts)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    contestants = {READING: partial(read_all, folder)}
+    contestants |= {f"from_hub, {dtype}": partial(load_all, folder, dtype) for dtype in asked.dtypes}
+    for name, timing in in_turns(contestants, asked.rounds).items():
+        facts = {}
+        if name != READING:
+            peak, weights = peak_of(folder, name.removeprefix("from_hub, "))
+            facts = {"peak_bytes": peak, "weight_bytes": weights, "peak_share": round(peak / weights, 3)}
+        report.add(
+            timing=timing,
+            case="a checkpoint of random bfloat16 weights",
+            contestant=name,
+            bytes=size,
+            unbounded="what the files' bytes cost is the peer",
+            **facts,
+        )
+
+
+def in_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Seconds of each, one call a turn after one that is not timed."""
+    seconds = {name: [] for name in contestants}
+    for number, (name, call) in enumerate([*contestants.items()] * (rounds + 1)):
+        took = host_seconds(call, torch.device("cpu"))
+        if number >= len(contestants):
+            seconds[name].append(took)
+    return {name: timing_of(times) for name, times in seconds.items()}
 
 
 def read_all(folder: Path) -> int:

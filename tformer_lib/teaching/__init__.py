@@ -10,8 +10,21 @@ This is the only package of the library that imports matplotlib, ipywidgets or I
 
 from tformer_lib.teaching.display import results, show_source
 from tformer_lib.teaching.exercises import progress
+from tformer_lib.teaching.my_gpt import capstone
 from tformer_lib.teaching.running import SENTENCE, STORY, model_map
 from tformer_lib.teaching.style import measured, setup, show
 from tformer_lib.teaching.widgets.real_models import chat
 
-__all__ = ["SENTENCE", "STORY", "chat", "measured", "model_map", "progress", "results", "setup", "show", "show_source"]
+__all__ = [
+    "SENTENCE",
+    "STORY",
+    "capstone",
+    "chat",
+    "measured",
+    "model_map",
+    "progress",
+    "results",
+    "setup",
+    "show",
+    "show_source",
+]

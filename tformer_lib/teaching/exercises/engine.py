@@ -14,6 +14,7 @@ The check of an exercise raises :class:`NotYet` through the ``require`` function
 notebook calls, never raises: it prints one line, ``passed: ...`` or ``not yet: ...``.
 """
 
+import contextlib
 import hashlib
 import importlib
 import inspect
@@ -31,6 +32,7 @@ import torch
 from tformer_lib.checkpoint import write_atomically
 from tformer_lib.teaching.display import show_markdown
 from tformer_lib.teaching.exercises import record
+from tformer_lib.teaching.exercises.sources import Unportable, source_of
 
 FOLDER = Path(__file__).parent
 PACKAGE = __name__.rpartition(".")[0]
@@ -110,7 +112,7 @@ def find(name: str) -> Exercise:
 
 def topics() -> list[str]:
     """The chapters that have checks."""
-    own = {"engine", "record"}
+    own = {"engine", "record", "sources"}
     return sorted(m.name for m in pkgutil.iter_modules([str(FOLDER)]) if m.name not in own)
 
 
@@ -157,6 +159,9 @@ def check(name: str, answer: Callable) -> None:
     own = callable(answer) and not getattr(answer, "__name__", "").startswith("solution")
     if own and name in REGISTRY and outcome.message != UNWRITTEN:
         record.add(name, answer=mark(answer), right=outcome.passed)
+        if outcome.passed:
+            with contextlib.suppress(Unportable):  # the capstone says why it has none
+                record.keep(name, source_of(answer))
     print(f"passed: {REGISTRY[name].title}" if outcome.passed else f"not yet: {outcome.message}")
 
 

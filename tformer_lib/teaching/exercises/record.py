@@ -1,4 +1,4 @@
-"""The learner's progress, in one small local file.
+"""The learner's progress, in one small local file, and beside it the answers that passed.
 
 The file is ``.tformer-progress.json`` in the working directory (beside the notebooks), or what ``TFORMER_PROGRESS``
 names; set to an empty string, nothing is kept. A test run keeps nothing either. Losing the file, or being
@@ -7,9 +7,11 @@ unable to write it, never stops a notebook.
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from tformer_lib.checkpoint import locked, write_atomically
+from tformer_lib.teaching.exercises.sources import Source
 
 
 def path() -> Path | None:
@@ -77,5 +79,45 @@ def add(name: str, *, answer: str, right: bool) -> None:
                 return
             found["passed"] = sorted({*found["passed"], name} if right else found["passed"])
             write_atomically(file, (json.dumps(found, indent=1) + "\n").encode())
+    except OSError:
+        return
+
+
+def answers_path() -> Path | None:
+    """Where answers are kept: beside the record, with ``.answers`` after its name."""
+    file = path()
+    return None if file is None else file.with_name(f"{file.name}.answers")
+
+
+def answers() -> dict[str, Source]:
+    """The answers that were kept, by exercise; what is missing, unreadable or of another form is left out."""
+    file = answers_path()
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError):
+        found = {}
+    kept = {}
+    for name, facts in found.items() if isinstance(found, dict) else ():
+        try:
+            source = Source(**facts)
+        except TypeError:
+            continue
+        lines = isinstance(source.imports, list) and all(isinstance(line, str) for line in source.imports)
+        texts = isinstance(source.definitions, dict) and all(isinstance(x, str) for x in source.definitions.values())
+        if lines and texts and source.function in source.definitions:
+            kept[name] = source
+    return kept
+
+
+def keep(name: str, source: Source) -> None:
+    """Keep an answer that passed; quietly does nothing where the file cannot be written."""
+    file = answers_path()
+    if file is None:
+        return
+    try:
+        with locked(file.parent, wait=True):
+            found = {other: asdict(kept) for other, kept in answers().items()}
+            if found.get(name) != asdict(source):
+                write_atomically(file, (json.dumps(found | {name: asdict(source)}, indent=1) + "\n").encode())
     except OSError:
         return
