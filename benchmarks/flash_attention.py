@@ -227,7 +227,8 @@ def time_packed(report: Report, limit: float) -> None:
             timing = measure(attend, device="cuda", seconds=SECONDS)
             work = sum(flops(1, WIDTH // d, n, n, d, True) for n in lengths)
             name = f"packed, 1,383 to 7,001 tokens, causal, d {d}: {name}"
-            report.add(name, timing, flops=work, limit=limit, d=d, lengths=lengths, causal=True)
+            dense = f"forward, {label(d, 4096, True)}: step 4"
+            report.add(name, timing, flops=work, limit=limit, d=d, lengths=lengths, causal=True, dense=dense)
 
 
 def flash_attention_3_form(q: Tensor, k: Tensor, v: Tensor, **options) -> Callable | None:
@@ -243,22 +244,29 @@ def flash_attention_3_form(q: Tensor, k: Tensor, v: Tensor, **options) -> Callab
 
 
 def time_forms(report: Report, limit: float) -> None:
-    """Grouped heads, windows, fewer queries than keys, and scores and values of other forms, at d 128."""
+    """Grouped heads, windows, fewer queries than keys, and scores and values of other forms, at d 128.
+
+    ``dense`` names the row of full or causal attention whose queries see about as many keys, or "": grouped heads and
+    other forms of scores have the row "plain" for that.
+    """
     T, heads = 8192, WIDTH // 128
     slopes = 2.0 ** -torch.arange(1, heads + 1, device="cuda", dtype=torch.float32)
     plain, window, softcap = {"causal": True}, {"window": 1024}, {"causal": True, "softcap": 50.0}
-    shifted = {"window": (1024, 1024)}
-    cases = (  # (name, query heads, kv heads, queries, value_dim, our options, FlashAttention-3's or why it is missing)
-        ("plain", heads, heads, T, 128, plain, plain),
-        ("16 / 4 heads", heads, heads // 4, T, 128, plain, plain),
-        ("2,048 queries of 8,192 keys", heads, heads, 2048, 128, plain, plain),
-        ("window 1,024", heads, heads, T, 128, window, {"causal": True, "window_size": [1023, 0]}),
-        ("1,024 keys to each side", heads, heads, T, 128, shifted, {"window_size": [1024, 1024]}),
-        ("softcap 50", heads, heads, T, 128, softcap, softcap),
-        ("ALiBi", heads, heads, T, 128, {"causal": True, "alibi_slopes": slopes}, "FlashAttention-3 has no ALiBi"),
-        ("keys 192, values 128", heads, heads, T, 128, plain, "no peer was measured"),
+    shifted, long = {"window": (1024, 1024)}, f"forward, {label(128, T, True)}: step 4"
+    near, both = (f"forward, {label(128, 2048, causal)}: step 4" for causal in (True, False))
+    cases = (  # (name, query heads, kv heads, queries, value_dim, dense, our options, FlashAttention-3's or why none)
+        ("plain", heads, heads, T, 128, long, plain, plain),
+        ("16 / 4 heads", heads, heads // 4, T, 128, "", plain, plain),
+        ("32 heads", 32, 32, T, 128, "", plain, plain),
+        ("32 / 8 heads", 32, 8, T, 128, "form, 32 heads: step 4", plain, plain),
+        ("2,048 queries of 8,192 keys", heads, heads, 2048, 128, long, plain, plain),
+        ("window 1,024", heads, heads, T, 128, near, window, {"causal": True, "window_size": [1023, 0]}),
+        ("1,024 keys to each side", heads, heads, T, 128, both, shifted, {"window_size": [1024, 1024]}),
+        ("softcap 50", heads, heads, T, 128, "", softcap, softcap),
+        ("ALiBi", heads, heads, T, 128, "", {"causal": True, "alibi_slopes": slopes}, "FlashAttention-3 has no ALiBi"),
+        ("keys 192, values 128", heads, heads, T, 128, "", plain, "no peer was measured"),
     )
-    for name, query_heads, kv_heads, queries, value_dim, options, peers_options in cases:
+    for name, query_heads, kv_heads, queries, value_dim, dense, options, peers_options in cases:
         d = 192 if "192" in name else 128
         shapes = ((query_heads, queries, d), (kv_heads, T, d), (kv_heads, T, value_dim))
         q, k, v = (torch.randn(2, *shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
@@ -269,8 +277,9 @@ def time_forms(report: Report, limit: float) -> None:
         pairs = 2 * query_heads * pairs_seen(queries, T, options)
         for contestant, timing in measure_in_turns({x: (run, [()]) for x, run in contestants.items()}).items():
             facts = {"d": d, "value_dim": value_dim, "queries": queries, "keys": T, "heads": [query_heads, kv_heads]}
+            facts |= {"form": name, "dense": dense or "form, plain: step 4"}
             work = 2.0 * pairs * (d + value_dim)
-            report.add(f"form, {name}: {contestant}", timing, flops=work, limit=limit, alone=alone, form=name, **facts)
+            report.add(f"form, {name}: {contestant}", timing, flops=work, limit=limit, alone=alone, **facts)
 
 
 def time_float8(report: Report, limit: float) -> None:
@@ -442,16 +451,20 @@ def run_gpu(report: Report, ablations: bool) -> None:
 
 def run_once() -> None:
     """Every kernel of the ladder once at d 128, and cuDNN's beside them: what a profiler watches (``--nvtx``)."""
-    for dtype, length, steps in ((torch.float32, 2048, (1, 2)), (torch.bfloat16, TOKENS, (3, 4))):
+    rungs = (*flash.RUNGS["3"], 3, *flash.RUNGS["4"], 4)
+    for dtype, length, steps in ((torch.float32, 2048, (1, 2)), (torch.bfloat16, TOKENS, rungs)):
         shape = (1, WIDTH // 128, length, 128)
         q, k, v, dout = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(4))
         for step in steps:
             out, lse = flash.flash_attention(q, k, v, step=step, return_lse=True)
-            gradients = flash.GRADIENTS[str(step)][0]
-            given = (dout, None, q, k, v, out, lse, flash.Options(128**-0.5), None)
-            kernels.run_backward(gradients, *given)  # autograd's thread has no range
+            if step in (1, 2, 3, 4):
+                gradients = flash.GRADIENTS[str(step)][0]
+                given = (dout, None, q, k, v, out, lse, flash.Options(128**-0.5), None)
+                kernels.run_backward(gradients, *given)  # autograd's thread has no range
         if dtype == torch.bfloat16:
             peer(SDPBackend.CUDNN_ATTENTION, False)(q, k, v)
+            numbers, scales = zip(*map(flash.quantize_float8, (q, k, v)), strict=True)
+            flash.flash_attention_float8(*numbers, *scales, step="float8")
 
 
 # --- CPU -----------------------------------------------------------------------------------------------------------

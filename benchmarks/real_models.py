@@ -56,6 +56,8 @@ class RealModelsOptions(Options):
     """What to measure, one after the other."""
     tiny: bool = False
     """A model that takes no time, to see that all runs."""
+    folder: Path | None = None
+    """Where the checkpoint is, or is to be written and kept; by default it is written and taken away again."""
     tokens: int = 64
     """How many tokens the long text has."""
     dtypes: tuple[Literal["float32", "bfloat16", "int8"], ...] = ("bfloat16", "int8")
@@ -76,9 +78,11 @@ def run(asked: RealModelsOptions) -> None:
         if part == "attention":
             attention(report, asked)
         else:
-            with tempfile.TemporaryDirectory() as folder:
-                write_checkpoint(Path(folder), TINY if asked.tiny else SHAPE, torch.device(asked.device))
-                {"loading": loading, "decoding": decoding}[part](report, Path(folder), asked)
+            with tempfile.TemporaryDirectory() as made:
+                folder = asked.folder or Path(made)
+                if not (folder / "config.json").is_file():
+                    write_checkpoint(folder, TINY if asked.tiny else SHAPE, torch.device(asked.device))
+                {"loading": loading, "decoding": decoding}[part](report, folder, asked)
         report.finish()
 
 
