@@ -24,6 +24,15 @@ __device__ inline uint64_t n_major(uint32_t address, uint32_t next_columns) {
     return SWIZZLE_128 | NEXT_8_ROWS | uint64_t(next_columns >> 4) << 16 | (address & 0x3ffff) >> 4;
 }
 
+// The descriptor of what lies `bytes` further on in shared memory: one addition, which cannot leave the low 14 bits.
+__device__ inline uint64_t advance(uint64_t descriptor, uint32_t bytes) {
+    uint32_t low, high;
+    asm("mov.b64 {%0, %1}, %2;" : "=r"(low), "=r"(high) : "l"(descriptor));
+    low += bytes >> 4;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low), "r"(high));
+    return descriptor;
+}
+
 // Registers written before now may be read by the products that follow.
 __device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
@@ -34,6 +43,18 @@ __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync
 template <int PENDING>
 __device__ inline void wait_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Keep ptxas from waiting for products before x is known. Left alone, it moves the wait in front of the arithmetic that
+// should run beside the products. It keeps the wait behind an instruction that might pause the warp, and x, a sum of
+// exponentials or words of them, is never negative: no warp ever pauses. (A branch would cost the uniform registers, and
+// what ptxas can prove is removed.)
+__device__ inline void finish_before_waiting(float x) {
+    asm volatile("{ .reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p nanosleep.u32 1; }" ::"f"(x) : "memory");
+}
+
+__device__ inline void finish_before_waiting(uint32_t x) {
+    asm volatile("{ .reg .pred p; setp.lt.s32 p, %0, 0; @p nanosleep.u32 1; }" ::"r"(x) : "memory");
 }
 
 // Keep the compiler from moving reads or writes of accumulators across this line: it does not know that products run.

@@ -124,16 +124,6 @@ struct Producer {
     Ring<Sh::STAGES> k = {}, v = {};
     Ring<TASKS> ring = {};
 
-    // Bundle after bundle of heads, whose keys fit into the L2 cache; in a bundle the long tiles (the last rows under a
-    // causal mask) come first, so that what is left for the end is short.
-    __device__ Work work_at(int index) const {
-        const int bundle = index / (plan.heads_together * plan.tiles), first = bundle * plan.heads_together;
-        const int heads = min(plan.heads_together, int(a.batch * a.heads) - first);
-        const int within = index - first * plan.tiles, above = within / heads, bh = first + within - above * heads;
-        const int b = bh / int(a.heads);
-        return {b, bh - b * int(a.heads), plan.tiles - 1 - above};
-    }
-
     __device__ void hand_out(const Task& task) {
         wait(&shared.task_empty[ring.stage], ring.parity ^ 1);
         shared.tasks[ring.stage] = task;
@@ -150,7 +140,7 @@ struct Producer {
     }
 
     __device__ Task task_at(int index) const {
-        const Work work = work_at(index);
+        const Work work = work_in_bundles(index, a.batch, a.heads, plan.tiles, plan.heads_together);
         const Sequence sequence = sequence_of(a, work.b);
         const Sight sight = sight_of(a, sequence);
         const int top = work.tile * Sh::ROWS, bottom = min(top + Sh::ROWS, sight.T) - 1;
@@ -380,9 +370,6 @@ __global__ void __launch_bounds__(WARPGROUP, Sh::D == 64 ? 3 : Sh::D == 128 ? 2 
 
 // --- host ------------------------------------------------------------------------------------------------------------
 
-// Bytes of K and V that share the L2 cache while a bundle of heads is worked on: what they do not fill is left to Q and O.
-constexpr int64_t BUNDLE_BYTES = 32 << 20;
-
 template <class Sh>
 const char* make_plan(Plan& plan, const Arguments& a) {
     const bool is_bf16 = a.dtype == BFLOAT16;
@@ -396,13 +383,17 @@ const char* make_plan(Plan& plan, const Arguments& a) {
     plan.tiles = int((a.queries + Sh::ROWS - 1) / Sh::ROWS);
     if (heads * plan.tiles > MOST_BLOCKS / 2) return "more than 2^30 tiles: split the batch";
     plan.tiles_in_all = int(heads * plan.tiles);
-    const int64_t head_bytes = std::max<int64_t>(a.keys, 1) * (a.head_dim + a.value_dim) * 2;
-    const int64_t fitting = BUNDLE_BYTES / head_bytes * (a.heads / a.kv_heads);
-    plan.heads_together = a.ahead == 0 && a.window == 0 ? int(std::clamp<int64_t>(fitting, 1, heads)) : 1;
+    plan.heads_together = heads_in_bundle(a, 2);
     return nullptr;
 }
 
-constexpr int64_t LONG = 8192;  // keys from which on a causal mask loses little in the corners of wide tiles
+constexpr int64_t LONG = 8192;  // keys from which on a mask loses little in the corners of wide tiles
+
+// Whether a row sees few keys, and not all of them: then half a tile is lost at each end of what it sees.
+inline bool sees_few(const Arguments& a) {
+    const bool in_window = a.window > 0 && a.ahead >= 0;
+    return (a.window > 0 || a.ahead >= 0) && (in_window ? std::min(a.keys, a.window + a.ahead) : a.keys) < LONG;
+}
 
 // Call `run` with the element type and the tiles. A wide tile of keys costs less a key.
 template <Rung RUNG, bool MODIFIED, class Half, class Run>
@@ -422,7 +413,7 @@ const char* with_shape(const Arguments& a, const Run& run) {
             if (a.head_dim > 128 && a.head_dim <= 192 && a.value_dim <= 128)
                 return run_with(Shape<192, 2, 128, 1, 2, 128>{});
         if (widest > 128) return run_with(Shape<256, 2, 80>{});
-        if (a.ahead == 0 && a.keys < LONG) return run_with(Shape<128, 2, 128, 2>{});
+        if (sees_few(a)) return run_with(Shape<128, 2, 128, 2>{});
         return run_with(Shape<128, 2, 176>{});
     }
 }

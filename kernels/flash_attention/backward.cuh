@@ -46,15 +46,13 @@ constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 constexpr int STAGES = 2;
 constexpr int ROW_BYTES = BOX_COLUMNS * 2;
 constexpr int PART = 64;  // a part of dQ is PART x PART: 32 registers of each thread of a warpgroup
-constexpr int DS_READY = 1, CLEARED = 4;  // hardware barriers; turns take 2 and 3
+constexpr int CLEARED = 4;  // hardware barrier; turns take 2 and 3, what is said about dS 5 to 8
 
 // dK and dV take D registers of a consumer, S and dP 64 to 128 more: a narrow D leaves room for twice the queries.
 template <int D_>
 struct Shape {
     static constexpr bool PACKED = false, IN_TURN = false, MODIFIED = false;
     static constexpr int D = D_, KEYS = GROUPS * GROUP_KEYS, ROWS = D == 64 ? 128 : 64;
-    // Whether dP has registers of its own while S becomes P.
-    static constexpr bool EARLY_DP = ROWS == 64;
     static constexpr int BOXES = D / BOX_COLUMNS, ROW_BOXES = ROWS / BOX_COLUMNS;
     static constexpr int KEY_BYTES = KEYS * D * 2, ROW_TILE_BYTES = ROWS * D * 2, DS_BYTES = KEYS * ROWS * 2;
     static constexpr int SHARED_BYTES = 2 * KEY_BYTES + 2 * STAGES * ROW_TILE_BYTES + 2 * DS_BYTES + 1024;
@@ -168,29 +166,30 @@ __device__ void produce(const Maps& maps, const Arguments& a, const Block& block
 // C (64 keys x ROWS) = A B^T, where A is this warpgroup's 64 of the KEYS rows of a tile and B a tile of ROWS rows.
 template <class Half, class Sh>
 __device__ void issue_transposed(float (&C)[Sh::ROWS / 8][4], uint32_t A, uint32_t B) {
+    const uint64_t a = k_major(A), b = k_major(B);
 #pragma unroll
     for (int k = 0; k < Sh::D / 16; ++k)
-        multiply_shared<Half, false, false>(C, k_major(A + k / 4 * Sh::KEYS * ROW_BYTES + k % 4 * 32),
-                                            k_major(B + k / 4 * Sh::ROWS * ROW_BYTES + k % 4 * 32), k > 0);
+        multiply_shared<Half, false, false>(C, advance(a, k / 4 * Sh::KEYS * ROW_BYTES + k % 4 * 32),
+                                            advance(b, k / 4 * Sh::ROWS * ROW_BYTES + k % 4 * 32), k > 0);
     commit_products();
 }
 
 // C (64 keys x D) += A B, where A (64 x ROWS) is in registers and B a tile of ROWS rows.
 template <class Half, class Sh>
 __device__ void issue_gradient(float (&C)[Sh::D / 8][4], const uint32_t (&A)[Sh::ROWS / 16][4], uint32_t B) {
+    const uint64_t b = n_major(B, Sh::ROWS * ROW_BYTES);
 #pragma unroll
-    for (int k = 0; k < Sh::ROWS / 16; ++k)
-        multiply_registers<Half>(C, A[k], n_major(B + k * 16 * ROW_BYTES, Sh::ROWS * ROW_BYTES), true);
+    for (int k = 0; k < Sh::ROWS / 16; ++k) multiply_registers<Half>(C, A[k], advance(b, k * 16 * ROW_BYTES), true);
     commit_products();
 }
 
 // One part of dQ (64 queries x 64 columns) = dS K over all KEYS keys: dS is stored with a key a row, as K is.
 template <class Half, class Sh>
 __device__ void issue_dq(float (&dQ)[PART / 8][4], uint32_t dS, uint32_t K) {
+    const uint64_t a = n_major(dS, 0), b = n_major(K, 0);
 #pragma unroll
     for (int k = 0; k < Sh::KEYS / 16; ++k)
-        multiply_shared<Half, true, true>(dQ, n_major(dS + k * 16 * ROW_BYTES, 0), n_major(K + k * 16 * ROW_BYTES, 0),
-                                          k > 0);
+        multiply_shared<Half, true, true>(dQ, advance(a, k * 16 * ROW_BYTES), advance(b, k * 16 * ROW_BYTES), k > 0);
     commit_products();
 }
 
@@ -319,76 +318,138 @@ struct Consumer {
         if (threadIdx.x % WARPGROUP == 0) atomicAdd(turn_of(tile), 1);
     }
 
+    // A tile of queries on its way through the loop.
+    struct Tile {
+        int64_t head, index;  // its head, and where its scratch is; -1: there is none
+        int tile, seen;
+    };
+
+    __device__ Tile tile_at(int64_t head, int tile) const {
+        const int64_t index = tile_index<Sh>(a, block.sequence, block.b, head, tile);
+        return {head, index, tile, Sh::IN_TURN ? *static_cast<volatile int32_t*>(turn_of(index)) : 0};
+    }
+
+    // By which a warpgroup hears that the other one's dS is there, one for each buffer.
+    static __device__ int ds_ready(int group, int stage) { return 5 + 2 * group + stage; }
+
+    // Wait for a tile of Q, and of dO where rows of it must be zeroed.
+    __device__ void wait_rows(const Ring<STAGES>& ring, const Tile& now) const {
+        const int s = ring.stage, top = now.tile * Sh::ROWS;
+        wait(&barriers.q_full[s], ring.parity);
+        if (Sh::PACKED && top + Sh::ROWS > block.sight.T) {
+            wait(&barriers.dout_full[s], ring.parity);
+            clear_neighbours(buffers.Q + s * Sh::ROW_TILE_BYTES, buffers.dO + s * Sh::ROW_TILE_BYTES, Sh::ROWS,
+                             block.sight.T - top);
+        }
+    }
+
+    // Whether the scores of the next tile are computed beside the last products of this one: where registers allow.
+    static constexpr bool AHEAD = !Sh::MODIFIED && !(Sh::IN_TURN && Sh::D == 64);
+
+    using Scores = float[Sh::ROWS / 8][4];
+    using Words = uint32_t[Sh::ROWS / 16][4];
+
+    __device__ void issue_scores(Scores& S, int stage) const {
+        issue_transposed<Half, Sh>(S, shared_address(buffers.K) + group * GROUP_KEYS * ROW_BYTES,
+                                   shared_address(buffers.Q) + stage * Sh::ROW_TILE_BYTES);
+    }
+
+    // Scores become P, packed; `cap` gets the derivative of the cap.
+    __device__ void finish_scores(Scores& S, Words& P, Words& cap, int stage, const Tile& now) const {
+        const int top = now.tile * Sh::ROWS;
+        if constexpr (Sh::MODIFIED) modify(S, cap, now.head, top);
+        probabilities(S, buffers.statistics + stage * Sh::STATISTICS, top);
+        pack_all<Half>(P, S);
+    }
+
+    // The P of a tile, with nothing beside it.
+    __device__ void begin(Words& P, Words& cap, const Ring<STAGES>& ring, const Tile& now) const {
+        Scores S;
+        wait_rows(ring, now);
+        products_begin();
+        issue_scores(S, ring.stage);
+        wait_products<0>();
+        pin(S);
+        finish_scores(S, P, cap, ring.stage, now);
+    }
+
+    // From the P of a tile to its part of the gradients and, with MORE, to the P of the next tile. No product is on its way
+    // before or after.
+    template <bool MORE>
+    __device__ void step(float (&dK)[Sh::D / 8][4], float (&dV)[Sh::D / 8][4], Words& P, Words& cap, Ring<STAGES>& ring,
+                         const Tile& now, const Tile& next, int64_t& last) {
+        const int s = ring.stage, parity = ring.parity;
+        const uint32_t K = shared_address(buffers.K), own = group * GROUP_KEYS * ROW_BYTES;
+        const uint32_t Q = shared_address(buffers.Q) + s * Sh::ROW_TILE_BYTES;
+        const uint32_t dO = shared_address(buffers.dO) + s * Sh::ROW_TILE_BYTES;
+        const uint32_t dS = shared_address(buffers.dS) + s * Sh::DS_BYTES;
+        ring.next();
+        wait(&barriers.dout_full[s], parity);
+        Words ds_words;
+        {
+            Scores dP;
+            products_begin();
+            issue_transposed<Half, Sh>(dP, shared_address(buffers.V) + own, dO);
+            issue_gradient<Half, Sh>(dV, P, dO);
+            pass_turn(last);
+            wait_products<1>();
+            pin(dP);
+            score_gradients(dP, P, buffers.statistics + s * Sh::STATISTICS + Sh::ROWS);
+            if constexpr (Sh::MODIFIED) scale_gradients(dP, cap);
+            pack_all<Half>(ds_words, dP);
+        }
+        share(dS, ds_words);
+        show_to_async();
+        report(ds_ready(group, s), GROUPS * WARPGROUP);
+        if constexpr (MORE) wait_rows(ring, next);
+        wait_products<0>();
+        pin(dV);
+        Scores S;
+        float dQ[PART / 8][4];
+        products_begin();
+        issue_gradient<Half, Sh>(dK, ds_words, Q);
+        if constexpr (MORE) issue_scores(S, s ^ 1);
+        meet(ds_ready(1 - group, s), GROUPS * WARPGROUP);
+        issue_dq<Half, Sh>(dQ, dS + (Sh::ROW_BOXES > 1 ? group : 0) * Sh::KEYS * ROW_BYTES,
+                           K + (Sh::BOXES > 1 ? group : 0) * Sh::KEYS * ROW_BYTES);
+        wait_products<1>();
+        pin(dK);
+        release(&barriers.dout_empty[s]);
+        release(&barriers.q_empty[s]);
+        if constexpr (MORE) {
+            pin(S);
+            finish_scores(S, P, cap, s ^ 1, next);
+        }
+        wait_products<0>();
+        pin(dQ);
+        if constexpr (Sh::IN_TURN) wait_turn(now.index, now.tile * Sh::ROWS, now.seen);
+        add_dq(dQ, now.index);
+        last = now.index;
+    }
+
     __device__ void run() {
-        const uint32_t K = shared_address(buffers.K), V = shared_address(buffers.V);
-        const uint32_t own = group * GROUP_KEYS * ROW_BYTES;  // this warpgroup's rows in a tile of keys
         float dK[Sh::D / 8][4] = {}, dV[Sh::D / 8][4] = {};
-        Ring<STAGES> ring;
-        const int64_t heads = a.heads / a.kv_heads;
-        int64_t last = -1;  // the tile whose turn is to be handed on
         wait(&barriers.kv_full, 0);
         if (Sh::PACKED && block.key + Sh::KEYS > block.sight.S)
             clear_neighbours(buffers.K, buffers.V, Sh::KEYS, block.sight.S - block.key);
-        for (int64_t head = block.kv * heads; head < (block.kv + 1) * heads; ++head)
-            for (int tile = block.first_tile; tile < block.last_tile; ++tile, ring.next()) {
-                const int s = ring.stage, top = tile * Sh::ROWS;
-                const uint32_t Q = shared_address(buffers.Q) + s * Sh::ROW_TILE_BYTES;
-                const uint32_t dO = shared_address(buffers.dO) + s * Sh::ROW_TILE_BYTES;
-                const uint32_t dS = shared_address(buffers.dS) + s * Sh::DS_BYTES;
-                const float* lse = buffers.statistics + s * Sh::STATISTICS;
-                const int64_t index = tile_index<Sh>(a, block.sequence, block.b, head, tile);
-                const int seen = Sh::IN_TURN ? *static_cast<volatile int32_t*>(turn_of(index)) : 0;
-                float S[Sh::ROWS / 8][4], dP[Sh::ROWS / 8][4];
-                uint32_t P[Sh::ROWS / 16][4];
-
-                wait(&barriers.q_full[s], ring.parity);
-                if (Sh::PACKED && top + Sh::ROWS > block.sight.T) {
-                    wait(&barriers.dout_full[s], ring.parity);
-                    clear_neighbours(buffers.Q + s * Sh::ROW_TILE_BYTES, buffers.dO + s * Sh::ROW_TILE_BYTES, Sh::ROWS,
-                                     block.sight.T - top);
-                }
-                products_begin();
-                issue_transposed<Half, Sh>(S, K + own, Q);
-                wait(&barriers.dout_full[s], ring.parity);
-                if constexpr (Sh::EARLY_DP) issue_transposed<Half, Sh>(dP, V + own, dO);
-                pass_turn(last);
-                wait_products<Sh::EARLY_DP ? 1 : 0>();
-                pin(S);
-                [[maybe_unused]] uint32_t cap[Sh::ROWS / 16][4];
-                if constexpr (Sh::MODIFIED) modify(S, cap, head, top);
-                probabilities(S, lse, top);
-                pack_all<Half>(P, S);
-                products_begin();
-                if constexpr (!Sh::EARLY_DP) issue_transposed<Half, Sh>(dP, V + own, dO);
-                issue_gradient<Half, Sh>(dV, P, dO);
-                wait_products<1>();
-                pin(dP);
-                score_gradients(dP, P, lse + Sh::ROWS);
-                if constexpr (Sh::MODIFIED) scale_gradients(dP, cap);
-                uint32_t ds_words[Sh::ROWS / 16][4];
-                pack_all<Half>(ds_words, dP);
-                share(dS, ds_words);
-                show_to_async();
-                products_begin();
-                issue_gradient<Half, Sh>(dK, ds_words, Q);
-                meet(DS_READY, GROUPS * WARPGROUP);
-
-                float dQ[PART / 8][4];
-                products_begin();
-                issue_dq<Half, Sh>(dQ, dS + (Sh::ROW_BOXES > 1 ? group : 0) * Sh::KEYS * ROW_BYTES,
-                               K + (Sh::BOXES > 1 ? group : 0) * Sh::KEYS * ROW_BYTES);
-                wait_products<1>();
-                pin(dV);
-                pin(dK);
-                release(&barriers.dout_empty[s]);
-                release(&barriers.q_empty[s]);
-                wait_products<0>();
-                pin(dQ);
-                if constexpr (Sh::IN_TURN) wait_turn(index, top, seen);
-                add_dq(dQ, index);
-                last = index;
+        const int heads = int(a.heads / a.kv_heads), tiles = block.last_tile - block.first_tile;
+        const int count = tiles > 0 ? tiles * heads : 0;
+        if (count > 0) {
+            Words P, cap;
+            Ring<STAGES> ring;
+            int64_t last = -1;  // the tile whose turn is to be handed on
+            Tile now = tile_at(block.kv * heads, block.first_tile);
+            begin(P, cap, ring, now);
+            for (int i = 1; i < count; ++i) {
+                const bool wraps = now.tile + 1 == block.last_tile;
+                const Tile next = tile_at(now.head + wraps, wraps ? block.first_tile : now.tile + 1);
+                step<AHEAD>(dK, dV, P, cap, ring, now, next, last);
+                if constexpr (!AHEAD) begin(P, cap, ring, next);
+                now = next;
             }
-        pass_turn(last);
+            step<false>(dK, dV, P, cap, ring, now, now, last);
+            pass_turn(last);
+        }
         store(a.dk, dK, a.scale, a.head_dim);
         store(a.dv, dV, 1.0f, a.value_dim);
     }

@@ -43,26 +43,35 @@ constexpr int WARPGROUP = 128, WARPS = WARPGROUP / WARP, GROUPS = 2, GROUP_ROWS 
 constexpr int D = 128, ROWS = GROUPS * GROUP_ROWS, KEYS = 128;  // a row of D bytes, or of KEYS, is what the swizzle works on
 constexpr int ROW_BYTES = 128, STEP_BYTES = 32;                // a product takes 32 columns
 constexpr int THREADS = (GROUPS + 1) * WARPGROUP, TURNERS = 2;  // warps that turn V round
-constexpr int K_STAGES = 3, V_STAGES = 2, TURNED_STAGES = 3;
+constexpr int K_STAGES = 3, V_STAGES = 2, TURNED_STAGES = 3, TASKS = 3;
 constexpr int Q_BYTES = ROWS * ROW_BYTES, TILE_BYTES = KEYS * ROW_BYTES;
 constexpr int SHARED_BYTES = Q_BYTES + (K_STAGES + V_STAGES + TURNED_STAGES) * TILE_BYTES + 1024;
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 224;
 constexpr float P_EXPONENT = 8.0f;  // P is kept times 2 to this
 
 // What the host prepares for one launch.
 struct Plan {
     CUtensorMap q, k, v;
-    int tiles, tiles_in_all;                   // of rows, a head and in all
+    int tiles, tiles_in_all;  // of rows, a head and in all
+    int heads_together;       // heads whose tiles are interleaved
 };
 
-struct Barriers {
-    uint64_t q_full, q_empty, k_full[K_STAGES], k_empty[K_STAGES], v_full[V_STAGES], v_empty[V_STAGES],
-        turned_full[TURNED_STAGES], turned_empty[TURNED_STAGES];
+// A tile of rows of one head, and the tiles of keys that it sees: begin, begin + KEYS, ...; count -1: there are no more.
+struct Task {
+    int b, h, top, begin, count;
+};
+
+struct Shared {
+    Task tasks[TASKS];
+    uint64_t task_full[TASKS], task_empty[TASKS], q_full, q_empty, k_full[K_STAGES], k_empty[K_STAGES], v_full[V_STAGES],
+        v_empty[V_STAGES], turned_full[TURNED_STAGES], turned_empty[TURNED_STAGES];
 
     __device__ void init() {
         constexpr int CONSUMERS = GROUPS * WARPS;
         barrier_init(&q_full, 1);
         barrier_init(&q_empty, CONSUMERS);
+        for (int i = 0; i < TASKS; ++i)
+            barrier_init(&task_full[i], 1), barrier_init(&task_empty[i], CONSUMERS + TURNERS);
         for (int i = 0; i < K_STAGES; ++i) barrier_init(&k_full[i], 1), barrier_init(&k_empty[i], CONSUMERS);
         for (int i = 0; i < V_STAGES; ++i) barrier_init(&v_full[i], 1), barrier_init(&v_empty[i], TURNERS);
         for (int i = 0; i < TURNED_STAGES; ++i)
@@ -74,22 +83,24 @@ struct Buffers {
     uint8_t *Q, *K, *V, *turned;
 };
 
-// A tile of rows of one head, and the tiles of keys that it sees: begin, begin + KEYS, ...
-struct Task {
-    int b, h, top, begin, count;
-};
-
 __device__ Task task_at(const Plan& plan, const Arguments& a, const Sight& sight, int index) {
-    const int bh = index / plan.tiles, tile = plan.tiles - 1 - index % plan.tiles;  // under a causal mask the longest first
-    const int top = tile * ROWS, bottom = min(top + ROWS, sight.T) - 1;
+    const Work work = work_in_bundles(index, a.batch, a.heads, plan.tiles, plan.heads_together);
+    const int top = work.tile * ROWS, bottom = min(top + ROWS, sight.T) - 1;
     const int begin = sight.first(top) / KEYS * KEYS, end = sight.last(bottom);
-    return {bh / int(a.heads), bh % int(a.heads), top, begin, end > begin ? (end - begin + KEYS - 1) / KEYS : 0};
+    return {int(work.b), int(work.h), top, begin, end > begin ? (end - begin + KEYS - 1) / KEYS : 0};
 }
 
-// Call `run` with every task of this block, in the order that all roles of it follow.
+// Call `run` with every task that the producer hands out, on all lanes of a warp.
 template <class Run>
-__device__ void for_each_task(const Plan& plan, const Arguments& a, const Sight& sight, const Run& run) {
-    for (int index = blockIdx.x; index < plan.tiles_in_all; index += gridDim.x) run(task_at(plan, a, sight, index));
+__device__ void for_each_task(Shared& shared, const Run& run) {
+    for (Ring<TASKS> ring;; ring.next()) {
+        wait(&shared.task_full[ring.stage], ring.parity);
+        const Task task = shared.tasks[ring.stage];
+        __syncwarp();
+        if (threadIdx.x % WARP == 0) arrive(&shared.task_empty[ring.stage]);
+        if (task.count < 0) return;
+        run(task);
+    }
 }
 
 // --- producer --------------------------------------------------------------------------------------------------------
@@ -99,61 +110,96 @@ __device__ void load_tile(uint8_t* target, const CUtensorMap* map, uint64_t* ful
     load_box(target, map, full, 0, row, head, batch);
 }
 
-__device__ void produce(const Plan& plan, const Arguments& a, const Sight& sight, const Buffers& buffers, Barriers& bars) {
-    Ring<1> q;
-    Ring<K_STAGES> k;
-    Ring<V_STAGES> v;
-    for_each_task(plan, a, sight, [&](const Task& task) {
-        if (task.count == 0) return;
+struct Producer {
+    const Plan& plan;
+    const Arguments& a;
+    const Sight& sight;
+    const Buffers& buffers;
+    Shared& shared;
+    Ring<TASKS> ring = {};
+    Ring<1> q = {};
+    Ring<K_STAGES> k = {};
+    Ring<V_STAGES> v = {};
+
+    __device__ void hand_out(const Task& task) {
+        wait(&shared.task_empty[ring.stage], ring.parity ^ 1);
+        shared.tasks[ring.stage] = task;
+        arrive(&shared.task_full[ring.stage]);
+        ring.next();
+    }
+
+    __device__ void load(const Task& task) {
         const int kv = task.h / int(a.heads / a.kv_heads);
-        wait(&bars.q_empty, q.parity ^ 1);
-        load_tile(buffers.Q, &plan.q, &bars.q_full, ROWS, task.top, task.h, task.b);
+        wait(&shared.q_empty, q.parity ^ 1);
+        load_tile(buffers.Q, &plan.q, &shared.q_full, ROWS, task.top, task.h, task.b);
         q.next();
         for (int i = task.count - 1; i >= 0; --i) {
             const int key = task.begin + i * KEYS;
-            wait(&bars.k_empty[k.stage], k.parity ^ 1);
-            load_tile(buffers.K + k.stage * TILE_BYTES, &plan.k, &bars.k_full[k.stage], KEYS, key, kv, task.b);
+            wait(&shared.k_empty[k.stage], k.parity ^ 1);
+            load_tile(buffers.K + k.stage * TILE_BYTES, &plan.k, &shared.k_full[k.stage], KEYS, key, kv, task.b);
             k.next();
-            wait(&bars.v_empty[v.stage], v.parity ^ 1);
-            load_tile(buffers.V + v.stage * TILE_BYTES, &plan.v, &bars.v_full[v.stage], KEYS, key, kv, task.b);
+            wait(&shared.v_empty[v.stage], v.parity ^ 1);
+            load_tile(buffers.V + v.stage * TILE_BYTES, &plan.v, &shared.v_full[v.stage], KEYS, key, kv, task.b);
             v.next();
         }
-    });
-}
+    }
+
+    // A counter in memory deals out the tiles of rows, as in step 4. The last block leaves it zero.
+    __device__ void run_all() {
+        for (int index = blockIdx.x; index < plan.tiles_in_all;) {
+            const int next = int(gridDim.x) + atomicAdd(a.dealt, 1);
+            const Task task = task_at(plan, a, sight, index);
+            index = next;
+            hand_out(task);
+            if (task.count > 0) load(task);
+        }
+        hand_out({.count = -1});
+        if (atomicAdd(a.dealt + 1, 1) == int(gridDim.x) - 1) a.dealt[0] = a.dealt[1] = 0;
+    }
+};
 
 // --- turning V round -------------------------------------------------------------------------------------------------
 
-__device__ uint32_t swizzled(uint32_t tile, int row, int chunk) { return tile + row * ROW_BYTES + (chunk ^ row % 8) * 16; }
-
-// 16 keys and 32 columns at a time; the two warps take every second.
+// 16 keys and 32 columns at a time. Each warp takes its share of the columns, and asks for four such squares before it writes
+// the first: one after another, the latencies of their loads add up to more than the products of the tile take.
 __device__ void turn_tile(uint32_t V, uint32_t turned, int warp) {
+    constexpr int AT_ONCE = 4, SHARE = D / 32 / TURNERS;
     const int lane = threadIdx.x % WARP, in_8 = lane % 8, second = lane / 8 % 2, pair = lane / 16;
-#pragma unroll 4
-    for (int i = warp; i < KEYS / 16 * (D / 32); i += TURNERS) {
-        const int keys = i / (D / 32), chunk = i % (D / 32) * 2 + pair;
-        uint32_t r[4];
-        ldmatrix_transposed(r, swizzled(V, keys * 16 + second * 8 + in_8, chunk));
-        const uint32_t w[4] = {__byte_perm(r[0], r[1], 0x6420), __byte_perm(r[0], r[1], 0x7531),
-                               __byte_perm(r[2], r[3], 0x6420), __byte_perm(r[2], r[3], 0x7531)};
-        stmatrix(swizzled(turned, chunk * 16 + 2 * in_8 + second, keys), w);
+    const int row = 2 * in_8 + second;  // of V^T, among the 16 that the lane's chunk becomes
+#pragma unroll
+    for (int share = 0; share < SHARE; ++share) {
+        const int chunk = (warp * SHARE + share) * 2 + pair;
+        const uint32_t from = V + (second * 8 + in_8) * ROW_BYTES + (chunk ^ in_8) * 16;
+        const uint32_t to = turned + (chunk * 16 + row) * ROW_BYTES + row % 8 * 16;
+#pragma unroll
+        for (int first = 0; first < KEYS / 16; first += AT_ONCE) {
+            uint32_t r[AT_ONCE][4];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) ldmatrix_transposed(r[i], from + (first + i) * 16 * ROW_BYTES);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                const uint32_t w[4] = {__byte_perm(r[i][0], r[i][1], 0x6420), __byte_perm(r[i][0], r[i][1], 0x7531),
+                                       __byte_perm(r[i][2], r[i][3], 0x6420), __byte_perm(r[i][2], r[i][3], 0x7531)};
+                stmatrix(to ^ (first + i) * 16, w);
+            }
+        }
     }
 }
 
-__device__ void turn(const Plan& plan, const Arguments& a, const Sight& sight, const Buffers& buffers, Barriers& bars,
-                     int warp) {
+__device__ void turn(const Buffers& buffers, Shared& shared, int warp) {
     Ring<V_STAGES> v;
     Ring<TURNED_STAGES> turned;
-    for_each_task(plan, a, sight, [&](const Task& task) {
+    for_each_task(shared, [&](const Task& task) {
         for (int i = 0; i < task.count; ++i) {
-            wait(&bars.v_full[v.stage], v.parity);
-            wait(&bars.turned_empty[turned.stage], turned.parity ^ 1);
+            wait(&shared.v_full[v.stage], v.parity);
+            wait(&shared.turned_empty[turned.stage], turned.parity ^ 1);
             turn_tile(shared_address(buffers.V) + v.stage * TILE_BYTES,
                       shared_address(buffers.turned) + turned.stage * TILE_BYTES, warp);
             show_to_async();
             __syncwarp();
             if (threadIdx.x % WARP == 0) {
-                arrive(&bars.v_empty[v.stage]);
-                arrive(&bars.turned_full[turned.stage]);
+                arrive(&shared.v_empty[v.stage]);
+                arrive(&shared.turned_full[turned.stage]);
             }
             v.next();
             turned.next();
@@ -216,7 +262,7 @@ __device__ void pack_all_bytes(uint32_t (&P)[KEYS / 32][4], const float (&S)[KEY
 struct Consumer {
     const Arguments& a;
     const Sight& sight;
-    Barriers& bars;
+    Shared& shared;
     const uint32_t Q, K, turned;
     const int group, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % WARPS;
     float to_base_2 = 0.0f;
@@ -224,8 +270,8 @@ struct Consumer {
     Ring<K_STAGES> k = {};
     Ring<TURNED_STAGES> v = {};
 
-    __device__ Consumer(const Arguments& a, const Sight& sight, const Buffers& buffers, Barriers& bars, int group)
-        : a(a), sight(sight), bars(bars), Q(shared_address(buffers.Q) + group * GROUP_ROWS * ROW_BYTES),
+    __device__ Consumer(const Arguments& a, const Sight& sight, const Buffers& buffers, Shared& shared, int group)
+        : a(a), sight(sight), shared(shared), Q(shared_address(buffers.Q) + group * GROUP_ROWS * ROW_BYTES),
           K(shared_address(buffers.K)), turned(shared_address(buffers.turned)), group(group) {}
 
     __device__ void release(uint64_t* empty) const {
@@ -267,44 +313,45 @@ struct Consumer {
         to_base_2 = a.scale * LOG2E * a.q_scale[task.h] * a.k_scale[kv];
         if (task.count > 0) {
             int key = task.begin + (task.count - 1) * KEYS;
-            wait(&bars.q_full, q.parity);
+            wait(&shared.q_full, q.parity);
             q.next();
-            wait(&bars.k_full[k.stage], k.parity);
+            wait(&shared.k_full[k.stage], k.parity);
             products_begin();
             issue_scores(S, Q, K + k.stage * TILE_BYTES);
             wait_products<0>();
             pin(S);
-            release(&bars.k_empty[k.stage]);
+            release(&shared.k_empty[k.stage]);
             k.next();
             softmax(S, m, l, correction, task, key);
             pack_all_bytes(P, S);
             for (int i = 1; i < task.count; ++i) {
                 key -= KEYS;
-                wait(&bars.k_full[k.stage], k.parity);
+                wait(&shared.k_full[k.stage], k.parity);
                 products_begin();
                 issue_scores(S, Q, K + k.stage * TILE_BYTES);
-                wait(&bars.turned_full[v.stage], v.parity);
+                wait(&shared.turned_full[v.stage], v.parity);
                 issue_values(O, P, turned + v.stage * TILE_BYTES);
                 wait_products<1>();
                 pin(S);
-                release(&bars.k_empty[k.stage]);
+                release(&shared.k_empty[k.stage]);
                 k.next();
                 softmax(S, m, l, correction, task, key);
+                finish_before_waiting(l[0] + l[1]);
                 wait_products<0>();
                 pin(O);
-                release(&bars.turned_empty[v.stage]);
+                release(&shared.turned_empty[v.stage]);
                 v.next();
                 pack_all_bytes(P, S);
 #pragma unroll
                 for (int r = 0; r < 2; ++r) scale_row(O, r, correction[r]);
             }
-            release(&bars.q_empty);
-            wait(&bars.turned_full[v.stage], v.parity);
+            release(&shared.q_empty);
+            wait(&shared.turned_full[v.stage], v.parity);
             products_begin();
             issue_values(O, P, turned + v.stage * TILE_BYTES);
             wait_products<0>();
             pin(O);
-            release(&bars.turned_empty[v.stage]);
+            release(&shared.turned_empty[v.stage]);
             v.next();
         }
         store(task, O, m, l, a.v_scale[kv]);
@@ -327,13 +374,13 @@ struct Consumer {
 __global__ void __launch_bounds__(THREADS, 1)
     forward_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Arguments a) {
     extern __shared__ uint8_t dynamic[];
-    __shared__ Barriers bars;
+    __shared__ Shared shared;
     uint8_t* const Q = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;  // the swizzle counts from 1,024 bytes
     uint8_t *const K = Q + Q_BYTES, *const V = K + K_STAGES * TILE_BYTES;
     const Buffers buffers{Q, K, V, V + V_STAGES * TILE_BYTES};
     const Sight sight = sight_of(a, {0, 0, 0, int(a.queries), int(a.keys)});
     if (threadIdx.x == 0) {
-        bars.init();
+        shared.init();
         barriers_ready();
     }
     __syncthreads();
@@ -341,13 +388,13 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x >= GROUPS * WARPGROUP) {
         give_registers<PRODUCER_REGISTERS>();
         const int warp = threadIdx.x / WARP - GROUPS * WARPS;
-        if (threadIdx.x == GROUPS * WARPGROUP) produce(plan, a, sight, buffers, bars);
-        if (warp >= WARPS - TURNERS) turn(plan, a, sight, buffers, bars, warp - (WARPS - TURNERS));
+        if (threadIdx.x == GROUPS * WARPGROUP) Producer{plan, a, sight, buffers, shared}.run_all();
+        if (warp >= WARPS - TURNERS) turn(buffers, shared, warp - (WARPS - TURNERS));
     } else {
         take_registers<CONSUMER_REGISTERS>();
         const int group = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
-        Consumer consumer(a, sight, buffers, bars, group);
-        for_each_task(plan, a, sight, [&](const Task& task) { consumer.attend(task); });
+        Consumer consumer(a, sight, buffers, shared, group);
+        for_each_task(shared, [&](const Task& task) { consumer.attend(task); });
     }
 }
 
@@ -381,6 +428,7 @@ extern "C" const char* forward(const Arguments* a, void* stream) {
     const int64_t tiles = a->batch * a->heads * plan.tiles;
     if (tiles > MOST_BLOCKS / 2) return "more than 2^30 tiles: split the batch";
     plan.tiles_in_all = int(tiles);
+    plan.heads_together = heads_in_bundle(*a, 1);
     return launch(forward_kernel, std::min<int64_t>(multiprocessors(), tiles), THREADS, SHARED_BYTES, stream, plan, *a);
 }
 

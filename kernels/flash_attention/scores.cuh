@@ -26,12 +26,14 @@ __device__ float unit_of(const Arguments& a) {
     return MODIFIED && a.softcap > 0.0f ? a.softcap : a.scale;
 }
 
-// tanh, given 2 log2(e) times its argument: two calls of the special-function unit, right to 1e-7. (tanh.approx is one, and
-// right to 5e-4: times a softcap of 50, that is 2 % of a probability.)
+// tanh, given 2 log2(e) times its argument: 1 - 2 / d, where d = 1 + exp, right to 2e-6. (tanh.approx is right to 5e-4: times a
+// softcap of 50, that is 2 % of a probability.) The exponential takes the special-function unit, which the softmax needs too
+// and which is what such kernels wait for. So -2 / d is left to multiply-adds: a guess r from d's bits, whose error
+// h = 1 - d r is at most 0.051, and the polynomial of degree 3 that comes closest to -2 / (1 - h) there.
 __device__ inline float tanh_of(float exponent) {
-    float inverse;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + fast_exp2(exponent)));
-    return fmaf(-2.0f, inverse, 1.0f);
+    const float d = 1.0f + fast_exp2(fminf(exponent, 40.0f));  // above 40 tanh is 1, and the bits of infinity guess badly
+    const float r = __int_as_float(0x7ef31000 - __float_as_int(d)), h = fmaf(-d, r, 1.0f);
+    return fmaf(r, fmaf(fmaf(fmaf(-2.0053768f, h, -2.0051131f), h, -1.9999980f), h, -1.9999983f), 1.0f);
 }
 
 // Cap the products of one row (r = 0, 1) of accumulators.
@@ -47,6 +49,7 @@ __device__ void cap_row(float (&S)[TILES][4], int r, const ScoreForm& form) {
 // Take the slope times the distance from them: `apart` is the row's position less that of the tile's first column.
 template <int TILES>
 __device__ void bias_row(float (&S)[TILES][4], int r, const ScoreForm& form, int apart) {
+    if (form.slope == 0.0f) return;
     const float from = float(apart - int(threadIdx.x % 4) * 2);
 #pragma unroll
     for (int j = 0; j < TILES; ++j)

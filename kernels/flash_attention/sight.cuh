@@ -1,5 +1,7 @@
 // Which keys a query sees, and where a sequence lies in memory: what every CUDA step asks.
 #pragma once
+#include <algorithm>
+
 #include "arguments.h"
 
 namespace flash {
@@ -53,6 +55,17 @@ __device__ inline int64_t lse_index(const Arguments& a, int64_t b, int64_t h, in
     return b * a.lse_batch + h * a.lse_head + row;
 }
 
+// Bytes of K and V that share the L2 cache while a bundle of heads is worked on: what they do not fill is left to Q and O.
+constexpr int64_t BUNDLE_BYTES = 32 << 20;
+
+// How many heads' tiles are interleaved under a causal mask; elsewhere tiles are alike, and one head comes after another.
+inline int heads_in_bundle(const Arguments& a, int64_t bytes_of_a_number) {
+    if (a.ahead != 0 || a.window != 0) return 1;
+    const int64_t head_bytes = std::max<int64_t>(a.keys, 1) * (a.head_dim + a.value_dim) * bytes_of_a_number;
+    const int64_t fitting = BUNDLE_BYTES / head_bytes * (a.heads / a.kv_heads);
+    return int(std::clamp<int64_t>(fitting, 1, a.batch * a.heads));
+}
+
 // One block's work: a tile of rows of one head of one sequence.
 struct Work {
     int64_t b, h;
@@ -65,6 +78,16 @@ __device__ inline Work work_of(int64_t index, int64_t heads, int tiles, bool lon
     const int tile = int(index % tiles);
     const int64_t bh = index / tiles;
     return {bh / heads, bh % heads, longest_first ? tiles - 1 - tile : tile};
+}
+
+// Bundle after bundle of heads, whose keys fit into the L2 cache; in a bundle the long tiles (the last rows under a causal
+// mask) come first, so that what is left for the end is short.
+__device__ inline Work work_in_bundles(int index, int64_t batch, int64_t heads, int tiles, int heads_together) {
+    const int bundle = index / (heads_together * tiles), first = bundle * heads_together;
+    const int together = min(heads_together, int(batch * heads) - first);
+    const int within = index - first * tiles, above = within / together, bh = first + within - above * together;
+    const int b = bh / int(heads);
+    return {b, bh - b * int(heads), tiles - 1 - above};
 }
 
 // The same with the heads as neighbours: block after block, every head gets its tile 0, then its tile 1, ...

@@ -15,7 +15,7 @@ from tformer_lib.flash_attention.checks import Window, check_options
 from tformer_lib.flash_attention.kernels import LADDER, describe, matrix
 from tformer_lib.flash_attention.options import Options, options_of
 from tformer_lib.flash_attention.reference import tiled_forward
-from tformer_lib.ladder import FP8, is_aligned, refusal_of_hopper, wants_gradients
+from tformer_lib.ladder import FP8, counters, is_aligned, refusal_of_hopper, wants_gradients
 
 LARGEST = torch.finfo(FP8).max  # 448
 STEPS = ("0", "float8")
@@ -79,7 +79,10 @@ def run(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, ...], options: Op
     arguments.out, arguments.lse = matrix(out), lse.data_ptr()
     scales = [x.contiguous() for x in scales]  # alive until the launch
     arguments.q_scale, arguments.k_scale, arguments.v_scale = (x.data_ptr() for x in scales)
+    dealt = counters(q.device)  # alive until the launch
+    arguments.dealt = dealt.data_ptr()
     LADDER.launch("float8", "forward", arguments, q.device)
+    del dealt
     return out, lse
 
 
