@@ -419,7 +419,8 @@ def train_one(run: tuple, steps: int, device: str, begin: float, budget: float) 
     every = max(1, steps // 40)
     changes = {"learning_rate": rate, "min_learning_rate": rate / 10, "optimizer": optimizer, "seed": seed}
     changes |= {"steps": steps, "warmup": steps // 20, "eval_interval": every, "log_interval": every}
-    changes |= {"sample_tokens": 0, "save_interval": steps, "eval_windows": 256, "device": device}
+    changes |= {"sample_tokens": 0, "save_interval": steps, "device": device}
+    changes["eval_windows"] = 256 if device == "cuda" else 32
     changes |= {"average": 0.0, "compile": False}  # losses are measured, of the weights themselves
     config = training.preset(preset, out=f"runs/{preset}-{optimizer}-{rate:g}-{seed}", **changes)
     found = {
