@@ -47,7 +47,8 @@ from tformer_lib.training.data import IGNORED
 from tformer_lib.transformer import Decoder, LinearConfig, ModelConfig
 
 HEAD_DIM = 64
-LENGTHS = (1024, 2048, 4096, 8192, 16384)
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+READ = (1024, 16384)  # tokens that a state has read before one more
 WRITTEN_OUT = 8192  # the longest text whose N² scores are written out
 
 GPU_TOKENS, GPU_HEADS, GPU_HEAD_DIM = 32768, 16, 128
@@ -85,6 +86,8 @@ def run(args: LinearOptions) -> None:
     report.note(head_dim=HEAD_DIM, chunk=linear_attention.CHUNK, matmul_flops_per_second=rate, lengths=list(LENGTHS))
     times = time_forms(report, device, rate)
     report.note(time_slopes={name: slope(LENGTHS[: len(t)], t) for name, t in times.items()})
+    fused = times["softmax, fused"]
+    report.note(faster_from={name: faster_from(LENGTHS, t, fused) for name, t in times.items() if "linear" in name})
     memory = memory_of_forms(device)
     report.note(peak_mib=memory)
     slopes = {f"{kind}, {n}": slope(LENGTHS[: len(m)], m) for kind, ms in memory.items() for n, m in ms.items()}
@@ -145,12 +148,12 @@ def memory_of_forms(device: torch.device) -> dict[str, dict[str, list[float]]]:
 def decode(report: Report, device: torch.device) -> None:
     """Time of one more token from a state, after texts of different lengths."""
     limit = copy_rate(device)
-    for N in (LENGTHS[0], LENGTHS[-1]):
+    for N in READ:
         state = linear_attention.LinearState()
         state.attend(*make(N, device))
         token = make(1, device)
         timing = measure(state.attend, [token], device=device, seconds=0.3)
-        other = LENGTHS[-1] if LENGTHS[0] == N else LENGTHS[0]
+        other = READ[-1] if READ[0] == N else READ[0]
         work = {"bytes": 2 * state.sums.nbytes, "limit": limit, "tokens": N, "state_bytes": state.sums.nbytes}
         names = {"case": "one token", "contestant": f"from a state of {N:,}"}
         peer = f"one token from a state of {other:,}"
@@ -462,6 +465,13 @@ def recalled_share(model: Decoder, pairs: int, batches: int = 8) -> float:
             best = model(inputs).argmax(-1)
         right.append((best == targets)[targets != IGNORED].float().mean())
     return round(torch.stack(right).mean().item(), 4)
+
+
+def faster_from(lengths: Sequence[int], times: Sequence[float], peer: Sequence[float]) -> int | None:
+    """The first of the lengths from which on ``times`` are below the peer's at every one; None if there is none."""
+    slower = [N for N, own, other in zip(lengths, times, peer, strict=False) if own >= other]
+    later = [N for N in lengths if not slower or slower[-1] < N]
+    return later[0] if later else None
 
 
 def slope(x, y) -> float:

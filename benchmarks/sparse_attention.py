@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness import Options, Report, Timing, command_line, matmul_rate, measure
-from benchmarks.linear_attention import make, peak_bytes
+from benchmarks.linear_attention import faster_from, make, peak_bytes
 from tformer_lib import sparse_attention
 from tformer_lib.attention import attend
 from tformer_lib.flash_attention import flash_attention
 from tformer_lib.sparse_attention import Pattern, attend_chosen
 
 HEAD_DIM, TOKENS, WINDOW, BLOCK = 64, 16384, 512, 128
-LENGTHS = (2048, 4096, 8192, 16384)
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 KERNEL_HEADS, KERNEL_HEAD_DIM = 16, 128
 CHOSEN_TOKENS, CHOSEN_HEADS, CHOSEN_BLOCKS = 65536, 4, 64
 TURNS = 3
@@ -60,6 +60,10 @@ def run(args: Options) -> None:
         milliseconds={name: [1e3 * t for t in ts] for name, ts in seconds.items()}, times_faster=round(ratio, 2)
     )
     report.note(predicted_times_faster=TOKENS / (2 * (WINDOW + BLOCK)))
+    starts = {
+        name: faster_from(LENGTHS, ts, seconds["dense, fused"]) for name, ts in seconds.items() if "window" in name
+    }
+    report.note(faster_from=starts, predicted_faster_from=2 * (WINDOW + BLOCK))
     peak = memory(device)
     report.note(peak_mib=peak, memory_share=peak["window"][-1] / peak["dense, written out"][-1])
     patterns(report, device, rate)

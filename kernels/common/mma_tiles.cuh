@@ -7,12 +7,14 @@ namespace mma_tiles {
 constexpr int CHUNK = 8;  // halves in 16 bytes
 
 // A tile of rows of COLUMNS halves. ldmatrix reads one chunk of 8 rows at once, which would all lie in the same banks; so
-// chunk c of row r lies at place c ^ (r % 8).
+// chunk c of row r lies at place c ^ (r % 8). Where a row has four chunks alone, two rows share the banks of eight.
 template <int COLUMNS>
 struct Tile {
     uint32_t address;
 
-    static __device__ int place(int row, int chunk) { return row * COLUMNS * 2 + (chunk ^ (row % 8)) * 16; }
+    static __device__ int place(int row, int chunk) {
+        return row * COLUMNS * 2 + (chunk ^ (COLUMNS / CHUNK < 8 ? row / 2 % 4 : row % 8)) * 16;
+    }
     __device__ uint32_t at(int row, int chunk) const { return address + place(row, chunk); }
 };
 
@@ -21,11 +23,12 @@ template <int THREADS, int ROWS, int COLUMNS, class Half>
 __device__ void start_copy(Tile<COLUMNS> tile, const Half* source, int64_t stride, int rows, int head_dim) {
     constexpr int CHUNKS = COLUMNS / CHUNK, STEP = THREADS / CHUNKS;
     const int chunk = threadIdx.x % CHUNKS, top = threadIdx.x / CHUNKS;
+    const Half* pointer = source + top * stride + chunk * CHUNK;
 #pragma unroll
     for (int i = 0; i < ROWS / STEP; ++i) {
-        const int row = top + i * STEP;
-        const bool valid = row < rows && chunk * CHUNK < head_dim;
-        copy_async(tile.at(row, chunk), valid ? source + row * stride + chunk * CHUNK : source, valid);
+        const bool valid = top + i * STEP < rows && chunk * CHUNK < head_dim;
+        copy_async(tile.at(top + i * STEP, chunk), valid ? pointer : source, valid);
+        pointer += STEP * stride;
     }
 }
 

@@ -27,7 +27,7 @@
 #include <algorithm>
 
 #include "common/launch.cuh"
-#include "common/mma.cuh"
+#include "common/mma_tiles.cuh"
 #include "common/softmax.cuh"
 #include "gradients.cuh"
 #include "common/resources.cuh"
@@ -37,7 +37,7 @@
 namespace flash {
 namespace {
 
-constexpr int CHUNK = 8;  // halves in 16 bytes
+using namespace mma_tiles;
 
 // BLOCKS on a multiprocessor, as far as registers go: 255 a thread for two blocks of four warps.
 template <int D_, int KEYS_, int ROWS_, int WARPS_, int BLOCKS_>
@@ -60,75 +60,6 @@ template <class Shape>
 struct Modified : Shape {
     static constexpr bool MODIFIED = true;
 };
-
-// A tile in shared memory, rows of COLUMNS halves. Chunk c of a row lies at place c ^ (row % 8), as in step 3; where a row
-// has four chunks alone, two rows share the banks of eight.
-template <int COLUMNS>
-struct Tile {
-    uint32_t address;
-
-    static __device__ int place(int row, int chunk) {
-        constexpr int CHUNKS = COLUMNS / CHUNK;
-        return row * COLUMNS * 2 + (chunk ^ (CHUNKS < 8 ? row / 2 % 4 : row % 8)) * 16;
-    }
-    __device__ uint32_t at(int row, int chunk) const { return address + place(row, chunk); }
-};
-
-// Start copying ROWS rows; rows from `rows` on and columns from head_dim on are filled with zeros.
-template <class Sh, int ROWS, class Half>
-__device__ void start_copy(Tile<Sh::D> tile, const Half* source, int64_t stride, int rows, int head_dim) {
-    constexpr int CHUNKS = Sh::D / CHUNK, STEP = Sh::THREADS / CHUNKS;
-    const int chunk = threadIdx.x % CHUNKS, top = threadIdx.x / CHUNKS;
-    const Half* pointer = source + top * stride + chunk * CHUNK;
-#pragma unroll
-    for (int i = 0; i < ROWS / STEP; ++i) {
-        const bool valid = top + i * STEP < rows && chunk * CHUNK < head_dim;
-        copy_async(tile.at(top + i * STEP, chunk), valid ? pointer : source, valid);
-        pointer += STEP * stride;
-    }
-}
-
-// C += A B for a warp's part of C, whose first row is `row` and first column `column`. The rows of A's tile run along the
-// rows of C, or (A_TRANSPOSED) along the sum. The rows of B's tile run along the columns of C, or (B_ROWS) along the sum.
-template <class Half, int DEPTH, bool A_TRANSPOSED, bool B_ROWS, int M, int N, int A_COLUMNS, int B_COLUMNS>
-__device__ void multiply(float (&C)[M][N][4], Tile<A_COLUMNS> A, int row, Tile<B_COLUMNS> B, int column) {
-    const int lane = threadIdx.x % WARP, in_16 = lane % 16, half = lane / 16;    // matrices 0 1 above one another, 2 3 beside
-    const int in_8_of_16 = lane % 8 + lane / 16 * 8, next = lane / 8 % 2;        // matrices 0 1 beside one another, 2 3 below
-#pragma unroll
-    for (int k = 0; k < DEPTH; k += 16) {
-        uint32_t a[M][4];
-#pragma unroll
-        for (int i = 0; i < M; ++i)
-            if constexpr (A_TRANSPOSED) ldmatrix_transposed(a[i], A.at(k + in_8_of_16, row / CHUNK + 2 * i + next));
-            else ldmatrix(a[i], A.at(row + 16 * i + in_16, k / CHUNK + half));
-#pragma unroll
-        for (int j = 0; j < N; j += 2) {
-            uint32_t b[4];
-            if constexpr (B_ROWS) ldmatrix_transposed(b, B.at(k + in_16, column / CHUNK + j + half));
-            else ldmatrix(b, B.at(column + 8 * j + in_8_of_16, k / CHUNK + next));
-#pragma unroll
-            for (int i = 0; i < M; ++i) {
-                mma<Half>(C[i][j], a[i], b[0], b[1]);
-                mma<Half>(C[i][j + 1], a[i], b[2], b[3]);
-            }
-        }
-    }
-}
-
-// A warp's part of P or dS to shared memory, packed.
-template <class Half, class Sh, int M, int N>
-__device__ void share(uint8_t* tile, const float (&C)[M][N][4], int row, int column) {
-    const int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int i = 0; i < M; ++i)
-#pragma unroll
-        for (int j = 0; j < N; ++j)
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const int place = Tile<Sh::KEYS>::place(row + 16 * i + 8 * r + lane / 4, column / CHUNK + j);
-                *reinterpret_cast<uint32_t*>(tile + place + lane % 4 * 4) = pack<Half>(C[i][j][2 * r], C[i][j][2 * r + 1]);
-            }
-}
 
 // One float added to global memory, nothing returned.
 __device__ void add_global(float* target, float x) {
@@ -159,13 +90,13 @@ struct Block {
     using RowGradient = float[Sh::WARP_ROWS / 16][Sh::COLUMNS / 8][4];
 
     __device__ void start_rows(Tile<Sh::D> target, const Matrix& x, int64_t head, int top, int64_t columns) const {
-        start_copy<Sh, Sh::ROWS>(target, row_of<Half>(x, sequence.b, head, sequence.q_begin + top), x.row, sight.T - top,
+        start_copy<Sh::THREADS, Sh::ROWS>(target, row_of<Half>(x, sequence.b, head, sequence.q_begin + top), x.row, sight.T - top,
                                  int(columns));
         commit_copies();
     }
 
     __device__ void start_keys(Tile<Sh::D> target, const Matrix& x, int64_t columns) const {
-        start_copy<Sh, Sh::KEYS>(target, row_of<Half>(x, sequence.b, kv, sequence.k_begin + key), x.row, sight.S - key,
+        start_copy<Sh::THREADS, Sh::KEYS>(target, row_of<Half>(x, sequence.b, kv, sequence.k_begin + key), x.row, sight.S - key,
                                  int(columns));
     }
 
@@ -210,8 +141,8 @@ struct Block {
                         dP[i][j][e] = S[i][j][e] * (dP[i][j][e] - delta);
                     }
             }
-        share<Half, Sh>(P_bytes, S, row, score_column);
-        share<Half, Sh>(dS_bytes, dP, row, score_column);
+        write<Half, Sh::KEYS>(P_bytes, S, row, score_column);
+        write<Half, Sh::KEYS>(dS_bytes, dP, row, score_column);
     }
 
     // In the order of the fragments, so that a warp adds to 128 neighbouring bytes at once.

@@ -27,8 +27,8 @@
 #include "common/softmax.cuh"
 #include "common/tma.cuh"
 #include "common/wgmma.cuh"
-#include "lists.cuh"
 #include "common/resources.cuh"
+#include "gradients.cuh"
 
 namespace sparse {
 namespace {
@@ -39,7 +39,6 @@ constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 constexpr int STAGES = 2;
 constexpr int ROW_BYTES = BOX_COLUMNS * 2;
 constexpr int PART = 64;              // a part of dQ is PART x PART: 32 registers of each thread of a warpgroup
-constexpr int STATISTICS = 2 * BLOCK;  // lse and delta of a block of queries
 constexpr int WORD_BYTES = TILE * 8;
 constexpr int DS_READY = 1;  // hardware barrier
 
@@ -73,53 +72,6 @@ struct Shared {
 struct Buffers {
     uint8_t *K, *V, *Q, *dO, *dS;
 };
-
-__device__ inline int64_t query_blocks(const Arguments& a) { return (a.queries + BLOCK - 1) / BLOCK; }
-
-// The heads of queries that share this tile of keys, each with a list of its own.
-__device__ inline int group_size(const Arguments& a) { return int(a.heads / a.kv_heads); }
-
-__device__ inline List list_of_head(const Arguments& a, const Work& work, int64_t head) {
-    return list_at(a.lists, Work{work.b, head, work.tile});
-}
-
-// --- before: lse in base 2, and delta --------------------------------------------------------------------------------
-
-constexpr int PREPARE_THREADS = 256;
-
-// The product of two pairs of halves.
-template <class Half>
-__device__ float dot(uint32_t x, uint32_t y) {
-    const float2 a = unpack<Half>(x), b = unpack<Half>(y);
-    return a.x * b.x + a.y * b.y;
-}
-
-// delta = rowsum(dout out) - dlse. Rows past the end and rows that see nothing get lse = inf, which makes their P zero. A lane
-// takes 16 bytes of a row, D / 8 lanes a row.
-template <class Half, class Sh>
-__global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_constant__ Arguments a) {
-    constexpr int CHUNK = 8, LANES = Sh::D / CHUNK, ROWS = PREPARE_THREADS / LANES;
-    const int64_t blocks = query_blocks(a), index = blockIdx.x, bh = index / blocks, b = bh / a.heads, h = bh % a.heads;
-    float* const lse = a.statistics + index * STATISTICS;
-    const int column = threadIdx.x % LANES * CHUNK;
-#pragma unroll
-    for (int i = threadIdx.x / LANES; i < BLOCK; i += ROWS) {
-        const int64_t row = index % blocks * BLOCK + i;
-        const bool valid = row < a.queries;
-        float sum = 0.0f;
-        if (valid && column < a.head_dim) {
-            const uint4 x = *reinterpret_cast<const uint4*>(row_of<Half>(a.out, b, h, row) + column);
-            const uint4 y = *reinterpret_cast<const uint4*>(row_of<Half>(a.dout, b, h, row) + column);
-            sum = dot<Half>(x.x, y.x) + dot<Half>(x.y, y.y) + dot<Half>(x.z, y.z) + dot<Half>(x.w, y.w);
-        }
-        for (int offset = LANES / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffff, sum, offset);
-        if (column > 0) continue;
-        const float row_lse = valid ? a.lse[bh * a.queries + row] : -INFINITY;
-        if (a.dlse != nullptr && row_lse != -INFINITY) sum -= a.dlse[bh * a.queries + row];
-        lse[i] = row_lse == -INFINITY ? INFINITY : row_lse * LOG2E;
-        lse[BLOCK + i] = row_lse == -INFINITY ? 0.0f : sum;
-    }
-}
 
 // --- producer --------------------------------------------------------------------------------------------------------
 
