@@ -1,7 +1,8 @@
 """What linear attention saves over softmax attention as the text grows, in time and in memory.
 
     python -m benchmarks.linear_attention --device cpu
-    python -m benchmarks.linear_attention --device cuda --steps 1000       # what a hybrid of both learns, some minutes
+    python -m benchmarks.linear_attention --device cuda --study stories    # what a hybrid of both learns, a minute
+    python -m benchmarks.linear_attention --device cuda --study recall --steps 1000
 
 The theory: softmax attention takes 4·N²·d operations (half of that if the future is skipped), and N² numbers if it is
 written out; chunked linear attention takes 4·N·C·d + 4·N·d² operations for chunks of C, and O(N·d) numbers. On
@@ -11,15 +12,16 @@ On a GPU the products of a chunk are fast, and memory is the limit: a forward re
 once, so the limit beside each row is a device copy's rate. Softmax attention is held to the same bytes, to show by how
 much its N² operations take it away from them. flash-linear-attention stands beside, where it is installed.
 
-With ``--steps``, three models of four layers are trained: softmax attention in all layers, three layers of the gated
-delta rule to one of softmax attention, the gated delta rule in all layers. They learn the stories, and to recall values
-by their keys. The result is ``linear_attention-hybrids.json``.
+With ``--study``, three models of four layers are trained: softmax attention in all layers, three layers of the gated
+delta rule to one of softmax attention, the gated delta rule in all layers. They learn the stories, or to recall values
+by their keys. The results are ``linear_attention-stories.json`` and ``linear_attention-recall.json``.
 """
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -61,10 +63,12 @@ SOFTMAX, PEER = "softmax, our flash kernel", ", flash-linear-attention"
 
 @dataclass(frozen=True)
 class LinearOptions(Options):
-    """Time and memory over the length, or with ``--steps`` what a hybrid of linear and softmax attention learns."""
+    """Time and memory over the length, or with ``--study`` what a hybrid of linear and softmax attention learns."""
 
-    steps: int = 0
-    """Steps of training for each model and task; 0 measures time instead."""
+    study: Literal["stories", "recall"] | None = None
+    """Train models on this task instead."""
+    steps: int = 400
+    """Steps of training for each model of a study."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,8 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(args: LinearOptions) -> None:
     """Time and memory over the length, and the time of a decoded token over the length before it."""
     device = torch.device(args.device)
-    if args.steps:
-        hybrids(Report("linear_attention-hybrids", device, args.out, peers=()), args.steps)
+    if args.study is not None:
+        study = {"stories": learn_stories, "recall": learn_recall}[args.study]
+        study(Report(f"linear_attention-{args.study}", device, args.out, peers=()), args.steps)
         return
     if device.type == "cuda":
         on_gpu(Report("linear_attention", device, args.out, peers=(SOFTMAX, "sum", "linear")))
@@ -359,38 +364,44 @@ def decode_on_gpu(report: Report, limit: float) -> None:
 STACKS = {"softmax": ("full",), "hybrid": ("linear", "linear", "linear", "full"), "linear": ("linear",)}
 WIDTH, STACK_HEADS, STACK_HEAD_DIM, LAYERS = 128, 4, 32, 4
 CONTEXT, STORY_BATCH, RECALL_BATCH = 256, 32, 64
-KEYS, VALUES, PAIRS = 256, 64, 32  # of the recall task; PAIRS in a row of the training
-RECALLED = (8, 16, 32, 64, 128)
+KEYS, VALUES, PAIRS = 64, 32, 16  # of the recall task; PAIRS in a row of the training
+RECALLED = (4, 8, 16, 32)
 
 
-def hybrids(report: Report, steps: int) -> None:
-    """Train each stack on both tasks; write the losses in nats a token and the shares of values recalled."""
+def learn_stories(report: Report, steps: int) -> None:
+    """Train each stack on stories; write its loss on others, in nats a token."""
     device = report.device
     _, encoding = pretrained.load(device=device)
-    held_out = tokens_of(encoding, 150, "linear val")
-    validation = [x.to(device) for x in evaluation_windows(held_out, CONTEXT, end_of_document=encoding.eot_token)]
-    told = tokens_of(encoding, 40 * steps, "linear train")
-    report.note(steps=steps, width=WIDTH, layers=LAYERS, heads=STACK_HEADS, head_dim=STACK_HEAD_DIM, context=CONTEXT)
-    report.note(story_batch=STORY_BATCH, recall_batch=RECALL_BATCH, keys=KEYS, values=VALUES, pairs=PAIRS)
-    report.note(validation_targets=int((validation[1] >= 0).sum()))
+    windows = evaluation_windows(tokens_of(encoding, 150, "linear val"), CONTEXT, end_of_document=encoding.eot_token)
+    validation = [x.to(device) for x in windows]
+    told = tokens_of(encoding, 16 * steps, "linear train")
+    note_sizes(report, steps, batch=STORY_BATCH, context=CONTEXT, training_tokens=len(told))
     for name in STACKS:
         torch.manual_seed(0)
-        model = make_stack(name, encoding.n_vocab).to(device)
-        draw = np.random.default_rng(0)
-        batch = lambda: read_windows(told, draw.integers(0, len(told) - CONTEXT - 1, STORY_BATCH), CONTEXT)  # noqa: B023, E731
-        curve = train_stack(model, batch, steps)
-        loss = evaluate(model, *validation)
-        report.note(**{f"stories: {name}": {"parameters": count_parameters(model), "loss": loss, "training": curve}})
-        report.save()
-    for name in STACKS:
-        torch.manual_seed(0)
-        model = make_stack(name, KEYS + VALUES).to(device)
-        generator = torch.Generator().manual_seed(0)
-        curve = train_stack(model, lambda: draw_recall(RECALL_BATCH, PAIRS, generator), steps)  # noqa: B023
-        shares = {pairs: recalled_share(model, pairs) for pairs in RECALLED}
-        report.note(**{f"recall: {name}": {"shares": shares, "training": curve}})
+        model, draw = make_stack(name, encoding.n_vocab).to(device), np.random.default_rng(0)
+        starts = [draw.integers(0, len(told) - CONTEXT - 1, STORY_BATCH) for _ in range(steps)]
+        curve = train_stack(model, (read_windows(told, at, CONTEXT) for at in starts))
+        found = {"parameters": count_parameters(model), "loss": evaluate(model, *validation), "training": curve}
+        report.note(**{name: found})
         report.save()
     report.finish()
+
+
+def learn_recall(report: Report, steps: int) -> None:
+    """Train each stack to recall values; write the shares that it recalls."""
+    note_sizes(report, steps, batch=RECALL_BATCH, keys=KEYS, values=VALUES, pairs=PAIRS)
+    for name in STACKS:
+        torch.manual_seed(0)
+        model, generator = make_stack(name, KEYS + VALUES).to(report.device), torch.Generator().manual_seed(0)
+        curve = train_stack(model, [draw_recall(RECALL_BATCH, PAIRS, generator) for _ in range(steps)])
+        report.note(**{name: {"shares": {n: recalled_share(model, n) for n in RECALLED}, "training": curve}})
+        report.save()
+    report.finish()
+
+
+def note_sizes(report: Report, steps: int, **facts) -> None:
+    """What all stacks have in common."""
+    report.note(width=WIDTH, layers=LAYERS, heads=STACK_HEADS, head_dim=STACK_HEAD_DIM, steps=steps, **facts)
 
 
 def make_stack(name: str, symbols: int) -> Decoder:
@@ -432,15 +443,16 @@ def draw_recall(batch: int, pairs: int, generator: torch.Generator) -> tuple[Ten
     return tokens[:, :-1], targets[:, 1:]
 
 
-def train_stack(model: Decoder, batch: Callable[[], tuple[Tensor, Tensor]], steps: int) -> list[float]:
+def train_stack(model: Decoder, batches: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
     """AdamW with warm-up and a cosine; the mean training loss of each twentieth of the steps."""
-    device = next(model.parameters()).device
+    batches = list(batches)
+    device, steps = next(model.parameters()).device, len(batches)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1)
     rate = lambda t: min(1.0, (t + 1) / 50) * (0.05 + 0.95 * (1 + math.cos(math.pi * t / steps)) / 2)  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     losses = []
-    for _ in range(steps):
-        inputs, targets = (x.to(device) for x in batch())
+    for batch in batches:
+        inputs, targets = (x.to(device) for x in batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = next_token_loss(model, inputs, targets)
         optimizer.zero_grad()
@@ -458,7 +470,6 @@ def recalled_share(model: Decoder, pairs: int, batches: int = 8) -> float:
     """The share of values that the model names right when their keys come again."""
     device, right = next(model.parameters()).device, []
     generator = torch.Generator().manual_seed(1)
-    model.eval()
     for _ in range(batches):
         inputs, targets = (x.to(device) for x in draw_recall(RECALL_BATCH, pairs, generator))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
