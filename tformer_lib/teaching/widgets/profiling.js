@@ -2,6 +2,8 @@ const PLOT = { left: 76, top: 28, width: 370, height: 210 };
 const BAR = 270;
 const KINDS = ["arithmetic", "memory", "launches"];
 
+const FONT = window.innerWidth < 520 ? 16 : 14; // the picture shrinks to the width of a phone
+
 function draw(root, data, kit) {
   const devices = Object.keys(data.devices);
   const works = Object.keys(data.works);
@@ -101,7 +103,7 @@ function picture(state, found, text, kit) {
   const points = [low, Math.min(high, Math.max(low, ridge)), high].map((i) => `${x(i)},${y(roof(i))}`).join(" ");
   const here = Math.min(high, Math.max(low, state.intensity));
   const reached = found.flops / found.seconds;
-  const note = (px, py, words, anchor = "middle") => kit.svg("text", { x: px, y: py, "font-size": 14, "text-anchor": anchor }, words);
+  const note = (px, py, words, anchor = "middle") => kit.svg("text", { x: px, y: py, "font-size": FONT, "text-anchor": anchor }, words);
   const bars = KINDS.map((kind, i) => bar(kind, i, found, kit));
   const marks = [-4, 0, 4, 8, 12].map((i) => note(x(i), PLOT.top + PLOT.height + 16, i < 0 ? `1/${2 ** -i}` : (2 ** i).toLocaleString("en")));
   const levels = [1, 3, 5].map((down) => {
@@ -129,8 +131,8 @@ function bar(kind, i, found, kit) {
   const decides = i === found.longest;
   const colour = kit.colours[i];
   return [
-    kit.svg("text", { x: PLOT.left + 14, y: top + 15, "font-size": 14, "text-anchor": "end" }, kind),
+    kit.svg("text", { x: PLOT.left + 14, y: top + 15, "font-size": FONT, "text-anchor": "end" }, kind),
     kit.svg("rect", { x: PLOT.left + 22, y: top, width: Math.max(1, BAR * size), height: 20, rx: 2, style: `stroke:${colour};fill:${decides ? colour : "none"}`, "stroke-width": 2 }),
-    kit.svg("text", { x: PLOT.left + 30 + Math.max(1, BAR * size), y: top + 15, "font-size": 14 }, duration(found.times[i])),
+    kit.svg("text", { x: PLOT.left + 30 + Math.max(1, BAR * size), y: top + 15, "font-size": FONT }, duration(found.times[i])),
   ];
 }

@@ -63,16 +63,16 @@ function tower(data, state, pick, kit) {
     const y = height * (count - i);
     const [word, share] = pairs(data.says[i][state.token], data.words)[0];
     const colour = name.startsWith("attention") ? "var(--tf-blue)" : name.startsWith("feed") ? "var(--tf-orange)" : "var(--tf-green)";
-    const box = kit.svg("rect", { x: 2, y, width: 112, height: height - 8, rx: 5, style: `fill:${colour};opacity:0.25` });
-    const frame = i === state.part ? kit.svg("rect", { x: 2, y, width: 112, height: height - 8, rx: 5, style: "fill:none;stroke:var(--tf-vermilion);stroke-width:2" }) : [];
+    const box = kit.svg("rect", { x: 2, y, width: 124, height: height - 8, rx: 5, style: `fill:${colour};opacity:0.25` });
+    const frame = i === state.part ? kit.svg("rect", { x: 2, y, width: 124, height: height - 8, rx: 5, style: "fill:none;stroke:var(--tf-vermilion);stroke-width:2" }) : [];
     const parts = [
-      box, frame, text(58, y + 18, "middle", name, i === state.part), text(216, y + 18, "end", word.trim() || "␣", i === state.part),
+      box, frame, text(64, y + 18, "middle", name, i === state.part), text(216, y + 18, "end", word.trim() || "␣", i === state.part),
       kit.svg("rect", { x: 224, y: y + 3, width: Math.max(1, (bar * share) / 1000), height: height - 14, rx: 3, style: "fill:var(--tf-blue);opacity:0.8" }),
       text(342, y + 18, "start", percent(share).replace("nearly ", "").replace("less than ", "< ")), text(width - 2, y + 18, "end", (data.lengths[i][state.token] / 10).toFixed(1)),
     ];
     return kit.svg("g", { style: `cursor:pointer;opacity:${i > state.part ? 0.4 : 1}`, onclick: () => pick(i) }, parts);
   });
-  const heads = [text(58, 18, "middle", "adds", true), text(216, 18, "end", "names", true), text(224, 18, "start", "probability", true), text(width - 2, 18, "end", "length", true)];
+  const heads = [text(64, 18, "middle", "adds", true), text(216, 18, "end", "names", true), text(224, 18, "start", "probability", true), text(width - 2, 18, "end", "length", true)];
   const [word, share] = pairs(data.says[state.part][state.token], data.words)[0];
   const label = `The stream of ${quoted(data.tokens[state.token])}, ${count} additions; after ${data.parts[state.part]} it names ${quoted(word)} with ${percent(share)}`;
   return kit.picture(width, height * (count + 1) + 2, label, heads, rows);
