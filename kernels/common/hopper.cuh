@@ -24,6 +24,7 @@ struct Shape {
     static constexpr int Q_STAGES = Q_STAGES_, STAGES = STAGES_;
     static constexpr bool TURNS = D == 64;  // at wider d the products are long enough to hide a softmax in any order
     static constexpr bool OVERLAP = true;   // of products and softmax inside a warpgroup
+    static constexpr bool LATE = D > 128;   // a wide O is corrected while the next scores are multiplied, not before
     static constexpr int THREADS = (GROUPS + 1) * WARPGROUP;
     static constexpr int BOXES = D / BOX_COLUMNS, V_BOXES = V_D / BOX_COLUMNS;
     static constexpr int Q_BYTES = ROWS * D * 2, TILE_BYTES = KEYS * D * 2, V_BYTES = KEYS * V_D * 2;
@@ -213,7 +214,7 @@ struct Stream : Consumer<Half, Sh> {
     using Base::barriers, Base::k, Base::v, Base::Q, Base::K, Base::V, Base::to_base_2, Base::release, Base::wait_turn,
         Base::pass_turn;
     Ring<Sh::Q_STAGES> q = {};
-    float S[Sh::KEYS / 8][4], O[Sh::V_D / 8][4], m[2], l[2];
+    float S[Sh::KEYS / 8][4], O[Sh::V_D / 8][4], m[2], l[2], correction[2];
     uint32_t P[Sh::KEYS / 16][4];
 
     using Base::Base;
@@ -230,12 +231,14 @@ struct Stream : Consumer<Half, Sh> {
         if constexpr (SCORES) issue_scores<Half, Sh>(S, Q + q.stage * Sh::Q_BYTES, K + k.stage * Sh::TILE_BYTES);
         if constexpr (!Sh::OVERLAP) wait_products<0>();
         if constexpr (VALUES) {
+            if constexpr (Sh::LATE) correct_output();
             wait(&barriers.v_full[v.stage], v.parity);
+            if constexpr (Sh::LATE) products_begin();
             issue_values<Half, Sh>(O, P, V + v.stage * Sh::V_BYTES);
         }
         if constexpr (SCORES) pass_turn();
 
-        float correction[2], m_done[2], l_done[2];
+        float m_done[2], l_done[2];
         if constexpr (BEGINS) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) m_done[r] = m[r], l_done[r] = l[r], m[r] = -INFINITY, l[r] = 0.0f;
@@ -257,9 +260,8 @@ struct Stream : Consumer<Half, Sh> {
         if constexpr (BEGINS) clear_output();
         if constexpr (SCORES) {
             pack_all<Half>(P, S);
-            if constexpr (!BEGINS)
-#pragma unroll
-                for (int r = 0; r < 2; ++r) scale_row(O, r, correction[r]);
+            if constexpr (BEGINS) correction[0] = correction[1] = 1.0f;
+            else if constexpr (!Sh::LATE) correct_output();
         }
     }
 
@@ -286,6 +288,11 @@ struct Stream : Consumer<Half, Sh> {
             pending = true;
         }
         if (pending) step<false, true, true>(tiles, false, 0);
+    }
+
+    __device__ void correct_output() {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) scale_row(O, r, correction[r]);
     }
 
     __device__ void clear_output() {

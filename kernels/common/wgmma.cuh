@@ -47,14 +47,10 @@ __device__ inline void wait_products() {
 
 // Keep ptxas from waiting for products before x is known. Left alone, it moves the wait in front of the arithmetic that
 // should run beside the products. It keeps the wait behind an instruction that might pause the warp, and x, a sum of
-// exponentials or words of them, is never negative: no warp ever pauses. (A branch would cost the uniform registers, and
-// what ptxas can prove is removed.)
+// exponentials, is never negative: no warp ever pauses. (A branch would cost the uniform registers, and what ptxas can prove
+// is removed.)
 __device__ inline void finish_before_waiting(float x) {
     asm volatile("{ .reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p nanosleep.u32 1; }" ::"f"(x) : "memory");
-}
-
-__device__ inline void finish_before_waiting(uint32_t x) {
-    asm volatile("{ .reg .pred p; setp.lt.s32 p, %0, 0; @p nanosleep.u32 1; }" ::"r"(x) : "memory");
 }
 
 // Keep the compiler from moving reads or writes of accumulators across this line: it does not know that products run.

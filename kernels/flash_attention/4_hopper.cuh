@@ -26,10 +26,21 @@
 //               FlashAttention-3
 //   short rows  On 512 tokens, d 128, a call took longer to prepare than to run: 251 TFLOP/s, causal 167. By plans, 438 and 311
 //               (FlashAttention-3 367 and 259, cuDNN 524 and 342)
-//   not yet     In the SASS, ptxas puts the wait for P(i) V(i) in front of the exponentials that should run beside it, at
-//               every d. A wait that comes behind a trap which depends on their sum keeps its place, and costs spills at d 64
-//               and with 176 keys. Descriptors advanced by one addition save 7 % of the loop's instructions at d 128, 15 % at
-//               d 256. Neither has been measured
+//   descriptors Moved by one addition where five instructions made each anew: the loop has 7 % fewer instructions at d 128,
+//               15 % at d 256. Predicted as much; measured 657 to 673 at d 128, 654 to 736 at d 256, causal on 4,096 tokens
+//               550 to 577 and 554 to 604. At d 64 a loss of 2 %, so it keeps the five
+//   late        At d 256 the 128 multiplications that correct O stood between two products. Behind the issue of the next
+//               scores, as FlashAttention-3 has them, they cost nothing: 706 to 725
+//   waiting     ptxas puts the wait for P(i) V(i) in front of the exponentials that should run beside it. An instruction that
+//               might pause the warp (common/wgmma.cuh) keeps the wait behind them. Predicted the largest gain of all;
+//               measured 673 to 632 at d 128, 529 to 512 at d 64, 736 to 720 at d 256. With turns 642. After the maxima alone
+//               653 of 651. The other warpgroup fills the gap better than the own softmax does
+//   side by     Both rows of a lane in one pass, with two chains of maxima and of sums each: predicted 5 %, measured -2 to 3 %.
+//   side        160 keys a tile, as FlashAttention-3 has: 638 (turns), 656 (two buffers of Q) of 651
+//   short rows  Two buffers of Q and 128 keys a tile, d 128, no mask: 420 to 438 on 512 tokens, 510 to 523 on 1,024, 565 to
+//               586 on 2,048. Two warpgroups in place of three, d 64, causal: 213 to 236 on 512, 281 to 312 on 1,024. Windows
+//               of 1,024 keys: 412 to 457 by narrow tiles. Where the rest goes to cuDNN (533 on 512): the tensor cores work in
+//               52 % of the cycles there
 //   limit       power. Alone after a pause (ncu, d 128) it takes 5.14 million cycles, cuDNN 5.41; the tensor cores work in
 //               84 % of them, cuDNN's in 78 %. But the clock falls from 1.98 GHz to 1.67 (cuDNN 1.69): 713 TFLOP/s then,
 //               686 for cuDNN, less of both in a long run. What is measured first, on a cool card, looks better
@@ -387,12 +398,15 @@ const char* make_plan(Plan& plan, const Arguments& a) {
     return nullptr;
 }
 
-constexpr int64_t LONG = 8192;  // keys from which on a mask loses little in the corners of wide tiles
+// Keys from which on wide tiles pay. Under a mask, they waste more in its corners; without one, a second buffer of Q is worth
+// more to short rows, of which there are many.
+constexpr int64_t LONG_MASKED = 8192, LONG = 4096;
+constexpr int64_t SHORT = 1024;  // keys up to which, at d 64 under a causal mask, three warpgroups waste more than they hide
 
 // Whether a row sees few keys, and not all of them: then half a tile is lost at each end of what it sees.
 inline bool sees_few(const Arguments& a) {
     const bool in_window = a.window > 0 && a.ahead >= 0;
-    return (a.window > 0 || a.ahead >= 0) && (in_window ? std::min(a.keys, a.window + a.ahead) : a.keys) < LONG;
+    return (a.window > 0 || a.ahead >= 0) && (in_window ? std::min(a.keys, a.window + a.ahead) : a.keys) < LONG_MASKED;
 }
 
 // Call `run` with the element type and the tiles. A wide tile of keys costs less a key.
@@ -408,12 +422,13 @@ const char* with_shape(const Arguments& a, const Run& run) {
         if (widest <= 128) return run_with(Shape<128, 1, 64>{});
         return run_with(Shape<256, 1, 80>{});
     } else {
+        if (widest <= 64 && a.ahead >= 0 && a.keys <= SHORT) return run_with(Shape<64, 2, 128, 2, 3>{});
         if (widest <= 64) return run_with(Shape<64, 3, 128, 2, 3>{});
         if constexpr (RUNG == PERSISTENT)  // latent attention: keys of 192 columns, values of 128
             if (a.head_dim > 128 && a.head_dim <= 192 && a.value_dim <= 128)
                 return run_with(Shape<192, 2, 128, 1, 2, 128>{});
         if (widest > 128) return run_with(Shape<256, 2, 80>{});
-        if (sees_few(a)) return run_with(Shape<128, 2, 128, 2>{});
+        if (sees_few(a) || a.keys < LONG) return run_with(Shape<128, 2, 128, 2>{});
         return run_with(Shape<128, 2, 176>{});
     }
 }

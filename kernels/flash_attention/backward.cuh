@@ -20,6 +20,10 @@
 //   predicted   by tiles of 128 x 64 at d 128, 256 KB of shared memory are read in 2,000 cycles while the products take 2,560
 //   measured    462 at d 64 (cuDNN 444), 525 at d 128 (cuDNN 540); causal 457 (424) and 514 (527)
 //
+//   pipeline    S of the next tile and dQ of this one behind dK, so that exponentials and additions to dQ have products beside
+//               them. Predicted 560 at d 128; measured 523 to 551 (cuDNN 535), causal on 4,096 tokens 446 to 474 (455), causal
+//               at d 64 454 to 493 (430); on 4,096 tokens without a mask 499 to 524 (540). In turns at d 128 438 became 419.
+//               With a wait that stays behind the exponentials (common/wgmma.cuh) 547 of 560, in another run
 //   The same bits in every run, at d 128 and under a causal mask, one change after another:
 //   a fence after each addition, blocks of a head side by side    353, 209: every tile waits for its sums to reach memory,
 //                                                                  and at the diagonal the blocks of a head queue up

@@ -21,10 +21,11 @@
 //   hypothesis  the tensor cores take half the time, so the exponentials are as long as the products: 128 x 128 scores take
 //               both of them 1,024 cycles
 //   predicted   two thirds of what either could do alone, 1,000 TFLOP/s of 1,800, if one hides the other as at bfloat16
-//   measured    597 on 4,096 tokens and 614 on 16,384 at d 128 (FlashAttention-3 627 and 680, bfloat16 603 and 638); causal 517
-//               and 400 (526 and 630, 560 and 643). Two things to try: in the SASS the wait for P V stands before half of the
-//               exponentials that should run beside it, and tiles of rows are dealt out beforehand, so that under a causal
-//               mask some blocks may end late
+//   measured    616 on 16,384 tokens at d 128, causal 395 (FlashAttention-3 618 and 610, bfloat16 727 and 721)
+//   turning     A warp that turns V round did sixteen times: load, wait, permute, store, and 29 instructions of addresses. At
+//               some 140 cycles each, a tile of 128 keys took as long as was measured for it. Four loads at a time by addresses
+//               that are constants apart, and tiles of rows dealt out by a counter in bundles of heads: predicted 1,000,
+//               measured 729 and causal 695, on 4,096 tokens 694 and 650. Waiting for P V behind the exponentials: no change
 //   error       root mean squared against float64: 1.4e-3 on normal inputs (bfloat16 1.0e-4); where one number in a thousand is
 //               ten times as large, 1.7e-2, and 7.6e-3 with q and k rotated (bfloat16 1.2e-3)
 #include <algorithm>
