@@ -42,33 +42,6 @@ __device__ float softmax_row(float (&S)[TILES][4], int r, float to_base_2, float
     return correction;
 }
 
-// The same of both rows, side by side: two chains of maxima and two of sums a row leave no instruction waiting for the one
-// before, where few warps share a scheduler.
-template <int TILES>
-__device__ void softmax_rows(float (&S)[TILES][4], float to_base_2, float (&m)[2], float (&l)[2], float (&correction)[2]) {
-    float most[4] = {m[0], m[0], m[1], m[1]}, anchor[2], sum[4] = {};
-#pragma unroll
-    for (int j = 0; j < TILES; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) most[e] = fmaxf(most[e], S[j][e]);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const float m_new = quad_max(fmaxf(most[2 * r], most[2 * r + 1]));
-        anchor[r] = m_new == -INFINITY ? 0.0f : m_new * to_base_2;  // a row that has seen no key
-        correction[r] = fast_exp2(m[r] * to_base_2 - anchor[r]);
-        m[r] = m_new;
-    }
-#pragma unroll
-    for (int j = 0; j < TILES; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            S[j][e] = fast_exp2(fmaf(S[j][e], to_base_2, -anchor[e / 2]));
-            sum[e] += S[j][e];
-        }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) l[r] = l[r] * correction[r] + (sum[2 * r] + sum[2 * r + 1]);
-}
-
 template <int TILES>
 __device__ void scale_row(float (&O)[TILES][4], int r, float factor) {
 #pragma unroll
