@@ -341,8 +341,8 @@ def decode_on_gpu(report: Report, limit: float) -> None:
     q, k, v = token["q"], token["k"], token["v"]
     case, own = f"one token for each of {DECODED} sequences", "from a state"
     options = {"feature_map": linear_attention.elu_plus_one, "normalised": True}
-    shape = (DECODED, GPU_HEADS, GPU_HEAD_DIM, GPU_HEAD_DIM + 1)
-    states = copies_past_cache(lambda: (torch.randn(shape, device=device).abs(),), device)
+    shape = (DECODED, GPU_HEADS, GPU_HEAD_DIM + 1, GPU_HEAD_DIM)  # transposed, as a call leaves it for the next one
+    states = copies_past_cache(lambda: (torch.randn(shape, device=device).abs().mT,), device)
     step = lambda state: linear_attention.operator.run(q, k, v, **options, initial_state=state)  # noqa: E731
     work = {"case": case, "limit": limit, "sequences": DECODED}
     facts = work | {"bytes": 2 * states[0][0].nbytes, "peer": f"{case}: from {CROSSOVER[-1]:,} keys"}
