@@ -199,6 +199,11 @@ class Session:
         if not self.name.startswith("paged"):
             return
         prompt = [*self.prompts[source][:keep], self.random.randrange(VOCABULARY)]
+        if len(prompt) > self.limit:
+            too_long = f"rows of at most {self.limit} tokens, got row {row} and {len(prompt)} tokens"
+            with pytest.raises(ValueError, match=too_long):
+                self.cache.reuse(row, prompt)
+            return
         lengths = self.lengths
         lengths[row] = 0
         self.truncate(lengths)

@@ -273,6 +273,18 @@ def test_known_sequences_equal_recomputation(name, program):
         session.check()
 
 
+@torch.no_grad()
+def test_a_prompt_that_is_too_long_for_a_row_is_refused_and_changes_nothing():
+    session = Session("paged", rows=2)
+    session.append([CAPACITY, 3])
+    session.publish(0)
+    session.reuse(1, 0, CAPACITY)  # and one token more
+    session.check()
+    assert session.lengths == [CAPACITY, 3]
+    session.reuse(1, 0, CAPACITY - 1)
+    session.append([0, 1])
+
+
 class AnyOrder(RuleBasedStateMachine):
     """Operations in any order on one kind of cache; what a row holds is compared with recomputation after each pass."""
 
