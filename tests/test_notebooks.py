@@ -167,3 +167,12 @@ DRAWING = '<svg><defs><path id="p1f" d="M 1 2.5 \nL 3.25 4"/></defs><use href="#
 )
 def test_a_drawing_is_compared_as_a_picture(change, is_same):
     assert same_picture(DRAWING, DRAWING.replace(*change)) == is_same
+
+
+def test_a_reference_to_a_chapter_has_its_number_and_title(notebook):
+    told = []
+    for text in (source(cell) for cell in cells(load(notebook), "markdown")):
+        for words, name in re.findall(r"\[([^\]]*)\]\(([0-9]{2}-[\w-]+\.ipynb)(?:#[^)]*)?\)", text):
+            title = source(load(notebook.parent / name)["cells"][0]).partition("\n")[0].removeprefix("# ")
+            told += [(words, title)] * (words != title)
+    assert told == [], "links and the titles of the chapters that they lead to"
