@@ -158,7 +158,7 @@ def write_past_lse(step: str = "1", device: str = "cuda") -> None:
     q, k, v = (torch.randn(1, 1, 2048, 64).to(device) for _ in range(3))
     out, lse = reference.empty_outputs(q, v)
     short = lse[..., :1024].clone()
-    arguments = kernels.describe(q, k, v, flash.Options(1.0))
+    arguments = kernels.arguments_of(q, k, v, flash.Options(1.0))
     arguments.out, arguments.lse = kernels.matrix(out), short.data_ptr()
     flash.LADDER.launch(step, "forward", arguments, q.device)
     if q.is_cuda:

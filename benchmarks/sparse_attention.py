@@ -181,7 +181,7 @@ def kernels(report: Report) -> None:
     report.finish()
 
 
-def flex_mask(name: str, big_bird: sparse_attention.BlockTable) -> Callable | None:
+def flex_mask(name: str, big_bird: sparse_attention.BlockPattern) -> Callable | None:
     """The same pattern in FlexAttention's words, for those that are compared."""
     if name.startswith("BigBird"):
         table = big_bird.table.cuda()

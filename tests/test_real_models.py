@@ -299,7 +299,7 @@ def test_published_models_have_the_parameters_and_the_caches_that_they_have(name
     assert cache_bytes(config, tokens) == expected
     assert ModelCache.of(model, 2, tokens).nbytes == 2 * expected
     assert cache_bytes(config, 100) == 100 * per_token
-    assert pretrained.describe(config)[0] == published.config["model_type"]
+    assert pretrained.hub_config(config)[0] == published.config["model_type"]
 
 
 # --- what does not fit is refused, by name, before a weight is read ---------------------------------------------------
@@ -453,18 +453,18 @@ def test_models_made_here_are_exported_to_the_family_that_has_their_parts(tmp_pa
         model = Decoder(
             ModelConfig(vocab_size=VOCABULARY, max_length=32, width=32, layers=2, heads=4, **options)
         ).eval()
-        assert pretrained.describe(model.config)[0] == name
+        assert pretrained.hub_config(model.config)[0] == name
         pretrained.to_hub(model, tmp_path / name)
         tokens = tokens_of(1, 9)
         with torch.no_grad():
             torch.testing.assert_close(pretrained.from_hub(tmp_path / name)(tokens), model(tokens), rtol=0, atol=1e-6)
     odd = ModelConfig(vocab_size=VOCABULARY, width=32, heads=4, positions="alibi")
     with pytest.raises(ValueError, match="every family lacks something"):
-        pretrained.describe(odd)
+        pretrained.hub_config(odd)
     with pytest.raises(ValueError, match="llama lacks something"):
-        pretrained.describe(odd, "llama")
+        pretrained.hub_config(odd, "llama")
     with pytest.raises(ValueError, match="family must be one of"):
-        pretrained.describe(odd, "bert")
+        pretrained.hub_config(odd, "bert")
 
 
 def test_weights_stay_mapped_where_their_dtype_stays(folder):

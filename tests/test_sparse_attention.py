@@ -358,7 +358,7 @@ def test_big_bird_reaches_what_the_pattern_says():
     ours = sp.big_bird(T, block=block, random_blocks=random_blocks, seed=1).mask(T)
     assert drawn.equal((ours & ~certain)[::block, ::block].sum(1))
     assert drawn.tolist() == [0, *[random_blocks] * (n - 2), 0]
-    out = attend_with(theirs, x[None], sp.BlockTable(block, table), 1)
+    out = attend_with(theirs, x[None], sp.BlockPattern(block, table), 1)
     torch.testing.assert_close(out, layer(x[None]), atol=1e-6, rtol=1e-6)
 
 
@@ -379,7 +379,7 @@ def test_big_bird_reaches_what_the_pattern_says():
         (lambda: sp.big_bird(64, block=8, random_blocks=-1), "at least 0, got 8 and -1"),
         (lambda: sp.big_bird(100, block=16), "length must be a positive multiple of block = 16, got 100"),
         (lambda: sp.documents(torch.ones(3)), r"ids must be \(S,\) or \(batch, S\) integers, got \(3,\)"),
-        (lambda: sp.BlockTable(4, torch.ones(2, 3, dtype=torch.bool)), r"\(blocks, blocks\) boolean, got \(2, 3\)"),
+        (lambda: sp.BlockPattern(4, torch.ones(2, 3, dtype=torch.bool)), r"\(blocks, blocks\) boolean, got \(2, 3\)"),
     ],
 )
 def test_wrong_patterns_are_refused_by_name(build, message):
@@ -717,7 +717,7 @@ def test_the_operators_refuse_what_the_doors_do():
         ({"chosen": torch.full((1, 1, 2, 2), 3)}, "must hold blocks 0 to 2, or -1 for none, got 3"),
         ({"chosen": torch.full((1, 1, 2, 2), -2)}, "must hold blocks 0 to 2, or -1 for none, got -2"),
         ({"chosen": torch.ones(1, 1, 2, 2, dtype=torch.long)}, "a block at most once in a list"),
-        ({"sinks": torch.zeros(3)}, r"sinks must be \(4,\) on cpu, got \(3,\)"),
+        ({"sinks": torch.zeros(3)}, r"sinks must be \(4,\) floats on cpu, got \(3,\)"),
         ({"step": 2}, "step 2 cannot do this: it runs on cuda"),
         ({"step": "cuda"}, "step must be one of"),
     ],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tformer_lib.contract import check_shapes, score_scale
 from tformer_lib.flash_attention.checks import Window, check_options
-from tformer_lib.flash_attention.kernels import LADDER, describe, matrix
+from tformer_lib.flash_attention.kernels import LADDER, arguments_of, matrix
 from tformer_lib.flash_attention.options import Options, options_of
 from tformer_lib.flash_attention.reference import tiled_forward
 from tformer_lib.ladder import FP8, counters, is_aligned, refusal_of_hopper, wants_gradients
@@ -75,7 +75,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, ...], options: Op
     lse = torch.empty(q.shape[:3], device=q.device)
     if 0 in (q.numel(), k.numel()):
         return out.zero_(), lse.fill_(-math.inf)
-    arguments = describe(q, k, v, options)
+    arguments = arguments_of(q, k, v, options)
     arguments.out, arguments.lse = matrix(out), lse.data_ptr()
     scales = [x.contiguous() for x in scales]  # alive until the launch
     arguments.q_scale, arguments.k_scale, arguments.v_scale = (x.data_ptr() for x in scales)

@@ -174,7 +174,7 @@ class Resources(ctypes.Structure):
 def resources(step: int | str, q: Tensor, k: Tensor, *, causal: bool = False) -> dict[str, int]:
     """Threads, registers, spilled bytes, shared memory and resident blocks of a CUDA step's launch on such tensors."""
     found = Resources()
-    LADDER.kernel(str(step), "resources", q.device).ask(describe(q, k, k, Options(1.0, causal)), found)
+    LADDER.kernel(str(step), "resources", q.device).ask(arguments_of(q, k, k, Options(1.0, causal)), found)
     return {name: getattr(found, name) for name, _ in Resources._fields_}
 
 
@@ -183,7 +183,7 @@ def matrix(x: Tensor) -> Matrix:
     return Matrix(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
 
 
-def describe(q: Tensor, k: Tensor, v: Tensor, options: Options, packing: Packing | None = None) -> Arguments:
+def arguments_of(q: Tensor, k: Tensor, v: Tensor, options: Options, packing: Packing | None = None) -> Arguments:
     """The arguments that every kernel needs; the caller adds the outputs."""
     arguments = Arguments(q=matrix(q), k=matrix(k), v=matrix(v), scale=options.scale)
     arguments.window, arguments.softcap = options.window, options.softcap
@@ -220,8 +220,8 @@ def run_forward(
         return out.zero_(), lse.fill_(-math.inf)
     if q.is_cuda:
         q, options, _ = positive_scale(q, options)
-    q, k, v = map(readable, (q, k, v))
-    arguments = describe(q, k, v, options, packing)
+    q, k, v = map(prepared, (q, k, v))
+    arguments = arguments_of(q, k, v, options, packing)
     arguments.out, arguments.lse = matrix(out), lse.data_ptr()
     dealt = counters(q.device) if q.is_cuda else None  # alive until the launch
     arguments.dealt = None if dealt is None else dealt.data_ptr()
@@ -249,8 +249,8 @@ def run_backward(
     sign = 1.0
     if q.is_cuda:
         q, options, sign = positive_scale(q, options)
-    q, k, v, out, dout = map(readable, (q, k, v, out, dout))
-    arguments = describe(q, k, v, options, packing)
+    q, k, v, out, dout = map(prepared, (q, k, v, out, dout))
+    arguments = arguments_of(q, k, v, options, packing)
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     delta = torch.empty_like(lse)
     arguments.out, arguments.dout = matrix(out), matrix(dout)
@@ -266,7 +266,7 @@ def run_backward(
     return dq if sign == 1.0 else dq * sign, dk, dv
 
 
-def readable(x: Tensor) -> Tensor:
+def prepared(x: Tensor) -> Tensor:
     """``x`` itself where the kernels of its device and dtype can read it by its strides, else a copy."""
     return loadable(x, aligned=x.is_cuda and x.dtype in HALVES)
 

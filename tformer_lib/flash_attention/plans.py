@@ -158,14 +158,14 @@ def make_plan(
     if (
         chosen == "0"
         or 0 in (q.numel(), k.numel(), v.numel())
-        or any(kernels.readable(x) is not x for x in (q, k, v))
+        or any(kernels.prepared(x) is not x for x in (q, k, v))
         or not all(x.is_contiguous() for x in given)
         or (q.is_cuda and options.scale <= 0)  # a copy of q takes the sign
         or (packing is not None and (checked or not q.is_cuda))  # what cu_seqlens hold is looked at in every call
     ):
         return None
     out, lse = empty_outputs(q, v)
-    arguments = kernels.describe(q, k, v, options, packing)
+    arguments = kernels.arguments_of(q, k, v, options, packing)
     arguments.out, arguments.lse = kernels.matrix(out), lse.data_ptr()
     pack, numbers = cut(bytes(arguments))
     kernel = kernels.LADDER.kernel(kernels.source_of(chosen, options), "forward", q.device)

@@ -19,10 +19,10 @@ tensors and our parameters), ``keys`` (a config whose keys are all read), ``shar
 from tformer_lib.pretrained.families import FAMILIES
 from tformer_lib.pretrained.hub import (
     config_from_hub,
-    describe,
     from_folder,
     from_hub,
     from_tensors,
+    hub_config,
     to_hub,
 )
 from tformer_lib.pretrained.int8 import quantise
@@ -39,7 +39,7 @@ __all__ = [
     "Published",
     "Shards",
     "config_from_hub",
-    "describe",
+    "hub_config",
     "facts",
     "folder",
     "from_folder",

@@ -237,7 +237,7 @@ def to_hub(
         OSError: a file cannot be written.
     """
     folder = Path(folder)
-    name, written = describe(model.config, family)
+    name, written = hub_config(model.config, family)
     theirs: dict[str, Tensor] = {}
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     for link in FAMILIES[name].links(model):
@@ -251,7 +251,7 @@ def to_hub(
         write_atomically(folder / name, data)
 
 
-def describe(config: ModelConfig, family: str | None = None) -> tuple[str, dict]:
+def hub_config(config: ModelConfig, family: str | None = None) -> tuple[str, dict]:
     """The family that a config belongs to, and its ``config.json``: what is read back is the config, in every field.
 
     Raises:

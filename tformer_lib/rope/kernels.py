@@ -319,7 +319,7 @@ class Angles:
         """Cosines and sines as tensors, for step 0."""
         return (self.cos, self.sin) if self.tabled else angles_at(self.positions, self.frequencies, self.factor)
 
-    def describe(self, arguments: Arguments) -> None:
+    def fill(self, arguments: Arguments) -> None:
         """Hand them to a kernel."""
         arguments.rotary_dim = 2 * self.pairs
         if self.tabled:
@@ -362,7 +362,7 @@ def common_arguments(q: Tensor, angles: Angles, layout: str, norm_eps: float | N
     arguments = Arguments(eps=norm_eps or 0.0, sign=-1.0 if inverse else 1.0, interleaved=layout == "interleaved")
     arguments.batch, _, arguments.tokens, arguments.head_dim = q.shape
     arguments.dtype = DTYPE_CODES[q.dtype]
-    angles.describe(arguments)
+    angles.fill(arguments)
     return arguments
 
 

@@ -37,7 +37,7 @@ from tformer_lib.sparse_attention.lists import Lists, pattern_lists
 from tformer_lib.sparse_attention.patterns import (
     BLOCK,
     Band,
-    BlockTable,
+    BlockPattern,
     Both,
     Bucket,
     Documents,
@@ -71,7 +71,7 @@ from tformer_lib.sparse_attention.patterns import (
 __all__ = [
     "BLOCK",
     "Band",
-    "BlockTable",
+    "BlockPattern",
     "Both",
     "Bucket",
     "Documents",

@@ -123,7 +123,7 @@ def describe_lists(lists: Lists) -> ListsDescription:
     )  # fmt: skip
 
 
-def describe(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float, causal: bool) -> Arguments:
+def arguments_of(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float, causal: bool) -> Arguments:
     """The arguments that every kernel needs; the caller adds the outputs."""
     arguments = Arguments(
         q=matrix(q), k=matrix(k), v=matrix(v), lists=describe_lists(lists), scale=scale, causal=causal
@@ -153,7 +153,7 @@ def launch_forward(
     if q.is_cuda:
         q, scale, _ = positive_scale(q, scale)
     q, k, v = (loadable(x, aligned=x.is_cuda) for x in (q, k, v))
-    arguments = describe(q, k, v, lists, scale, causal)
+    arguments = arguments_of(q, k, v, lists, scale, causal)
     counter = q.new_zeros(1, dtype=torch.int32)
     sinks = None if sinks is None else sinks.float().contiguous()
     arguments.out, arguments.lse, arguments.next = matrix(out), lse.data_ptr(), counter.data_ptr()
@@ -179,7 +179,7 @@ def launch_backward(
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     q, scale, sign = positive_scale(q, scale)
     q, k, v, out, dout = (loadable(x, aligned=True) for x in (q, k, v, out, dout))
-    arguments = describe(q, k, v, columns, scale, causal)
+    arguments = arguments_of(q, k, v, columns, scale, causal)
     dlse = None if dlse is None else dlse.contiguous()
     arguments.out, arguments.dout, arguments.lse = matrix(out), matrix(dout), lse.data_ptr()
     arguments.dq, arguments.dk, arguments.dv = matrix(dq), matrix(dk), matrix(dv)
@@ -208,7 +208,7 @@ def launch_cpu_backward(
     """The C++ twin's gradients: of q from the lists of every tile of queries, of k and v from those of keys."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     q, k, v, out, dout = (loadable(x) for x in (q, k, v, out, dout))
-    arguments = describe(q, k, v, rows, scale, causal)
+    arguments = arguments_of(q, k, v, rows, scale, causal)
     dlse = None if dlse is None else dlse.contiguous()
     statistics = q.new_empty(*q.shape[:2], blocks_in(q.shape[2], BLOCK), 2, BLOCK, dtype=torch.float32)
     arguments.out, arguments.dout, arguments.lse = matrix(out), matrix(dout), lse.data_ptr()

@@ -215,7 +215,7 @@ class GlobalTokens(Pattern):
         return hits[0] | hits[1]
 
 
-class BlockTable(Pattern):
+class BlockPattern(Pattern):
     """An explicit table of blocks: query block i sees all of key block j where ``table[i, j]``.
 
     Args:
@@ -362,7 +362,7 @@ def big_bird(length: int, *, block: int = BLOCK, random_blocks: int = 3, seed: i
     index = torch.arange(n)
     table = (index[:, None] - index).abs() <= 1  # (n, n)
     table[[0, -1]] = table[:, [0, -1]] = True
-    return BlockTable(block, table | draw_blocks(~table, random_blocks, seed))
+    return BlockPattern(block, table | draw_blocks(~table, random_blocks, seed))
 
 
 def draw_blocks(free: Tensor, count: int, seed: int) -> Tensor:
