@@ -51,7 +51,7 @@ needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 needs_cpu_twin = pytest.mark.skipif(not HAS_CPU_TWIN, reason="needs a C++ compiler and ninja")
 
 
-def plain(q, k, v, *, causal=False, window=None, mask=None, scale=None, softcap=None, alibi_slopes=None):
+def plain(q, k, v, *, causal=False, window=None, mask=None, scale=None, softcap=None, alibi_slopes=None, bias=None):
     """Textbook attention and log-sum-exp, in the precision of its inputs; zeros for a query that sees nothing."""
     T, S, heads = q.shape[2], k.shape[2], q.shape[1]
     position = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)  # query - key
@@ -70,6 +70,9 @@ def plain(q, k, v, *, causal=False, window=None, mask=None, scale=None, softcap=
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
         scores = scores - (alibi_slopes[..., None, None] * position.abs()).to(scores.dtype)
+    if bias is not None:
+        scores = scores + bias.masked_fill(bias == -math.inf, 0.0).to(scores.dtype)
+        seen = seen & (bias > -math.inf)
     some = seen.any(-1, keepdim=True)
     probabilities = scores.masked_fill(~seen & some, -math.inf).softmax(-1) * some
     lse = scores.masked_fill(~seen, -math.inf).logsumexp(-1)
@@ -219,6 +222,53 @@ def test_alibi(step, device, dtype, slopes):
         shape = (2, 4, 2, 200, 270, d)
         check_against_plain(shape, dtype, device, step, backward=True, alibi_slopes=slopes, **options)
     check_against_plain((2, 4, 2, 270, 133, 80), dtype, device, step, backward=True, alibi_slopes=slopes)
+
+
+BIASES = {  # shapes that broadcast to (batch, heads, T, S) = (2, 4, 200, 270)
+    "a number for each pair": ((200, 270), torch.float32),
+    "a number for each head and key": ((4, 1, 270), torch.float16),
+    "a number for each sequence and query": ((2, 1, 200, 1), torch.bfloat16),
+    "a number for everything": ((2, 4, 200, 270), torch.float64),
+}
+
+
+@every_form
+@pytest.mark.parametrize("kind", BIASES)
+def test_bias(step, device, dtype, kind):
+    shape, bias_dtype = BIASES[kind]
+    bias = (2 * torch.randn(shape, generator=torch.Generator().manual_seed(3))).to(device, bias_dtype)
+    if shape[-1] == 270:
+        bias[..., 7] = -math.inf  # nobody sees key 7
+        if shape[-2] == 200:
+            bias[..., 3, :] = -math.inf  # query 3 sees nothing
+    for d, options in ((64, {}), (128, {"causal": True}), (64, {"softcap": 2.0}), (160, {"window": (50, 20)})):
+        size = (2, 4, 2, 200, 270, d)
+        check_against_plain(size, dtype, device, step, backward=True, bias=bias, **options)
+    given = bias.mT.contiguous().mT if bias.dim() > 1 else bias  # the same numbers, laid out by columns
+    q, k, v = inputs((2, 4, 2, 200, 270, 64, 40), dtype, device)
+    torch.testing.assert_close(
+        flash_attention(q, k, v, bias=given, step=step), flash_attention(q, k, v, bias=bias, step=step), rtol=0, atol=0
+    )
+
+
+@every_form
+@pytest.mark.parametrize("kind", BIASES)
+def test_a_bias_has_a_gradient(step, device, dtype, kind):
+    shape, bias_dtype = BIASES[kind]
+    q, k, v = inputs((2, 4, 2, 200, 270, 64), dtype, device, grad=True)
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(4)).to(device, bias_dtype).requires_grad_()
+    leaves = (q, k, v, bias)
+    exact_leaves = doubles(*leaves)
+    dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(5)).to(device, dtype)
+    options = {"causal": True, "softcap": 3.0}
+    got = torch.autograd.grad(flash_attention(q, k, v, bias=bias, step=step, **options), leaves, dout)
+    exact_out, _ = plain(*exact_leaves[:3], bias=exact_leaves[3], **options)
+    exact = torch.autograd.grad(exact_out, exact_leaves, dout.double())
+    low_leaves = [x.detach().requires_grad_() for x in leaves]
+    low_out, _ = plain(*low_leaves[:3], bias=low_leaves[3], **options)
+    for got_grad, exact_grad, low_grad in zip(got, exact, torch.autograd.grad(low_out, low_leaves, dout), strict=True):
+        assert got_grad.dtype == low_grad.dtype
+        assert_close(got_grad, exact_grad, low_grad, factor=3)
 
 
 @every_form
@@ -435,6 +485,16 @@ def test_opcheck_and_compile_of_every_form(step, device, dtype):
     options = {"window": (20, 30), "softcap": 2.0, "alibi_slopes": slopes, "step": step}
     compiled = torch.compile(lambda *x: flash_attention(*x, **options), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v), flash_attention(q, k, v, **options), rtol=0, atol=0)
+    bias = torch.randn(4, 1, 90, device=device, requires_grad=True)
+    torch.library.opcheck(torch.ops.tformer_lab.flash_attention, (q, k, v, *given, bias))
+    compiled = torch.compile(
+        lambda *x: flash_attention(*x[:3], bias=x[3], **options), fullgraph=True, backend="aot_eager"
+    )
+    leaves = (q, k, v, bias)
+    outs = [attend(*leaves) for attend in (compiled, lambda *x: flash_attention(*x[:3], bias=x[3], **options))]
+    torch.testing.assert_close(*outs, rtol=0, atol=0)
+    for got, expected in zip(*(torch.autograd.grad(out.sum(), leaves) for out in outs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
 
 
 @every_backend

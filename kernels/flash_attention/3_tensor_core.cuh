@@ -203,7 +203,9 @@ __global__ void __launch_bounds__(THREADS, Sh::BLOCKS) forward_kernel(const __gr
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     cap_row(S[i], r, form);
-                    bias_row(S[i], r, form, warp_top + i * 16 + r * 8 + lane / 4 + sight.S - sight.T - key);
+                    const int row = warp_top + i * 16 + r * 8 + lane / 4;
+                    bias_row(S[i], r, form, row + sight.S - sight.T - key);
+                    add_bias(S[i], r, form, {row, key, sight.T, sight.S, a.bias_query, a.bias_key});
                 }
         if (!sight.sees_all(warp_top, Sh::WARP_ROWS, key, Sh::KEYS))
 #pragma unroll

@@ -270,7 +270,9 @@ struct Tiles {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 cap_row(S, r, form);
-                bias_row(S, r, form, group_top + consumer.row_in_group(r) + task.S - task.T - key);
+                const int row = group_top + consumer.row_in_group(r);
+                bias_row(S, r, form, row + task.S - task.T - key);
+                add_bias(S, r, form, {row, key, task.T, task.S, a.bias_query, a.bias_key});
             }
         }
         if (key >= clear_begin && key + Sh::KEYS <= clear_end) return;

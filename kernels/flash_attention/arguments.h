@@ -26,8 +26,10 @@ struct Arguments {
     const int32_t* cu_seqlens_k;   // (batch + 1) or null
     const float* alibi_slopes;     // (heads) or (batch, heads), or null: what a score loses for each key of distance
     const float *q_scale, *k_scale, *v_scale;  // float8 alone: of each head, of each kv head
+    const float* bias;             // what is added to each score, or null
     int64_t lse_batch, lse_head;   // strides of lse, dlse and delta in elements
     int64_t slopes_batch;          // of alibi_slopes; 0: all sequences have the same
+    int64_t bias_batch, bias_head, bias_query, bias_key;  // strides of bias; 0 where it is the same for all
     int64_t batch, heads, kv_heads;
     int64_t queries, keys;         // of the longest sequence
     int64_t total_q, total_k;      // rows of q and k in memory

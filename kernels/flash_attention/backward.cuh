@@ -212,7 +212,7 @@ struct Consumer {
         if (lane == 0) arrive(empty);
     }
 
-    // What becomes of products: tanh of them, less a slope for each key of distance. `cap` gets the derivative of tanh, as
+    // What becomes of products: tanh of them, less a slope for each key of distance, and the bias. `cap` gets the derivative of tanh, as
     // fragments of halves.
     __device__ void modify(float (&S)[Sh::ROWS / 8][4], uint32_t (&cap)[Sh::ROWS / 16][4], int64_t head, int top) const {
         const ScoreForm form = form_of(a, block.b, head);
@@ -229,8 +229,11 @@ struct Consumer {
             }
         const int first_query = top + block.sight.S - block.sight.T;
 #pragma unroll
-        for (int r = 0; r < 2; ++r)
-            bias_row(S, r, form, block.key + group * GROUP_KEYS + key_in_group(r) - first_query);
+        for (int r = 0; r < 2; ++r) {
+            const int key = block.key + group * GROUP_KEYS + key_in_group(r);
+            bias_row(S, r, form, key - first_query);
+            add_bias(S, r, form, {key, top, block.sight.S, block.sight.T, a.bias_key, a.bias_query});
+        }
     }
 
     // P = exp2(S - lse), zero where the query does not see the key. A query is a column here.

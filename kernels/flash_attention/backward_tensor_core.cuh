@@ -100,7 +100,7 @@ struct Block {
                                  int(columns));
     }
 
-    // What becomes of products: tanh of them, less a slope for each key of distance. dP - delta passes through the
+    // What becomes of products: tanh of them, less a slope for each key of distance, and the bias. dP - delta passes through the
     // derivative of tanh.
     __device__ void modify(Scores& S, Scores& dP, const float* lse, int64_t head, int top) const {
         const ScoreForm form = form_of(a, b, head);
@@ -118,7 +118,9 @@ struct Block {
                         const float slope = form.to_tanh == 0.0f ? 1.0f : 1.0f - S[i][j][e] * S[i][j][e];
                         dP[i][j][e] = slope * (dP[i][j][e] - delta);
                     }
-                bias_row(S[i], r, form, top + at + sight.S - sight.T - key - score_column);
+                const int first = key + score_column;
+                bias_row(S[i], r, form, top + at + sight.S - sight.T - first);
+                add_bias(S[i], r, form, {top + at, first, sight.T, sight.S, a.bias_query, a.bias_key});
             }
     }
 

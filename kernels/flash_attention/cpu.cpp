@@ -205,7 +205,7 @@ void mask_scores(float* S, const Sight& sight, int64_t row, int64_t rows, int64_
 
 // --- scores that are more than products ------------------------------------------------------------------------------
 
-bool modifies_scores(const Arguments& a) { return a.softcap > 0.0f || a.alibi_slopes != nullptr; }
+bool modifies_scores(const Arguments& a) { return a.softcap > 0.0f || a.alibi_slopes != nullptr || a.bias != nullptr; }
 
 // Exponentials are of base 2; a score that is modified changes its base after that.
 float q_factor(const Arguments& a) { return modifies_scores(a) ? a.scale : a.scale * LOG2E; }
@@ -218,10 +218,10 @@ Floats tanh(Floats x) {
     return x2 < 0.0625f ? series : whole;
 }
 
-// softcap * tanh(score / softcap), then less for each key of distance, all in base 2. The first row stands at key
-// `position`. `gradient`, where it is not null, gets the derivative of the cap.
-void modify_scores(const Arguments& a, float* S, float* gradient, int64_t b, int64_t h, int64_t position, int64_t rows,
-                   int64_t column, int64_t columns) {
+// softcap * tanh(score / softcap), then less for each key of distance, and the bias, all in base 2. The first row is query
+// `row`, and stands at key `position`. `gradient`, where it is not null, gets the derivative of the cap.
+void modify_scores(const Arguments& a, float* S, float* gradient, int64_t b, int64_t h, int64_t row, int64_t position,
+                   int64_t rows, int64_t column, int64_t columns) {
     const float slope = a.alibi_slopes != nullptr ? a.alibi_slopes[b * a.slopes_batch + h] : 0.0f;
     Floats lanes;
     for (int i = 0; i < LANES; ++i) lanes[i] = float(i);
@@ -236,6 +236,12 @@ void modify_scores(const Arguments& a, float* S, float* gradient, int64_t b, int
             const Floats apart = lanes + float(column + j - position - i);
             x = (x - (apart < 0.0f ? -apart : apart) * slope) * LOG2E;
         }
+    if (a.bias == nullptr) return;
+    const int64_t inside = std::min(columns, a.keys - column);  // the others are padding of the last panel
+    for (int64_t i = 0; i < rows; ++i) {
+        const float* const bias = a.bias + b * a.bias_batch + h * a.bias_head + (row + i) * a.bias_query;
+        for (int64_t j = 0; j < inside; ++j) S[i * KEY_TILE + j] += bias[(column + j) * a.bias_key] * LOG2E;
+    }
 }
 
 // --- forward ---------------------------------------------------------------------------------------------------------
@@ -275,7 +281,7 @@ void forward_tile(Arguments& a, const Panels& K, const Panels& V, int64_t b, int
         const int64_t columns = std::min<int64_t>(KEY_TILE, end - column), padded = round_up(columns, PANEL);
         multiply<false>(rows, padded / PANEL, d, {Q, d, 1}, K.head(seq.b, kv) + (base + column) * d, K.panel_stride, S,
                         KEY_TILE);
-        if (modifies_scores(a)) modify_scores(a, S, nullptr, b, h, row + shifted.shift, rows, column, padded);
+        if (modifies_scores(a)) modify_scores(a, S, nullptr, b, h, row, row + shifted.shift, rows, column, padded);
         mask_scores(S, shifted, row, rows, column, columns);
         if (column < lead)
             for (int64_t i = 0; i < rows; ++i) std::fill(S + i * KEY_TILE, S + i * KEY_TILE + lead - column, -INF);
@@ -347,7 +353,7 @@ void score_tile(Arguments& a, const BackwardPanels& panels, const Sequence& seq,
                     panels.V_columns.panel_stride, tile.dS, KEY_TILE);
     const Sight shifted = sight_of(a, seq, lead);
     if (modifies_scores(a))
-        modify_scores(a, tile.P, tile.cap_gradient, b, h, row + shifted.shift, rows, column, padded);
+        modify_scores(a, tile.P, tile.cap_gradient, b, h, row, row + shifted.shift, rows, column, padded);
     mask_scores(tile.P, shifted, row, rows, column, columns);
     const int64_t unseen = std::clamp<int64_t>(lead - column, 0, columns);
     const int64_t offset = seq.b * a.lse_batch + h * a.lse_head + seq.q_begin + row;

@@ -1,5 +1,5 @@
-// Scores that are more than products times the scale: softcap * tanh(score / softcap), and less for each key of distance
-// between a query's own position and the key (ALiBi). The files *_scores.cu are compiled with them; the others are not, so
+// Scores that are more than products times the scale: softcap * tanh(score / softcap), less for each key of distance
+// between a query's own position and the key (ALiBi), and a bias from memory. The files *_scores.cu are compiled with them; the others are not, so
 // that plain scores cost neither registers nor time for them.
 #pragma once
 #include "common/mma.cuh"
@@ -11,13 +11,15 @@ struct ScoreForm {
     float unit;     // what scores are counted in once they are modified: softcap, or the scale where there is no cap
     float to_tanh;  // score -> 2 log2(e) score / softcap, the exponent of tanh(x) = 1 - 2 / (1 + e^2x); 0: no cap
     float slope;    // in units
+    const float* bias;  // of one head, or null
 };
 
 __device__ inline ScoreForm form_of(const Arguments& a, int64_t b, int64_t h) {
     const bool capped = a.softcap > 0.0f;
     const float unit = capped ? a.softcap : a.scale;
     const float slope = a.alibi_slopes != nullptr ? a.alibi_slopes[b * a.slopes_batch + h] : 0.0f;
-    return {unit, capped ? 2.0f * LOG2E * a.scale / a.softcap : 0.0f, slope / unit};
+    const float* const bias = a.bias != nullptr ? a.bias + b * a.bias_batch + h * a.bias_head : nullptr;
+    return {unit, capped ? 2.0f * LOG2E * a.scale / a.softcap : 0.0f, slope / unit, bias};
 }
 
 // By which exp2 takes scores: products, or what was made of them.
@@ -57,6 +59,30 @@ __device__ void bias_row(float (&S)[TILES][4], int r, const ScoreForm& form, int
     for (int j = 0; j < TILES; ++j)
 #pragma unroll
         for (int e = 0; e < 2; ++e) S[j][2 * r + e] -= form.slope * fabsf(from - float(8 * j + e));
+}
+
+// Where a tile of scores lies in the bias: its row, its first column, how many rows and columns there are in all, and how far
+// apart they are in memory.
+struct BiasPlace {
+    int row, column, rows, columns;
+    int64_t row_stride, column_stride;
+};
+
+// Add the bias to one row of a tile. Four lanes read 32 bytes of it. What lies outside of it is masked later: there the last
+// number is read again.
+template <int TILES>
+__device__ void add_bias(float (&S)[TILES][4], int r, const ScoreForm& form, const BiasPlace& place) {
+    if (form.bias == nullptr) return;
+    const float per_unit = 1.0f / form.unit;
+    const float* const row = form.bias + min(place.row, place.rows - 1) * place.row_stride;
+    const int first = place.column + int(threadIdx.x % 4) * 2;
+#pragma unroll
+    for (int j = 0; j < TILES; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const float added = __ldg(row + min(first + 8 * j + e, place.columns - 1) * place.column_stride);
+            S[j][2 * r + e] = fmaf(added, per_unit, S[j][2 * r + e]);
+        }
 }
 
 }  // namespace flash

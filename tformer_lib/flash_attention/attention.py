@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tformer_lib.contract import check_inputs, score_scale
+from tformer_lib.contract import check_bias, check_inputs, score_scale
 from tformer_lib.flash_attention import operators, plans
 from tformer_lib.flash_attention.checks import Window, check_options, check_packed
 from tformer_lib.flash_attention.kernels import LADDER
@@ -22,6 +22,7 @@ def flash_attention(
     window: Window = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
     step: int | str | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
@@ -41,6 +42,8 @@ def flash_attention(
         softcap: scores become ``softcap * tanh(score / softcap)``, which keeps them between -softcap and softcap.
         alibi_slopes: (heads,) or (batch, heads) float32: a score loses its head's slope times the distance of the key
             from the query's own position, ALiBi (arXiv:2108.12409). It has no gradient.
+        bias: floating-point, broadcastable to (batch, heads, T, S): is added to the scores after they were capped.
+            Kernels read it as float32. Where it wants a gradient, all gradients are step 0's.
         step: which implementation, see the table above; the top one that can do it if not given.
         return_lse: return the log-sum-exp of every row's scores too.
         deterministic: the same bits of dq in every run, on a GPU at some cost in speed; follows
@@ -61,14 +64,16 @@ def flash_attention(
     """
     deterministic = is_deterministic(deterministic)
     key = None
-    if mask is None:
+    if mask is None and bias is None:
         key = plans.key_of((q, k, v, alibi_slopes, None, None), window, (causal, scale, softcap, step, deterministic))
         if key is not None and (plan := plans.find(key)) is not None:
             return run_planned(plan, return_lse, q, k, v, alibi_slopes, None, None)
     check_inputs(q, k, v, mask)
     check_options(q, window, softcap, alibi_slopes)
+    if bias is not None:
+        check_bias(bias, q, k)
     check_no_tangent("flash attention", q, k, v, instead="attention.attend")
-    given = {"softcap": softcap, "alibi_slopes": alibi_slopes, "deterministic": deterministic}
+    given = {"softcap": softcap, "alibi_slopes": alibi_slopes, "bias": bias, "deterministic": deterministic}
     options = options_of(causal, float(score_scale(scale, q.shape[-1])), window, **given)
     name = LADDER.name(step)
     out, lse = operate(q, k, v, mask, None, options, name)
@@ -168,6 +173,7 @@ def operate(
         options.ahead,
         options.softcap,
         options.alibi_slopes,
+        options.bias,
     )
 
 

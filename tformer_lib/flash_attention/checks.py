@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tformer_lib.contract import check_inputs
+from tformer_lib.contract import check_bias, check_inputs
 from tformer_lib.flash_attention.options import Options, Packing
 from tformer_lib.ladder import accumulation_dtype
 
@@ -92,6 +92,8 @@ def check_operands(
         check_inputs(q, k, v, mask)
         batch = None if packing is None else packing.cu_seqlens_q.shape[0] - 1
         check_options(q, options.window or None, options.softcap or None, options.alibi_slopes, batch)
+        if options.bias is not None:
+            check_bias(options.bias, q, k)
     if packing is not None and (on_cpu or checked):
         if q.shape[0] != 1 or mask is not None:
             raise ValueError(f"packed sequences lie in one batch row and have no mask, got batch {q.shape[0]}")

@@ -82,8 +82,8 @@ def refusal_of_form(step: str, q: Tensor, v: Tensor, options: Options) -> str | 
         return "the order of its additions to dq changes from run to run"
     if options.softcap:
         return "it does not cap scores (softcap)"
-    if options.alibi_slopes is not None:
-        return "it adds no bias to scores (alibi_slopes)"
+    if options.alibi_slopes is not None or options.bias is not None:
+        return "it adds no bias to scores (alibi_slopes, bias)"
     if v.shape[-1] != q.shape[-1] and step != "backward_wide":
         return f"it takes values of head_dim {q.shape[-1]} alone, got {v.shape[-1]}"
     return None
@@ -148,12 +148,14 @@ class Arguments(ctypes.Structure):
                 "q_scale",
                 "k_scale",
                 "v_scale",
+                "bias",
             )
         ),
         *(
             (name, ctypes.c_int64)
-            for name in ("lse_batch", "lse_head", "slopes_batch", "batch", "heads", "kv_heads", "queries", "keys")
+            for name in ("lse_batch", "lse_head", "slopes_batch", "bias_batch", "bias_head", "bias_query", "bias_key")
         ),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "queries", "keys")),
         *((name, ctypes.c_int64) for name in ("total_q", "total_k", "head_dim", "value_dim", "window")),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
@@ -205,6 +207,10 @@ def arguments_of(q: Tensor, k: Tensor, v: Tensor, options: Options, packing: Pac
     if (slopes := options.alibi_slopes) is not None:
         arguments.alibi_slopes = slopes.data_ptr()
         arguments.slopes_batch = 0 if slopes.dim() == 1 else q.shape[1]
+    if (bias := options.bias) is not None:
+        strides = (0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True))
+        arguments.bias = bias.data_ptr()
+        arguments.bias_batch, arguments.bias_head, arguments.bias_query, arguments.bias_key = strides
     return arguments
 
 
@@ -218,6 +224,7 @@ def run_forward(
     out, lse = empty_outputs(q, v)
     if 0 in (q.numel(), k.numel(), v.numel()):
         return out.zero_(), lse.fill_(-math.inf)
+    options = with_float_bias(options)  # alive until the launch
     if q.is_cuda:
         q, options, _ = positive_scale(q, options)
     q, k, v = map(prepared, (q, k, v))
@@ -246,7 +253,7 @@ def run_backward(
     dq, dk, dv = map(laid_out_as, (q, k, v))
     if 0 in (q.numel(), k.numel(), v.numel()):
         return dq.zero_(), dk.zero_(), dv.zero_()
-    sign = 1.0
+    sign, options = 1.0, with_float_bias(options)  # alive until the launch
     if q.is_cuda:
         q, options, sign = positive_scale(q, options)
     q, k, v, out, dout = map(prepared, (q, k, v, out, dout))
@@ -269,6 +276,11 @@ def run_backward(
 def prepared(x: Tensor) -> Tensor:
     """``x`` itself where the kernels of its device and dtype can read it by its strides, else a copy."""
     return loadable(x, aligned=x.is_cuda and x.dtype in HALVES)
+
+
+def with_float_bias(options: Options) -> Options:
+    """The same with a bias of float32, which is what kernels read."""
+    return options if options.bias is None else replace(options, bias=options.bias.float())
 
 
 def positive_scale(q: Tensor, options: Options) -> tuple[Tensor, Options, float]:

@@ -33,9 +33,11 @@ def flash_attention_op(
     ahead: int = -1,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operator behind both public functions; it sees one batch row where sequences are packed."""
-    options = Options(scale, causal, window, deterministic, ahead, softcap, in_rows(alibi_slopes))
+    added = in_rows(alibi_slopes), in_four_dimensions(bias)
+    options = Options(scale, causal, window, deterministic, ahead, softcap, *added)
     packing = pack(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     check_operands(q, k, v, mask, options, packing, checked)
     chosen = LADDER.choose(step, q.device, lambda name: refusal(name, q, v, mask, options))
@@ -49,6 +51,11 @@ def flash_attention_op(
 def in_rows(alibi_slopes: Tensor | None) -> Tensor | None:
     """Slopes as kernels read them, one after another."""
     return None if alibi_slopes is None else alibi_slopes.contiguous()
+
+
+def in_four_dimensions(bias: Tensor | None) -> Tensor | None:
+    """A bias that broadcasts to (batch, heads, T, S), with ones for the dimensions that it lacks."""
+    return None if bias is None else bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
 
 
 def pack(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, *longest: int) -> Packing | None:
@@ -86,25 +93,37 @@ def flash_attention_backward_op(
     ahead: int = -1,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v."""
-    options = Options(scale, causal, window, deterministic, ahead, softcap, in_rows(alibi_slopes))
+    bias: Tensor | None = None,
+    bias_wanted: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, and where it is wanted that of the bias (else an empty tensor)."""
+    added = in_rows(alibi_slopes), in_four_dimensions(bias)
+    options = Options(scale, causal, window, deterministic, ahead, softcap, *added)
     packing = pack(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     check_operands(q, k, v, mask, options, packing, False)
     check_gradients(q, v, dout, dlse, out, lse)
-    return differentiate(step, (dout, dlse, q, k, v, out, lse), mask, options, packing)
+    dbias = torch.zeros(options.bias.shape if bias_wanted else 0, dtype=lse.dtype, device=q.device)
+    gradients = differentiate(
+        step, (dout, dlse, q, k, v, out, lse), mask, options, packing, dbias if bias_wanted else None
+    )
+    return *gradients, dbias.to(bias.dtype).reshape(bias.shape) if bias_wanted else dbias
 
 
 def differentiate(
-    step: str, given: tuple[Tensor | None, ...], mask: Tensor | None, options: Options, packing: Packing | None
+    step: str,
+    given: tuple[Tensor | None, ...],
+    mask: Tensor | None,
+    options: Options,
+    packing: Packing | None,
+    dbias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v; ``given`` are dout, dlse, q, k, v, out and lse."""
+    """The gradients of q, k and v; ``given`` are dout, dlse, q, k, v, out and lse. The bias's is added to ``dbias``."""
     _, _, q, k, v, _, _ = given
-    chosen = choose_backward(step, q, v, mask, options)
+    chosen = "0" if dbias is not None else choose_backward(step, q, v, mask, options)
     if chosen != "0":
         return kernels.run_backward(chosen, *given, options, packing)
     if packing is None:
-        gradients = reference.tiled_backward(*given, options, mask)
+        gradients = reference.tiled_backward(*given, options, mask, dbias=dbias)
     else:
         gradients = reference.packed_backward(*given, options, packing)
     return tuple(reference.laid_out_as(x).copy_(dx) for x, dx in zip((q, k, v), gradients, strict=True))
@@ -112,10 +131,19 @@ def differentiate(
 
 @flash_attention_backward_op.register_fake
 def flash_attention_backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *asked: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The shapes, dtypes and strides of the gradients."""
-    return tuple(map(reference.laid_out_as, (q, k, v)))
+    given = dict(zip(ASKED, asked, strict=False))
+    dbias = given["bias"].new_empty(given["bias"].shape) if given.get("bias_wanted") else lse.new_empty(0)
+    return *map(reference.laid_out_as, (q, k, v)), dbias
+
+
+# What the operator takes behind lse; who calls it may leave out the last ones.
+ASKED = (
+    *("mask", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "causal", "window", "scale", "step"),
+    *("deterministic", "ahead", "softcap", "alibi_slopes", "bias", "bias_wanted"),
+)
 
 
 def choose_backward(step: str, q: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> str:
@@ -126,20 +154,21 @@ def choose_backward(step: str, q: Tensor, v: Tensor, mask: Tensor | None, option
 
 def save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     """Keep what the gradients need: the inputs, out and lse; nothing of size T x S."""
-    q, k, v, mask, cu_seqlens_q, cu_seqlens_k, *options, _, ahead, softcap, alibi_slopes = inputs  # _: checked
-    ctx.save_for_backward(q, k, v, *output, mask, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
+    q, k, v, mask, cu_seqlens_q, cu_seqlens_k, *options, _, ahead, softcap, alibi_slopes, bias = inputs  # _: checked
+    ctx.save_for_backward(q, k, v, *output, mask, cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias)
     ctx.options, ctx.form = options, (ahead, softcap)
     ctx.set_materialize_grads(False)
 
 
 def backward(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple:
     """The gradients of the operator's inputs; lse has one too, where it was used."""
-    q, k, v, out, lse, mask, cu_seqlens_q, cu_seqlens_k, alibi_slopes = ctx.saved_tensors
+    q, k, v, out, lse, mask, cu_seqlens_q, cu_seqlens_k, *added = ctx.saved_tensors  # alibi_slopes and bias
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv = torch.ops.tformer_lab.flash_attention_backward(
-        dout, dlse, q, k, v, out, lse, mask, cu_seqlens_q, cu_seqlens_k, *ctx.options, *ctx.form, alibi_slopes
+    wanted = ctx.needs_input_grad[-1]
+    dq, dk, dv, dbias = torch.ops.tformer_lab.flash_attention_backward(
+        dout, dlse, q, k, v, out, lse, mask, cu_seqlens_q, cu_seqlens_k, *ctx.options, *ctx.form, *added, wanted
     )
-    return dq, dk, dv, *(None for _ in range(7 + len(ctx.options)))
+    return dq, dk, dv, *(None for _ in range(7 + len(ctx.options))), dbias if wanted else None
 
 
 class Planned(torch.autograd.Function):
@@ -162,7 +191,7 @@ class Planned(torch.autograd.Function):
         given, o, packing = (dout, dlse, q, k, v, out, lse), plan.options, pack(*starts, *plan.longest)
         if torch.is_grad_enabled():
             asked = (*plan.longest, o.causal, o.window, o.scale, plan.step, o.deterministic, o.ahead, o.softcap, slopes)
-            gradients = torch.ops.tformer_lab.flash_attention_backward(*given, None, *starts, *asked)
+            *gradients, _ = torch.ops.tformer_lab.flash_attention_backward(*given, None, *starts, *asked)
         else:
             gradients = differentiate(plan.step, given, None, replace(o, alibi_slopes=slopes), packing)
         return None, None, *gradients, None, None, None

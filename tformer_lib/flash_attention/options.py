@@ -18,6 +18,7 @@ class Options:
         softcap: scores become ``softcap * tanh(score / softcap)``; 0: they do not.
         alibi_slopes: (heads,) or (batch, heads) float32: a score loses its head's slope times the distance of the key
             from the query's own, after it was capped.
+        bias: (batch or 1, heads or 1, T or 1, S or 1) floating-point: is added to the scores after they were capped.
     """
 
     scale: float
@@ -27,6 +28,7 @@ class Options:
     ahead: int = -1
     softcap: float = 0.0
     alibi_slopes: Tensor | None = field(default=None, compare=False)
+    bias: Tensor | None = field(default=None, compare=False)
 
     @property
     def last_ahead(self) -> int:
@@ -36,7 +38,7 @@ class Options:
     @property
     def modifies_scores(self) -> bool:
         """Whether scores are more than products times the scale."""
-        return self.softcap > 0 or self.alibi_slopes is not None
+        return self.softcap > 0 or self.alibi_slopes is not None or self.bias is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ def options_of(
     *,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
     deterministic: bool = False,
 ) -> Options:
     """What a caller asked for, in the terms that every step knows."""
@@ -71,4 +74,4 @@ def options_of(
     elif window is not None:
         keys, ahead = window, 0
     causal = bool(causal or ahead == 0)
-    return Options(scale, causal, keys, deterministic, -1 if causal else ahead, softcap or 0.0, alibi_slopes)
+    return Options(scale, causal, keys, deterministic, -1 if causal else ahead, softcap or 0.0, alibi_slopes, bias)

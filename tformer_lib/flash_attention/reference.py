@@ -64,12 +64,14 @@ def tiled_backward(
     options: Options,
     mask: Tensor | None = None,
     tile: int = TILE,
+    dbias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 2 of FlashAttention-2: the probabilities come back from the scores and the log-sum-exp.
 
     With P = exp(S - lse): dV = P^T dO, dP = dO V^T, dS = P (dP - delta), dQ = dS K scale, dK = dS^T Q scale, where
     delta = rowsum(dO O) is the softmax's own correction. A gradient of lse adds dlse P to dS, so it joins delta. Where
-    scores were capped, dS passes through the derivative of tanh on its way.
+    scores were capped, dS passes through the derivative of tanh on its way. dS before that is the gradient of a bias:
+    it is added to ``dbias``, a tensor of the bias's shape, where that is given.
     """
     dtype, T, S, kv_heads = accumulation_dtype(q), q.shape[2], k.shape[2], k.shape[1]
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
@@ -84,6 +86,9 @@ def tiled_backward(
             P = torch.exp(scores - anchor)
             dP = dout_tile @ v[:, :, columns].to(dtype).mT
             dS = P * (dP - delta[:, :, rows, None])
+            if dbias is not None:
+                part = part_of(dbias, rows, columns)
+                part += dS.sum_to_size(part.shape)
             if options.softcap:
                 dS = dS * (1 - (capped / options.softcap) ** 2)
             dv[:, :, columns] += P.mT @ dout_tile
@@ -107,20 +112,22 @@ def score_tile(
     scores = capped
     if options.alibi_slopes is not None:  # (heads,) or (batch, heads)
         scores = scores - options.alibi_slopes[..., None, None].to(scores.dtype) * (query - key).abs()
+    if options.bias is not None:
+        scores = scores + part_of(options.bias, rows, columns).to(scores.dtype)
     if options.last_ahead >= 0:
         scores = scores.masked_fill(key > query + options.last_ahead, -math.inf)
     if options.window:
         scores = scores.masked_fill(key <= query - options.window, -math.inf)
     if mask is not None:
-        scores = scores.masked_fill(~mask_tile(mask, rows, columns), -math.inf)
+        scores = scores.masked_fill(~part_of(mask, rows, columns), -math.inf)
     return scores, capped
 
 
-def mask_tile(mask: Tensor, rows: slice, columns: slice) -> Tensor:
-    """The part of a broadcastable mask that covers one tile."""
-    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-    mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
-    return mask if mask.shape[3] == 1 else mask[..., columns]
+def part_of(x: Tensor, rows: slice, columns: slice) -> Tensor:
+    """The part of a broadcastable mask or bias that covers one tile."""
+    x = x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
+    x = x if x.shape[2] == 1 else x[:, :, rows]
+    return x if x.shape[3] == 1 else x[..., columns]
 
 
 def packed_forward(q: Tensor, k: Tensor, v: Tensor, options: Options, packing: Packing) -> tuple[Tensor, Tensor]:
