@@ -34,6 +34,7 @@ from tformer_lib.serving import (
     blocks_that_fit,
     graph_sizes,
     overlap,
+    runner,
 )
 from tformer_lib.serving.command import main
 from tformer_lib.serving.runner import likeliest
@@ -334,6 +335,25 @@ def test_the_likeliest_token_is_the_first_of_the_largest(device, dtype):
     tokens, finite = likeliest(logits.to(device))
     assert tokens.tolist() == logits.argmax(-1).tolist()
     assert (~finite).nonzero().flatten().tolist() == [3, 4, 5]
+
+
+def test_steps_that_are_not_recorded_leave_compiled_blocks_alone(monkeypatch):
+    from torch._dynamo.utils import counters
+
+    model, traced = make_model(), []
+    for block in model.stack.blocks:
+        block.compile(backend="eager", dynamic=True)
+    for graphs, compiled_from in (({}, 8192), ({1: ()}, 8192), ({1: ()}, 4)):
+        torch._dynamo.reset()
+        counters.clear()
+        monkeypatch.setattr(runner, "COMPILED_FROM", compiled_from)
+        engine = Engine(model, blocks=8, block_size=4, seats=1, budget=8)
+        engine.runner.graphs = graphs  # a prompt of five tokens fits into no recorded step
+        made = engine.add([1, 2, 3, 4, 5], {"max_new_tokens": 1})
+        engine.run()
+        assert made.new_tokens == alone([1, 2, 3, 4, 5], max_new_tokens=1)
+        traced.append(counters["frames"]["total"] > 0)
+    assert traced == [True, False, True]
 
 
 HYBRID = {
