@@ -998,3 +998,23 @@ def test_a_mask_that_depends_on_the_query_is_refused():
 def test_wrong_options_are_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call(*make(7))
+
+
+@pytest.mark.skipif(not jit.can_build_cpp(), reason="needs a C++ compiler and ninja")
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("gate_gradient", [False, True])
+def test_a_scale_of_zero_leaves_the_gradients_of_the_state(delta, gate_gradient):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q": (1, 4, 70, 8), "k": (1, 2, 70, 8), "v": (1, 2, 70, 8), "initial_state": (1, 2, 8, 8)}
+    x = {name: (torch.randn(shape, generator=generator) * 0.3).requires_grad_() for name, shape in shapes.items()}
+    gates = (-torch.rand(1, 2, 70, 1, generator=generator)).requires_grad_(gate_gradient)
+    more = {"beta": torch.full((1, 2, 70, 1), 0.5)} if delta else {}
+    form = la.delta_attend if delta else la.gated_attend
+    leaves = [*x.values(), *([gates] if gate_gradient else [])]
+
+    def gradients(step):
+        out, state = form(**x, log_decay=gates, scale=0.0, step=step, return_state=True, **more)
+        return torch.autograd.grad(out.sum() + state.square().sum(), leaves)
+
+    for ours, plain in zip(gradients("cpu"), gradients(None), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)

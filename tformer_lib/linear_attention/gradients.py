@@ -56,6 +56,8 @@ class Sums:
     ) -> tuple[Tensor | None, ...]:
         """dq, dk, dv, nothing for log_decay and beta, dinitial."""
         group, raw = q.shape[1] // k.shape[1], (q, k)
+        if scale == 0:  # the outputs are 0 whatever the inputs are: what is left comes from the last state
+            dout, scale = torch.zeros_like(dout), 1.0
         if map_code:
             q, k = (map_features(x, map_code, map_scale) for x in raw)
         k, v, gates, first, dlast = (to_heads(x, group) for x in (k, v, log_decay, initial, dfinal))
