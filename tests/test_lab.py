@@ -231,11 +231,11 @@ def wait(browser: Browser, expression: str, otherwise: str, seconds: float = 60)
         browser.listen(0.2, most=0.2)
 
 
-WITHOUT_FIGURE = {"08-rope", "14-real-models"}
-"""Chapters without an interactive figure; in chapter 8 it answers a prediction, so it waits for its cell to run."""
+WITHOUT_FIGURE = {"08-rope"}
+"""Chapters whose interactive figure answers a prediction, so that it waits for its cell to run."""
 
-HARMLESS = r"Canceled future for execute_request|Kernel connection disconnected"
-"""What JupyterLab itself reports when a tab is closed while its kernel starts."""
+HARMLESS = r"Canceled future for execute_request|Kernel connection disconnected|reading 'kernel'"
+"""What JupyterLab itself reports when a tab is closed while its kernel starts or its figures are restored."""
 
 CURRENT = "window.jupyterapp.shell.currentWidget"
 FIGURES = f"""

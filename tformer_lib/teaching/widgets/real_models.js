@@ -87,12 +87,12 @@ function renderChat({ model, el }) {
     here = here || message === "here";
     show();
   };
-  const figure = kit.el(
-    "div", { class: "tf-widget tf-chat", role: "group", "aria-labelledby": heading.id }, heading, talk,
+  const body = kit.el(
+    "div", { class: "tf-body" }, talk,
     kit.el("label", { for: id }, "Your turn"), box, kit.controls(Object.values(buttons), temperature), note,
     kit.el("p", { class: "tf-label" }, "Where a head looks while it writes the last answer"), kit.controls(heads), looks,
   );
-  el.append(figure);
+  el.append(kit.el("div", { class: "tf-widget tf-chat", role: "group", "aria-labelledby": heading.id }, heading, body));
   show();
   model.on("change:data", show);
   model.on("msg:custom", hear);
