@@ -25,17 +25,28 @@ for.
 The parts "latency" and "knee" let requests arrive while others are served, one by one at random (Poisson) or many at
 once (bursts), at rates below and above what the engine can bear, and ask how long each waits: see ``serving_latency``.
 
-The part "timeline" takes a decode step apart. Of 160 rows with 942 keys each, a step took 2.77 ms on an H200 where its
-bytes would take 1.72 (62 %), and the kernels said why, before gate and up were one product:
+The part "timeline" takes a decode step apart. Of 160 rows with 930 keys each, a step took 2.75 ms on an H200 where its
+bytes would take 1.71 (62 %), and the kernels said why:
 
-    attention          1.41 ms, 1.15 by its bytes: 309 MB a layer at 3.5 TB/s. A call lasts 88 us, of which some 9 pass
+    attention          1.39 ms, 1.14 by its bytes: 305 MB a layer at 3.5 TB/s. A call lasts 87 us, of which some 9 pass
                        before the first bytes arrive and after the last, and rows this short end often
-    matrix products    1.02 ms, 0.57 by their bytes. A product of few rows has a floor of its own: 6.4 us for out (2.0
-                       by its bytes) and 6.8 for q, k and v (2.9), even for one row; down, cut along its inner
-                       dimension, takes 16.6 (7.8)
-    small kernels      0.24 ms: RoPE, writing keys and values, norms, the gate, the residual, 2 to 3 us each
-    choosing tokens    0.06 ms
-    the host           nothing: it takes 1.3 ms a step, and is a step ahead
+    matrix products    0.96 ms, 0.57 by their bytes. A product of few rows has a floor of its own: 6.4 us for out (2.0
+                       by its bytes) and 7.5 for q, k and v (2.9); down, cut along its inner dimension, takes 12.8 and
+                       3.0 for the sum of its parts (7.8); gate and up 20.8 (15.6 by bytes, 13.6 by arithmetic)
+    small kernels      0.3 ms: RoPE, writing keys and values, norms, the gate, the residual, 2 to 7 us each
+    choosing tokens    0.05 ms
+    the host           nothing: it takes 1.1 ms a step, and is a step ahead
+
+What was tried to come nearer, what it promised, and what it gave:
+
+    matrix products in Triton, with the weights' rows as those of wgmma, cut along the inner dimension: gate and up 25.1
+        us instead of 18 (cuBLAS 23.4 in the same graph), down 15.8 instead of 11 (17.2), out 6.9 instead of 5 (7.0)
+    fixed sizes of the joined matrices, so that the gate's loads are aligned: 4.4 us instead of 7.4 where the kernel is
+        tuned for as many rows as it gets, and 7.1 where it was tuned for few; 3 were promised
+    the search for the likeliest token as one compiled kernel: 45 us, 10 promised, 31 before; taken back
+    all compiled kernels tuned by coordinate descent: one row 1,175 us instead of 1,239, 160 rows 2,803 instead of 2,750
+    mixed steps: of 512 tokens or of 4,096, they took 18 ms, because the host needs one for each compiled block that it
+        calls. They run the blocks as they stand now
 
 The parts "speculation", "float8" and "deterministic" ask what each of these gains or costs: drafts at batch 1, on texts
 that repeat themselves, that never do, and that mislead; float8 in the same bytes of keys and values; and steps of one
