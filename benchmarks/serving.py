@@ -46,7 +46,7 @@ What was tried to come nearer, what it promised, and what it gave:
     the search for the likeliest token as one compiled kernel: 45 us, 10 promised, 31 before; taken back
     all compiled kernels tuned by coordinate descent: one row 1,175 us instead of 1,239, 160 rows 2,803 instead of 2,750
     mixed steps: of 512 tokens or of 4,096, they took 18 ms, because the host needs one for each compiled block that it
-        calls. They run the blocks as they stand now
+        calls. They run the blocks as they stand now, which was not timed alone on a GPU yet
 
 The parts "speculation", "float8" and "deterministic" ask what each of these gains or costs: drafts at batch 1, on texts
 that repeat themselves, that never do, and that mislead; float8 in the same bytes of keys and values; and steps of one
