@@ -11,6 +11,7 @@ Without Chromium, or where MathJax could not be fetched by ``tools/vendor.py``, 
 import functools
 import http.server
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -26,6 +27,8 @@ import yaml
 from bs4 import BeautifulSoup
 from chromium import Browser, executable
 from pages import DESKTOP, DRAWN, PHONE, broken_links, visit
+
+from tformer_lib import teaching
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTENTS = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
@@ -463,3 +466,47 @@ FOLDED = """
   .map((part) => part.textContent.trim().slice(0, 80))
 """
 """What a reader of the page could unfold, and a reader of the paper could not."""
+
+
+CHAT = """<!doctype html><style>{style}</style><body><script type=module>
+{module}
+const handlers = {{}};
+window.sent = [];
+window.tell = (data) => {{ window.data = data; handlers["change:data"](); }};
+window.data = {data};
+const model = {{
+  get: (name) => (name === "data" ? window.data : "Chat"),
+  on: (event, handler) => (handlers[event] = handler),
+  off: () => {{}},
+  send: (message) => {{
+    window.sent.push(message);
+    if ({live} && message.do === "hello") setTimeout(() => handlers["msg:custom"]("here"));
+  }},
+}};
+renderChat({{ model, el: document.body }});
+</script>"""
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_the_chat_asks_its_kernel_or_says_that_there_is_none(browser, tmp_path, live):
+    box = teaching.chat(say="Once, Lily lived in", max_new_tokens=6, look=(1, 4))
+    module = box._esm.replace("export default { render: renderChat };", "")
+    options = {"style": box._css, "data": json.dumps(box.data), "live": json.dumps(live)}
+    (tmp_path / "chat.html").write_text(CHAT.format(module=module, **options))
+    browser.open(f"file://{tmp_path}/chat.html")
+    assert browser.evaluate(f"({DRAWN})(1000)") == 1
+    browser.evaluate("Object.assign(document.querySelector('textarea'), {value: 'Then'})")
+    for number in range(4):
+        browser.evaluate(f"document.querySelectorAll('.tf-button')[{number}].click()")
+    asked = browser.evaluate("JSON.stringify(window.sent)")
+    note = browser.evaluate("document.querySelector('.tf-readout').textContent")
+    if not live:
+        assert json.loads(asked) == [{"do": "hello"}]
+        assert note.startswith("Run this cell in JupyterLab")
+        return
+    assert json.loads(asked) == [{"do": "hello"}, {"do": "say", "text": "Then"}, {"do": "again"}, {"do": "new"}]
+    busy = box.data | {"busy": True, "turns": [*box.data["turns"], {"said": "<b>bold</b>", "answer": "", "took": ""}]}
+    browser.evaluate(f"window.tell({json.dumps(busy)})")
+    disabled = "[...document.querySelectorAll('.tf-button')].map((button) => button.disabled).join()"
+    assert browser.evaluate(disabled) == "true,false,true,true"
+    assert "<b>bold</b>" in browser.evaluate("document.body.innerText"), "what is said is shown as text"
