@@ -21,7 +21,8 @@ from tformer_lib.attention import attend, attend_sdpa
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = sorted(RESULTS.glob("*/*.json"))
-COMMANDS = sorted({p.stem for p in (ROOT / "benchmarks").glob("*.py")} - {"__init__", "doors", "harness"})
+PARTS = {"__init__", "doors", "harness", "serving_latency", "serving_peer"}
+COMMANDS = sorted({p.stem for p in (ROOT / "benchmarks").glob("*.py")} - PARTS)
 
 
 def extension(name: str):
