@@ -1,10 +1,11 @@
 """Facts about public models: what their config.json says of their shape, and how many parameters they have.
 
-They stand here so that a count can be checked without a download. Each was compared, on 30 November 2026, with public
+They stand here so that a count can be checked without a download. They were compared, on 30 November 2026, with public
 sources: the configs with the config.json on the model's page on the Hugging Face hub, whose name it has here, or, where
 that page could not be read, with those of copies that name it as their origin and leave these keys as they were, or of
-its Instruct version. The totals are half of ``total_size`` in the index of a bfloat16
-checkpoint (Llama 3.1, Mistral, Mixtral, Qwen3-30B, DeepSeek-V2-Lite), or what the page counts of its safetensors.
+its Instruct version. GPT-2's config was not compared, only its total. The totals are half of ``total_size`` in the
+index of a bfloat16 checkpoint (Llama 3.1, Mistral, Mixtral, Qwen3-30B, DeepSeek-V2-Lite), or what the page counts
+of its safetensors.
 """
 
 from dataclasses import dataclass
