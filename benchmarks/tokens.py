@@ -31,10 +31,14 @@ def corpus() -> tuple[str, str]:
         return "stories", tokens.join_stories(stories.stories(1700))
 
 
-def compression(text: str) -> list[float]:
-    """Bytes per token of ``text`` for each vocabulary size of ``CURVE``: a smaller vocabulary has the first merges."""
+def compression(text: str) -> dict[str, list]:
+    """Bytes per token of ``text`` for the vocabulary sizes of ``CURVE`` that it can fill: a smaller one has the first
+    merges, and a text of few words has no pair left to merge before the largest size.
+    """
     learned = tokens.train_bpe(text, CURVE[-1])
-    return [len(text.encode()) / len(first_tokens(learned, size).encode_ordinary(text)) for size in CURVE]
+    sizes = [size for size in CURVE if size <= len(learned.vocab)]
+    counts = [len(first_tokens(learned, size).encode_ordinary(text)) for size in sizes]
+    return {"vocab_size": sizes, "bytes_per_token": [round(len(text.encode()) / count, 4) for count in counts]}
 
 
 def first_tokens(learned: tokens.BPE, size: int) -> tiktoken.Encoding:
@@ -77,7 +81,7 @@ def run(args: Options) -> None:
         alone, row = "it is tiktoken itself", f"encode, {encoding.n_vocab} tokens, {rate} MB/s"
         report.add(row, timing, alone=alone, megabytes_per_second=rate, **facts)
     report.note(
-        compression={"vocab_size": CURVE, "bytes_per_token": [round(ratio, 4) for ratio in compression(text)]},
+        compression=compression(text),
         gpt2_bytes_per_token=round(len(text.encode()) / len(tokens.gpt2().encode_ordinary(text)), 4),
         single_character_entropy_bits=round(entropy_of_characters(text), 4),
     )

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from benchmarks import flash_attention, harness, paged_attention, ratios
-from tformer_lib import jit, profiling, teaching
+from benchmarks import tokens as tokens_benchmark
+from tformer_lib import jit, profiling, stories, teaching, tokens
 from tformer_lib.attention import attend, attend_sdpa
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +42,16 @@ def test_every_input_set_takes_its_turn():
     timing = harness.measure(seen.append, [(1,), (2,), (3,)], seconds=0.0, warmup=0.0, min_calls=6, max_calls=6)
     assert timing.calls == 6
     assert seen[-6:] == [1, 2, 3, 1, 2, 3]
+
+
+def test_a_text_of_few_words_fills_the_vocabularies_that_it_can():
+    text = "".join(stories.stories(20))
+    learned = len(tokens.train_bpe(text, tokens_benchmark.CURVE[-1]).vocab)
+    curve = tokens_benchmark.compression(text)
+    assert 300 < learned < 4096
+    assert curve["vocab_size"] == [size for size in tokens_benchmark.CURVE if size <= learned]
+    assert len(curve["bytes_per_token"]) == len(curve["vocab_size"])
+    assert curve["bytes_per_token"] == sorted(curve["bytes_per_token"])
 
 
 def test_report_is_written_whole_and_read_back(tmp_path):
