@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -45,6 +46,17 @@ def sources(module: str) -> list[Path]:
 
 def test_there_are_notebooks():
     assert NOTEBOOKS
+
+
+def test_git_keeps_nothing_beside_the_chapters_and_nothing_that_it_ignores():
+    def listed(*asked: str) -> list[str]:
+        ran = subprocess.run(["git", "-C", str(ROOT), "ls-files", *asked], capture_output=True, text=True)
+        if ran.returncode:
+            pytest.skip(f"not a git clone that may be read: {ran.stderr.strip()}")
+        return ran.stdout.split()
+
+    assert [name for name in listed("notebooks") if not name.endswith(".ipynb")] == ["notebooks/.ruff.toml"]
+    assert listed("--cached", "--ignored", "--exclude-standard") == []
 
 
 def test_notebooks_are_those_that_the_list_has():

@@ -34,7 +34,6 @@ or what went wrong. A topic has several ladders where what is asked decides the 
 """
 
 import ctypes
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -175,17 +174,6 @@ def refusal_of_tensor_cores(dtype: torch.dtype, device: torch.device) -> str | N
     if capability < (8, 0):
         return f"mma.sync with bfloat16 and cp.async need compute capability 8.0, this GPU has {capability}"
     return None
-
-
-def refusal_of_untried() -> str | None:
-    """Why a kernel is not taken whose numbers have not been compared with float64 on a GPU yet.
-
-    Such a kernel is in the tree so that its tests can be run; until they have passed on a GPU, another does its work.
-    The environment variable ``TFORMER_UNTRIED_KERNELS=1`` takes it all the same.
-    """
-    if os.environ.get("TFORMER_UNTRIED_KERNELS") == "1":
-        return None
-    return "its numbers have not been compared on a GPU yet (TFORMER_UNTRIED_KERNELS=1 takes it all the same)"
 
 
 def refusal_of_hopper(device: torch.device) -> str | None:
