@@ -122,6 +122,23 @@ def measure(
     return Timing(median(times), p10, p90, len(times))
 
 
+def in_turns(
+    contestants: dict[str, Callable[[], object]], *, seconds: float, turns: int = 3
+) -> dict[str, tuple[Timing, list[float]]]:
+    """The middle of several measurements on a GPU of each, taken in turns, and the medians of all in milliseconds.
+
+    Args:
+        contestants: functions of nothing, by name.
+        seconds: of each measurement, after half as long a warm-up.
+    """
+    timings: dict[str, list[Timing]] = {name: [] for name in contestants}
+    for _ in range(turns):
+        for name, call in contestants.items():
+            timings[name].append(measure(call, device="cuda", seconds=seconds, warmup=seconds / 2, ahead=True))
+    middle = {name: sorted(found, key=lambda t: t.median)[turns // 2] for name, found in timings.items()}
+    return {name: (middle[name], [1e3 * t.median for t in found]) for name, found in timings.items()}
+
+
 def measure_graph(fn: Callable, inputs: Sequence[tuple] = ((),), *, seconds: float = 0.5) -> Timing:
     """The time of one call inside a CUDA graph that holds a call on every input set, at least ten.
 

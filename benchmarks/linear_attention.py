@@ -37,6 +37,7 @@ from benchmarks.harness import (
     command_line,
     copies_past_cache,
     copy_rate,
+    in_turns,
     matmul_rate,
     measure,
     measure_graph,
@@ -56,8 +57,10 @@ WRITTEN_OUT = 8192  # the longest text whose N² scores are written out
 GPU_TOKENS, GPU_HEADS, GPU_HEAD_DIM = 32768, 16, 128
 GPU_LENGTHS = (2048, 8192, 32768)
 CROSSOVER = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+LONG = 65536  # from here on one turn: softmax attention takes 0.1 s and more
 DECODED = 8  # sequences; of 131,072 keys their caches are 8.6 GB
-GPU_SECONDS = 0.06  # of each measurement, after as long a warm-up
+GPU_SECONDS = 0.06  # of each measurement of decoding, after as long a warm-up
+TURN_SECONDS = 0.02
 SOFTMAX, PEER = "softmax, our flash kernel", ", flash-linear-attention"
 
 
@@ -184,7 +187,6 @@ def on_gpu(report: Report) -> None:
     contestants |= {name: (form, False) for name, form in own.items()}
     contestants["sum, tokens first in memory"] = (lambda x: own["sum"](heads_first(x)), True)
     time_members(report, contestants, limit)
-    report.save()
     for N in CROSSOVER:
         cross(report, N, limit)
     decode_on_gpu(report, limit)
@@ -236,34 +238,32 @@ def errors(device: torch.device, N: int = 4096) -> dict[str, float]:
 
 
 def time_members(report: Report, contestants: dict[str, tuple[Callable, bool]], limit: float) -> None:
-    """Forwards and gradients at each of GPU_LENGTHS.
+    """Forwards and gradients at each of GPU_LENGTHS, all contestants in turns.
 
     Args:
         contestants: functions of what ``draw`` gives, and whether tokens come first in memory.
     """
-    device, moved = report.device, 4 * GPU_TOKENS * GPU_HEADS * GPU_HEAD_DIM * 2  # bytes of q, k, v and the output
+    moved = 4 * GPU_TOKENS * GPU_HEADS * GPU_HEAD_DIM * 2  # bytes of q, k, v and the output
     for N in GPU_LENGTHS:
-        for name, (form, tokens_first) in contestants.items():
-            x = draw(N, device, tokens_first=tokens_first)
-            for kind, timer, least in (("forward", time_forward, moved), ("gradient", time_gradient, 2 * moved)):
-                case = f"{kind}, N = {N:,}"
+        inputs = {tokens_first: draw(N, report.device, tokens_first=tokens_first) for tokens_first in (False, True)}
+        for kind, prepare, least in (("forward", forward_of, moved), ("gradient", gradient_of, 2 * moved)):
+            case, calls = f"{kind}, N = {N:,}", {}
+            for name, (form, tokens_first) in contestants.items():
                 try:
-                    timing = timer(form, x, device)
+                    call = prepare(form, inputs[tokens_first])
+                    call()
                 except RuntimeError as error:
                     if PEER not in name:
                         raise
                     report.note(**{f"refused, {case}: {name}": str(error)[:200]})
                     continue
-                work = {"bytes": least, "limit": limit, "tokens": N, "peer": twin(report, case, name)}
-                report.add(timing=timing, case=case, contestant=name, **work)
-
-
-def twin(report: Report, case: str, name: str) -> str | None:
-    """The row of the same member by the other library; None where there is none, and another peer is found."""
-    if PEER in name:
-        return f"{case}: {name.removesuffix(PEER)}"
-    theirs = f"{case}: {name}{PEER}"
-    return theirs if any(row.name == theirs for row in report.rows) else None
+                calls[name] = call
+            for name, (timing, turns) in in_turns(calls, seconds=TURN_SECONDS).items():
+                peer = f"{case}: {name.removesuffix(PEER)}" if PEER in name else f"{case}: {name}{PEER}"
+                known = PEER in name or name + PEER in calls
+                work = {"bytes": least, "limit": limit, "tokens": N, "peer": peer if known else None}
+                report.add(timing=timing, case=case, contestant=name, milliseconds_of_turns=turns, **work)
+        report.save()
 
 
 def heads_first(x: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -292,21 +292,19 @@ def flash_linear_attention() -> dict[str, Callable]:
     }
 
 
-def time_forward(form: Callable, x: dict[str, Tensor], device: torch.device) -> Timing:
-    """The time of a forward pass that keeps nothing for a backward."""
-    with torch.no_grad():
-        return time_call(form, device, x)
+def forward_of(form: Callable, x: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """A forward pass that keeps nothing for a backward."""
+    return torch.no_grad()(lambda: form(x))
 
 
-def time_gradient(form: Callable, x: dict[str, Tensor], device: torch.device) -> Timing:
-    """The time of a backward pass to q, k, v, and to what a token brings of gates and step sizes."""
+def gradient_of(form: Callable, x: dict[str, Tensor]) -> Callable[[], tuple]:
+    """A backward pass to q, k, v, and to what a token brings of gates and step sizes; the forward is done here."""
     names = ("q", "k", "unit_k", "v", "log_decay", "beta")
     x = {name: value.detach().requires_grad_(name in names) for name, value in x.items()}
     out = form(x)
     dout = torch.randn_like(out)
     leaves = [x[name] for name in names]
-    call = lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True, allow_unused=True)  # noqa: E731
-    return time_call(call, device)
+    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True, allow_unused=True)
 
 
 def time_call(call: Callable, device: torch.device, *arguments) -> Timing:
@@ -315,19 +313,18 @@ def time_call(call: Callable, device: torch.device, *arguments) -> Timing:
 
 
 def cross(report: Report, N: int, limit: float) -> None:
-    """Linear and softmax attention at one length, forward and backward."""
-    x, device = draw(N, report.device), report.device
+    """Linear and softmax attention at one length, forward and backward, in turns."""
+    x = draw(N, report.device)
     forms = {
         "linear": members()["normalised, elu + 1"],
         SOFTMAX: lambda x: flash_attention(x["q"], x["k"], x["v"], causal=True),
     }
     moved = 4 * x["q"].nbytes
-    for name, form in forms.items():
-        timing = time_forward(form, x, device)
-        work = {"limit": limit, "tokens": N, "contestant": name}
-        report.add(timing=timing, case=f"crossover, N = {N:,}", bytes=moved, **work)
-        timing = time_gradient(form, x, device)
-        report.add(timing=timing, case=f"crossover, gradient, N = {N:,}", bytes=2 * moved, **work)
+    for case, prepare, least in (("crossover", forward_of, moved), ("crossover, gradient", gradient_of, 2 * moved)):
+        calls = {name: prepare(form, x) for name, form in forms.items()}
+        for name, (timing, turns) in in_turns(calls, seconds=TURN_SECONDS, turns=3 if N < LONG else 1).items():
+            work = {"bytes": least, "limit": limit, "tokens": N, "milliseconds_of_turns": turns}
+            report.add(timing=timing, case=f"{case}, N = {N:,}", contestant=name, **work)
 
 
 def decode_on_gpu(report: Report, limit: float) -> None:

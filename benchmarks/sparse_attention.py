@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import Options, Report, Timing, command_line, matmul_rate, measure
+from benchmarks.harness import Options, Report, command_line, in_turns, matmul_rate, measure
 from benchmarks.linear_attention import faster_from, make, peak_bytes
 from tformer_lib import sparse_attention
 from tformer_lib.attention import attend
@@ -30,7 +30,7 @@ HEAD_DIM, TOKENS, WINDOW, BLOCK = 64, 16384, 512, 128
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 KERNEL_HEADS, KERNEL_HEAD_DIM = 16, 128
 CHOSEN_TOKENS, CHOSEN_HEADS, CHOSEN_BLOCKS = 65536, 4, 64
-TURNS = 3
+TURN_SECONDS = 0.02
 
 
 PEERS = ("dense causal, fused", "causal", f"window of {WINDOW}")
@@ -197,16 +197,6 @@ def fresh(tokens: int, heads: int, count: int) -> list[Tensor]:
     return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
 
 
-def in_turns(contestants: dict[str, Callable]) -> dict[str, tuple[Timing, list[float]]]:
-    """The middle of three measurements of each, taken in turns, and the medians of all three in milliseconds."""
-    timings: dict[str, list[Timing]] = {name: [] for name in contestants}
-    for _ in range(TURNS):
-        for name, call in contestants.items():
-            timings[name].append(measure(call, device="cuda", seconds=0.02, warmup=0.01, ahead=True))
-    middle = {name: sorted(turns, key=lambda t: t.median)[TURNS // 2] for name, turns in timings.items()}
-    return {name: (middle[name], [1e3 * t.median for t in turns]) for name, turns in timings.items()}
-
-
 def both_ways(forward: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor) -> tuple[Callable, Callable]:
     """The forward alone, and the backward alone of one forward that was done before."""
     leaves = [x.detach().requires_grad_() for x in inputs]
@@ -237,7 +227,7 @@ def measure_pattern(report: Report, rate: float, name: str, pattern: Pattern, fl
     contestants |= {f"{form}, backward": way[1] for form, way in ways.items() if form != "step 1"}
     pairs = KERNEL_HEADS * live * 128 * 64
     share = live * 128 * 64 / TOKENS**2
-    for contestant, (timing, turns) in in_turns(contestants).items():
+    for contestant, (timing, turns) in in_turns(contestants, seconds=TURN_SECONDS).items():
         products = 5 if contestant.endswith("backward") else 2
         flops = 2 * products * pairs * KERNEL_HEAD_DIM
         who, way = contestant.rsplit(", ", 1)
@@ -255,7 +245,7 @@ def measure_growth(report: Report, rate: float) -> None:
         pattern = sparse_attention.sliding_window(width)
         live = sparse_attention.pattern_lists(pattern, TOKENS, TOKENS, inputs[0].device).live
         ways = both_ways(lambda q, k, v, p=pattern: sparse_attention.attend(q, k, v, pattern=p), inputs, dout)
-        found = in_turns(dict(zip(times, ways, strict=True)))
+        found = in_turns(dict(zip(times, ways, strict=True)), seconds=TURN_SECONDS)
         work.append(live)
         for way, products in (("forward", 2), ("backward", 5)):
             timing, turns = found[way]
@@ -299,7 +289,7 @@ def measure_chosen(report: Report, rate: float) -> None:
         for way, call in zip(("forward", "backward"), pair, strict=True)
     }
     seconds = {}
-    for contestant, (timing, turns) in in_turns(contestants).items():
+    for contestant, (timing, turns) in in_turns(contestants, seconds=TURN_SECONDS).items():
         keys = CHOSEN_BLOCKS * 64 if contestant.startswith("chosen") else CHOSEN_TOKENS
         products = 5 if contestant.endswith("backward") else 2
         flops = 2 * products * CHOSEN_HEADS * CHOSEN_TOKENS * keys * KERNEL_HEAD_DIM
