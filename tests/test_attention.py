@@ -294,6 +294,34 @@ def test_one_matmul_for_three_maps_gives_what_three_give(bias):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_layer_hands_one_tensor_to_a_form_that_takes_it(monkeypatch, kv_heads):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = MultiHeadAttention(32, 4, kv_heads=kv_heads, attend=flash_attention)
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+    out = layer(x, causal=True)
+    expected = [out, *torch.autograd.grad(out.square().sum(), leaves)]
+    monkeypatch.setattr(MultiHeadAttention, "joins", lambda self, x, context: context is x)
+    names = []
+
+    def compiler(graph, inputs):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)
+    for call in (layer, compiled):
+        out = call(x, causal=True)
+        got = [out, *torch.autograd.grad(out.square().sum(), leaves)]
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert sum("qkvpacked" in name for name in names) == 2  # forward and backward
+    assert sum("cat" in name for name in names) == 2  # the weights' and biases', and no gradient's
+    for options in ({"mask": torch.ones(9, 9, dtype=torch.bool)}, {"rotate": lambda y: y}, {"context": x + 1}):
+        layer(x, **options)  # none of which the form takes
+
+
 def test_the_check_of_places_leaves_one_graph_and_copies_only_what_lies_wrong():
     """What a GPU's SDPA goes through: a graph that breaks there copies q, k and v of every layer."""
     copies = []

@@ -20,6 +20,7 @@ from tformer_lib.flash_attention import (
     RUNGS,
     flash_attention,
     flash_attention_float8,
+    flash_attention_qkvpacked,
     flash_attention_varlen,
     hadamard_rotation,
     merge_states,
@@ -495,6 +496,29 @@ def test_opcheck_and_compile_of_every_form(step, device, dtype):
     torch.testing.assert_close(*outs, rtol=0, atol=0)
     for got, expected in zip(*(torch.autograd.grad(out.sum(), leaves) for out in outs), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [(2, 4, 2, 70, 64), (1, 3, 3, 130, 128), (2, 6, 1, 1, 40)], ids=str)
+def test_queries_keys_and_values_of_one_tensor(step, device, dtype, shape):
+    batch, heads, kv_heads, T, head_dim = shape
+    torch.manual_seed(0)
+    qkv = torch.randn(batch, T, heads + 2 * kv_heads, head_dim, device=device, dtype=dtype, requires_grad=True)
+    dout = torch.randn(batch, T, heads, head_dim, device=device, dtype=dtype)
+    for options in ({}, {"causal": True, "scale": -0.3}, {"window": 20}):
+        out = flash_attention_qkvpacked(qkv, heads, step=step, **options)
+        assert out.is_contiguous()
+        q, k, v = qkv.transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)
+        expected = flash_attention(q, k, v, step=step, **options).transpose(1, 2)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+        got, wanted = (torch.autograd.grad(x, qkv, dout)[0] for x in (out, expected))
+        assert got.is_contiguous()
+        close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+        torch.testing.assert_close(got, wanted, **close)  # on a GPU, dq is summed in another order each time
+    options = (True, 0, 0.125, str(step), False, -1)
+    torch.library.opcheck(torch.ops.tformer_lab.flash_attention_qkvpacked, (qkv, heads, *options))
+    with pytest.raises(ValueError, match="heads are not"):
+        flash_attention_qkvpacked(qkv, heads + 1)
 
 
 @every_backend

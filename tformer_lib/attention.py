@@ -386,9 +386,14 @@ def side_by_side(parts: Sequence[nn.Linear], x: Tensor) -> tuple[Tensor, ...]:
     Returns:
         (..., out_features) for each, as views of one tensor.
     """
+    return joined_projection(parts, x).split([part.out_features for part in parts], dim=-1)
+
+
+def joined_projection(parts: Sequence[nn.Linear], x: Tensor) -> Tensor:
+    """The same as the one tensor, (..., sum of out_features)."""
     weight = torch.cat([part.weight for part in parts])  # (sum of out_features, width)
     bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-    return F.linear(x, weight, bias).split([part.out_features for part in parts], dim=-1)
+    return F.linear(x, weight, bias)
 
 
 class MultiHeadAttention(nn.Module):
@@ -468,6 +473,11 @@ class MultiHeadAttention(nn.Module):
             (batch, T, width).
         """
         context = x if context is None else context
+        packed = getattr(self.attend, "qkvpacked", None)
+        plain = mask is None and bias is None and rotate is None and cache is None
+        if packed is not None and plain and self.makes_heads_alone() and self.joins(x, context):
+            qkv = joined_projection(self.projections(), x).unflatten(-1, (-1, self.head_dim))
+            return self.project_out(packed(qkv, self.heads, causal=causal).flatten(2), x)
         q, k, v = self.project(x, context)
         q = self.split(q, self.heads)  # (batch, heads, T, head_dim)
         k = self.split(k, self.kv_heads)  # (batch, kv_heads, S, head_dim)
@@ -479,6 +489,10 @@ class MultiHeadAttention(nn.Module):
             found = merge(cache.attend(q, k, v, attend=attend, mask=mask))
         else:
             found = merge(attend(q, k, v, mask=mask, causal=causal))  # (batch, T, heads * head_dim)
+        return self.project_out(found, x)
+
+    def project_out(self, found: Tensor, x: Tensor) -> Tensor:
+        """What the heads found, gated by the tokens where the layer does that: (batch, T, width)."""
         return self.out_proj(found if self.gate_proj is None else found * self.gate_proj(x).sigmoid())
 
     def form(self, bias: Tensor | None = None) -> Attend:
@@ -493,16 +507,26 @@ class MultiHeadAttention(nn.Module):
 
         Where many tokens on a GPU look at each other, one matmul makes all three: see :func:`side_by_side`.
         """
-        parts = (self.q_proj, self.k_proj, self.v_proj)
         if self.joined is not None:
             q, k, v = self.joined(x)
-        elif (
-            context is x and x.is_cuda and x[..., 0].numel() >= MANY_TOKENS and all(type(p) is nn.Linear for p in parts)
-        ):
-            q, k, v = side_by_side(parts, x)
+        elif self.joins(x, context):
+            q, k, v = side_by_side(self.projections(), x)
         else:
             q, k, v = self.q_proj(x), self.k_proj(context), self.v_proj(context)
         return (q, k, v) if self.q_norm is None else (normalised(self.q_norm, q), normalised(self.k_norm, k), v)
+
+    def projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Of queries, keys and values."""
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def joins(self, x: Tensor, context: Tensor) -> bool:
+        """Whether one matmul makes queries, keys and values: for many tokens on a GPU that look at each other."""
+        many = x.is_cuda and x[..., 0].numel() >= MANY_TOKENS
+        return context is x and many and all(type(part) is nn.Linear for part in self.projections())
+
+    def makes_heads_alone(self) -> bool:
+        """Whether the projections are the heads, and the attention form gets them with nothing added."""
+        return self.joined is None and self.q_norm is None and self.variant is None
 
     def split(self, x: Tensor, heads: int) -> Tensor:
         """(batch, T, heads * head_dim) -> (batch, heads, T, head_dim): one matmul made all heads, a view parts them."""

@@ -56,6 +56,19 @@ __device__ inline float2 unpack<Fp16>(uint32_t word) {
     return __half22float2(reinterpret_cast<const __half2&>(word));
 }
 
+// The sum of the products of two times eight halves, 16 bytes each.
+template <class Half>
+__device__ inline float dot(const uint4& x, const uint4& y) {
+    const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 a = unpack<Half>(xs[i]), b = unpack<Half>(ys[i]);
+        sum += a.x * b.x + a.y * b.y;
+    }
+    return sum;
+}
+
 // --- mma.sync --------------------------------------------------------------------------------------------------------
 
 // C (16 x 8) += A (16 x 16) B (16 x 8), by one warp. Lane 4 g + t holds

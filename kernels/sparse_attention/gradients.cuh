@@ -17,13 +17,6 @@ __device__ inline List list_of_head(const Arguments& a, const Work& work, int64_
 
 constexpr int PREPARE_THREADS = 256;
 
-// The product of two pairs of halves.
-template <class Half>
-__device__ float dot(uint32_t x, uint32_t y) {
-    const float2 a = unpack<Half>(x), b = unpack<Half>(y);
-    return a.x * b.x + a.y * b.y;
-}
-
 // delta = rowsum(dout out) - dlse. Rows past the end and rows that see nothing get lse = inf, which makes their P zero. A lane
 // takes 16 bytes of a row, D / 8 lanes a row.
 template <class Half, class Sh>
@@ -40,7 +33,7 @@ __global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_c
         if (valid && column < a.head_dim) {
             const uint4 x = *reinterpret_cast<const uint4*>(row_of<Half>(a.out, b, h, row) + column);
             const uint4 y = *reinterpret_cast<const uint4*>(row_of<Half>(a.dout, b, h, row) + column);
-            sum = dot<Half>(x.x, y.x) + dot<Half>(x.y, y.y) + dot<Half>(x.z, y.z) + dot<Half>(x.w, y.w);
+            sum = dot<Half>(x, y);
         }
         for (int offset = LANES / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffff, sum, offset);
         if (column > 0) continue;

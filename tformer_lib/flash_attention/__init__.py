@@ -32,13 +32,14 @@ products. :func:`merge_states` puts attention over parts of the keys together.
 
 Each part has a room: ``attention`` (the public door), ``plans`` (what the second call of a layout goes by), ``float8``
 (a forward of its own), ``options``, ``reference`` (step 0), ``kernels`` (what they are given, and which can do what),
-``operators`` (what torch sees), ``states``.
+``operators`` (what torch sees), ``qkvpacked`` (self-attention of one tensor), ``states``.
 """
 
 from tformer_lib.flash_attention.attention import flash_attention, flash_attention_varlen
 from tformer_lib.flash_attention.float8 import flash_attention_float8, hadamard_rotation, quantize_float8
 from tformer_lib.flash_attention.kernels import GRADIENTS, LADDER, RUNGS, resources
 from tformer_lib.flash_attention.options import Options, Packing
+from tformer_lib.flash_attention.qkvpacked import flash_attention_qkvpacked
 from tformer_lib.flash_attention.reference import forward_rows, tiled_backward, tiled_forward, tiles
 from tformer_lib.flash_attention.states import merge_states
 
@@ -50,6 +51,7 @@ __all__ = [
     "RUNGS",
     "flash_attention",
     "flash_attention_float8",
+    "flash_attention_qkvpacked",
     "flash_attention_varlen",
     "forward_rows",
     "hadamard_rotation",

@@ -248,9 +248,10 @@ def run_backward(
     lse: Tensor,
     options: Options,
     packing: Packing | None,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v by a kernel of GRADIENTS."""
-    dq, dk, dv = map(laid_out_as, (q, k, v))
+    """The gradients of q, k and v by a kernel of GRADIENTS, written ``into`` tensors of these shapes if there are."""
+    dq, dk, dv = map(laid_out_as, (q, k, v)) if into is None else into
     if 0 in (q.numel(), k.numel(), v.numel()):
         return dq.zero_(), dk.zero_(), dv.zero_()
     sign, options = 1.0, with_float_bias(options)  # alive until the launch
@@ -270,7 +271,7 @@ def run_backward(
     )  # alive until the launch
     LADDER.launch(source, "backward", arguments, q.device)
     del scratch
-    return dq if sign == 1.0 else dq * sign, dk, dv
+    return dq if sign == 1.0 else dq.mul_(sign), dk, dv
 
 
 def prepared(x: Tensor) -> Tensor:

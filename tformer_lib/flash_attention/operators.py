@@ -39,6 +39,20 @@ def flash_attention_op(
     added = in_rows(alibi_slopes), in_four_dimensions(bias)
     options = Options(scale, causal, window, deterministic, ahead, softcap, *added)
     packing = pack(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return compute(q, k, v, mask, options, packing, step, checked)
+
+
+def compute(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    options: Options,
+    packing: Packing | None,
+    step: str,
+    checked: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """out and lse, by the step that was asked for or the fastest that can do it."""
     check_operands(q, k, v, mask, options, packing, checked)
     chosen = LADDER.choose(step, q.device, lambda name: refusal(name, q, v, mask, options))
     if chosen != "0":
@@ -116,17 +130,22 @@ def differentiate(
     options: Options,
     packing: Packing | None,
     dbias: Tensor | None = None,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v; ``given`` are dout, dlse, q, k, v, out and lse. The bias's is added to ``dbias``."""
+    """The gradients of q, k and v, written ``into`` tensors of these shapes if there are any.
+
+    ``given`` are dout, dlse, q, k, v, out and lse. The bias's gradient is added to ``dbias``.
+    """
     _, _, q, k, v, _, _ = given
+    into = tuple(map(reference.laid_out_as, (q, k, v))) if into is None else into
     chosen = "0" if dbias is not None else choose_backward(step, q, v, mask, options)
     if chosen != "0":
-        return kernels.run_backward(chosen, *given, options, packing)
+        return kernels.run_backward(chosen, *given, options, packing, into)
     if packing is None:
         gradients = reference.tiled_backward(*given, options, mask, dbias=dbias)
     else:
         gradients = reference.packed_backward(*given, options, packing)
-    return tuple(reference.laid_out_as(x).copy_(dx) for x, dx in zip((q, k, v), gradients, strict=True))
+    return tuple(place.copy_(dx) for place, dx in zip(into, gradients, strict=True))
 
 
 @flash_attention_backward_op.register_fake
