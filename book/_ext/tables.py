@@ -41,10 +41,10 @@ def fill(app: Sphinx, page: str, source: list[str]) -> None:
 def chapters(root: Path) -> str:
     """The chapters, each with the question that it answers; those to come have no page yet."""
     rows = [
-        (c.number, f"[](notebooks/{c.name}.ipynb)" if c.ready else f"{c.number}. {c.title} (to come)", c.question)
+        (f"[](notebooks/{c.name}.ipynb)" if c.ready else f"{c.number}. {c.title} (to come)", c.question)
         for c in load(root).chapters
     ]
-    return table(("", "chapter", "the question it answers"), rows)
+    return table(("chapter", "the question it answers"), rows)
 
 
 def part(root: Path, page: str) -> str:

@@ -100,7 +100,8 @@ def box(ax: Axes, name: str, at: tuple[float, float], marked: bool, *, width: fl
     )  # fmt: skip
     ax.add_patch(shape)
     weight = "bold" if marked else "normal"
-    ax.text(*at, name, ha="center", va="center", fontsize=11.5, color=INK, fontweight=weight, linespacing=0.95)
+    size = 10 if marked and name == "embedding" else 11.5  # in bold it would touch the frame
+    ax.text(*at, name, ha="center", va="center", fontsize=size, color=INK, fontweight=weight, linespacing=0.95)
 
 
 def arrow(ax: Axes, start: tuple, end: tuple, *, dashed: bool = False, both: bool = False) -> None:
