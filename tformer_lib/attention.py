@@ -472,12 +472,10 @@ class MultiHeadAttention(nn.Module):
         Returns:
             (batch, T, width).
         """
+        alone = context is None and mask is None and bias is None and rotate is None and cache is None
+        if alone and self.keeps_one_tensor(x):
+            return self.project_out(self.attend_one_tensor(x, causal), x)
         context = x if context is None else context
-        packed = getattr(self.attend, "qkvpacked", None)
-        plain = mask is None and bias is None and rotate is None and cache is None
-        if packed is not None and plain and self.makes_heads_alone() and self.joins(x, context):
-            qkv = joined_projection(self.projections(), x).unflatten(-1, (-1, self.head_dim))
-            return self.project_out(packed(qkv, self.heads, causal=causal).flatten(2), x)
         q, k, v = self.project(x, context)
         q = self.split(q, self.heads)  # (batch, heads, T, head_dim)
         k = self.split(k, self.kv_heads)  # (batch, kv_heads, S, head_dim)
@@ -524,9 +522,15 @@ class MultiHeadAttention(nn.Module):
         many = x.is_cuda and x[..., 0].numel() >= MANY_TOKENS
         return context is x and many and all(type(part) is nn.Linear for part in self.projections())
 
-    def makes_heads_alone(self) -> bool:
-        """Whether the projections are the heads, and the attention form gets them with nothing added."""
-        return self.joined is None and self.q_norm is None and self.variant is None
+    def keeps_one_tensor(self, x: Tensor) -> bool:
+        """Whether queries, keys and values go from one matmul to the attention form as the one tensor that they are."""
+        plain = self.variant is None and self.q_norm is None and self.joined is None
+        return plain and hasattr(self.attend, "qkvpacked") and self.joins(x, x)
+
+    def attend_one_tensor(self, x: Tensor, causal: bool) -> Tensor:
+        """What the heads find among the tokens of x, by a form that takes one tensor: (batch, T, heads * head_dim)."""
+        qkv = joined_projection(self.projections(), x).unflatten(-1, (-1, self.head_dim))
+        return self.attend.qkvpacked(qkv, self.heads, causal=causal).flatten(2)
 
     def split(self, x: Tensor, heads: int) -> Tensor:
         """(batch, T, heads * head_dim) -> (batch, heads, T, head_dim): one matmul made all heads, a view parts them."""
