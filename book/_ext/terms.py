@@ -16,7 +16,19 @@ LEFT_ALONE += (nodes.table, nodes.caption, nodes.footnote, nodes.inline)
 """What stands inside these is no running text, or is a link already."""
 
 
-OTHER_SENSE = {"01-tokens": {"decode", "score", "value"}, "06-training": {"value"}, "18-paged-attention": {"head"}}
+OTHER_SENSE = {
+    "01-tokens": {"decode", "decoder", "encoder", "rank", "score", "value"},
+    "02-attention": {"rank", "shuffle"},
+    "03-masks": {"value"},
+    "05-transformer": {"shuffle"},
+    "06-training": {"value"},
+    "07-generation": {"value"},
+    "08-rope": {"kernel"},
+    "12-linear-attention": {"loss"},
+    "13-mixture-of-experts": {"rank", "value"},
+    "14-real-models": {"kernel"},
+    "18-paged-attention": {"head"},
+}
 """Chapter -> terms that it uses in another sense."""
 
 
