@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
-from tformer_lib import masks
+from tformer_lib import attention, masks
 from tformer_lib.attention import (
     MANY_TOKENS,
     AttentionVariant,
@@ -303,7 +303,7 @@ def test_a_layer_hands_one_tensor_to_a_form_that_takes_it(monkeypatch, kv_heads)
     leaves = [x, *layer.parameters()]
     out = layer(x, causal=True)
     expected = [out, *torch.autograd.grad(out.square().sum(), leaves)]
-    monkeypatch.setattr(MultiHeadAttention, "joins", lambda self, x, context: context is x)
+    monkeypatch.setattr(attention, "is_worth_joining", lambda x: True)
     names = []
 
     def compiler(graph, inputs):
@@ -320,6 +320,11 @@ def test_a_layer_hands_one_tensor_to_a_form_that_takes_it(monkeypatch, kv_heads)
     assert sum("cat" in name for name in names) == 2  # the weights' and biases', and no gradient's
     for options in ({"mask": torch.ones(9, 9, dtype=torch.bool)}, {"rotate": lambda y: y}, {"context": x + 1}):
         layer(x, **options)  # none of which the form takes
+    layer.q_proj.register_forward_hook(lambda module, args, out: 2 * out)  # a map that does more than its weight says
+    doubled = layer(x, causal=True)
+    monkeypatch.setattr(attention, "is_worth_joining", lambda x: False)
+    torch.testing.assert_close(doubled, layer(x, causal=True))
+    assert not torch.allclose(doubled, expected[0])
 
 
 def test_the_check_of_places_leaves_one_graph_and_copies_only_what_lies_wrong():

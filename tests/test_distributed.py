@@ -264,6 +264,18 @@ def test_tensor_parallel_computes_what_the_whole_model_does(pools, size, positio
         assert {name for name, error in apart.items() if not error <= 1e-12} == set()
 
 
+def joined_errors() -> dict[str, float]:
+    """The same with many tokens on a GPU, where a layer makes queries, keys and values by one matmul if it may."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tformer_lib.attention.is_worth_joining", lambda x: True)
+        return tensor_parallel_errors("learned", False, True, attention="flash_attention")
+
+
+def test_tensor_parallel_keeps_to_its_hooks_where_one_matmul_could_make_all_heads(pools):
+    for apart in pools[2].run(joined_errors):
+        assert {name for name, error in apart.items() if not error <= 1e-12} == set()
+
+
 def test_what_cannot_be_cut_evenly_is_named(pools):
     def cut():
         model = Decoder(dataclasses.replace(SMALL, kv_heads=2))

@@ -518,9 +518,11 @@ class MultiHeadAttention(nn.Module):
         return self.q_proj, self.k_proj, self.v_proj
 
     def joins(self, x: Tensor, context: Tensor) -> bool:
-        """Whether one matmul makes queries, keys and values: for many tokens on a GPU that look at each other."""
-        many = x.is_cuda and x[..., 0].numel() >= MANY_TOKENS
-        return context is x and many and all(type(part) is nn.Linear for part in self.projections())
+        """Whether one matmul makes queries, keys and values: for many tokens on a GPU that look at each other.
+
+        A map with hooks has to be called by itself: tensor parallelism cuts its matrix, and works by its hooks.
+        """
+        return context is x and is_worth_joining(x) and all(map(is_bare, self.projections()))
 
     def keeps_one_tensor(self, x: Tensor) -> bool:
         """Whether queries, keys and values go from one matmul to the attention form as the one tensor that they are."""
@@ -535,6 +537,16 @@ class MultiHeadAttention(nn.Module):
     def split(self, x: Tensor, heads: int) -> Tensor:
         """(batch, T, heads * head_dim) -> (batch, heads, T, head_dim): one matmul made all heads, a view parts them."""
         return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+
+
+def is_worth_joining(x: Tensor) -> bool:
+    """Whether three matmuls of x take so long that it pays to copy their weights together: see :func:`side_by_side`."""
+    return x.is_cuda and x[..., 0].numel() >= MANY_TOKENS
+
+
+def is_bare(part: nn.Module) -> bool:
+    """Whether a module is a linear map and nothing beside it, so that its weight says all that it does."""
+    return type(part) is nn.Linear and not part._forward_pre_hooks and not part._forward_hooks
 
 
 def normalised(norm: nn.Module, x: Tensor) -> Tensor:
