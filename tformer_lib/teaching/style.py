@@ -37,6 +37,9 @@ SIGNED = LinearSegmentedColormap.from_list("signed", ["#8A3D00", VERMILION, "#FF
 WIDTH = 7.0
 """Inches of a figure as wide as the text."""
 
+NARROW = 4.2
+"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
+
 SMALL = 48
 """Rows or columns up to which a heatmap is drawn as shapes."""
 

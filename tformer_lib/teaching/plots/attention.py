@@ -7,9 +7,6 @@ from torch import Tensor
 
 from tformer_lib.teaching import style
 
-NARROW = 4.2
-"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
-
 
 def looking_back(tokens: Sequence[str], weights: Tensor) -> None:
     """The last token's attention weights (T,): an arc to each token, as thick as the weight that it gets.
@@ -41,7 +38,7 @@ def weights(matrix: Tensor, queries: Sequence[str], keys: Sequence[str]) -> None
 
 def saturation(dims: Sequence[int], largest: dict[str, Sequence[float]], slope: dict[str, Sequence[float]]) -> None:
     """The largest attention weight, and the size of the softmax's derivative, over head_dim."""
-    fig, (top, bottom) = style.figure(2, 1, width=NARROW, height=6.0, sharex=True)
+    fig, (top, bottom) = style.figure(2, 1, width=style.NARROW, height=6.0, sharex=True)
     drawn = style.lines(top, dims, largest)
     style.lines(bottom, dims, slope)
     for ax in (top, bottom):
@@ -58,7 +55,7 @@ def saturation(dims: Sequence[int], largest: dict[str, Sequence[float]], slope: 
 
 def times(lengths: Sequence[int], seconds: dict[str, Sequence[float]], model: Sequence[float]) -> None:
     """Measured times over the length, beside the time that the cost model gives."""
-    _, ax = style.figure(width=NARROW, height=3.4)
+    _, ax = style.figure(width=style.NARROW, height=3.4)
     style.lines(ax, lengths, {name: [1e3 * t for t in ts] for name, ts in seconds.items()})
     ax.plot(lengths, [1e3 * t for t in model], color=style.GREY, linewidth=1.2, label="FLOPs / measured matmul rate")
     style.log2_axis(ax, lengths, log_y=True, minor=True)
@@ -69,7 +66,7 @@ def times(lengths: Sequence[int], seconds: dict[str, Sequence[float]], model: Se
 
 def flop_shares(lengths: Sequence[int], shares: dict[str, Sequence[float]]) -> None:
     """The share of a layer's FLOPs that its scores and mixing take, over the length, for several widths."""
-    _, ax = style.figure(width=NARROW, height=3.1)
+    _, ax = style.figure(width=style.NARROW, height=3.1)
     style.lines(ax, lengths, shares)
     ax.axhline(0.5, color=style.GREY, linewidth=1.0)
     style.log2_axis(ax, list(lengths)[::3])

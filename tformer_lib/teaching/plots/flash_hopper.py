@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from matplotlib.patches import Rectangle
 
 from tformer_lib.teaching import style
-from tformer_lib.teaching.plots.flash_kernels import NARROW, SMALL, bare, bars, box, timeline
+from tformer_lib.teaching.plots.flash_kernels import SMALL, bare, bars, box, timeline
 
 
 def accumulator(row: int = 20, column: int = 2, warp: int = 1) -> None:
@@ -15,7 +15,7 @@ def accumulator(row: int = 20, column: int = 2, warp: int = 1) -> None:
         row, column: the element that gets a frame.
         warp: the warp whose 16 x 8 part is drawn large.
     """
-    _, ax = style.figure(width=NARROW, height=5.2)
+    _, ax = style.figure(width=style.NARROW, height=5.2)
     bare(ax, 42, 52)
     for w in range(4):
         colour = style.SKY if w == warp else "none"
@@ -47,7 +47,7 @@ def descriptor(value: int, fields: Sequence[tuple[str, int, int]]) -> None:
         value: the descriptor.
         fields: (name, lowest bit, number of bits).
     """
-    _, ax = style.figure(width=NARROW, height=3.9)
+    _, ax = style.figure(width=style.NARROW, height=3.9)
     bare(ax, 32, 29)
     for bit in range(64):
         x, y = 31 - bit % 32, 2.2 + 6.5 * (1 - bit // 32)
@@ -96,7 +96,7 @@ def registers(layouts: dict[str, Sequence[tuple[str, int, int]]], most: int = 65
         layouts: title -> (whose, threads, registers of each).
         most: registers of an SM.
     """
-    _, ax = style.figure(width=NARROW, height=0.9 + 1.0 * len(layouts))
+    _, ax = style.figure(width=style.NARROW, height=0.9 + 1.0 * len(layouts))
     colours = (style.SKY, style.ORANGE, style.GREEN)
     for i, (_, parts) in enumerate(layouts.items()):
         at = 0
@@ -116,7 +116,7 @@ def registers(layouts: dict[str, Sequence[tuple[str, int, int]]], most: int = 65
 
 def ring(tiles: int = 4, stages: int = 2, load: float = 1.6, work: float = 2.4) -> None:
     """A producer, two buffers, a consumer: when each buffer is full, and the phase of its barrier."""
-    _, ax = style.figure(width=NARROW, height=3.6)
+    _, ax = style.figure(width=style.NARROW, height=3.6)
     colours = (style.SKY, style.ORANGE)
     loads, uses, at = [], [], 0.0
     for i in range(tiles):
@@ -146,7 +146,7 @@ def causal_order(orders: dict[str, Sequence[Sequence[int]]]) -> None:
     Args:
         orders: name -> for each block, the tiles that it takes, in order.
     """
-    _, axes = style.figure(len(orders), 1, width=NARROW, height=1.7 * len(orders) + 0.4, sharex=True)
+    _, axes = style.figure(len(orders), 1, width=style.NARROW, height=1.7 * len(orders) + 0.4, sharex=True)
     most = max(tile + 1 for blocks in orders.values() for tiles in blocks for tile in tiles)
     longest = max(sum(tile + 1 for tile in tiles) for blocks in orders.values() for tiles in blocks)
     for ax, (name, blocks) in zip(axes, orders.items(), strict=True):

@@ -8,9 +8,6 @@ from matplotlib.patches import Rectangle
 
 from tformer_lib.teaching import style
 
-NARROW = 4.2
-"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
-
 SMALL = 9.5
 LANES = 32
 BANKS = 32
@@ -38,7 +35,7 @@ def bare(ax: Axes, width: float, height: float) -> None:
 
 def multiprocessor() -> None:
     """What is inside one SM of an H200, what each part does in a cycle, and what lies below it."""
-    _, ax = style.figure(width=NARROW, height=5.0)
+    _, ax = style.figure(width=style.NARROW, height=5.0)
     bare(ax, 60, 74)
     ax.add_patch(Rectangle((0.5, 4.5), 59, 46, facecolor="none", edgecolor=style.INK, linewidth=1.4))
     ax.text(0.5, 3, "one SM of 132, in one clock cycle", fontsize=10, fontweight="bold")
@@ -69,7 +66,7 @@ def ceilings(rows: Sequence[tuple[str, float, float, float]]) -> None:
     Args:
         rows: (name, share of the peak if its units take turns, share if they all work at once, measured share).
     """
-    _, ax = style.figure(width=NARROW, height=1.2 + 0.34 * len(rows))
+    _, ax = style.figure(width=style.NARROW, height=1.2 + 0.34 * len(rows))
     for i, (_, turns, at_once, measured) in enumerate(rows):
         ax.barh(i, at_once - turns, left=turns, height=0.5, color=style.SKY, alpha=0.6, edgecolor=style.INK)
         ax.plot(measured, i, "D", color=style.VERMILION, markersize=7, markeredgecolor="white")
@@ -88,7 +85,7 @@ def ceilings(rows: Sequence[tuple[str, float, float, float]]) -> None:
 
 def warp_per_query(d: int = 64) -> None:
     """Step 1: which lane holds which column. One warp, its query and one key."""
-    _, ax = style.figure(width=NARROW, height=3.0)
+    _, ax = style.figure(width=style.NARROW, height=3.0)
     bare(ax, 64, 46)
     for y, name, marked in ((5, "q", style.BLUE), (17, "k, one key", style.SKY)):
         ax.text(0, y - 1.2, name, fontsize=SMALL)
@@ -112,7 +109,7 @@ def sectors(rows: dict[str, Sequence[int]], sector: int = 32) -> None:
     Args:
         rows: name -> the byte address of each lane's float.
     """
-    _, axes = style.figure(len(rows), 1, width=NARROW, height=1.25 * len(rows) + 0.3)
+    _, axes = style.figure(len(rows), 1, width=style.NARROW, height=1.25 * len(rows) + 0.3)
     for ax, (name, addresses) in zip(np.atleast_1d(axes), rows.items(), strict=True):
         touched = sorted({address // sector for address in addresses})
         shown = touched[:8]
@@ -135,7 +132,7 @@ def sectors(rows: dict[str, Sequence[int]], sector: int = 32) -> None:
 
 def thread_tile(rows: int = 64, keys: int = 64, x: int = 16, held: int = 4) -> None:
     """Step 2: the scores of a tile, and which of them one thread of the 256 holds."""
-    _, (left, right) = style.figure(2, 1, width=NARROW, height=6.9, height_ratios=[0.8, 1])
+    _, (left, right) = style.figure(2, 1, width=style.NARROW, height=6.9, height_ratios=[0.8, 1])
     bare(left, 100, 88)
     box(left, 2, 20, 20, 50, "Q\n64 × d", style.ORANGE, alpha=0.5)
     box(left, 28, 2, 50, 12, "K (then V), 64 × d", style.SKY, alpha=0.6)
@@ -163,7 +160,7 @@ def banks(strides: dict[str, int], lanes: int = 8, shown: int = 8) -> None:
     Args:
         strides: name -> length of a row of the tile, in floats of 4 bytes.
     """
-    _, axes = style.figure(len(strides), 1, width=NARROW, height=1.8 * len(strides) + 0.3, sharex=True)
+    _, axes = style.figure(len(strides), 1, width=style.NARROW, height=1.8 * len(strides) + 0.3, sharex=True)
     for ax, (name, stride) in zip(np.atleast_1d(axes), strides.items(), strict=True):
         hits = np.zeros(BANKS, dtype=int)
         for lane in range(lanes):
@@ -188,7 +185,7 @@ def fragments(owners: dict[str, tuple[Callable[[int, int], tuple[int, int]], int
         owners: three times name -> (a function (row, column) -> (lane, register), number of columns); 16 rows each.
         marked: the lane whose elements have a frame.
     """
-    figure, axes = style.figure(2, 2, width=NARROW, height=8.3)
+    figure, axes = style.figure(2, 2, width=style.NARROW, height=8.3)
     grid = axes[0, 0].get_gridspec()
     for ax in axes[0]:
         ax.remove()
@@ -234,7 +231,7 @@ def timeline(ax: Axes, names: Sequence[str], end: float, xlabel: str = "time") -
 
 def double_buffer(tiles: int = 3, load: float = 3.0, work: float = 5.0) -> None:
     """Loads and products of a few tiles: one buffer (they take turns), and two (they overlap)."""
-    _, axes = style.figure(2, 1, width=NARROW, height=3.6, sharex=True)
+    _, axes = style.figure(2, 1, width=style.NARROW, height=3.6, sharex=True)
     serial, at = ([], []), 0.0
     for i in range(tiles):
         serial[0].append((at, load, f"load {i}", style.SKY))
@@ -273,7 +270,7 @@ def ladder(
     """
     sizes = [len(rows) for rows in panels.values()]
     height = 0.9 * len(sizes) + 0.3 * sum(sizes)
-    _, axes = style.figure(len(panels), 1, width=NARROW, height=height, height_ratios=sizes)
+    _, axes = style.figure(len(panels), 1, width=style.NARROW, height=height, height_ratios=sizes)
     for ax, (title, rows) in zip(np.atleast_1d(axes), panels.items(), strict=True):
         marks = (here or {}).get(title, {})
         for i, (name, (rate, low, high, share)) in enumerate(rows.items()):
@@ -304,7 +301,7 @@ def times(seconds: dict[str, float], limit: float = 0.0, flops: float = 0.0) -> 
         limit: FLOP/s of a matrix multiplication on the same device, which draws a line; 0 draws none.
         flops: of the attention.
     """
-    _, ax = style.figure(width=NARROW, height=1.4 + 0.4 * len(seconds))
+    _, ax = style.figure(width=style.NARROW, height=1.4 + 0.4 * len(seconds))
     names = list(seconds)
     values = [1e3 * seconds[name] for name in names]
     ax.barh(
@@ -333,7 +330,7 @@ def busy(lengths: Sequence[int], shares: dict[str, Sequence[float]]) -> None:
         lengths: tokens.
         shares: name -> a share for each length.
     """
-    _, ax = style.figure(width=NARROW, height=3.8)
+    _, ax = style.figure(width=style.NARROW, height=3.8)
     style.lines(ax, lengths, shares)
     style.log2_axis(ax, lengths[::2])
     ax.yaxis.set_major_formatter("{x:.0%}")

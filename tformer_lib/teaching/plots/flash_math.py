@@ -8,13 +8,10 @@ from matplotlib.patches import Rectangle
 
 from tformer_lib.teaching import style
 
-NARROW = 4.2
-"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
-
 
 def two_ways(tokens: int = 12, tile: int = 3) -> None:
     """What is written: the whole table of scores, or one tile at a time beside the running m, l and O."""
-    _, axes = style.figure(2, 1, width=NARROW, height=6.6)
+    _, axes = style.figure(2, 1, width=style.NARROW, height=6.6)
     axes[0].add_patch(Rectangle((0, 0), tokens, tokens, facecolor=style.VERMILION, alpha=0.5, edgecolor=style.INK))
     axes[0].text(tokens / 2, tokens / 2, "scores\nT × T\nin HBM", ha="center", va="center")
     axes[0].set_title("Standard: the whole table is written", fontsize=10.5)
@@ -60,7 +57,7 @@ def trace(tokens: Sequence[str], scores: Sequence[float], m: Sequence[float], l:
         l: the running sum of exp(score - m) after each score.
     """
     scores, m, l = ([round(x, 1) for x in values] for values in (scores, m, l))
-    _, (left, right) = style.figure(1, 2, width=NARROW, height=0.235 * len(tokens) + 0.9, sharey=True)
+    _, (left, right) = style.figure(1, 2, width=style.NARROW, height=0.235 * len(tokens) + 0.9, sharey=True)
     place = np.arange(len(tokens))
     left.plot(scores, place, "o", color=style.GREY, label="score")
     left.step(m, place, where="pre", color=style.BLUE, label="maximum m")
@@ -95,7 +92,7 @@ def traffic(
         least: every input read and every output written once.
         chips: label -> numbers that a real fast memory holds.
     """
-    _, ax = style.figure(width=NARROW, height=4.4)
+    _, ax = style.figure(width=style.NARROW, height=4.4)
     ax.plot(memory, counted, marker="o", color=style.BLUE, label="tiles, counted")
     ax.plot(memory, bound, color=style.GREEN, linestyle="-.", label="T² d² / C")
     ax.axhline(standard, color=style.VERMILION, linestyle="--", label="standard: 4 T² + 4 T d")
@@ -111,7 +108,7 @@ def traffic(
 
 def errors(sizes: Sequence[float], curves: dict[str, Sequence[float]]) -> None:
     """Largest error against float64 over the size of the scores; a line ends where the result is no number."""
-    _, ax = style.figure(width=NARROW, height=4.0)
+    _, ax = style.figure(width=style.NARROW, height=4.0)
     style.lines(ax, sizes, curves)
     for i, (name, values) in enumerate(curves.items()):
         finite = [j for j, value in enumerate(values) if np.isfinite(value)]
@@ -127,7 +124,7 @@ def errors(sizes: Sequence[float], curves: dict[str, Sequence[float]]) -> None:
 
 def memory(lengths: Sequence[int], measured: dict[str, Sequence[float]], model: dict[str, Sequence[float]]) -> None:
     """Measured peak bytes of a forward and a backward (markers) beside what the model counts (lines), in MiB."""
-    _, ax = style.figure(width=NARROW, height=4.0)
+    _, ax = style.figure(width=style.NARROW, height=4.0)
     for i, (name, values) in enumerate(measured.items()):
         look = {"color": style.PALETTE[i], "marker": style.MARKERS[i], "markersize": 7}
         ax.plot(lengths, np.array(values) / 2**20, linestyle="", label=f"{name}, measured", **look)

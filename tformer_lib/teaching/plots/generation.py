@@ -7,9 +7,6 @@ from collections.abc import Sequence
 
 from tformer_lib.teaching import style
 
-NARROW = 4.2
-"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
-
 
 def shapes(places: dict[str, Sequence[tuple[str, float]]]) -> None:
     """The likeliest tokens at some places of a text.
@@ -18,7 +15,9 @@ def shapes(places: dict[str, Sequence[tuple[str, float]]]) -> None:
         places: the end of the text -> tokens and their probabilities.
     """
     rows = [len(tokens) for tokens in places.values()]
-    _, axes = style.figure(len(places), 1, width=NARROW, height=0.24 * sum(rows) + 0.75 * len(rows), height_ratios=rows)
+    _, axes = style.figure(
+        len(places), 1, width=style.NARROW, height=0.24 * sum(rows) + 0.75 * len(rows), height_ratios=rows
+    )
     for ax, (end, tokens) in zip(axes, places.items(), strict=True):
         values = [round(p, 3) for _, p in tokens]
         bars = ax.barh(range(len(tokens)), values, color=style.BLUE)
@@ -33,7 +32,7 @@ def shapes(places: dict[str, Sequence[tuple[str, float]]]) -> None:
 
 def temperatures(words: Sequence[str], shares: dict[str, Sequence[float]]) -> None:
     """The probabilities of a few words at some temperatures, side by side."""
-    _, ax = style.figure(width=NARROW, height=3.2)
+    _, ax = style.figure(width=style.NARROW, height=3.2)
     thick = 0.8 / len(shares)
     for i, (label, values) in enumerate(shares.items()):
         at = [place + (i - (len(shares) - 1) / 2) * thick for place in range(len(words))]
@@ -47,7 +46,7 @@ def temperatures(words: Sequence[str], shares: dict[str, Sequence[float]]) -> No
 
 def line(words: Sequence[str], probabilities: Sequence[float], u: float) -> None:
     """The line from 0 to 1 cut into parts as long as the probabilities, and where a uniform number falls."""
-    _, ax = style.figure(width=NARROW, height=1.5)
+    _, ax = style.figure(width=style.NARROW, height=1.5)
     left = 0.0
     for i, (word, p) in enumerate(zip(words, probabilities, strict=True)):
         ax.barh(0, p, left=left, height=0.6, color=style.PALETTE[i], alpha=0.35, edgecolor=style.INK, linewidth=0.8)

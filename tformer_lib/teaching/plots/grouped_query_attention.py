@@ -4,13 +4,10 @@ from collections.abc import Sequence
 
 from tformer_lib.teaching import style
 
-NARROW = 4.2
-"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
-
 
 def sharing(heads: int = 8, kv_heads: Sequence[int] = (8, 2, 1)) -> None:
     """Which query head reads which key and value head, for several numbers of kv heads."""
-    _, axes = style.figure(len(kv_heads), 1, height=1.75 * len(kv_heads), width=NARROW)
+    _, axes = style.figure(len(kv_heads), 1, height=1.75 * len(kv_heads), width=style.NARROW)
     titles = {heads: "MHA", 1: "MQA"}
     for ax, n in zip(axes, kv_heads, strict=True):
         group = heads // n
@@ -32,7 +29,7 @@ def sharing(heads: int = 8, kv_heads: Sequence[int] = (8, 2, 1)) -> None:
 
 def uptraining(losses: Sequence[float], before: float, pretrained: float) -> None:
     """The training loss of a converted model over the steps, with where it started and where it came from."""
-    _, ax = style.figure(height=3.2, width=NARROW)
+    _, ax = style.figure(height=3.2, width=style.NARROW)
     ax.plot(range(1, len(losses) + 1), losses, color=style.BLUE, label="training loss, converted model")
     ax.axhline(before, color=style.VERMILION, linestyle="--", label="validation, before repair")
     ax.axhline(pretrained, color=style.GREEN, linestyle="-.", label="validation, original model")
@@ -51,7 +48,7 @@ def trade_off(*records: dict) -> None:
         ]
         for r in records
     }
-    _, (top, low) = style.figure(2, 1, height=6.2, width=NARROW)
+    _, (top, low) = style.figure(2, 1, height=6.2, width=style.NARROW)
     style.lines(top, size, {"pooled": [row["loss_converted"] for row in rows]})
     style.lines(low, size, curves)
     top.set(title="Right after pooling", ylabel="validation loss, nats")
@@ -68,7 +65,7 @@ def trade_off(*records: dict) -> None:
 
 def decode_time(kv_heads: Sequence[int], milliseconds: dict[str, Sequence[float]]) -> None:
     """Milliseconds of one decode step's attention over the number of kv heads, one line a form."""
-    _, ax = style.figure(height=3.8, width=NARROW)
+    _, ax = style.figure(height=3.8, width=style.NARROW)
     style.lines(ax, kv_heads, milliseconds)
     style.log2_axis(ax, kv_heads)
     ax.set(xlabel="KV heads", ylabel="milliseconds", ylim=(0, None))
@@ -77,7 +74,7 @@ def decode_time(kv_heads: Sequence[int], milliseconds: dict[str, Sequence[float]
 
 def cache_sizes(names: Sequence[str], numbers: Sequence[int]) -> None:
     """Numbers cached per token and layer, as points on a logarithmic axis."""
-    _, ax = style.figure(height=2.4, width=NARROW)
+    _, ax = style.figure(height=2.4, width=style.NARROW)
     ax.plot(numbers, range(len(names)), linestyle="", marker="o", markersize=8, color=style.BLUE)
     for row, number in enumerate(numbers):
         place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}

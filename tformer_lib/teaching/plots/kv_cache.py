@@ -7,9 +7,6 @@ from torch import Tensor
 
 from tformer_lib.teaching import style
 
-NARROW = 4.2
-"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
-
 
 def recomputation(tokens: Sequence[str], prompt: int) -> None:
     """How often each score of a query with a key is computed while all ``tokens`` but the prompt are read one by one.
@@ -22,7 +19,7 @@ def recomputation(tokens: Sequence[str], prompt: int) -> None:
     position = torch.arange(length)
     passes = length - position.clamp_min(prompt - 1)  # of the uncached loop, that compute this row
     causal = torch.ones(length, length).tril()
-    _, axes = style.figure(2, 1, height=7.2, width=NARROW)
+    _, axes = style.figure(2, 1, height=7.2, width=style.NARROW)
     for ax, counts, name in ((axes[0], causal * passes[:, None], "Without a cache"), (axes[1], causal, "With a cache")):
         shown = counts.masked_fill(causal == 0, torch.nan)
         style.heatmap(ax, shown, values=".0f", limit=length - prompt + 1, rows=tokens)
@@ -36,7 +33,7 @@ def recomputation(tokens: Sequence[str], prompt: int) -> None:
 
 def work(contexts: Sequence[int], uncached: Sequence[int], cached: Sequence[int]) -> None:
     """Floating-point operations for the next token over the length of the text, on logarithmic axes."""
-    _, ax = style.figure(height=3.2, width=NARROW)
+    _, ax = style.figure(height=3.2, width=style.NARROW)
     style.lines(ax, contexts, {"without a cache": uncached, "with a cache": cached})
     ax.set(xscale="log", yscale="log", xlabel="tokens so far", ylabel="FLOPs for the next token")
     style.show()
@@ -44,7 +41,7 @@ def work(contexts: Sequence[int], uncached: Sequence[int], cached: Sequence[int]
 
 def time_per_token(contexts: Sequence[int], measured: dict[str, Sequence], predicted: dict[str, Sequence]) -> None:
     """Measured time per token (markers) and what the cost model says (lines), both {name: milliseconds}."""
-    _, ax = style.figure(height=3.6, width=NARROW)
+    _, ax = style.figure(height=3.6, width=style.NARROW)
     for i, (name, times) in enumerate(measured.items()):
         ax.plot(
             contexts, times, linestyle="", marker=style.MARKERS[i], color=style.PALETTE[i], label=name, markersize=7
@@ -65,7 +62,7 @@ def ring(visible: Tensor, slots: Sequence[Sequence[int]], steps: Sequence[int]) 
         steps: how many tokens had been written.
     """
     table = torch.tensor(slots)
-    _, (top, low) = style.figure(2, 1, height=6.4, width=NARROW, height_ratios=(1.7, 1))
+    _, (top, low) = style.figure(2, 1, height=6.4, width=style.NARROW, height_ratios=(1.7, 1))
     style.heatmap(top, visible)
     top.set(title="Who sees whom", xlabel="key", ylabel="query")
     shade = (table.float() - torch.tensor(steps)[:, None] + 12).clamp_min(2).masked_fill(table < 0, torch.nan)
@@ -81,7 +78,7 @@ def ring(visible: Tensor, slots: Sequence[Sequence[int]], steps: Sequence[int]) 
 def recorded(record: dict, contexts: dict) -> None:
     """What ``benchmarks/kv_cache.py`` measured on a GPU: whole generations as points, single steps over the context."""
     whole = sorted(record["rows"], key=lambda row: -row["seconds"])
-    _, (top, low) = style.figure(2, 1, height=7.0, width=NARROW, height_ratios=(1.2, 1))
+    _, (top, low) = style.figure(2, 1, height=7.0, width=style.NARROW, height_ratios=(1.2, 1))
     names = [row["name"].replace(", ", ",\n", 1).replace(" + ", "\n+ ") for row in whole]
     values = [row["extra"]["milliseconds_per_token"] for row in whole]
     top.plot(values, range(len(whole)), linestyle="", marker="o", markersize=8, color=style.BLUE)

@@ -10,13 +10,10 @@ from torch import Tensor
 from tformer_lib.teaching import style
 from tformer_lib.teaching.display import show_table
 
-NARROW = 4.2
-"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
-
 
 def who_sees_whom(mask: Tensor, queries: Sequence[str], keys: Sequence[str]) -> None:
     """One (T, S) mask with the tokens beside it."""
-    fig, ax = style.figure(height=1.3 + 0.26 * len(queries), width=NARROW)
+    fig, ax = style.figure(height=1.3 + 0.26 * len(queries), width=style.NARROW)
     style.heatmap(ax, mask, rows=queries, columns=keys)
     ax.set(xlabel="key: looked at", ylabel="query: looks")
     ax.tick_params(axis="x", rotation=90)
@@ -33,7 +30,7 @@ def gallery(masks: dict[str, Tensor], *, columns: int = 3, diagonal: bool = Fals
         diagonal: outline each query's own position, to show what lies to its right.
     """
     rows = -(-len(masks) // columns)
-    width = NARROW if columns <= 2 else style.WIDTH
+    width = style.NARROW if columns <= 2 else style.WIDTH
     _, axes = style.figure(rows, columns, height=2.35 * rows + 0.3, width=width, squeeze=False)
     for ax, (name, mask) in zip(axes.flat, masks.items(), strict=False):
         style.heatmap(ax, mask, rows=every(mask.shape[0]), columns=every(mask.shape[1]))
@@ -62,7 +59,7 @@ def outline_diagonal(ax: Axes, T: int, S: int) -> None:
 
 def used_share(lengths: Sequence[int], shares: dict[str, Sequence[float]]) -> None:
     """The share of the T x T scores that each mask keeps, over T."""
-    _, ax = style.figure(height=3.1, width=NARROW)
+    _, ax = style.figure(height=3.1, width=style.NARROW)
     style.lines(ax, lengths, shares)
     style.log2_axis(ax, list(lengths)[::2])
     ax.set(xlabel="length T", ylabel="share of the scores kept", ylim=(0, 1))
@@ -71,7 +68,7 @@ def used_share(lengths: Sequence[int], shares: dict[str, Sequence[float]]) -> No
 
 def times(lengths: Sequence[int], seconds: dict[str, Sequence[float]]) -> None:
     """Measured time of an attention under each mask, over T, and a line that grows as T squared."""
-    _, ax = style.figure(height=3.3, width=NARROW)
+    _, ax = style.figure(height=3.3, width=style.NARROW)
     milliseconds = {name: [1e3 * t for t in ts] for name, ts in seconds.items()}
     style.lines(ax, lengths, milliseconds)
     last = max(ts[-1] for ts in milliseconds.values())
@@ -85,7 +82,7 @@ def times(lengths: Sequence[int], seconds: dict[str, Sequence[float]]) -> None:
 
 def losses(curves: dict[str, Sequence[float]], floor: float) -> None:
     """Training loss of several runs, and the entropy below which no honest model can come."""
-    _, ax = style.figure(height=3.1, width=NARROW)
+    _, ax = style.figure(height=3.1, width=style.NARROW)
     steps = range(len(next(iter(curves.values()))))
     style.lines(ax, steps, curves, markers=False)
     ax.axhline(floor, color=style.GREY, linewidth=1.2)

@@ -7,13 +7,10 @@ from matplotlib.ticker import FuncFormatter
 
 from tformer_lib.teaching import style
 
-NARROW = 4.2
-"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
-
 
 def layer(tokens: Sequence[str], choices: Sequence[Sequence[int]], weights: Sequence[Sequence[float]], experts: int):
     """Tokens on the left, experts on the right, and a line for each choice, as thick as its weight."""
-    _, ax = style.figure(height=3.6, width=NARROW)
+    _, ax = style.figure(height=3.6, width=style.NARROW)
     rows = np.linspace(1, 0, len(tokens))
     places = np.linspace(1.1, -0.1, experts)
     busy = {expert for row in choices for expert in row}
@@ -35,7 +32,7 @@ def layer(tokens: Sequence[str], choices: Sequence[Sequence[int]], weights: Sequ
 
 def balance(curves: dict[str, Sequence[float]], *, every: int = 1) -> None:
     """The entropy of the load over the steps of training, one line a model, each smoothed over a few steps."""
-    _, ax = style.figure(height=3.4, width=NARROW)
+    _, ax = style.figure(height=3.4, width=style.NARROW)
     for colour, (name, values) in zip(style.PALETTE, curves.items(), strict=False):
         smooth = np.convolve(values, np.ones(9) / 9, mode="valid")
         ax.plot(every * (np.arange(len(smooth)) + 4), smooth, color=colour, label=name, linewidth=1.6)
@@ -46,7 +43,7 @@ def balance(curves: dict[str, Sequence[float]], *, every: int = 1) -> None:
 
 def equal_work_and_time(losses: dict[str, Sequence[float]], seconds: dict[str, float], *, every: int) -> None:
     """Validation losses over the steps, and the same losses over the time that the steps took."""
-    _, (top, low) = style.figure(2, 1, height=6.4, width=NARROW)
+    _, (top, low) = style.figure(2, 1, height=6.4, width=style.NARROW)
     for colour, (name, values) in zip(style.PALETTE, losses.items(), strict=False):
         steps = every * np.arange(len(values))
         top.plot(steps, values, color=colour, label=name)
@@ -63,7 +60,7 @@ def equal_work_and_time(losses: dict[str, Sequence[float]], seconds: dict[str, f
 
 def experts_read(tokens: Sequence[int], predicted: Sequence[float], counted: Sequence[float], experts: int) -> None:
     """How many different experts a step reads, over the number of its tokens: the formula, and a count."""
-    _, ax = style.figure(height=3.2, width=NARROW)
+    _, ax = style.figure(height=3.2, width=style.NARROW)
     ax.plot(tokens, predicted, color=style.BLUE, label="if all choose evenly")
     ax.plot(tokens, counted, color=style.VERMILION, linestyle="", marker="o", label="counted in our mixture")
     ax.axhline(experts, color=style.GREY, linewidth=1, linestyle="--")
@@ -75,7 +72,7 @@ def experts_read(tokens: Sequence[int], predicted: Sequence[float], counted: Seq
 
 def step_times(panels: dict[str, dict[str, tuple[Sequence[int], Sequence[float]]]]) -> None:
     """Milliseconds of a layer over the number of tokens, a panel a layer, a line a contestant; dashed is predicted."""
-    _, axes = style.figure(len(panels), 1, height=3.3 * len(panels), width=NARROW)
+    _, axes = style.figure(len(panels), 1, height=3.3 * len(panels), width=style.NARROW)
     for ax, (title, curves) in zip(np.atleast_1d(axes), panels.items(), strict=True):
         for colour, (name, (tokens, milliseconds)) in zip(style.PALETTE, curves.items(), strict=False):
             look = {"linestyle": "--"} if name.startswith("predicted") else {"marker": "o"}

@@ -1,5 +1,6 @@
-"""The figures of chapter 18."""
+"""The figures of chapter 18: narrow, so that a phone can show their labels."""
 
+import textwrap
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,7 @@ def shares(found: dict[str, Sequence[float]]) -> None:
     Args:
         found: name -> four shares that add up to 1, in the order of KINDS.
     """
-    _, ax = style.figure(height=0.5 * len(found) + 1.35)
+    _, ax = style.figure(width=style.NARROW, height=0.55 * len(found) + 1.35)
     left = torch.zeros(len(found))
     for kind, colour, hatch, values in zip(KINDS, COLOURS, HATCHES, zip(*found.values(), strict=True), strict=True):
         widths = 100 * torch.tensor(values)
@@ -32,11 +33,11 @@ def shares(found: dict[str, Sequence[float]]) -> None:
     for row, values in enumerate(found.values()):
         colour = "white" if values[0] > 0.1 else style.INK
         ax.text(1, row, f"{100 * values[0]:.0f} %", va="center", color=colour, fontweight="bold")
-    ax.set_yticks(range(len(found)), found)
+    ax.set_yticks(range(len(found)), [textwrap.fill(name, 13) for name in found])
     ax.invert_yaxis()
     ax.grid(False, axis="y")
     ax.set(xlabel="share of the slots, in percent", xlim=(0, 100))
-    ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.4, -0.1 - 0.45 / len(found)))
+    ax.figure.legend(ncols=2, loc="outside lower center", columnspacing=1.0)
     style.show()
 
 
@@ -47,9 +48,9 @@ def maps(memories: dict[str, Tensor], *, columns: int = 64) -> None:
         memories: name -> (cells,) int64, an index into KINDS for each cell.
         columns: cells in a row.
     """
-    _, axes = style.figure(2, 2, height=3.6)
+    _, axes = style.figure(len(memories), 1, width=style.NARROW, height=1.25 * len(memories) + 0.6)
     colours = ListedColormap([*COLOURS])
-    for ax, (name, cells) in zip(axes.flatten(), memories.items(), strict=True):
+    for ax, (name, cells) in zip(axes, memories.items(), strict=True):
         ax.imshow(cells.view(-1, columns).numpy(), cmap=colours, vmin=0, vmax=3, aspect="auto", interpolation="nearest")
         ax.set(xticks=[], yticks=[])
         ax.grid(False)
@@ -57,7 +58,7 @@ def maps(memories: dict[str, Tensor], *, columns: int = 64) -> None:
         ax.set_title(name, fontsize=10)
     looks = zip(KINDS, COLOURS, strict=True)
     patches = [Patch(facecolor=colour, edgecolor=style.INK, linewidth=0.6, label=kind) for kind, colour in looks]
-    axes[0, 0].figure.legend(handles=patches, ncols=2, loc="outside lower center")
+    axes[0].figure.legend(handles=patches, ncols=2, loc="outside lower center", columnspacing=1.0)
     style.show()
 
 
@@ -70,27 +71,31 @@ def page_table(tables: dict[str, BlockTable], texts: dict[str, Sequence[str]], b
         blocks: how many blocks the pool has.
     """
     size = next(iter(tables.values())).allocator.block_size
-    _, (top, bottom) = style.figure(2, 1, height=3.8, height_ratios=(1.25, 1))
+    pitch, line = size + 0.6, 1.45  # from one block to the next, and from one line to the next
+    lines = sum(-(-len(table.blocks) // 2) for table in tables.values())
+    ratios = (line * lines, line * -(-blocks // 2))
+    _, (top, bottom) = style.figure(2, 1, width=style.NARROW, height=0.52 * sum(ratios) + 0.6, height_ratios=ratios)
     words: list[str] = [""] * (blocks * size)
     owner: list[int | None] = [None] * blocks
-    for line, (name, table) in enumerate(tables.items()):
-        top.text(-0.4, -1.45 * line + 0.5, name, fontweight="bold", va="center", ha="right")
+    y = 0.0
+    for number, (name, table) in enumerate(tables.items()):
+        top.text(-0.4, y + 0.5, name, fontweight="bold", va="center", ha="right")
         for place, block in enumerate(table.blocks):
-            owner[block] = line
-            start = place * (size + 0.6)
+            owner[block] = number
+            x, low = (place % 2) * pitch, y - line * (place // 2)
             part = list(texts[name][place * size : (place + 1) * size])
             words[block * size : block * size + len(part)] = part
-            draw_block(top, start, -1.45 * line, part, size, line)
-            top.text(start + size / 2, -1.45 * line + 0.97, f"→ block {block}", ha="center", va="bottom", fontsize=8.5)
+            draw_block(top, x, low, part, size, number)
+            top.text(x + size / 2, low + 0.97, f"→ block {block}", ha="center", va="bottom", fontsize=9.5)
+        y -= line * -(-len(table.blocks) // 2)
     for block in range(blocks):
-        column, row = block % 4, block // 4
+        x, low = (block % 2) * pitch, -line * (block // 2)
         held = words[block * size : (block + 1) * size] if owner[block] is not None else []
-        draw_block(bottom, column * (size + 0.6), -1.4 * row, [w for w in held if w], size, owner[block])
-        bottom.text(column * (size + 0.6), -1.4 * row + 1.02, f"block {block}", va="bottom", fontsize=8.5)
-    width = 4 * (size + 0.6)
-    top.set(title="What the sequences see", xlim=(-1.2, width), ylim=(-1.45 * (len(tables) - 1) - 0.1, 1.5))
-    bottom.set(title="What the pool holds", xlim=(-1.2, width), ylim=(-1.4 * ((blocks - 1) // 4) - 0.1, 1.5))
-    for ax in (top, bottom):
+        draw_block(bottom, x, low, [w for w in held if w], size, owner[block])
+        bottom.text(x, low + 1.02, f"block {block}", va="bottom", fontsize=9.5)
+    for ax, title, height in zip((top, bottom), ("What the sequences see", "What the pool holds"), ratios, strict=True):
+        ax.set(xlim=(-1.2, 2 * pitch), ylim=(line - height - 0.1, 1.6))
+        ax.set_title(title)
         ax.axis("off")
     style.show()
 
@@ -104,7 +109,7 @@ def draw_block(ax, x: float, y: float, words: Sequence[str], size: int, owner: i
             Rectangle((x + offset, y + 0.1), 1, 0.8, facecolor=colour if filled else "white", alpha=0.22, linewidth=0)
         )
         if filled:
-            ax.text(x + offset + 0.5, y + 0.5, words[offset], ha="center", va="center", fontsize=8)
+            ax.text(x + offset + 0.5, y + 0.5, words[offset], ha="center", va="center", fontsize=9.5)
     dash = "-" if owner != 1 else "--"
     edge = style.GREY if owner is None else (style.BLUE, style.VERMILION)[owner]
     ax.add_patch(Rectangle((x, y + 0.1), size, 0.8, fill=False, edgecolor=edge, linewidth=1.4, linestyle=dash))
@@ -113,14 +118,14 @@ def draw_block(ax, x: float, y: float, words: Sequence[str], size: int, owner: i
 def block_sizes(sizes: Sequence[int], waste: Sequence[float], formula: Sequence[float], entries: Sequence[int]) -> None:
     """The two sides of a block size: slots wasted, and how long the tables are."""
     shown = {"simulated": waste, "(b − 1) / 2 per sequence": formula}
-    _, (left, right) = style.figure(1, 2, height=3.2)
-    style.lines(left, sizes, {name: [100 * share for share in shares] for name, shares in shown.items()})
-    left.set(xscale="log", xlabel="tokens in a block, b", ylabel="percent of held slots", ylim=(0, None))
-    left.set_title("Slots held and empty")
-    style.lines(right, sizes, {"entries": entries})
-    right.set(xscale="log", yscale="log", xlabel="tokens in a block, b", ylabel="entries for 8,192 tokens")
-    right.set_title("Table of one sequence")
-    for ax in (left, right):
+    _, (top, bottom) = style.figure(2, 1, width=style.NARROW, height=5.4)
+    style.lines(top, sizes, {name: [100 * share for share in shares] for name, shares in shown.items()})
+    top.set(xscale="log", xlabel="tokens in a block, b", ylabel="percent of held slots", ylim=(0, None))
+    top.set_title("Slots held and empty")
+    style.lines(bottom, sizes, {"entries": entries})
+    bottom.set(xscale="log", yscale="log", xlabel="tokens in a block, b", ylabel="entries for 8,192 tokens")
+    bottom.set_title("Table of one sequence")
+    for ax in (top, bottom):
         ax.set_xticks(sizes, [str(s) for s in sizes])
         ax.minorticks_off()
     style.show()
@@ -128,7 +133,7 @@ def block_sizes(sizes: Sequence[int], waste: Sequence[float], formula: Sequence[
 
 def prefix_saving(names: Sequence[str], computed: Sequence[int], blocks: Sequence[int]) -> None:
     """Bars: prompt tokens that were computed, and blocks that are held, without sharing and with it."""
-    _, axes = style.figure(1, 2, height=2.4)
+    _, axes = style.figure(2, 1, width=style.NARROW, height=3.2)
     for ax, values, label in zip(axes, (computed, blocks), ("prompt tokens computed", "blocks held"), strict=True):
         bars = ax.barh(range(len(names)), values, color=[style.VERMILION, style.BLUE], hatch=None)
         ax.bar_label(bars, padding=3, fmt="{:,.0f}")
@@ -137,16 +142,15 @@ def prefix_saving(names: Sequence[str], computed: Sequence[int], blocks: Sequenc
         ax.invert_yaxis()
         ax.set(title=label, xlim=(0, 1.25 * max(values)))
         ax.grid(False, axis="y")
-    axes[1].set_yticklabels([])
     style.show()
 
 
 def decode_step(batches: Sequence[int], bounds: dict[str, Sequence[float]]) -> None:
     """Lower bounds of a decode step over the batch, {what must be done: milliseconds}."""
-    _, ax = style.figure(height=3.4)
+    _, ax = style.figure(width=style.NARROW, height=3.6)
     style.lines(ax, batches, bounds)
     ax.set(xscale="log", yscale="log", xlabel="sequences in the batch", ylabel="milliseconds, at least")
-    ax.set_title("A decode step is bound by what it reads")
+    ax.set_title("A decode step, by what it reads")
     ax.set_xticks(batches, [str(b) for b in batches])
     ax.minorticks_off()
     style.show()
@@ -156,15 +160,15 @@ def decode_times(
     contexts: Sequence[int], times: dict[str, Sequence[float]], sizes: Sequence[int], by_size: Sequence[float]
 ) -> None:
     """Microseconds of a decode step over the context, {name: times}; and of the last over the block size."""
-    _, (left, right) = style.figure(1, 2, height=3.6, width_ratios=(1.5, 1))
-    style.lines(left, contexts, times)
-    left.set(xscale="log", yscale="log", xlabel="tokens per row", ylabel="microseconds")
-    left.set_title("A decode step, 8 rows")
-    left.set_xticks(contexts, [str(n) for n in contexts])
-    right.bar([str(size) for size in sizes], by_size, color=style.GREEN)
-    right.set(xlabel="tokens in a block", ylabel="microseconds")
-    right.set_title(f"The twin at {contexts[-1]:,} tokens")
-    left.minorticks_off()
+    _, (top, bottom) = style.figure(2, 1, width=style.NARROW, height=6.2, height_ratios=(1.4, 1))
+    style.lines(top, contexts, times)
+    top.set(xscale="log", yscale="log", xlabel="tokens per row", ylabel="microseconds")
+    top.set_title("A decode step, 8 rows")
+    top.set_xticks(contexts, [str(n) for n in contexts])
+    bottom.bar([str(size) for size in sizes], by_size, color=style.GREEN)
+    bottom.set(xlabel="tokens in a block", ylabel="microseconds")
+    bottom.set_title(f"The twin at {contexts[-1]:,} tokens")
+    top.minorticks_off()
     style.show()
 
 
@@ -181,18 +185,18 @@ def recorded(record: dict) -> None:
     """What ``benchmarks/paged_attention.py`` measured on a GPU: keys and values read a second, by work and by block."""
     rates = {row["name"]: row["rate"] / 1e12 for row in record["rows"]}
     limit = record["facts"]["copy_tb_s"]
-    _, (left, right) = style.figure(1, 2, height=5.8, width_ratios=(1.6, 1))
+    _, (top, bottom) = style.figure(2, 1, width=style.NARROW, height=9.0, height_ratios=(2.4, 1))
     for i, (contestant, label) in enumerate(CONTESTANTS.items()):
         values = [rates.get(f"decode, {work}: {contestant}", 0.0) for work in WORK]
         places = [place + 0.2 * (i - 1.5) for place in range(len(WORK))]
-        bars = left.barh(places, values, 0.18, color=style.PALETTE[i], hatch=HATCHES[i], label=label)
-        left.bar_label(bars, [f"{value:.2f}" if value else "" for value in values], padding=2, fontsize=8)
-    left.axvline(limit, color=style.INK, linestyle="--", linewidth=1.2, label="device copy, same run")
-    left.set_yticks(range(len(WORK)), [work.replace(" rows of ", " rows,\n") for work in WORK])
-    left.invert_yaxis()
-    left.set(title="Decode: TB/s of keys and values", xlabel="TB/s", xlim=(0, 1.2 * limit))
-    left.figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
-    by_block(right, rates, limit)
+        bars = top.barh(places, values, 0.18, color=style.PALETTE[i], hatch=HATCHES[i], label=label)
+        top.bar_label(bars, [f"{value:.2f}" if value else "" for value in values], padding=2, fontsize=9.5)
+    top.axvline(limit, color=style.INK, linestyle="--", linewidth=1.2, label="device copy, same run")
+    top.set_yticks(range(len(WORK)), [work.replace(" rows of ", " rows,\n") for work in WORK])
+    top.invert_yaxis()
+    top.set(title="Decode: TB/s of keys and values", xlabel="TB/s", xlim=(0, 1.2 * limit))
+    top.figure.legend(loc="outside lower center", ncols=1)
+    by_block(bottom, rates, limit)
     style.show()
 
 
@@ -204,14 +208,14 @@ def by_block(ax, rates: dict[str, float], limit: float) -> None:
     }
     known = [size for size in sizes if names[size] in rates]
     bars = ax.bar([str(size) for size in known], [rates[names[size]] for size in known], color=style.PALETTE[1])
-    ax.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+    ax.bar_label(bars, fmt="%.1f", padding=2, fontsize=9.5)
     ax.axhline(limit, color=style.INK, linestyle="--", linewidth=1.2)
     ax.set(title="TB/s at 64 x 8,192", xlabel="tokens in a block", ylim=(0, 1.2 * limit))
 
 
 def bookkeeping(rows: dict[str, Sequence[float]], sequences: Sequence[int]) -> None:
     """Microseconds of Python per decode step over the number of sequences."""
-    _, ax = style.figure(height=3.0)
+    _, ax = style.figure(width=style.NARROW, height=3.2)
     style.lines(ax, sequences, rows)
     ax.set(xlabel="sequences that append a token", ylabel="microseconds per step", ylim=(0, None))
     ax.set_title("The time of the allocator, on this CPU")

@@ -12,16 +12,13 @@ from torch import Tensor
 from tformer_lib.positional_encoding import sinusoidal, t5_bucket
 from tformer_lib.teaching import style
 
-NARROW = 4.2
-"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
-
 
 def counters(length: int = 32, bits: int = 5) -> None:
     """A binary counter above sinusoids of the same rhythm: each digit or wave is half as fast as the one above it."""
     positions = torch.arange(length)
     digits = torch.stack([(positions >> i) & 1 for i in range(bits)])
     waves = torch.stack([torch.sin(2 * torch.pi * positions / 2 ** (i + 1) + 0.4) for i in range(bits)])
-    _, (upper, lower) = style.figure(2, 1, height=4.0, width=NARROW)
+    _, (upper, lower) = style.figure(2, 1, height=4.0, width=style.NARROW)
     style.heatmap(upper, digits, rows=[f"digit {i}" for i in range(bits)])
     style.heatmap(lower, waves, rows=[f"wave {i}" for i in range(bits)], signed=True)
     upper.set_title("Binary digits jump", fontsize=11)
@@ -32,7 +29,7 @@ def counters(length: int = 32, bits: int = 5) -> None:
 
 def table(encoding: Tensor) -> None:
     """A table of encodings, (positions, width), as a heat map."""
-    figure, ax = style.figure(height=3.9, width=NARROW)
+    figure, ax = style.figure(height=3.9, width=style.NARROW)
     image = style.heatmap(ax, encoding, signed=True, limit=1.0)
     ax.set(xlabel="channel", ylabel="position")
     figure.colorbar(image, ax=ax, label="value")
@@ -42,7 +39,7 @@ def table(encoding: Tensor) -> None:
 def clocks(steps: int, starts: Sequence[int], width: int = 16, count: int = 3) -> None:
     """The first hands of the sinusoidal encoding before and after the same number of steps, from several starts."""
     thetas = 10000.0 ** (-2 * np.arange(count) / width)
-    _, axes = style.figure(len(starts), count, height=1.75 * len(starts), width=NARROW)
+    _, axes = style.figure(len(starts), count, height=1.75 * len(starts), width=style.NARROW)
     for row, start in zip(axes, starts, strict=True):
         for i, (ax, theta) in enumerate(zip(row, thetas, strict=True)):
             draw_clock(ax, start * theta, (start + steps) * theta)
@@ -69,7 +66,7 @@ def similarity(width: int = 64, reach: int = 128, bases: Sequence[float] = (100,
     for base in bases:
         rows = sinusoidal(torch.arange(2 * reach + 1), width, base=base)
         curves[f"base {base:,}"] = rows @ rows[reach] / (width / 2)
-    _, ax = style.figure(height=3.2, width=NARROW)
+    _, ax = style.figure(height=3.2, width=style.NARROW)
     style.lines(ax, distance, curves, markers=False)
     ax.set(xlabel="distance between two positions", ylabel="product, 1 at distance 0", ylim=(None, 1.5))
     style.show()
@@ -77,7 +74,7 @@ def similarity(width: int = 64, reach: int = 128, bases: Sequence[float] = (100,
 
 def biases(alibi: Tensor, t5: Tensor) -> None:
     """One head of ALiBi beside one head of T5's buckets, each (T, S), and T5's bucket over distance."""
-    _, axes = plt.subplot_mosaic([["alibi", "t5"], ["curve", "curve"]], figsize=(NARROW, 4.8))
+    _, axes = plt.subplot_mosaic([["alibi", "t5"], ["curve", "curve"]], figsize=(style.NARROW, 4.8))
     style.heatmap(axes["alibi"], alibi, signed=True)
     style.heatmap(axes["t5"], t5)
     distance = torch.arange(0, 161)
@@ -97,7 +94,7 @@ def slopes(slopes: Tensor, reach: int = 64) -> None:
     curves = {
         f"head {h}: slope 1/{1 / slopes[h]:.0f}": torch.exp(-slopes[h] * distance) for h in range(0, len(slopes), 2)
     }
-    _, ax = style.figure(height=3.9, width=NARROW)
+    _, ax = style.figure(height=3.9, width=style.NARROW)
     style.lines(ax, distance, curves, markers=False)
     ax.set(xlabel="distance of the key", ylabel="weight is multiplied by")
     ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2, columnspacing=1.0)
@@ -107,7 +104,7 @@ def slopes(slopes: Tensor, reach: int = 64) -> None:
 def by_position(accuracy: dict[str, Tensor], first: int, trained: int, chance: float) -> None:
     """Accuracy at each position from ``first`` on, a panel a scheme; lines mark the trained length and guessing."""
     rows = -(-len(accuracy) // 2)
-    _, axes = style.figure(rows, 2, height=1.65 * rows, width=NARROW, sharex=True, sharey=True)
+    _, axes = style.figure(rows, 2, height=1.65 * rows, width=style.NARROW, sharex=True, sharey=True)
     for ax, (name, share) in zip(axes.flat, accuracy.items(), strict=False):
         ax.plot(range(first, first + len(share)), share, color=style.BLUE)
         ax.axvline(trained - 0.5, color=style.INK, linewidth=1)

@@ -12,9 +12,6 @@ from torch import Tensor
 from tformer_lib.rope import Rope
 from tformer_lib.teaching import style
 
-NARROW = 4.2
-"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
-
 
 def layouts(head_dim: int = 8) -> None:
     """Which channels make a pair: neighbours in one layout, halves in the other; an arc joins a pair."""
@@ -22,7 +19,7 @@ def layouts(head_dim: int = 8) -> None:
         "interleaved: neighbours": [(i, i + 1) for i in range(0, head_dim, 2)],
         "half: i and i + head_dim / 2": [(i, i + head_dim // 2) for i in range(head_dim // 2)],
     }
-    _, axes = style.figure(2, 1, height=3.6, width=NARROW, height_ratios=(1, 1.9))
+    _, axes = style.figure(2, 1, height=3.6, width=style.NARROW, height_ratios=(1, 1.9))
     for ax, (title, joined) in zip(axes, pairs.items(), strict=True):
         for number, (a, b) in enumerate(joined):
             arc = np.linspace(0, math.pi, 40)
@@ -48,7 +45,7 @@ def layouts(head_dim: int = 8) -> None:
 
 def decay(distances: Tensor, aligned: Tensor, spread: Tensor, bound: Tensor) -> None:
     """The score over distance for q = k, the spread of scores for random q and k, and the paper's bound."""
-    _, ax = style.figure(height=3.4, width=NARROW)
+    _, ax = style.figure(height=3.4, width=style.NARROW)
     style.lines(
         ax,
         distances,
@@ -64,7 +61,7 @@ def decay(distances: Tensor, aligned: Tensor, spread: Tensor, bound: Tensor) -> 
 def turns(rope: Rope, length: int, longer: int) -> None:
     """Full turns of each pair within the trained length and within a longer one; under one, angles are new."""
     frequencies = rope.frequencies()
-    _, ax = style.figure(height=3.4, width=NARROW)
+    _, ax = style.figure(height=3.4, width=style.NARROW)
     pairs = range(len(frequencies))
     counts = {f"within {n:,} positions": frequencies * n / (2 * math.pi) for n in (length, longer)}
     style.lines(ax, pairs, counts)
@@ -79,7 +76,7 @@ def turns(rope: Rope, length: int, longer: int) -> None:
 def scalings(ropes: dict[str, Rope], plain: Rope) -> None:
     """What each scaling multiplies the frequency of each pair by."""
     curves = {name: rope.frequencies() / plain.frequencies() for name, rope in ropes.items()}
-    _, ax = style.figure(height=4.0, width=NARROW)
+    _, ax = style.figure(height=4.0, width=style.NARROW)
     style.lines(ax, range(len(plain.frequencies())), curves)
     ax.set(xlabel="pair, fast to slow", ylabel="frequency is multiplied by", ylim=(0, 1.08))
     below(ax, columns=2)
@@ -96,7 +93,7 @@ def extrapolation(losses: dict[str, Sequence[float]], edges: Sequence[int], trai
         floor: the loss of the unscaled model within its context.
     """
     middles = [(a + b) / 2 for a, b in pairwise(edges)]
-    _, ax = style.figure(height=4.2, width=NARROW)
+    _, ax = style.figure(height=4.2, width=style.NARROW)
     style.lines(ax, middles, losses)
     ax.axvline(trained, color=style.INK, linewidth=1)
     ax.axhline(floor, color=style.GREY, linewidth=1, linestyle=":")
@@ -124,7 +121,7 @@ def total_turn(frequencies: Tensor, distance: Tensor) -> Tensor:
 
 def costs(seconds: dict[str, float]) -> None:
     """Milliseconds of each way to spend them, as bars."""
-    _, ax = style.figure(height=0.8 + 0.42 * len(seconds), width=NARROW)
+    _, ax = style.figure(height=0.8 + 0.42 * len(seconds), width=style.NARROW)
     bars = ax.barh(list(seconds), [1e3 * s for s in seconds.values()], color=style.BLUE)
     ax.bar_label(bars, fmt="%.1f", padding=3)
     ax.invert_yaxis()

@@ -6,13 +6,10 @@ import numpy as np
 
 from tformer_lib.teaching import style
 
-NARROW = 4.2
-"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
-
 
 def surprises(words: Sequence[str], nats: Sequence[float]) -> None:
     """How surprising each token was, from top to bottom; drawn to one digit, the same on every machine."""
-    _, ax = style.figure(width=NARROW, height=0.24 * len(words) + 0.5)
+    _, ax = style.figure(width=style.NARROW, height=0.24 * len(words) + 0.5)
     values = [round(x, 1) for x in nats]
     bars = ax.barh(range(len(words)), values, color=[style.VERMILION if x >= 1.5 else style.BLUE for x in values])
     ax.bar_label(bars, [f"{x:.1f}" for x in values], padding=3, fontsize=9.5)
@@ -29,7 +26,7 @@ def one_batch(losses: dict[str, Sequence[float]], floor: float) -> None:
         losses: label -> the loss of each step.
         floor: the entropy of the text, nats per token.
     """
-    _, ax = style.figure(width=NARROW, height=3.2)
+    _, ax = style.figure(width=style.NARROW, height=3.2)
     style.lines(ax, range(len(next(iter(losses.values())))), losses, markers=False)
     ax.axhline(floor, color=style.INK, linewidth=1.0, linestyle="--")
     ax.text(0, floor * 0.75, f"floor {floor:.2f}", fontsize=9.5, va="top")
@@ -41,7 +38,7 @@ def one_batch(losses: dict[str, Sequence[float]], floor: float) -> None:
 
 def sweep(rates: Sequence[float], losses: Sequence[float], steps: int) -> None:
     """The loss after a few steps over the peak learning rate."""
-    _, ax = style.figure(width=NARROW, height=2.8)
+    _, ax = style.figure(width=style.NARROW, height=2.8)
     ax.plot(rates, losses, marker="o")
     for rate, loss in zip(rates, losses, strict=True):
         ax.annotate(f"{loss:.1f}", (rate, loss), (0, 7), textcoords="offset points", ha="center", fontsize=9.5)
@@ -57,7 +54,7 @@ def budget(sizes: Sequence[float], losses: dict[str, Sequence[float]]) -> None:
         sizes: parameters.
         losses: label -> the loss at each size.
     """
-    _, ax = style.figure(width=NARROW, height=3.2)
+    _, ax = style.figure(width=style.NARROW, height=3.2)
     for i, (label, values) in enumerate(losses.items()):
         ax.plot(sizes, values, label=label, color=style.PALETTE[i], linestyle=style.DASHES[i])
         best = int(np.argmin(values))
@@ -98,7 +95,7 @@ def valley(paths: dict[str, np.ndarray], curvature: tuple[float, float]) -> None
         paths: label -> (steps, 2) positions.
         curvature: of the two axes.
     """
-    _, ax = style.figure(width=NARROW, height=3.2)
+    _, ax = style.figure(width=style.NARROW, height=3.2)
     x, y = np.meshgrid(np.linspace(-10.5, 1.5, 120), np.linspace(-1.5, 1.5, 80))
     ax.contour(x, y, np.sqrt(curvature[0] * x**2 + curvature[1] * y**2), levels=10, colors=style.GREY, linewidths=0.6)
     for i, (label, path) in enumerate(paths.items()):
@@ -118,7 +115,7 @@ def valley(paths: dict[str, np.ndarray], curvature: tuple[float, float]) -> None
 
 def schedule(rate: Callable[[int], float], warmup: int, steps: int) -> None:
     """The learning rate of every step."""
-    _, ax = style.figure(width=NARROW, height=2.6)
+    _, ax = style.figure(width=style.NARROW, height=2.6)
     ax.plot(range(steps + 1), [rate(t) for t in range(steps + 1)])
     ax.axvline(warmup, color=style.GREY, linestyle=":", linewidth=1.2)
     ax.annotate("the warm-up ends", (warmup, rate(steps)), (warmup + 0.02 * steps, rate(steps)), fontsize=9.5)
@@ -134,7 +131,7 @@ def losses(short: Sequence[dict], long: Sequence[dict], floor: float) -> None:
         long: those of the recorded run.
         floor: nats per token that no model can expect to beat.
     """
-    _, axes = style.figure(2, 1, width=NARROW, height=5.4, sharey=True)
+    _, axes = style.figure(2, 1, width=style.NARROW, height=5.4, sharey=True)
     titles = ("this page, on a CPU", "recorded, on a GPU")
     for ax, title, history in zip(axes, titles, (short, long), strict=True):
         train = [(h["step"], h["loss"]) for h in history if "loss" in h]
@@ -161,7 +158,7 @@ def overfitting(histories: dict[str, Sequence[dict]], reference: float, label: s
         reference: a published loss to compare with.
         label: whose it is.
     """
-    _, ax = style.figure(width=NARROW, height=4.4)
+    _, ax = style.figure(width=style.NARROW, height=4.4)
     for i, (name, history) in enumerate(histories.items()):
         val = [(h["step"], h["val_loss"]) for h in history if "val_loss" in h and h["step"]]
         train = [(h["step"], h["loss"]) for h in history if "loss" in h and h["step"] >= 100]

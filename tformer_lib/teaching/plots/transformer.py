@@ -11,9 +11,6 @@ from tformer_lib.teaching import style
 
 BOXES = {"norm": style.YELLOW, "attention": style.SKY, "feed-forward": "#F4B58F", "add": "white"}
 
-NARROW = 4.2
-"""Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
-
 
 def model_diagram() -> None:
     """The whole model, read upwards: decoder-only beside encoder-decoder."""
@@ -118,7 +115,7 @@ def stream(names: Sequence[str], words: Sequence[str], chances: Sequence[float],
         chances: its probability.
         lengths: the Euclidean length of the token's vector after each addition.
     """
-    _, ax = style.figure(width=NARROW, height=0.42 * (len(names) + 1))
+    _, ax = style.figure(width=style.NARROW, height=0.42 * (len(names) + 1))
     arrow(ax, (0.0, -0.4), (0.0, len(names) - 0.3))
     for y, (name, word, chance, length) in enumerate(zip(names, words, chances, lengths, strict=True)):
         colour = BOXES.get(name.split()[0], style.GREEN + "55")
@@ -152,7 +149,7 @@ def depth(spread: dict[str, Sequence[float]], losses: dict[str, Sequence[float]]
 
 def work_per_token(lengths: Sequence[int], matrices: Sequence[float], attention: Sequence[float]) -> None:
     """FLOPs a token, stacked: the matrices' constant share and attention's growing one."""
-    _, ax = style.figure(width=NARROW, height=3.3)
+    _, ax = style.figure(width=style.NARROW, height=3.3)
     giga = [[f / 1e9 for f in part] for part in (matrices, attention)]
     ax.stackplot(lengths, *giga, colors=[style.SKY, style.ORANGE], labels=["weight matrices", "attention proper"])
     ax.set(xlabel="context length T", ylabel="GFLOP per token, forward", xlim=(0, max(lengths)))
