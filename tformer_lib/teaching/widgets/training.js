@@ -94,7 +94,7 @@ function triangle(weights, state, T, kit) {
   }
   const frame = kit.svg("rect", { x: 0, y: top + size * state.query, width: size * (state.query + 1), height: size, fill: "none", style: "stroke:var(--tf-vermilion)", "stroke-width": 1.5 });
   const edge = kit.svg("path", { d: `M0 ${top}V${top + size * T}H${size * T}Z`, fill: "none", stroke: "currentColor", opacity: 0.4 });
-  return kit.picture(size * T + 2, top + size * T + 2, `Weights of all ${T} queries of layer ${state.layer}, head ${state.head}`,
+  return kit.picture(Math.max(size * T + 2, 252), top + size * T + 2, `Weights of all ${T} queries of layer ${state.layer}, head ${state.head}`,
     kit.svg("text", { x: 0, y: 14, "font-size": 13 }, `layer ${state.layer}, head ${state.head}: a row for each query`), edge, cells, frame);
 }
 
