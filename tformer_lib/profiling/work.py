@@ -37,10 +37,10 @@ class Work:
 
     def table(self, rows: int = 10) -> str:
         """The operators that move the most bytes."""
-        lines = [f"{'bytes':>15} {'flops':>15} {'flop/byte':>9} {'calls':>7}  operator"]
+        lines = [f"{'bytes':>13} {'flops':>13} {'flop/byte':>9} {'calls':>7}  operator"]
         for name, e in sorted(self.operators.items(), key=lambda item: -item[1]["bytes"])[:rows]:
             intensity = e["flops"] / e["bytes"] if e["bytes"] else 0.0
-            lines.append(f"{e['bytes']:15,} {e['flops']:15,} {intensity:9.2f} {e['calls']:7d}  {name}")
+            lines.append(f"{e['bytes']:13,} {e['flops']:13,} {intensity:9.2f} {e['calls']:7d}  {name}")
         return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Figures of the serving chapter."""
+"""Figures of the serving chapter: narrow, so that a phone can show their labels."""
 
 from collections.abc import Sequence
 
@@ -53,7 +53,9 @@ def lanes(pictures: dict[str, list[list[tuple[int, int, str]]]]) -> None:
     Args:
         pictures: title -> lanes, as :func:`static_lanes` and :func:`engine_lanes` give them.
     """
-    _, axes = style.figure(len(pictures), 1, height=2.5 * len(pictures) + 0.5, sharex=True, squeeze=False)
+    _, axes = style.figure(
+        len(pictures), 1, width=style.NARROW, height=2.5 * len(pictures) + 0.8, sharex=True, squeeze=False
+    )
     end = max(start + steps for rows in pictures.values() for lane in rows for start, steps, _ in lane)
     for ax, (title, rows) in zip(axes[:, 0], pictures.items(), strict=True):
         for line, lane in enumerate(rows):
@@ -71,7 +73,7 @@ def lanes(pictures: dict[str, list[list[tuple[int, int, str]]]]) -> None:
         Patch(facecolor=WRITING, label="writes"),
         Patch(label="idle", **idle),
     ]
-    axes[0, 0].legend(handles=keys, loc="upper right", ncols=3, frameon=True, framealpha=1.0, edgecolor="white")
+    axes[0, 0].figure.legend(handles=keys, loc="outside lower center", ncols=3)
     style.show()
 
 
@@ -93,7 +95,7 @@ def bound(rows: Sequence[int], seconds: Sequence[float], marks: dict[str, int]) 
         marks: label -> a number of rows to point at.
     """
     rows, seconds = np.array(rows), np.array(seconds)
-    _, axes = style.figure(1, 2, height=3.1)
+    _, axes = style.figure(2, 1, width=style.NARROW, height=5.4)
     axes[0].plot(rows, rows / seconds / 1e3, color=style.BLUE)
     axes[1].plot(rows, seconds * 1e3, color=style.VERMILION, linestyle="--")
     for i, (name, place) in enumerate(marks.items()):
@@ -115,14 +117,14 @@ def budgets(names: Sequence[int], worst: Sequence[float], first: Sequence[float]
         first: seconds until the median request has its first token.
         total: seconds until all have ended.
     """
-    _, ax = style.figure(height=3.2)
+    _, ax = style.figure(width=style.NARROW, height=3.9)
     series = {
         "longest pause between two tokens": [1e3 * value for value in worst],
         "first token, median request": [1e3 * value for value in first],
         "all requests done": [1e3 * value for value in total],
     }
     style.lines(ax, names, series)
-    style.log2_axis(ax, names, log_y=True)
+    style.log2_axis(ax, names, [f"{n:,}" if i % 2 == 0 else "" for i, n in enumerate(names)], log_y=True)
     ax.set(xlabel="tokens that a step may compute", ylabel="ms, by the bound", ylim=(0.4, 6e3))
     ax.legend(loc="upper right", ncols=1)
     style.show()
@@ -138,10 +140,10 @@ def latency(
         visits: for each rate the seconds of the first and of the second, one for each request.
         knee: between which two rates the knee was predicted.
     """
-    _, axes = style.figure(1, 2, height=3.3)
+    _, axes = style.figure(2, 1, width=style.NARROW, height=5.8)
     first = {
-        "90th percentile": [1e3 * np.quantile(waits, 0.9) for waits, _ in visits],
         "median": [1e3 * np.median(waits) for waits, _ in visits],
+        "90th percentile": [1e3 * np.quantile(waits, 0.9) for waits, _ in visits],
     }
     style.lines(axes[0], rates, first)
     axes[0].set_yscale("log")
@@ -151,7 +153,7 @@ def latency(
     for ax in axes:
         ax.axvspan(*knee, color=style.GREY, alpha=0.25, label="predicted knee")
         ax.set(xlabel="requests a second")
-        ax.legend(loc="upper left" if ax is axes[0] else "lower right", fontsize=9)
+        ax.legend(loc="upper left" if ax is axes[0] else "lower right")
     style.show()
 
 
@@ -161,22 +163,23 @@ def driven(rows: Sequence[dict]) -> None:
     Args:
         rows: of a record of ``benchmarks/serving.py``, with those of its part "knee".
     """
-    _, axes = style.figure(1, 2, height=3.3)
+    _, axes = style.figure(2, 1, width=style.NARROW, height=6.4)
     names = {"driven": "measured", "predicted by the bound": "cost model"}
     found = [(row, names[row["contestant"]]) for row in rows if "rate" in row["extra"]]
     rates = sorted({row["extra"]["rate"] for row, _ in found})
-    for ax, waits, percentiles in ((axes[0], "ttft_ms", ("p90", "p50")), (axes[1], "tpot_ms", ("p50",))):
+    for ax, waits, percentiles in ((axes[0], "ttft_ms", ("p50", "p90")), (axes[1], "tpot_ms", ("p50",))):
         ys = {
             f"{who}, {'median' if percentile == 'p50' else '90th percentile'}": [
                 next(r["extra"][waits][percentile] for r, name in found if (name, r["extra"]["rate"]) == (who, rate))
                 for rate in rates
             ]
-            for who in names.values()
             for percentile in percentiles
+            for who in names.values()
         }
         style.lines(ax, rates, ys)
         ax.set(xlabel="requests a second", ylabel="ms")
-        ax.legend(loc="best", fontsize=9)
+        ax.get_legend().remove()
+    axes[0].figure.legend(handles=axes[0].lines, loc="outside lower center")
     axes[0].set(title="Time to the first token", yscale="log")
     axes[1].set(title="Time per output token", ylim=(0, None))
     style.show()
@@ -184,7 +187,7 @@ def driven(rows: Sequence[dict]) -> None:
 
 def blocks(log: Sequence[Step], blocks: int, requests: int) -> None:
     """Blocks held and requests running over an engine's steps; a mark where one had to give its blocks back."""
-    _, (top, bottom) = style.figure(2, 1, height=4.4, sharex=True, height_ratios=(1, 1.5))
+    _, (top, bottom) = style.figure(2, 1, width=style.NARROW, height=4.8, sharex=True, height_ratios=(1, 1.5))
     steps = range(len(log))
     top.step(steps, [step.held_blocks for step in log], where="post", color=style.GREEN)
     top.axhline(blocks, color=style.INK, linestyle=":", linewidth=1)
@@ -203,13 +206,12 @@ def blocks(log: Sequence[Step], blocks: int, requests: int) -> None:
 
 def throughput(rates: dict[str, float], ours: str = "engine") -> None:
     """Tokens a second of each way to serve, and how many times more the engine writes."""
-    _, ax = style.figure(height=0.6 + 0.55 * len(rates))
-    names = list(rates)
-    ax.barh(names, list(rates.values()), color=[style.BLUE if n == ours else style.GREY for n in names], height=0.65)
-    for line, name in enumerate(names):
-        ratio = "" if name == ours else f"   the engine writes {rates[ours] / rates[name]:.1f} x as many"
-        ax.text(rates[name], line, f" {rates[name]:,.0f}{ratio}", va="center", fontsize=9.5)
-    ax.set(xlabel="tokens a second", xlim=(0, 1.35 * max(rates.values())), ylim=(len(names) - 0.4, -0.6))
+    _, ax = style.figure(width=style.NARROW, height=0.6 + 0.65 * len(rates))
+    for line, (name, rate) in enumerate(rates.items()):
+        ax.barh(line, rate, color=style.BLUE if name == ours else style.GREY, height=0.45)
+        ratio = "" if name == ours else f"; the engine writes {rates[ours] / rate:.1f} x as many"
+        ax.text(0, line - 0.28, f"{name}: {rate:,.0f}{ratio}", va="bottom", fontsize=9.5)
+    ax.set(xlabel="tokens a second", ylim=(len(rates) - 0.6, -0.8), yticks=[])
     ax.grid(axis="y", visible=False)
     style.show()
 
@@ -223,7 +225,7 @@ def progress(engine: Sequence[Sequence[float]], static: Sequence[Sequence[float]
         room: tokens that the memory holds.
     """
     ours, theirs = np.array(engine, dtype=float).T, np.array(static, dtype=float).T
-    _, axes = style.figure(1, 2, height=3.3)
+    _, axes = style.figure(2, 1, width=style.NARROW, height=5.8)
     axes[0].plot(ours[0], ours[1], color=style.BLUE, label="engine")
     axes[0].plot(theirs[0], theirs[1], color=style.VERMILION, linestyle="--", label="static batches")
     axes[0].set(title="Rows that somebody waits for", xlabel="seconds", ylim=(0, None))
@@ -232,5 +234,5 @@ def progress(engine: Sequence[Sequence[float]], static: Sequence[Sequence[float]
     axes[1].axhline(1.0, color=style.VERMILION, linewidth=1, linestyle=":", label="static: reserved")
     axes[1].set(title="Share of the 4 GiB", xlabel="seconds", ylim=(0, 1.45))
     for ax in axes:
-        ax.legend(loc="upper right", fontsize=9)
+        ax.legend(loc="upper right")
     style.show()

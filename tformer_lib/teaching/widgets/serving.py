@@ -11,7 +11,7 @@ REQUESTS = ((0, 6, 7), (0, 4, 2), (0, 9, 4), (1, 3, 9), (3, 5, 3), (4, 8, 5))
 
 
 class SchedulerStepper(Interactive):
-    """Choose how requests are scheduled, go from step to step, and see seats and blocks change hands."""
+    """Choose how requests are scheduled, go from step to step, and see batch slots and blocks change hands."""
 
     _esm = module("serving.js")
 
@@ -29,7 +29,7 @@ def stepper(
         f"continuous, {few} blocks": engine_run(requests, seats, budget, few, block_size),
     }
     return SchedulerStepper(
-        label="Scheduler stepper: six requests, three seats",
+        label="Scheduler stepper: six requests, three batch slots",
         data={"runs": runs, "names": [chr(ord("A") + i) for i in range(len(requests))], "blockSize": block_size},
     )
 
