@@ -292,6 +292,19 @@ def test_the_command_of_a_record_exists(file):
         assert re.match(r"python -m benchmarks\.(\w+)", record["command"])[1] in COMMANDS
 
 
+def test_runs_are_compared_line_by_line():
+    from benchmarks.scaling_command import difference
+
+    one = [{"step": 0, "val_loss": 2.0}, {"step": 4, "loss": 1.5, "gradient_norm": 9.0}, {"step": 4, "val_loss": 1.0}]
+    other = [
+        {"step": 0, "val_loss": 2.0},
+        {"step": 4, "loss": 1.25, "gradient_norm": 1.0},
+        {"step": 4, "val_loss": 1.1},
+    ]
+    assert difference(one, one) == 0
+    assert difference(one, other) == 0.25
+
+
 @pytest.mark.parametrize("topic", COMMANDS)
 def test_benchmarks_refuse_in_one_line(topic, capsys):
     module = importlib.import_module(f"benchmarks.{topic}")
