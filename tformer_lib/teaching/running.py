@@ -4,10 +4,12 @@ Both come back on every page: the reader sees what each chapter does to the same
 it happens.
 """
 
+from itertools import pairwise
+
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from tformer_lib.teaching.style import BLUE, GREY, INK, figure, show
+from tformer_lib.teaching.style import BLUE, GREY, INK, NARROW, figure, show
 
 STORY = 'Once, Lily lived in a little house by the sea. "I have lost my red ball," said Lily.'
 """A story that the grammar of :mod:`tformer_lib.stories` can write in its parts, short enough for a figure."""
@@ -21,8 +23,19 @@ OUTER = ("text", "tokens", "embedding", "blocks", "logits", "next\ntoken")
 INNER = ("q, k, v", "rotate", "scores", "mask", "softmax", "mix v", "feed-\nforward")
 """What happens inside a block, in this order."""
 
-EXTRA = {"loss": (4, 1.32), "cache": (0, -1.22), "requests": (0, 1.32)}
-"""Boxes beside the way: name -> (column, how far above or below)."""
+EXTRA = ("requests", "loss", "cache")
+"""Boxes beside the way."""
+
+LEFT, MIDDLE, RIGHT = 0.7, 2.1, 3.5
+"""Columns of the upper half."""
+
+PLACES = {
+    "requests": (LEFT, 5.3), "text": (LEFT, 4.4), "tokens": (MIDDLE, 4.4), "embedding": (RIGHT, 4.4),
+    "next\ntoken": (LEFT, 3.3), "logits": (MIDDLE, 3.3), "blocks": (RIGHT, 3.3), "loss": (MIDDLE, 2.4),
+    "q, k, v": (0.55, 1.15), "rotate": (1.58, 1.15), "scores": (2.62, 1.15), "mask": (3.65, 1.15),
+    "cache": (0.55, 0.2), "feed-\nforward": (1.58, 0.2), "mix v": (2.62, 0.2), "softmax": (3.65, 0.2),
+}  # fmt: skip
+"""Where the middle of each box is. The way runs to the right and comes back below, so that it fits a phone."""
 
 PARTS = {
     "ten-minutes": OUTER,
@@ -62,50 +75,51 @@ def model_map(word: str) -> None:
     """
     if word not in PARTS:
         raise ValueError(f"no chapter is called {word!r}; there are {', '.join(PARTS)}")
-    _, ax = figure(height=3.5)
-    ax.set(xlim=(-0.56, 6.54), ylim=(-1.15, 4.8))
+    _, ax = figure(height=4.3, width=NARROW)
+    ax.set(xlim=(0, 4.2), ylim=(-0.25, 5.65))
     ax.axis("off")
-    marked = PARTS[word]
-    row(ax, OUTER, 3.0, marked, step=1.19, width=1.04)
-    row(ax, INNER, 0.55, marked, step=1.0, width=0.9)
-    ax.text(-0.5, 1.5, "inside each block", fontsize=13, color=GREY, va="center")
-    arrow(ax, (3 * 1.19, 2.58), (3 * 1.19, 1.08), dashed=True)
-    for name, (column, rise) in EXTRA.items():
-        at = (column * 1.19, 3.0 + rise) if rise > 0 else (0.0, 0.55 + rise)
-        box(ax, name, at, name in marked, width=1.04, height=0.7)
-        near, far = (at[1] - 0.35, 3.42) if rise > 0 else (at[1] + 0.35, 0.13)
-        arrow(ax, (at[0], near), (at[0], far), both=name in ("cache", "loss"))
-    back = FancyArrowPatch(
-        (5 * 1.19, 2.5), (1.19, 2.5), connectionstyle="arc3,rad=-0.16", arrowstyle="-|>", mutation_scale=12,
-        color=BLUE if word in ("generation", "ten-minutes") else GREY, linewidth=1.2,
-    )  # fmt: skip
-    ax.add_patch(back)
+    frame = {"boxstyle": "round,pad=0,rounding_size=0.1", "fill": False, "edgecolor": "#C9CED6"}
+    ax.add_patch(FancyBboxPatch((0.03, -0.2), 4.14, 2.06, **frame))
+    ax.text(0.13, 1.68, "inside each block", fontsize=10.5, color=GREY, va="center")
+    for name in PLACES:
+        box(ax, name, name in PARTS[word])
+    for way in (OUTER, INNER):
+        for one, other in pairwise(way):
+            arrow(ax, one, other)
+    arrow(ax, "requests", "text")
+    arrow(ax, "loss", "logits", both=True)
+    arrow(ax, "cache", "q, k, v", both=True)
+    line = {"arrowstyle": "-|>", "mutation_scale": 9, "shrinkA": 0, "shrinkB": 0, "linewidth": 1.2}
+    ax.add_patch(FancyArrowPatch((RIGHT, 2.97), (RIGHT, 1.86), color=GREY, linestyle=(0, (3, 2)), **line))
+    colour = BLUE if word in ("generation", "ten-minutes") else GREY
+    ax.add_patch(FancyArrowPatch((LEFT + 0.3, 3.63), (MIDDLE - 0.3, 4.07), color=colour, **line))
     show()
 
 
-def row(ax: Axes, names: tuple[str, ...], y: float, marked: tuple[str, ...], *, step: float, width: float) -> None:
-    """Boxes from left to right, with an arrow from each to the next."""
-    for i, name in enumerate(names):
-        box(ax, name, (i * step, y), name in marked, width=width, height=0.84)
-        if i:
-            arrow(ax, ((i - 1) * step + width / 2, y), (i * step - width / 2, y))
-
-
-def box(ax: Axes, name: str, at: tuple[float, float], marked: bool, *, width: float, height: float) -> None:
+def box(ax: Axes, name: str, marked: bool) -> None:
     """A box with its name, filled where it is marked."""
+    (x, y), (width, height) = PLACES[name], size_of(name)
     shape = FancyBboxPatch(
-        (at[0] - width / 2, at[1] - height / 2), width, height, boxstyle="round,pad=0,rounding_size=0.12",
+        (x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0,rounding_size=0.1",
         facecolor="#CFE6F4" if marked else "#F4F5F7", edgecolor=BLUE if marked else "#C9CED6",
         linewidth=2.0 if marked else 1.0,
     )  # fmt: skip
     ax.add_patch(shape)
     weight = "bold" if marked else "normal"
-    size = 10 if marked and name == "embedding" else 11.5  # in bold it would touch the frame
-    ax.text(*at, name, ha="center", va="center", fontsize=size, color=INK, fontweight=weight, linespacing=0.95)
+    ax.text(x, y, name, ha="center", va="center", fontsize=10.5, color=INK, fontweight=weight, linespacing=0.95)
 
 
-def arrow(ax: Axes, start: tuple, end: tuple, *, dashed: bool = False, both: bool = False) -> None:
-    """A thin arrow."""
-    style, line = ("<|-|>" if both else "-|>"), (0, (3, 2)) if dashed else "-"
-    look = {"arrowstyle": style, "mutation_scale": 9, "color": GREY, "linewidth": 1.1, "linestyle": line}
-    ax.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, **look))
+def size_of(name: str) -> tuple[float, float]:
+    """Width and height of a box: what is inside a block is smaller."""
+    return (0.86, 0.6) if name in INNER or name == "cache" else (1.08, 0.66)
+
+
+def arrow(ax: Axes, start: str, end: str, *, both: bool = False) -> None:
+    """A thin arrow from the edge of one box to the edge of another, in the same row or column."""
+    (x, y), (to_x, to_y) = PLACES[start], PLACES[end]
+    (width, height), (to_width, to_height) = size_of(start), size_of(end)
+    side = (to_x > x) - (to_x < x), (to_y > y) - (to_y < y)
+    near = x + side[0] * width / 2, y + side[1] * height / 2
+    far = to_x - side[0] * to_width / 2, to_y - side[1] * to_height / 2
+    look = {"arrowstyle": "<|-|>" if both else "-|>", "mutation_scale": 9, "color": GREY, "linewidth": 1.1}
+    ax.add_patch(FancyArrowPatch(near, far, shrinkA=0, shrinkB=0, **look))
