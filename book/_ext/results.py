@@ -52,7 +52,7 @@ def records_of(folder: Path) -> list[tuple[Path, dict]]:
 def summary(folder: Path) -> str:
     """A row for each file that holds times: how many, the most of a limit, and how rows compare with their peers."""
     lines = [summary_row(file, record) for file, record in records_of(folder) if timed_rows(record)]
-    return table(("topic", "device", "rows", "most of a limit", "beside the peers"), lines)
+    return table(("topic", "device", "rows", "most of a limit", "times as fast as the peers"), lines)
 
 
 def summary_row(file: Path, record: dict) -> tuple[str, ...]:
@@ -62,9 +62,7 @@ def summary_row(file: Path, record: dict) -> tuple[str, ...]:
     best = max((row for row in ours if row.get("share") is not None), key=lambda row: row["share"], default=None)
     most = "" if best is None else f"{best['share']:.0%}: {best['name']}"
     ratios = sorted(rows[row["peer"]]["seconds"] / row["seconds"] for row in ours if row["peer"] in rows)
-    told = (
-        "" if not ratios else f"{ratios[0]:.2g} to {ratios[-1]:.2g} times as fast, the middle one {median(ratios):.2g}"
-    )
+    told = "" if not ratios else f"{ratios[0]:.2g} to {ratios[-1]:.2g}, middle {median(ratios):.2g}"
     link = f"[`{file.stem}`](#{anchor(file)})"
     return link, DEVICES.get(file.parent.name, file.parent.name), str(len(rows)), most, told
 
