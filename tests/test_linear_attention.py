@@ -850,6 +850,53 @@ def test_the_kernels_gradients_are_those_of_step_0(rule):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("d", [40, 128])
+@pytest.mark.parametrize("large", ["states", "scores", "values", "small gradients"])
+def test_gradients_past_what_float16_holds_do_not_overflow(rule, d, large):
+    """What a gradient passes on the way may be past 65,504, where float16 ends, or below 6e-5, where it has few bits."""
+    generator = torch.Generator().manual_seed(d)
+    draw = lambda width: torch.randn(1, 2, 300, width, generator=generator)  # noqa: E731
+    q, k, v, dout = draw(d), F.normalize(draw(d), dim=-1), draw(d), draw(d)
+    initial = torch.randn(1, 2, d, d, generator=generator)
+    options = {"scale": 1.0, "initial_state": initial}
+    if "delta" in rule:
+        options["beta"] = draw(1).sigmoid()
+    if rule in ("decay", "gated delta"):
+        options["log_decay"] = 0.1 * F.logsigmoid(draw(1))
+    if rule == "mean":
+        q, k = q.abs(), k.abs()
+        options |= {"initial_state": None, "normalised": True}
+    if large == "states":
+        q, dout = q * 1e-3, dout * 1e-3
+        options["initial_state"] = None if rule == "mean" else 3e5 * initial
+    elif large == "scores":
+        q, dout, v = q * 3e4, dout * 1e-3, v * 1e-3
+        k = k * (1 if "delta" in rule else 30)
+        options["initial_state"] = None if rule == "mean" else 1e-3 * initial
+    elif large == "values":
+        v, dout, q = v * 1e3, dout * 1e2, q * 1e-3
+    else:
+        dout = dout * 1e-5
+    given = [x.half() for x in (q, k, v)]
+    grads = []
+    for step, device, dtype in [("0", "cpu", torch.float64), *((s, place, torch.float16) for s, place in steps_here())]:
+        leaves = [x.to(device, dtype).requires_grad_() for x in given]
+        more = {n: x.to(device).requires_grad_() if is_float(x) else x for n, x in options.items()}
+        if kernels.refusal(step, leaves[0], leaves[2], more.get("beta")):
+            continue
+        out, _ = la.operator.run(*leaves, **more, step=step)
+        wanted = [*leaves, *(x for x in more.values() if is_float(x))]
+        grads.append((step, torch.autograd.grad(out, wanted, dout.half().to(device, dtype))))
+    (_, truth), *found = grads
+    for step, gradients_of_step in found:
+        for i, (a, b) in enumerate(zip(gradients_of_step, truth, strict=True)):
+            assert b.abs().max() < 65504, f"gradient {i} itself is past float16: {b.abs().max():.1e}"
+            error, spacing = (a.double().cpu() - b).norm(), 2.0**-24 * b.numel() ** 0.5  # of the smallest numbers
+            within = 4 * torch.finfo(torch.float16).eps * b.norm() + spacing
+            assert error < within, f"step {step}, gradient {i}: {error / b.norm():.1e} of its length"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("width", [64, 128])

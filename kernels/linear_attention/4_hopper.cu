@@ -262,8 +262,8 @@ struct Consumer {
         }
     }
 
-    // R^T = beta (V^T - exp(since) X^T), packed.
-    __device__ void correct(uint32_t (&R)[STEPS][4], const float (&X)[TOKEN_TILES][4], const StageNumbers& n, float grow) const {
+    // R^T = beta (V^T - exp(since) X^T), packed. Returns what it was multiplied by.
+    __device__ float correct(uint32_t (&R)[STEPS][4], float (&X)[1][TOKEN_TILES][4], const StageNumbers& n, float grow) const {
 #pragma unroll
         for (int k = 0; k < STEPS; ++k)
 #pragma unroll
@@ -276,10 +276,21 @@ struct Consumer {
                 for (int r = 0; r < 2; ++r) {
                     uint32_t& word = R[k][2 * half + r];  // holds V^T
                     const float2 v = unpack<Half>(word);
-                    const float(&x)[4] = X[2 * k + half];
-                    word = pack<Half>(fmaf(beta.x, v.x, -first * x[2 * r]), fmaf(beta.y, v.y, -second * x[2 * r + 1]));
+                    float *const x = X[0][2 * k + half] + 2 * r;
+                    x[0] = fmaf(beta.x, v.x, -first * x[0]), x[1] = fmaf(beta.y, v.y, -second * x[1]);
+                    if constexpr (!SHRINKS<Half>) word = pack<Half>(x[0], x[1]);
                 }
             }
+        return pack_shrunk(R, X);
+    }
+
+    // Accumulators as the left side of a product, packed where float16 needs a power of two, which is returned.
+    __device__ float pack_shrunk(uint32_t (&A)[STEPS][4], const float (&C)[1][TOKEN_TILES][4]) const {
+        if constexpr (!SHRINKS<Half>) return 1.0f;
+        const float shrink = shrink_of<Half>(C);
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k) pack_pair<Half>(A[k], C[0], k, shrink);
+        return shrink;
     }
 
     // U^T and S^T decayed to the chunk's end.
@@ -410,9 +421,10 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
         float* const part = parts + i % 2 * GROUPS * CHUNK;
         float *const left = shrinks + i % 2 * GROUPS * CHUNK, *const right = left + CHUNK;  // of P's halves
         const StageNumbers& n = numbers[stage];
-        const float shrink = shrink_of<Half, Sh>(c.S), grow = 1.0f / shrink;
+        const float shrink = shrink_of<Half>(c.S), grow = 1.0f / shrink;
         uint32_t A[Sh::STATE_STEPS][4], U[STEPS][4];
-        float X[TOKEN_TILES][4], O[1][TOKEN_TILES][4];
+        float X[1][TOKEN_TILES][4], O[1][TOKEN_TILES][4];
+        float written = 1.0f;  // what U is multiplied by
         if (OUTPUTS || RULE == DELTA) c.pack_state(A, shrink);
 
         wait(&full[stage], i / STAGES & 1);
@@ -424,7 +436,7 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
                 multiply_32<Half>(scores, columns_of(q, step), columns_of(k + c.group * 32 * 128, step), step > 0);
             commit_products();
         }
-        if (RULE == DELTA) c.start_read(X, A, k);
+        if (RULE == DELTA) c.start_read(X[0], A, k);
         if (OUTPUTS) c.start_read(O[0], A, q);
         c.load_values(U, v);
         if constexpr (OUTPUTS) {
@@ -436,15 +448,17 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
         }
         if constexpr (RULE == DELTA) {
             wait_products<OUTPUTS ? 1 : 0>();
-            pin(X);
-            c.correct(U, X, n, grow);
+            pin(X[0]);
+            written = c.correct(U, X, n, grow);
             pin_words(U);
             products_begin();
-            c.start_square(X, U, tile + At::T, false);
+            c.start_square(X[0], U, tile + At::T, false);
             wait_products<0>();
-            pin(X);
+            pin(X[0]);
+            if constexpr (SHRINKS<Half>) written *= c.pack_shrunk(U, X);
+            else
 #pragma unroll
-            for (int step = 0; step < STEPS; ++step) pack_pair<Half>(U[step], X, step, 1.0f);
+                for (int step = 0; step < STEPS; ++step) pack_pair<Half>(U[step], X[0], step, 1.0f);
         }
         if (OUTPUTS) {
             wait_products<0>();
@@ -452,7 +466,7 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
             const auto factor = [&](int t) { return a.scale * grow * (RULE >= DECAY ? n.kept[t] : 1.0f); };
             if constexpr (!SHRINKS<Half>) scale_columns<Sh>(O, factor);
             meet(KEEPERS, GROUPS * WARPGROUP);  // all of P is there
-            if constexpr (SHRINKS<Half>) scale_columns<Sh>(O, [&](int t) { return left[t] * factor(t); });
+            if constexpr (SHRINKS<Half>) scale_columns<Sh>(O, [&](int t) { return written * left[t] * factor(t); });
             products_begin();
             if constexpr (SHRINKS<Half>) {
                 c.template start_square<0, STEPS / 2>(O[0], U, shared_address(P), true);
@@ -471,6 +485,7 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
 #pragma unroll
             for (int e = 0; e < 4; ++e) decayed[step][e] = U[step][e];
         if (RULE >= DECAY) c.decay_to_end(decayed, n);
+        rescale<Half>(c.S, written);
         products_begin();
         c.start_absorb(decayed, k);
         if (OUTPUTS) {
@@ -484,12 +499,13 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
                 if (a.denominators != nullptr && w.slice == 0 && t < CHUNK && token + t < s.T)
                     a.denominators[denominator_of(a, s, w.h, token + t)] = total(t);
             } else if constexpr (SHRINKS<Half>) {
-                scale_columns<Sh>(O, [&](int t) { return 1.0f / right[t]; });
+                scale_columns<Sh>(O, [&](int t) { return 1.0f / (right[t] * written); });
             }
             store_output<Half, Sh>(O, out, token, s.T, first_row, int(a.value_dim));
         }
         wait_products<0>();
         pin(c.S[0]);
+        rescale<Half>(c.S, 1.0f / written);
         arrive(&empty[stage]);
     }
     if (transition) store_state<Sh>(c.S, a.head_dim, a.head_dim, a.transitions + slot * a.head_dim * a.head_dim, first_row);

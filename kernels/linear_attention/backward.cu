@@ -67,6 +67,9 @@ struct Gradients {
     void *dstates, *dwrites;      // scratch: dS'^T and dR^T, the same of every query head
     void* scores;                 // scratch: scale P (heads, chunk_slots, 64, 64)
     float* dsegments;             // scratch: (sequences, heads, segments - 1, value_dim, head_dim)
+    // Scratch of float16, else null: what was multiplied by to fit S and U (kv_heads, chunk_slots, slices of 64 value columns),
+    // dS' and dR (heads, chunk_slots, slices), P (heads, chunk_slots). See fitting in chunk.cuh.
+    float *state_shrinks, *write_shrinks, *dstate_shrinks, *dwrite_shrinks, *score_shrinks;
 };
 
 namespace {
@@ -79,6 +82,24 @@ template <class Half>
 __device__ inline Half* of_chunk(void* all, const Arguments& a, const Sequence& s, int64_t n, int64_t h, int chunk,
                                  int64_t size) {
     return static_cast<Half*>(all) + (h * a.chunk_slots + first_slot(a, s, n) + chunk) * size;
+}
+
+// Where float16 keeps what a slice of such a matrix was multiplied by.
+__device__ inline float& shrink_at(float* all, const Arguments& a, const Sequence& s, int64_t n, int64_t h, int chunk,
+                                   int slices, int slice) {
+    return all[(h * a.chunk_slots + first_slot(a, s, n) + chunk) * slices + slice];
+}
+
+template <class Half>
+__device__ inline float read_shrink(float* all, const Arguments& a, const Sequence& s, int64_t n, int64_t h, int chunk,
+                                    int slices, int slice) {
+    if constexpr (SHRINKS<Half>) return shrink_at(all, a, s, n, h, chunk, slices, slice);
+    return 1.0f;
+}
+
+// The largest of what four warps left at `mosts`, after they have met.
+__device__ inline float most_of_four(const float* mosts) {
+    return fmaxf(fmaxf(mosts[0], mosts[1]), fmaxf(mosts[2], mosts[3]));
 }
 
 // Matrices that one kernel leaves for another are made of blocks of 8 x 8 halves, one after another, row of blocks after row
@@ -99,9 +120,9 @@ __device__ void store_squares(Half* to, int first_row, int64_t rows, int64_t col
 }
 
 template <class Half, class Sh>
-__device__ void store_half_state(const State<Sh>& S, Half* to, const Arguments& a, int first_row) {
+__device__ void store_half_state(const State<Sh>& S, Half* to, const Arguments& a, int first_row, float shrink) {
     store_squares<Sh::STATE_TILES>(to, first_row, a.value_dim, a.head_dim,
-                                   [&](int j, int r) { return pack<Half>(S[0][j][2 * r], S[0][j][2 * r + 1]); });
+                                   [&](int j, int r) { return pack<Half>(S[0][j][2 * r] * shrink, S[0][j][2 * r + 1] * shrink); });
 }
 
 // X^T of 64 tokens, packed as the left side of a product.
@@ -183,13 +204,25 @@ __global__ void __launch_bounds__(INVERSE_THREADS) scores_kernel(const __grid_co
     wait_copies<0>();
     __syncthreads();
     uint8_t* const P = shared + 2 * Sh::KEY_BYTES;
-    score<Half, Sh, DECAY>(P, nullptr, nullptr, q, k, numbers.since, nullptr, a.scale);
+    float* const shrinks = numbers.beta;  // of P's rows; nobody asks for beta
+    score<Half, Sh, DECAY>(P, nullptr, shrinks, q, k, numbers.since, nullptr, a.scale);
     __syncthreads();
+    float shrink = 1.0f;  // of all rows: the reader sums over them
+    if constexpr (SHRINKS<Half>) {
+        for (int row = 0; row < CHUNK; ++row) shrink = fminf(shrink, shrinks[row]);
+        if (threadIdx.x == 0) shrink_at(g.score_shrinks, a, s, n, h, chunk, 1, 0) = shrink;
+    }
     Half* const to = of_chunk<Half>(g.scores, a, s, n, h, chunk, CHUNK * CHUNK);
     for (int i = threadIdx.x; i < CHUNK * CHUNK / VECTOR; i += INVERSE_THREADS) {
         const int row = i / (CHUNK / VECTOR), column = i % (CHUNK / VECTOR);
-        if (column / 2 <= row / 16)  // the blocks above the diagonal are neither computed nor read
-            reinterpret_cast<uint4*>(to)[i] = *reinterpret_cast<const uint4*>(P + place<CHUNK>(row, column));
+        if (column / 2 > row / 16) continue;  // the blocks above the diagonal are neither computed nor read
+        uint4 words = *reinterpret_cast<const uint4*>(P + place<CHUNK>(row, column));
+        if constexpr (SHRINKS<Half>) {
+            const float factor = shrink / shrinks[row];
+            words = make_uint4(scaled<Half>(words.x, factor, factor), scaled<Half>(words.y, factor, factor),
+                               scaled<Half>(words.z, factor, factor), scaled<Half>(words.w, factor, factor));
+        }
+        reinterpret_cast<uint4*>(to)[i] = words;
     }
 }
 
@@ -202,6 +235,7 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) replay_kernel(const _
     extern __shared__ __align__(128) uint8_t shared[];
     const Arguments& a = g.forward;
     ChunkNumbers* const numbers = reinterpret_cast<ChunkNumbers*>(shared + 2 * At::STAGE);
+    float *const mosts = reinterpret_cast<float*>(numbers + 2), *const written = mosts + 2 * Sh::WARPS;  // in place of a sum
     const uint32_t tiles = shared_address(shared);
     const int slices = int((a.value_dim + Sh::VALUES - 1) / Sh::VALUES);
     const Work w(a, blockIdx.x, a.kv_heads, slices, a.segment_count);
@@ -230,20 +264,41 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) replay_kernel(const _
     gates.fetch(a, s, w.kv, w.first * CHUNK);
     gates.publish(numbers[w.first % 2]);
     for (int chunk = w.first; chunk < w.last; ++chunk) {
-        store_half_state<Half, Sh>(S, of_chunk<Half>(g.states, a, s, w.n, w.kv, chunk, a.value_dim * a.head_dim), a, first_row);
+        Half* const state = of_chunk<Half>(g.states, a, s, w.n, w.kv, chunk, a.value_dim * a.head_dim);
+        float* const most = mosts + chunk % 2 * Sh::WARPS;
+        if constexpr (SHRINKS<Half>) most[warp()] = most_of(S);
+        else store_half_state<Half, Sh>(S, state, a, first_row, 1.0f);
         wait_copies<0>();
         __syncthreads();  // this chunk has arrived for all, and all have read the one before
         if (chunk + 1 < w.last) {
             start_chunk(chunk + 1);
             gates.fetch(a, s, w.kv, (chunk + 1) * CHUNK);
         }
+        if constexpr (SHRINKS<Half>) {
+            const float shrink = fitting(most_of_four(most));
+            store_half_state<Half, Sh>(S, state, a, first_row, shrink);
+            if (threadIdx.x == 0) shrink_at(g.state_shrinks, a, s, w.n, w.kv, chunk, slices, w.slice) = shrink;
+        }
         const uint32_t k = tiles + chunk % 2 * At::STAGE, v = k + Sh::KEY_BYTES;
         const ChunkNumbers& n = numbers[chunk % 2];
         if constexpr (RULE == DELTA) {
             uint32_t U[STEPS][1][4];
-            solve<Half, Sh>(U, S, k, v, v + Sh::VALUE_BYTES, n, shrink_of<Half, Sh>(S));
+            float shrink = solve<Half, Sh>(U, S, k, v, v + Sh::VALUE_BYTES, n, shrink_of<Half>(S));
+            if constexpr (SHRINKS<Half>) {  // one for all warps: the reader sums over their value columns
+                written[warp()] = shrink;
+                __syncthreads();
+                const float least = fminf(fminf(written[0], written[1]), fminf(written[2], written[3])), factor = least / shrink;
+#pragma unroll
+                for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) U[step][0][e] = scaled<Half>(U[step][0][e], factor, factor);
+                shrink = least;
+                if (threadIdx.x == 0) shrink_at(g.write_shrinks, a, s, w.n, w.kv, chunk, slices, w.slice) = shrink;
+            }
             store_packed<Half>(U, of_chunk<Half>(g.writes, a, s, w.n, w.kv, chunk, a.value_dim * CHUNK), a, first_row);
+            rescale<Half>(S, shrink);
             absorb<Half, Sh, RULE>(S, k, &n, nullptr, [&](int step, Fragment<Sh>& u) { take<Sh>(u, U[step]); });
+            rescale<Half>(S, 1.0f / shrink);
         } else {
             absorb<Half, Sh, RULE>(S, k, &n, nullptr, [&](int step, Fragment<Sh>& u) { load_values<Sh>(u, v, step); });
         }
@@ -257,7 +312,8 @@ template <class Sh>
 struct ReverseLayout {
     static constexpr int STAGE = 2 * Sh::KEY_BYTES + Sh::VALUE_BYTES;
     static constexpr int P = 2 * STAGE, T = P + Sh::SQUARE_BYTES, NUMBERS = T + Sh::SQUARE_BYTES;  // P and T: one stage
-    static constexpr int BYTES = NUMBERS + 2 * int(sizeof(ChunkNumbers));
+    static constexpr int MOSTS = NUMBERS + 2 * int(sizeof(ChunkNumbers));  // of the warps' states, twice, and of their dR
+    static constexpr int BYTES = MOSTS + 3 * Sh::WARPS * int(sizeof(float));
 };
 
 // Slot s of a head's segments: after (4) the gradient of the state in which segment s + 1 begins.
@@ -273,6 +329,7 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) reverse_kernel(const 
     extern __shared__ __align__(128) uint8_t shared[];
     const Arguments& a = g.forward;
     ChunkNumbers* const numbers = reinterpret_cast<ChunkNumbers*>(shared + At::NUMBERS);
+    float *const mosts = reinterpret_cast<float*>(shared + At::MOSTS), *const most_written = mosts + 2 * Sh::WARPS;
     const uint32_t tiles = shared_address(shared), P = tiles + At::P, T = tiles + At::T;
     const int slices = int((a.value_dim + Sh::VALUES - 1) / Sh::VALUES);
     const Work w(a, blockIdx.x, a.heads, slices, a.segment_count);
@@ -299,8 +356,10 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) reverse_kernel(const 
         commit_copies();
     };
 
-    float dS[1][Sh::STATE_TILES][4] = {};
-    if (w.first < w.last) start_rows(w.last - 1), start_squares(w.last - 1);
+    const auto read_score_shrink = [&](int chunk) { return read_shrink<Half>(g.score_shrinks, a, s, w.n, w.h, chunk, 1, 0); };
+
+    float dS[1][Sh::STATE_TILES][4] = {}, score_shrink = 1.0f;
+    if (w.first < w.last) start_rows(w.last - 1), start_squares(w.last - 1), score_shrink = read_score_shrink(w.last - 1);
     if (w.last == w.chunks()) {
         if (g.dfinal != nullptr && w.h % (a.heads / a.kv_heads) == 0)
             load_state<Sh>(dS, a.value_dim, a.head_dim, g.dfinal + w.state * size, first_row);
@@ -311,39 +370,59 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) reverse_kernel(const 
     if (w.first < w.last) gates.fetch(a, s, w.kv, (w.last - 1) * CHUNK);
     gates.publish(numbers[(w.last + 1) % 2]);
     for (int chunk = w.last - 1; chunk >= w.first; --chunk) {
-        if (OUTPUTS)
-            store_half_state<Half, Sh>(dS, of_chunk<Half>(g.dstates, a, s, w.n, w.h, chunk, size), a, first_row);
+        Half* const dstate = of_chunk<Half>(g.dstates, a, s, w.n, w.h, chunk, size);
+        float* const most = mosts + chunk % 2 * Sh::WARPS;
+        if (OUTPUTS && SHRINKS<Half>) most[warp()] = most_of(dS);
+        else if (OUTPUTS) store_half_state<Half, Sh>(dS, dstate, a, first_row, 1.0f);
         wait_copies<0>();
         __syncthreads();  // this chunk has arrived for all, and all have read the one behind it
         if (chunk > w.first) {
             start_rows(chunk - 1);
             gates.fetch(a, s, w.kv, (chunk - 1) * CHUNK);
         }
+        if (OUTPUTS && SHRINKS<Half>) {
+            const float shrink = fitting(most_of_four(most));
+            store_half_state<Half, Sh>(dS, dstate, a, first_row, shrink);
+            if (threadIdx.x == 0) shrink_at(g.dstate_shrinks, a, s, w.n, w.h, chunk, slices, w.slice) = shrink;
+        }
         const int token = chunk * CHUNK;
         const uint32_t q = tiles + chunk % 2 * At::STAGE, k = q + Sh::KEY_BYTES, v = k + Sh::KEY_BYTES;
         const ChunkNumbers& n = numbers[chunk % 2];
         const auto douts = [&](int step, Fragment<Sh>& u) { load_values<Sh>(u, v, step); };
-        const float shrink = shrink_of<Half, Sh>(dS), grow = 1.0f / shrink;
+        const float shrink = shrink_of<Half>(dS), grow = 1.0f / shrink;
 
         float X[1][TOKEN_TILES][4] = {};
         read_state<Half, Sh>(X, dS, k, shrink);
         scale_columns<Sh>(X, [&](int t) { return grow * n.to_end[t]; });
+        rescale<Half>(X, score_shrink);
         multiply_by_lower<Half, Sh>(X, P, douts);
+        rescale<Half>(X, 1.0f / score_shrink);
         uint32_t packed[STEPS][1][4];
+        float written = 1.0f;  // what packed is multiplied by
         if constexpr (RULE == DELTA) {
+            const float fits = shrink_of<Half>(X);
 #pragma unroll
-            for (int step = 0; step < STEPS; ++step) pack_pair<Half>(packed[step][0], X[0], step, 1.0f);
+            for (int step = 0; step < STEPS; ++step) pack_pair<Half>(packed[step][0], X[0], step, fits);
             float R[1][TOKEN_TILES][4] = {};
             multiply_by_lower<Half, Sh>(R, T, [&](int step, Fragment<Sh>& u) { take<Sh>(u, packed[step]); });
+            rescale<Half>(R, 1.0f / fits);
+            if constexpr (SHRINKS<Half>) most_written[warp()] = most_of(R);
+            else
 #pragma unroll
-            for (int step = 0; step < STEPS; ++step) pack_pair<Half>(packed[step][0], R[0], step, 1.0f);
+                for (int step = 0; step < STEPS; ++step) pack_pair<Half>(packed[step][0], R[0], step, 1.0f);
 #pragma unroll
             for (int j = 0; j < TOKEN_TILES; ++j)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) X[0][j][e] = R[0][j][e];
         }
         __syncthreads();  // all have read P and T
-        if (chunk > w.first) start_squares(chunk - 1);
+        if (chunk > w.first) start_squares(chunk - 1), score_shrink = read_score_shrink(chunk - 1);
+        if constexpr (RULE == DELTA && SHRINKS<Half>) {
+            written = fitting(most_of_four(most_written));
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) pack_pair<Half>(packed[step][0], X[0], step, written);
+            if (OUTPUTS && threadIdx.x == 0) shrink_at(g.dwrite_shrinks, a, s, w.n, w.h, chunk, slices, w.slice) = written;
+        }
         if (OUTPUTS && RULE == DELTA)
             store_packed<Half>(packed, of_chunk<Half>(g.dwrites, a, s, w.n, w.h, chunk, a.value_dim * CHUNK), a, first_row);
 
@@ -365,11 +444,14 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) reverse_kernel(const 
             douts(step, u);
             scaled_by(u, step, [&](int t) { return a.scale * n.kept[t]; });
         });
-        if constexpr (RULE == DELTA)
+        if constexpr (RULE == DELTA) {
+            rescale<Half>(dS, written);
             absorb<Half, Sh, SUM>(dS, k, nullptr, nullptr, [&](int step, Fragment<Sh>& u) {
                 take<Sh>(u, packed[step]);
                 scaled_by(u, step, [&](int t) { return -n.beta[t] * n.kept[t]; });
             });
+            rescale<Half>(dS, 1.0f / written);
+        }
         if (OUTPUTS) {
             if (RULE == DELTA) scale_columns<Sh>(X, [&](int t) { return n.beta[t]; });
             store_output<Half, Sh>(X, dV, token, s.T, first_row, int(a.value_dim));
@@ -509,6 +591,7 @@ __global__ void __launch_bounds__(CHUNK_THREADS, 1) chunk_kernel(const __grid_co
     float *const q_dot = reinterpret_cast<float*>(&numbers + 1), *const e_dot = q_dot + CHUNK, *const k_dot = e_dot + CHUNK;
     float *const end_dot = k_dot + CHUNK, *const v_dots = end_dot + CHUNK, *const state_dots = v_dots + GROUP;
     float* const exchange = reinterpret_cast<float*>(shared + At::EXCHANGE);
+    float* const mosts = q_dot;  // of the warps, until q_dot is written
     const uint32_t tiles = shared_address(shared);
     const int group = warp() / 4, first_row = warp() % 4 * 16;
     const int slices = int((a.value_dim + SLICE - 1) / SLICE);
@@ -552,8 +635,23 @@ __global__ void __launch_bounds__(CHUNK_THREADS, 1) chunk_kernel(const __grid_co
             gates.fetch(a, item.sequence, item.kv, item.token);
         }
         float C[1][D / 8][4] = {}, square[1][TOKEN_TILES][4] = {};
-        float state_dot = 0.0f, value_dot = 0.0f;
+        float state_dot = 0.0f, value_dot = 0.0f, units = 1.0f, square_units = 1.0f;
+        float state_units = 1.0f, value_units = 1.0f;  // of C and square, of the dots
         for (int slice = 0; slice < slices; ++slice, stage ^= 1) {
+            if constexpr (SHRINKS<Half>) {
+                const Item item(a, number);
+                const auto read = [&](float* all, int64_t head) {
+                    return shrink_at(all, a, item.sequence, item.n, head, item.token / CHUNK, slices, slice);
+                };
+                const float of_S = read(g.state_shrinks, item.kv), of_dS = read(g.dstate_shrinks, item.h);
+                const float of_U = RULE == DELTA ? read(g.write_shrinks, item.kv) : 1.0f;
+                const float of_dR = RULE == DELTA ? read(g.dwrite_shrinks, item.h) : 1.0f;
+                const float next = group == 0 ? of_S : group == 1 ? of_U * of_dS : of_dR * of_S;
+                const float next_square = group == 0 ? of_U : of_dR * of_U;
+                rescale<Half>(C, next / units), rescale<Half>(square, next_square / square_units);
+                state_dot *= of_S * of_dS / state_units, value_dot *= of_dR / value_units;
+                units = next, square_units = next_square, state_units = of_S * of_dS, value_units = of_dR;
+            }
             wait_copies<0>();
             __syncthreads();  // this slice has arrived for all, and all have read the one before
             if (slice + 1 < slices) start(Item(a, number), slice + 1, stage ^ 1, keys);
@@ -596,6 +694,7 @@ __global__ void __launch_bounds__(CHUNK_THREADS, 1) chunk_kernel(const __grid_co
                     }
                 }
         }
+        if constexpr (SHRINKS<Half>) state_dot /= state_units, value_dot /= value_units;
         if (RULE == DELTA && group == 1) v_dots[threadIdx.x % GROUP] = value_dot;
 #pragma unroll
         for (int step = 1; step < WARP; step *= 2) state_dot += __shfl_xor_sync(0xffffffff, state_dot, step);
@@ -606,29 +705,43 @@ __global__ void __launch_bounds__(CHUNK_THREADS, 1) chunk_kernel(const __grid_co
         const uint8_t *const q_tile = shared + At::Q + keys * At::KEYS, *const k_tile = shared + At::K + keys * At::KEYS;
         const Tile<D> Q{tiles + At::Q + keys * At::KEYS}, K{tiles + At::K + keys * At::KEYS};
         const Tile<CHUNK> DdP{tiles + At::DDP}, DdA{tiles + At::DDA};
+        const float back = SHRINKS<Half> ? 1.0f / units : 1.0f, square_back = SHRINKS<Half> ? 1.0f / square_units : 1.0f;
         float dot[2];
         if (group == 1) {
-            scale_rows(C, [&](int r) { return numbers.to_end[row_of(r)]; });
+            scale_rows(C, [&](int r) { return back * numbers.to_end[row_of(r)]; });
             dot_rows<Half, D>(dot, C, k_tile, first_row);
             if (lane() % 4 == 0) end_dot[row_of(0)] = dot[0], end_dot[row_of(1)] = dot[1];
         } else if (group == 0 || RULE == DELTA) {
             const float sign = group == 0 ? a.scale : -1.0f;
-            scale_rows(C, [&](int r) { return sign * numbers.kept[row_of(r)]; });
+            scale_rows(C, [&](int r) { return back * sign * numbers.kept[row_of(r)]; });
 #pragma unroll
             for (int j = 0; j < TOKEN_TILES; ++j)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     const int row = row_of(e / 2), column = j * 8 + column_in_tile() + e % 2;
                     const bool counts = group == 0 ? column <= row : column < row;
-                    square[0][j][e] = counts ? square[0][j][e] * (sign * fast_exp2(since[row] - since[column])) : 0.0f;
+                    square[0][j][e] = counts ? square[0][j][e] * (square_back * sign * fast_exp2(since[row] - since[column])) : 0.0f;
                 }
-            mma_tiles::write<Half, CHUNK>(shared + (group == 0 ? At::DDP : At::DDA), square, first_row, 0);
+            if constexpr (SHRINKS<Half>) mosts[warp()] = most_of(square);
+            else mma_tiles::write<Half, CHUNK>(shared + (group == 0 ? At::DDP : At::DDA), square, first_row, 0);
+        }
+        float dP_units = 1.0f, dA_units = 1.0f;
+        if constexpr (SHRINKS<Half>) {
+            __syncthreads();
+            dP_units = fitting(most_of_four(mosts));
+            if (RULE == DELTA) dA_units = fitting(most_of_four(mosts + 2 * GROUP / WARP));
+            if (group == 0 || (RULE == DELTA && group == 2)) {
+                rescale<Half>(square, group == 0 ? dP_units : dA_units);
+                mma_tiles::write<Half, CHUNK>(shared + (group == 0 ? At::DDP : At::DDA), square, first_row, 0);
+            }
         }
         __syncthreads();
+        rescale<Half>(C, group == 2 ? dA_units : dP_units);
         if (group == 0) {
             multiply<Half, CHUNK, false, true>(C, DdP, first_row, K, 0);
         } else if (group == 1) {
             multiply<Half, CHUNK, true, true>(C, DdP, first_row, Q, 0);
+            rescale<Half>(C, dA_units / dP_units);
 #pragma unroll
             for (int k = 0; RULE == DELTA && k < STEPS; ++k) {  // + (beta D dA)^T K: the sum runs over the rows of D dA
                 uint32_t left[4];
@@ -649,6 +762,7 @@ __global__ void __launch_bounds__(CHUNK_THREADS, 1) chunk_kernel(const __grid_co
         } else if (RULE == DELTA) {
             multiply<Half, CHUNK, false, true>(C, DdA, first_row, K, 0);
         }
+        rescale<Half>(C, 1.0f / (group == 0 ? dP_units : dA_units));
         dot_rows<Half, D>(dot, C, group == 0 ? q_tile : k_tile, first_row);
         float* const dots = group == 0 ? q_dot : group == 1 ? k_dot : e_dot;
         if (lane() % 4 == 0) dots[row_of(0)] = dot[0], dots[row_of(1)] = dot[1];

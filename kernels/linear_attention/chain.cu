@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) chain_kernel(const __
         uint32_t U[STEPS][1][4];
         float X[1][TOKEN_TILES][4] = {};
         if (a.right != nullptr) {
-            const float shrink = shrink_of<Half, Sh>(S);
+            const float shrink = shrink_of<Half>(S);
             read_state<Half, Sh>(X, S, tile, shrink);
             scale_columns<Sh>(X, [&](int) { return 1.0f / shrink; });
         }

@@ -313,27 +313,48 @@ struct Gates {
     }
 };
 
-// float16 ends at 65,504, which a sum over many tokens passes: its state is multiplied by a power of two on its way into
-// a product, and the product by the inverse. bfloat16 needs none.
+// float16 ends at 65,504, which a sum over many tokens passes, and has few bits below 6e-5: what becomes the side of a product
+// is multiplied by a power of two on its way, and the product by the inverse. bfloat16 needs none.
 template <class Half>
 constexpr bool SHRINKS = std::is_same_v<Half, Fp16>;
 
-template <class Half, class Sh>
-__device__ float shrink_of(const State<Sh>& S) {
-    if constexpr (SHRINKS<Half>) {
-        float most = 0.0f;
+// What brings numbers of at most `most` to 256.
+__device__ inline float fitting(float most) {
+    if ((most >= 0.00390625f && most <= 256.0f) || most == 0.0f || !(most < INFINITY)) return 1.0f;
+    return exp2f(fminf(8.0f - ceilf(log2f(most)), 100.0f));
+}
+
+// The largest of a warp's accumulators.
+template <int M, int N>
+__device__ float most_of(const float (&C)[M][N][4]) {
+    float most = 0.0f;
 #pragma unroll
-        for (int m = 0; m < Sh::M; ++m)
+    for (int m = 0; m < M; ++m)
 #pragma unroll
-            for (int j = 0; j < Sh::STATE_TILES; ++j)
+        for (int j = 0; j < N; ++j)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) most = fmaxf(most, fabsf(S[m][j][e]));
+            for (int e = 0; e < 4; ++e) most = fmaxf(most, fabsf(C[m][j][e]));
 #pragma unroll
-        for (int step = 1; step < WARP; step *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, step));
-        if (most <= 256.0f) return 1.0f;
-        return exp2f(8.0f - ceilf(log2f(most)));
-    }
+    for (int step = 1; step < WARP; step *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, step));
+    return most;
+}
+
+template <class Half, int M, int N>
+__device__ float shrink_of(const float (&C)[M][N][4]) {
+    if constexpr (SHRINKS<Half>) return fitting(most_of(C));
     return 1.0f;
+}
+
+// Accumulators in other units: a product of sides that were multiplied by a power of two can be added then.
+template <class Half, int M, int N>
+__device__ void rescale(float (&C)[M][N][4], float factor) {
+    if constexpr (SHRINKS<Half>)
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int j = 0; j < N; ++j)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) C[m][j][e] *= factor;
 }
 
 // The same for a row of P, whose quad has seen `most`: weights beyond float16's end are stored times a power of two each row.
@@ -359,10 +380,10 @@ __device__ void scale_columns(Columns<Sh>& C, const Factor& factor) {
 }
 
 // The values that the delta rule writes: U = T diag(beta) (V - diag(exp since) K S), where T = (I + A)^-1 is lower triangular
-// (3_delta.cu). Packed, they are the left side of the products that follow.
+// (3_delta.cu). Packed, they are the left side of the products that follow. Returns what this warp's were multiplied by.
 template <class Half, class Sh>
-__device__ void solve(uint32_t (&U)[STEPS][Sh::M][4], const State<Sh>& S, uint32_t K, uint32_t V, uint32_t T,
-                      const ChunkNumbers& n, float shrink) {
+__device__ float solve(uint32_t (&U)[STEPS][Sh::M][4], const State<Sh>& S, uint32_t K, uint32_t V, uint32_t T,
+                       const ChunkNumbers& n, float shrink) {
     float C[Sh::M][TOKEN_TILES][4] = {};
     read_state<Half, Sh>(C, S, K, shrink);
     const float grow = 1.0f / shrink;
@@ -377,17 +398,24 @@ __device__ void solve(uint32_t (&U)[STEPS][Sh::M][4], const State<Sh>& S, uint32
 #pragma unroll
             for (int m = 0; m < Sh::M; ++m) {
                 const float2 x = unpack<Half>(v[m][e]);
-                float(&c)[4] = C[m][2 * k + e / 2];
-                U[k][m][e] = pack<Half>(fmaf(n.beta[token], x.x, c[e % 2 * 2]), fmaf(n.beta[token + 1], x.y, c[e % 2 * 2 + 1]));
+                float *const c = C[m][2 * k + e / 2] + e % 2 * 2;
+                c[0] = fmaf(n.beta[token], x.x, c[0]), c[1] = fmaf(n.beta[token + 1], x.y, c[1]);
             }
         }
     }
-    float solved[Sh::M][TOKEN_TILES][4] = {};
-    multiply_lower<Half, Sh>(solved, T, [&](int k, Fragment<Sh>& u) { take<Sh>(u, U[k]); });
+    const float first = shrink_of<Half>(C);
 #pragma unroll
     for (int k = 0; k < STEPS; ++k)
 #pragma unroll
-        for (int m = 0; m < Sh::M; ++m) pack_pair<Half>(U[k][m], solved[m], k, 1.0f);
+        for (int m = 0; m < Sh::M; ++m) pack_pair<Half>(U[k][m], C[m], k, first);
+    float solved[Sh::M][TOKEN_TILES][4] = {};
+    multiply_lower<Half, Sh>(solved, T, [&](int k, Fragment<Sh>& u) { take<Sh>(u, U[k]); });
+    const float second = shrink_of<Half>(solved);
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k)
+#pragma unroll
+        for (int m = 0; m < Sh::M; ++m) pack_pair<Half>(U[k][m], solved[m], k, second);
+    return first * second;
 }
 
 }  // namespace linear

@@ -132,12 +132,14 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) states_kernel(const _
         }
         const ChunkNumbers& n = numbers[chunk % 2];
         uint32_t U[RULE == DELTA ? STEPS : 1][Sh::M][4];
-        if constexpr (RULE == DELTA)
-            solve<Half, Sh>(U, S, k, v, v + Sh::VALUE_BYTES, n, shrink_of<Half, Sh>(S));
+        float written = 1.0f;
+        if constexpr (RULE == DELTA) written = solve<Half, Sh>(U, S, k, v, v + Sh::VALUE_BYTES, n, shrink_of<Half>(S));
+        rescale<Half>(S, written);
         absorb<Half, Sh, RULE>(S, k, &n, sum, [&](int step, Fragment<Sh>& u) {
             if constexpr (RULE == DELTA) take<Sh>(u, U[step]);
             else load_values<Sh>(u, v, step);
         });
+        rescale<Half>(S, 1.0f / written);
         if (RULE >= DECAY) decay += n.since[CHUNK - 1];
         gates.publish(numbers[(chunk + 1) % 2]);
     }
@@ -438,11 +440,12 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const _
                                                int(a.head_dim));
             __syncthreads();
         }
-        const float shrink = shrink_of<Half, Sh>(S), grow = 1.0f / shrink;
+        const float shrink = shrink_of<Half>(S), grow = 1.0f / shrink;
         score<Half, Sh, RULE>(shared + At::P, denominators, shrinks, q, k, n.since, sum, a.scale);
 
         uint32_t U[RULE == DELTA ? STEPS : 1][Sh::M][4];
-        if constexpr (RULE == DELTA) solve<Half, Sh>(U, S, k, v, v + Sh::VALUE_BYTES, n, shrink);
+        float written = 1.0f;  // what U is multiplied by
+        if constexpr (RULE == DELTA) written = solve<Half, Sh>(U, S, k, v, v + Sh::VALUE_BYTES, n, shrink);
         const auto values = [&](int step, Fragment<Sh>& u) {
             if constexpr (RULE == DELTA) take<Sh>(u, U[step]);
             else load_values<Sh>(u, v, step);
@@ -453,15 +456,18 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const _
         const auto shrink_at = [&](int t) { return SHRINKS<Half> ? shrinks[t] : 1.0f; };
         __syncthreads();  // P is there
         scale_columns<Sh>(O, [&](int t) { return shrink_at(t) * a.scale * grow * (RULE >= DECAY ? n.kept[t] : 1.0f); });
+        rescale<Half>(O, written);
         multiply_lower<Half, Sh>(O, P, values);
         if constexpr (RULE == MEAN)
             scale_columns<Sh>(O, [&](int t) { return denominators[t] > 0.0f ? 1.0f / (shrink_at(t) * denominators[t]) : 0.0f; });
         else if constexpr (SHRINKS<Half>)
-            scale_columns<Sh>(O, [&](int t) { return 1.0f / shrinks[t]; });
+            scale_columns<Sh>(O, [&](int t) { return 1.0f / (shrinks[t] * written); });
         if (RULE == MEAN && a.denominators != nullptr && w.slice == 0 && threadIdx.x < CHUNK && token + threadIdx.x < s.T)
             a.denominators[denominator_of(a, s, w.h, token + threadIdx.x)] = denominators[threadIdx.x];
         store_output<Half, Sh>(O, out, token, s.T, first_row, int(a.value_dim));
+        rescale<Half>(S, written);
         absorb<Half, Sh, RULE>(S, k, &n, sum, values);
+        rescale<Half>(S, 1.0f / written);
         gates.publish(numbers[(chunk + 1) % 2]);
     }
 

@@ -22,6 +22,7 @@ class Gradients(ctypes.Structure):
         *((name, Matrix) for name in ("dout", "dq", "dk", "dv")),
         *((name, ctypes.c_void_p) for name in ("dlog_decay", "dbeta", "dfinal", "dinitial")),
         *((name, ctypes.c_void_p) for name in ("states", "writes", "dstates", "dwrites", "scores", "dsegments")),
+        *((f"{name}_shrinks", ctypes.c_void_p) for name in ("state", "write", "dstate", "dwrite", "score")),
     ]
 
 
@@ -30,8 +31,6 @@ def refusal_of_backward(q: Tensor, v: Tensor, beta: Tensor | None) -> str | None
     device, head_dim, value_dim = q.device, q.shape[3], v.shape[3]
     if device.type != "cuda":
         return f"it runs on cuda, and q is on {device.type}"
-    if beta is None and q.dtype == torch.float16:
-        return "it keeps states in the inputs' dtype, and a sum passes what float16 holds"
     if head_dim > MOST_HEAD_DIM or head_dim % 8 or value_dim % 8:
         return f"head_dim is at most {MOST_HEAD_DIM}, all widths multiples of 8, got {head_dim} and {value_dim}"
     needed, there = SHARED_BYTES[64 if head_dim <= 64 else 128], shared_bytes(device)
@@ -100,6 +99,11 @@ def run_backward(
         "scores": q.new_empty(heads * chunks * CHUNK**2),
         "dsegments": new(sequences * heads * (a.segment_count - 1) * value_dim * head_dim),
     }
+    if q.dtype == torch.float16:  # what the others are multiplied by to fit
+        slices = -(-value_dim // BLOCK_VALUES)
+        counts = {"state": kv_heads, "write": kv_heads, "dstate": heads, "dwrite": heads}
+        scratch |= {f"{name}_shrinks": new(count * chunks * slices) for name, count in counts.items()}
+        scratch["score_shrinks"] = new(heads * chunks)
     dq, dk, dv = (q.new_empty(batch, heads, T, width) for width in (head_dim, head_dim, value_dim))
     dlog_decay, dbeta = new(batch, heads, T, 1), None if beta is None else new(batch, heads, T, 1)
     dinitial = None if initial is None else new(sequences, heads, value_dim, head_dim)

@@ -23,7 +23,9 @@ class Sums:
 
     so each is the same sum with other tensors for q, k and v. A normalised output o = n / d has dn = do / d and
     dd = -(do·o) / d. The denominator is one more value that is 1 everywhere, so dq gains Σ_j W_ij dd_i k_j, and dk the
-    same from the other side: two more sums, whose features are dd and 1.
+    same from the other side: two more sums, whose features are dd and 1. A denominator grows with the text, and float16
+    has few bits below 6e-5 and none past 65,504: there do is divided by sqrt(d) alone, and so is q where a sum takes
+    both; what a sum gives to dq is divided by sqrt(d) afterwards.
 
     Args:
         step: the forward's.
@@ -65,14 +67,18 @@ class Sums:
         dlast = None if dlast is None else dlast / (scale * group)
         options = {"log_decay": gates, "scale": scale}
         values_of = (lambda state: None if state is None else state[:, :, :-1]) if normalised else lambda state: state
-        dnum, dden = split_quotient(dout, out, denominators) if normalised else (dout, None)
+        root, dnum, dden = None, dout, None
+        if normalised:
+            root = denominators.clamp(min=0).sqrt() if raw[0].dtype == torch.float16 else None
+            dnum, dden = split_quotient(dout, out, denominators if root is None else root)
+            q = divided(q, root)
         dv, dstate = self.run(k, q, dnum, **options, reverse=True, initial=values_of(dlast))
         dq, _ = self.run(dnum, v, k, **options, initial=as_features(values_of(first)))
         dk, _ = self.run(v, dnum, q, **options, reverse=True, initial=as_features(values_of(dlast)))
-        more = [None, None]
+        dq, more = divided(dq, root), [None, None]
         if normalised:
             ones = torch.ones_like(dden[:1, :1, :1]).expand_as(dden)
-            more[0], _ = self.run(dden, ones, k, **options, initial=sum_as_features(first, both=True))
+            more[0] = divided(self.run(dden, ones, k, **options, initial=sum_as_features(first, both=True))[0], root)
             more[1], row = self.run(ones, dden, q, **options, reverse=True, initial=sum_as_features(dlast, both=False))
             dstate = torch.cat([dstate, row[..., :2].sum(-1).unsqueeze(2)], 2)
         if log_decay is not None:
@@ -104,6 +110,14 @@ def to_heads(x: Tensor | None, group: int) -> Tensor | None:
 def from_heads(x: Tensor, group: int) -> Tensor:
     """The gradient of ``to_heads``."""
     return x if group == 1 else x.unflatten(1, (-1, group)).sum(2, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def divided(x: Tensor, root: Tensor | None) -> Tensor:
+    """Rows of x (batch, heads, T, ...) by a number each (batch, heads, T), or 0 where it is 0; x itself by None."""
+    if root is None:
+        return x
+    inverse = torch.where(root > 0, 1.0 / torch.where(root > 0, root, 1.0), 0.0).unsqueeze(-1)
+    return (x.to(inverse.dtype) * inverse).to(x.dtype)
 
 
 def with_more(x: Tensor, dx: Tensor, more: Tensor | None, map_code: int, map_scale: float) -> Tensor:
@@ -250,8 +264,10 @@ class Chunks:
     ) -> tuple[Tensor, Tensor]:
         """The states before the chunks of S' = exp(G_C) S + L^T (U - R S) + L2^T U2, and the last one."""
         if self.by_kernel:
+            shrink = fitting(values, values2) if self.narrow == torch.float16 else 1.0
+            values, values2, first = (None if x is None else x * shrink for x in (values, values2, first))
             narrow = [None if x is None else x.to(self.narrow) for x in (right, left, values, left2, values2)]
-            return run_chain(*narrow, self.total, first, reverse=reverse)
+            return tuple(x / shrink for x in run_chain(*narrow, self.total, first, reverse=reverse))
         added = left.mT @ values if left2 is None else left.mT @ values + left2.mT @ values2
         state = torch.zeros_like(added[:, :, 0]) if first is None else first
         found, order = [], range(added.shape[2])
@@ -295,6 +311,12 @@ class Chunks:
         dgates = dG.double().flip(3).cumsum(3).flip(3) + at_end
         found = (dq, dk, dv, dgates, dbeta)
         return *(None if x is None else x.flatten(2, 3)[:, :, : self.T] for x in found), dfirst
+
+
+def fitting(*tensors: Tensor | None) -> Tensor:
+    """The power of two that brings the largest of all numbers to 256, which float16 can hold; 1 if all are zeros."""
+    most = torch.stack([x.abs().amax() for x in tensors if x is not None and x.numel()] or [torch.zeros(())]).amax()
+    return torch.where(most > 0, torch.exp2((8 - most.clamp(min=1e-30).log2().ceil()).clamp(-100, 100)), 1.0)
 
 
 def in_chunks(x: Tensor) -> Tensor:
