@@ -281,16 +281,11 @@ struct Consumer {
                     if constexpr (!SHRINKS<Half>) word = pack<Half>(x[0], x[1]);
                 }
             }
-        return pack_shrunk(R, X);
-    }
-
-    // Accumulators as the left side of a product, packed where float16 needs a power of two, which is returned.
-    __device__ float pack_shrunk(uint32_t (&A)[STEPS][4], const float (&C)[1][TOKEN_TILES][4]) const {
         if constexpr (!SHRINKS<Half>) return 1.0f;
-        const float shrink = shrink_of<Half>(C);
+        const float fits = shrink_of<Half>(X);
 #pragma unroll
-        for (int k = 0; k < STEPS; ++k) pack_pair<Half>(A[k], C[0], k, shrink);
-        return shrink;
+        for (int k = 0; k < STEPS; ++k) pack_pair<Half>(R[k], X[0], k, fits);
+        return fits;
     }
 
     // U^T and S^T decayed to the chunk's end.
@@ -455,10 +450,8 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
             c.start_square(X[0], U, tile + At::T, false);
             wait_products<0>();
             pin(X[0]);
-            if constexpr (SHRINKS<Half>) written *= c.pack_shrunk(U, X);
-            else
 #pragma unroll
-                for (int step = 0; step < STEPS; ++step) pack_pair<Half>(U[step], X[0], step, 1.0f);
+            for (int step = 0; step < STEPS; ++step) pack_pair<Half>(U[step], X[0], step, 1.0f);
         }
         if (OUTPUTS) {
             wait_products<0>();

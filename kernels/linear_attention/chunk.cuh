@@ -403,19 +403,18 @@ __device__ float solve(uint32_t (&U)[STEPS][Sh::M][4], const State<Sh>& S, uint3
             }
         }
     }
-    const float first = shrink_of<Half>(C);
+    const float fits = shrink_of<Half>(C);  // T of a rule that forgets adds no more than 255 times to it
 #pragma unroll
     for (int k = 0; k < STEPS; ++k)
 #pragma unroll
-        for (int m = 0; m < Sh::M; ++m) pack_pair<Half>(U[k][m], C[m], k, first);
+        for (int m = 0; m < Sh::M; ++m) pack_pair<Half>(U[k][m], C[m], k, fits);
     float solved[Sh::M][TOKEN_TILES][4] = {};
     multiply_lower<Half, Sh>(solved, T, [&](int k, Fragment<Sh>& u) { take<Sh>(u, U[k]); });
-    const float second = shrink_of<Half>(solved);
 #pragma unroll
     for (int k = 0; k < STEPS; ++k)
 #pragma unroll
-        for (int m = 0; m < Sh::M; ++m) pack_pair<Half>(U[k][m], solved[m], k, second);
-    return first * second;
+        for (int m = 0; m < Sh::M; ++m) pack_pair<Half>(U[k][m], solved[m], k, 1.0f);
+    return fits;
 }
 
 }  // namespace linear

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tformer_lib.ladder import AUTO
 from tformer_lib.linear_attention.backward import refusal_of_backward, run_backward
 from tformer_lib.linear_attention.kernels import choose_step, launch, refusal, refusal_of_chain, run_chain
-from tformer_lib.linear_attention.pointwise import map_features, map_gradient, split_quotient
+from tformer_lib.linear_attention.pointwise import in_two_parts, map_features, map_gradient, split_quotient
 from tformer_lib.linear_attention.shared import CHUNK, sum_dtype
 
 
@@ -70,8 +70,10 @@ class Sums:
         root, dnum, dden = None, dout, None
         if normalised:
             root = denominators.clamp(min=0).sqrt() if raw[0].dtype == torch.float16 else None
-            dnum, dden = split_quotient(dout, out, denominators if root is None else root)
-            q = divided(q, root)
+            if root is None:
+                dnum, dden = split_quotient(dout, out, denominators)
+            else:
+                dnum, (dden, shrink), q = divided(dout, root), split_shrunk(dout, out, root), divided(q, root)
         dv, dstate = self.run(k, q, dnum, **options, reverse=True, initial=values_of(dlast))
         dq, _ = self.run(dnum, v, k, **options, initial=as_features(values_of(first)))
         dk, _ = self.run(v, dnum, q, **options, reverse=True, initial=as_features(values_of(dlast)))
@@ -80,7 +82,10 @@ class Sums:
             ones = torch.ones_like(dden[:1, :1, :1]).expand_as(dden)
             more[0] = divided(self.run(dden, ones, k, **options, initial=sum_as_features(first, both=True))[0], root)
             more[1], row = self.run(ones, dden, q, **options, reverse=True, initial=sum_as_features(dlast, both=False))
-            dstate = torch.cat([dstate, row[..., :2].sum(-1).unsqueeze(2)], 2)
+            row = row[..., :2].sum(-1).unsqueeze(2)
+            dstate = torch.cat([dstate, row if root is None else row / shrink], 2)
+            if root is not None:
+                more = [x / shrink for x in more]
         if log_decay is not None:
             dstate = dstate * self.first_decay(gates)
         raws = (raw[0], to_heads(raw[1], group))
@@ -118,6 +123,13 @@ def divided(x: Tensor, root: Tensor | None) -> Tensor:
         return x
     inverse = torch.where(root > 0, 1.0 / torch.where(root > 0, root, 1.0), 0.0).unsqueeze(-1)
     return (x.to(inverse.dtype) * inverse).to(x.dtype)
+
+
+def split_shrunk(dout: Tensor, out: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """-(dout . out) / root in two parts, and what it was multiplied by to fit float16."""
+    column = -divided((dout.to(root.dtype) * out).sum(-1, keepdim=True), root)
+    shrink = fitting(column).clamp(max=1)
+    return in_two_parts(column * shrink, dout.dtype), shrink
 
 
 def with_more(x: Tensor, dx: Tensor, more: Tensor | None, map_code: int, map_scale: float) -> Tensor:

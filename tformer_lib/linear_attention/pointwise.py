@@ -77,11 +77,15 @@ def split_quotient(dout: Tensor, out: Tensor, denominators: Tensor) -> tuple[Ten
         inverse = torch.where(seen, 1.0 / torch.where(seen, denominators, 1.0), 0.0).unsqueeze(-1)
         wide = dout.to(inverse.dtype)
         column = -(wide * out).sum(-1, keepdim=True) * inverse
-        high = column.to(dout.dtype)
-        low = (column - high.to(column.dtype)).to(dout.dtype)
-        return (wide * inverse).to(dout.dtype), F.pad(torch.cat([high, low], -1), (0, 6))
+        return (wide * inverse).to(dout.dtype), in_two_parts(column, dout.dtype)
     dn, columns = torch.empty_like(dout), dout.new_empty(*dout.shape[:3], 8)
     pointers = [t.data_ptr() for t in (denominators, dout, out, dn, columns)]
     a = Pointwise(*pointers, denominators.numel(), dout.shape[-1], 1.0, 0, DTYPE_CODES[dout.dtype])
     LADDER.launch("pointwise", "quotient", a, dout.device)
     return dn, columns
+
+
+def in_two_parts(column: Tensor, dtype: torch.dtype) -> Tensor:
+    """(.., 1) -> (.., 8): numbers rounded to dtype, what the rounding left, and zeros."""
+    high = column.to(dtype)
+    return F.pad(torch.cat([high, (column - high.to(column.dtype)).to(dtype)], -1), (0, 6))
