@@ -321,9 +321,11 @@ def linear_cases() -> dict[str, Callable]:
     return steps | {"gradients": run_linear_gradients, "gradients by chunks": run_linear_backward}
 
 
-def linear_inputs(d: int, T: int, *, delta: bool, gated: bool) -> dict[str, torch.Tensor]:
+def linear_inputs(
+    d: int, T: int, *, delta: bool, gated: bool, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, torch.Tensor]:
     """Two heads to a kv head; numbers a token where a member of the family has them."""
-    x = {name: from_cpu(1, heads, T, d, dtype=torch.bfloat16) for name, heads in (("q", 2), ("k", 1), ("v", 1))}
+    x = {name: from_cpu(1, heads, T, d, dtype=dtype) for name, heads in (("q", 2), ("k", 1), ("v", 1))}
     x["k"] = torch.nn.functional.normalize(x["k"], dim=-1)
     if delta:
         x["beta"] = torch.rand(1, 1, T, 1).cuda()
@@ -336,8 +338,11 @@ def run_linear(step: int) -> None:
 
     starts = torch.tensor([0, 70, 70, 203], dtype=torch.int32).cuda()
     deltas = {2: (False,), 3: (True,)}.get(step, (False, True))
-    for d, delta, gated in itertools.product((128,) if step == 4 else (40, 128, 256), deltas, (False, True)):
-        x = linear_inputs(d, 203, delta=delta, gated=gated)
+    widths = (
+        ((torch.bfloat16, 128), (torch.float16, 128)) if step == 4 else ((torch.bfloat16, d) for d in (40, 128, 256))
+    )
+    for (dtype, d), delta, gated in itertools.product(widths, deltas, (False, True)):
+        x = linear_inputs(d, 203, delta=delta, gated=gated, dtype=dtype)
         initial = torch.rand(3, 1, d, d).cuda()
         for count in (1, 3):
             launch(str(step), **x, initial=initial[:1], segment_count=count)
@@ -365,9 +370,10 @@ def run_linear_backward() -> None:
     from tformer_lib.linear_attention.backward import run_backward
 
     starts = torch.tensor([0, 70, 70, 203], dtype=torch.int32).cuda()
-    for d, delta, gated in ((40, False, True), (64, True, True), (128, False, True), (128, True, False)):
-        x = linear_inputs(d, 203, delta=delta, gated=gated)
-        dout, states = from_cpu(1, 2, 203, d, dtype=torch.bfloat16), torch.rand(3, 1, d, d).cuda()
+    cases = ((40, False, True), (64, True, True), (128, False, True), (128, True, False))
+    for (d, delta, gated), dtype in itertools.product(cases, (torch.bfloat16, torch.float16)):
+        x = linear_inputs(d, 203, delta=delta, gated=gated, dtype=dtype)
+        dout, states = from_cpu(1, 2, 203, d, dtype=dtype), torch.rand(3, 1, d, d).cuda()
         numbers = (x.get("log_decay"), x.get("beta"))
         for count in (1, 3):
             few = states[:1]

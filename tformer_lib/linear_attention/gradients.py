@@ -24,8 +24,8 @@ class Sums:
     so each is the same sum with other tensors for q, k and v. A normalised output o = n / d has dn = do / d and
     dd = -(do·o) / d. The denominator is one more value that is 1 everywhere, so dq gains Σ_j W_ij dd_i k_j, and dk the
     same from the other side: two more sums, whose features are dd and 1. A denominator grows with the text, and float16
-    has few bits below 6e-5 and none past 65,504: there do is divided by sqrt(d) alone, and so is q where a sum takes
-    both; what a sum gives to dq is divided by sqrt(d) afterwards.
+    has few bits for do / d then: there a power of two of each token goes from q to dn where a sum takes both, and what
+    a sum gives to dq is divided by it.
 
     Args:
         step: the forward's.
@@ -67,25 +67,25 @@ class Sums:
         dlast = None if dlast is None else dlast / (scale * group)
         options = {"log_decay": gates, "scale": scale}
         values_of = (lambda state: None if state is None else state[:, :, :-1]) if normalised else lambda state: state
-        root, dnum, dden = None, dout, None
-        if normalised:
-            root = denominators.clamp(min=0).sqrt() if raw[0].dtype == torch.float16 else None
-            if root is None:
-                dnum, dden = split_quotient(dout, out, denominators)
-            else:
-                dnum, (dden, shrink), q = divided(dout, root), split_shrunk(dout, out, root), divided(q, root)
+        moved, dnum, dden = None, dout, None
+        if normalised and raw[0].dtype == torch.float16:
+            moved = lift_rows(dout, denominators)
+            part = denominators / moved
+            dnum, (dden, shrink), q = divided(dout, part), split_shrunk(dout, out, part), divided(q, moved)
+        elif normalised:
+            dnum, dden = split_quotient(dout, out, denominators)
         dv, dstate = self.run(k, q, dnum, **options, reverse=True, initial=values_of(dlast))
         dq, _ = self.run(dnum, v, k, **options, initial=as_features(values_of(first)))
         dk, _ = self.run(v, dnum, q, **options, reverse=True, initial=as_features(values_of(dlast)))
-        dq, more = divided(dq, root), [None, None]
+        dq, more = divided(dq, moved), [None, None]
         if normalised:
             ones = torch.ones_like(dden[:1, :1, :1]).expand_as(dden)
-            more[0] = divided(self.run(dden, ones, k, **options, initial=sum_as_features(first, both=True))[0], root)
+            more[0], _ = self.run(dden, ones, k, **options, initial=sum_as_features(first, both=True))
             more[1], row = self.run(ones, dden, q, **options, reverse=True, initial=sum_as_features(dlast, both=False))
             row = row[..., :2].sum(-1).unsqueeze(2)
-            dstate = torch.cat([dstate, row if root is None else row / shrink], 2)
-            if root is not None:
-                more = [x / shrink for x in more]
+            dstate = torch.cat([dstate, row if moved is None else row / shrink], 2)
+            if moved is not None:
+                more = [divided(more[0], moved) / shrink, more[1] / shrink]
         if log_decay is not None:
             dstate = dstate * self.first_decay(gates)
         raws = (raw[0], to_heads(raw[1], group))
@@ -117,17 +117,25 @@ def from_heads(x: Tensor, group: int) -> Tensor:
     return x if group == 1 else x.unflatten(1, (-1, group)).sum(2, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def divided(x: Tensor, root: Tensor | None) -> Tensor:
-    """Rows of x (batch, heads, T, ...) by a number each (batch, heads, T), or 0 where it is 0; x itself by None."""
-    if root is None:
+def lift_rows(dout: Tensor, denominators: Tensor) -> Tensor:
+    """Powers of two (batch, heads, T) that bring rows of dout / d into 0.001 to 256; 1 where they are."""
+    most = divided(dout.abs().amax(-1, keepdim=True).to(denominators.dtype), denominators).squeeze(-1)
+    power = torch.where(most > 0, most, 1.0).log2().ceil()
+    moved = torch.where(most < 2.0**-10, -10 - power, torch.where(most > 256, 8 - power, 0.0)).clamp(-30, 30)
+    return torch.where(most > 0, torch.exp2(moved), 1.0)
+
+
+def divided(x: Tensor, by: Tensor | None) -> Tensor:
+    """Rows of x (batch, heads, T, ...) by a number each (batch, heads, T), or 0 where it is not positive."""
+    if by is None:
         return x
-    inverse = torch.where(root > 0, 1.0 / torch.where(root > 0, root, 1.0), 0.0).unsqueeze(-1)
+    inverse = torch.where(by > 0, 1.0 / torch.where(by > 0, by, 1.0), 0.0).unsqueeze(-1)
     return (x.to(inverse.dtype) * inverse).to(x.dtype)
 
 
-def split_shrunk(dout: Tensor, out: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-    """-(dout . out) / root in two parts, and what it was multiplied by to fit float16."""
-    column = -divided((dout.to(root.dtype) * out).sum(-1, keepdim=True), root)
+def split_shrunk(dout: Tensor, out: Tensor, denominators: Tensor) -> tuple[Tensor, Tensor]:
+    """-(dout . out) / denominators in two parts, and what it was multiplied by to fit float16."""
+    column = -divided((dout.to(denominators.dtype) * out).sum(-1, keepdim=True), denominators)
     shrink = fitting(column).clamp(max=1)
     return in_two_parts(column * shrink, dout.dtype), shrink
 
