@@ -32,3 +32,46 @@ const char* launch(Kernel kernel, int64_t blocks, int threads, size_t shared_byt
     const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
+
+// --- a kernel beside the one before it -------------------------------------------------------------------------------
+
+// Programmatic dependent launch: a kernel that is started by launch_early may run while the one before it in the stream still
+// does. Before it reads what that one writes, or writes anything, each of its threads must wait_for_previous. The kernel
+// before says when blocks of the next one may take the room that it leaves, or else ends first. On older GPUs all is in turn.
+
+// All blocks of the kernel before this one have ended, and what they wrote can be seen.
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ inline void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// `cluster`: blocks that run together and reach each other's shared memory.
+template <class... Needed, class... Parameters>
+const char* launch_early(void (*kernel)(Needed...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
+                         int cluster, const Parameters&... parameters) {
+    if (blocks > MOST_BLOCKS) return "more than 2^31 - 1 tiles: split the batch";
+    if (const char* error = allow_shared(kernel, shared_bytes)) return error;
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {unsigned(cluster), 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(blocks));
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = attributes;
+    config.numAttrs = cluster > 1 ? 2 : 1;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, parameters...);
+    if (error == cudaSuccess) return nullptr;
+    cudaGetLastError();
+    return cudaGetErrorString(error);
+}

@@ -549,14 +549,20 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS)
     const int warp = threadIdx.x / WARP;
     const Bundles bundles(a, Sh::ROWS, members);
 
+    if (!a.settled) wait_for_previous();
     Cursor<Sh> cursor;
     const Share share = find_share<Sh>(a, bundles, cursor);
-    if (bundles.team() >= share.teams) return write_empty_rows<Number>(a);
+    if (bundles.team() >= share.teams) {
+        wait_for_previous();
+        return write_empty_rows<Number>(a);
+    }
     const int begin = share.begin(bundles.team()), end = share.begin(bundles.team() + 1);
 
     const uint32_t ring = shared_address(shared) + warp * Sh::STAGES * Sh::STEP_BYTES;
     Loader<Sh> loader{a, bundles, shift, ring, cursor, end - begin};
     loader.look_up();
+    wait_for_previous();
+    let_next_start();
     for (int i = 0; i < Sh::STAGES - 1; ++i) loader.start();
     write_empty_rows<Number>(a);
 
@@ -618,8 +624,10 @@ extern "C" const char* decode(const Arguments* a, void* stream) {
         using Sh = decltype(shape);
         const int64_t blocks = multiprocessors() * Sh::BLOCKS;
         const int members = int(std::gcd(blocks, bundles_of(*a, Sh::ROWS)));
-        return launch(decode_kernel<Sh>, blocks, Sh::THREADS, Sh::SHARED_BYTES, stream, *a, log2_of(a->block_size),
-                      members);
+        const int shift = log2_of(a->block_size);
+        if (a->settled)
+            return launch_early(decode_kernel<Sh>, blocks, Sh::THREADS, Sh::SHARED_BYTES, stream, 1, *a, shift, members);
+        return launch(decode_kernel<Sh>, blocks, Sh::THREADS, Sh::SHARED_BYTES, stream, *a, shift, members);
     });
 }
 

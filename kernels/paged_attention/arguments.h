@@ -35,6 +35,7 @@ struct Arguments {
     float scale;                  // of the scores, times the scale of stored keys
     float v_scale;                // of stored values
     int32_t dtype, cache_dtype;   // of q and out; of the pools
+    int64_t settled;              // tables and lengths were not written by the kernel before this one: see step 2
 };
 
 // write_cache: store (tokens, kv_heads, head_dim) keys and values in their slots.
@@ -51,7 +52,7 @@ struct WriteArguments {
     int32_t dtype, cache_dtype;
 };
 
-static_assert(sizeof(Arguments) == 240, "paged_attention/kernels.py packs it so");
+static_assert(sizeof(Arguments) == 248, "paged_attention/kernels.py packs it so");
 static_assert(sizeof(WriteArguments) == 216, "paged_attention/kernels.py packs it so");
 
 }  // namespace paged

@@ -130,7 +130,7 @@ def refusal_of_write(step: str, k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Te
 
 # --- what they are given -------------------------------------------------------------------------------------------
 
-ARGUMENTS = struct.Struct("Pqq Pqq Pqqq Pqqq 6P 8q ff ii")
+ARGUMENTS = struct.Struct("Pqq Pqq Pqqq Pqqq 6P 8q ff ii q")
 """``paged::Arguments`` of kernels/paged_attention/arguments.h: packing it takes a microsecond, where a
 ctypes structure takes ten, and decode calls are short."""
 

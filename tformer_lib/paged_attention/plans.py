@@ -101,18 +101,30 @@ class AttentionPlan:
     options: Options
 
     def run(
-        self, q: Tensor, k_pool: Tensor, v_pool: Tensor, *, return_lse: bool = False
+        self,
+        q: Tensor,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        *,
+        return_lse: bool = False,
+        settled: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of one layer, as :func:`paged_attention` returns it.
+
+        Args:
+            settled: lengths and tables were not written by the kernel that comes just before. Step 2 then starts while
+                that kernel still runs, and reads them; for all else it waits.
 
         Raises:
             ValueError: a tensor has another shape, dtype, device or strides than the one that the plan was made with.
         """
         check_facts(self.facts, q, k_pool, v_pool)
-        out, lse = self.call(q, k_pool, v_pool, return_lse)
+        out, lse = self.call(q, k_pool, v_pool, return_lse, settled)
         return (out, lse) if return_lse else out
 
-    def call(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+    def call(
+        self, q: Tensor, k_pool: Tensor, v_pool: Tensor, with_lse: bool, settled: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """The same for tensors that are known to fit; lse is None where it was not asked for and costs something."""
         shared, rows = self.shared, self.rows
         if shared.step == "0":
@@ -141,6 +153,7 @@ class AttentionPlan:
             0 if lse is None else lse.data_ptr(),
             *(scratch_of(shared.device, shared.pairs) if shared.pairs else (0, 0)),
             *shared.numbers,
+            settled,
         )
         shared.launch(arguments)
         return out, lse

@@ -40,6 +40,7 @@ from tformer_lib.serving.engine import (
     check_servable,
     graph_sizes,
 )
+from tformer_lib.serving.fused import FusedPass
 from tformer_lib.serving.request import LogProbabilities, Params, Piece, Request
 from tformer_lib.serving.runner import (
     SAMPLED,
@@ -51,6 +52,7 @@ from tformer_lib.serving.runner import (
     PackedPass,
     Runner,
     compile_blocks,
+    join_projections,
 )
 from tformer_lib.serving.scheduler import Row, Scheduler
 from tformer_lib.serving.speculation import Speculation, accepted, expected_tokens
@@ -58,6 +60,7 @@ from tformer_lib.serving.speculation import Speculation, accepted, expected_toke
 __all__ = [
     "DEFAULT_MEMORY",
     "Engine",
+    "FusedPass",
     "Inputs",
     "JoinedFeedForward",
     "JoinedProjections",
@@ -84,5 +87,6 @@ __all__ = [
     "compile_blocks",
     "expected_tokens",
     "graph_sizes",
+    "join_projections",
     "overlap",
 ]

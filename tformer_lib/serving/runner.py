@@ -30,6 +30,7 @@ from tformer_lib.paged_attention import (
     plan_write,
     write_cache,
 )
+from tformer_lib.serving.fused import FusedPass, refusal, refusal_of_weights
 from tformer_lib.serving.request import Request
 from tformer_lib.serving.scheduler import Row
 from tformer_lib.serving.states import SeatLayer, SeatStates
@@ -283,8 +284,9 @@ class Runner:
         seats: the most rows of a step.
         budget: the most tokens of a step.
         max_blocks: the most blocks of a row.
-        compile: join and fuse each block's kernels with ``torch.compile``, which takes a while at the first steps. It
-            changes the model for good: from then on it needs a cache.
+        compile: join and fuse each block's kernels: a Llama-like model's on Hopper by :class:`FusedPass`, others with
+            ``torch.compile``, which takes a while at the first steps. It changes the model for good: from then on it
+            needs a cache.
         lanes: the most tokens of a row for which a recorded step is used; a row's drafts are such tokens.
         depth: how many steps may be launched before the first of them is known to have ended.
         kv_dtype: of the pools; the model's if not given.
@@ -339,8 +341,13 @@ class Runner:
         self.returned = deque(torch.zeros(lanes * seats, dtype=torch.int64, pin_memory=on_gpu) for _ in range(depth))
         self.buffer = torch.zeros(room, dtype=torch.uint8, device=self.device)
         self.graphs: dict[int, tuple] = {}  # by the number of lanes: a CUDA graph, its logits, and the likeliest tokens
+        self.fused: FusedPass | None = None
         if compile:
-            compile_blocks(model)
+            join_projections(model)
+            if (refusal(model) or refusal_of_weights(model.embedding.tokens.weight)) is None:
+                self.fused = FusedPass(model, self.pools, self.scales)
+            else:
+                compile_blocks(model)
         self.parameters = [module._parameters for module in model.modules() if module._parameters]
         self.weights = self._state_of_weights()
 
@@ -440,7 +447,10 @@ class Runner:
         tokens = torch.where(inputs.given == SAMPLED, self.last_tokens[inputs.token_seats], inputs.given)  # (total,)
         if self.deterministic:
             starts, max_queries = inputs.starts, 1
-        rows = (inputs.tables, inputs.lengths, starts, max_queries)
+        rows = Rows(inputs.tables, inputs.lengths, starts, max_queries)
+        if self.fused is not None:
+            options = {"only": only, "batch_invariant": self.deterministic}
+            return self.fused(tokens, inputs.positions, inputs.slots, rows, **options)
         states = None if self.states is None else (self.states, inputs.token_seats)
         options = {"scales": self.scales, "batch_invariant": self.deterministic, "states": states}
         options["rings"] = self._rings(inputs) if self.ring else None
@@ -620,13 +630,19 @@ def compile_blocks(model: nn.Module) -> None:
     Engines of other precision or with other rows are other variants of it, of which a process may have some.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
+    join_projections(model)
+    for block in model.stack.blocks:
+        block.compile(dynamic=True)
+
+
+def join_projections(model: nn.Module) -> None:
+    """One product for queries, keys and values, and one for gates and hidden values, in each block that has such."""
     for block in model.stack.blocks:
         attention, feed_forward = block.attention, block.feed_forward
         if isinstance(attention, MultiHeadAttention) and attention.joined is None and is_plain(attention.q_proj):
             attention.joined = JoinedProjections(attention)
         if type(feed_forward) is FeedForward and is_plain(feed_forward.gate):
             JoinedFeedForward.join(feed_forward)
-        block.compile(dynamic=True)
 
 
 def is_plain(layer: nn.Module | None) -> bool:

@@ -1,0 +1,213 @@
+"""The pass of few kernels beside the model's own, and its kernels beside float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tformer_lib.ladder import FP8
+from tformer_lib.paged_attention import Rows, plan_attention
+from tformer_lib.rope import turn_pairs
+from tformer_lib.serving import Engine, FusedPass, PackedPass, join_projections
+from tformer_lib.serving import fused as fused_module
+from tformer_lib.serving import runner as runner_module
+from tformer_lib.serving.fused import refusal
+from tformer_lib.transformer import Decoder, ModelConfig
+
+ON_GPU = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a GPU of Hopper's kind"
+)
+LLAMA = {"norm": "rmsnorm", "feed_forward": "swiglu", "positions": "rope", "bias": False}
+
+
+def make_model(dtype=torch.float64, **options):
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 96, "max_length": 256, "width": 128, "layers": 3, "heads": 2, "kv_heads": 1, "head_dim": 64}
+    model = Decoder(ModelConfig(**{**sizes, **LLAMA, **options})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # gains other than one, and layers that change what passes them
+            parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() == 1 else 0.05))
+    return model.to(dtype)
+
+
+def empty_pools(model, blocks=40, block_size=4, dtype=torch.float64, device="cpu"):
+    size, config = (blocks, model.config.number_of_kv_heads, block_size, model.config.size_of_head), model.config
+    return [tuple(torch.full(size, 9.0, dtype=dtype, device=device) for _ in "kv") for _ in range(config.layers)]
+
+
+def test_it_is_the_models_pass_for_prompts_and_for_single_tokens():
+    model, block_size = make_model(), 4
+    join_projections(model)
+    assert refusal(model) is None
+    counts, held, generator = [7, 1, 3], [0, 5, 2], torch.Generator().manual_seed(1)
+    tables = torch.randperm(40, generator=generator)[:24].view(3, 8).int()
+    theirs, ours = empty_pools(model), empty_pools(model)
+    fused = FusedPass(model, ours, None)
+    for step in range(3):  # what was held already, new tokens of each row, and one more token of each
+        news = [held, counts, [1, 1, 1]][step]
+        befores = [[0, 0, 0], held, [h + c for h, c in zip(held, counts, strict=True)]][step]
+        chosen = [row for row in range(3) if news[row]]
+        places = torch.cat([torch.arange(befores[row], befores[row] + news[row]) for row in chosen])
+        rows = torch.repeat_interleave(torch.tensor(chosen), torch.tensor([news[row] for row in chosen]))
+        slots = tables[rows, places // block_size].long() * block_size + places % block_size
+        tokens = torch.randint(96, places.shape, generator=generator)
+        starts = torch.tensor([0, *torch.tensor([news[row] for row in chosen]).cumsum(0).tolist()]).int()
+        lengths = torch.tensor([befores[row] + news[row] for row in chosen]).int()
+        most = None if step == 2 else max(news)
+        where = Rows(tables[chosen], lengths, None if step == 2 else starts, most)
+        with torch.no_grad():
+            expected = model(tokens[None], cache=PackedPass(theirs, places, slots, *where))[0]
+            found = fused(tokens, places, slots, where)
+            some = fused(tokens, places, slots, where, only=torch.tensor([0]))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(some, expected[:1], rtol=1e-9, atol=1e-9)
+        for left, right in zip(sum(theirs, ()), sum(ours, ()), strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm": "layernorm"},
+        {"bias": True},
+        {"feed_forward": "gelu"},
+        {"feed_forward": "geglu"},
+        {"positions": "learned"},
+        {"rope_layout": "interleaved"},
+        {"qk_norm": "head"},
+        {"attention_sinks": True},
+        {"attention_gate": True},
+        {"attention_scale": 0.3},
+        {"window": 8, "layer_types": ("window", "full", "full")},
+        {"branch_norm": "both"},
+        {"head_dim": 32},
+    ],
+)
+def test_what_the_kernels_do_not_know_is_refused(options):
+    model = make_model(torch.float32, **options)
+    join_projections(model)
+    assert refusal(model).startswith("the kernels ")
+
+
+# on a GPU
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16])
+def fused(request):
+    model = make_model(request.param).cuda()
+    join_projections(model)
+    return FusedPass(model, [], None)
+
+
+def tolerance(dtype):
+    return {"rtol": 2**-7 if dtype == torch.bfloat16 else 2**-10, "atol": 2e-2 if dtype == torch.bfloat16 else 3e-3}
+
+
+@ON_GPU
+@pytest.mark.parametrize("rows", [1, 3, 160, 300])
+@pytest.mark.parametrize("width", [104, 2048, 4096, 8192])
+def test_add_norm_and_gate(fused, rows, width):
+    dtype = fused.model.embedding.tokens.weight.dtype
+    x, added, both = (torch.randn(rows, n * width, device="cuda", dtype=dtype) for n in (1, 1, 2))
+    parts = torch.randn(3, rows, width, device="cuda")
+    norm = torch.nn.RMSNorm(width, eps=1e-5, device="cuda", dtype=dtype)
+    torch.nn.init.normal_(norm.weight)
+    for more in (None, added, parts):
+        total = x.clone()
+        out = fused.add_norm(total, more, norm)
+        exact = x.double() if more is None else x.double() + (more.double().sum(0) if more is parts else more.double())
+        torch.testing.assert_close(total.double(), exact, **tolerance(dtype))
+        exact = F.rms_norm(total.double(), (width,), norm.weight.double(), 1e-5)
+        torch.testing.assert_close(out.double(), exact, **tolerance(dtype))
+    gates, hidden = both.double().chunk(2, -1)
+    torch.testing.assert_close(fused.gate(both).double(), F.silu(gates) * hidden, **tolerance(dtype))
+
+
+@ON_GPU
+@pytest.mark.parametrize("sizes", [(64, 8, 2), (128, 6, 6), (64, 32, 8)])
+@pytest.mark.parametrize("is_float8", [False, True])
+@pytest.mark.parametrize("parts", [0, 3])
+def test_turn_stores_keys_and_values_in_their_slots_alone(fused, sizes, is_float8, parts):
+    (d, heads, kv_heads), rows = sizes, 37
+    dtype = fused.model.embedding.tokens.weight.dtype
+    cache, fused.scales = (FP8, (0.7, 1.3)) if is_float8 else (dtype, None)
+    columns = (heads + 2 * kv_heads) * d
+    qkv = torch.randn(parts, rows, columns, device="cuda") if parts else torch.randn(rows, columns).to("cuda", dtype)
+    q, k, v = (
+        (qkv.sum(0) if parts else qkv.clone()).double().unflatten(1, (-1, d)).split((heads, kv_heads, kv_heads), dim=1)
+    )
+    pools = [torch.full((rows, kv_heads, 16, d), 7.0, device="cuda").to(cache) for _ in "kv"]
+    slots = torch.randperm(rows * 16, device="cuda")[:rows]
+    slots[::5] = -1
+    angles = torch.randn(rows, d // 2, device="cuda") * 100
+    cos, sin = angles.cos(), angles.sin()
+    q, k = (turn_pairs(x.transpose(0, 1), cos.double(), sin.double(), "half").transpose(0, 1) for x in (q, k))
+    torch.testing.assert_close(fused.turn(qkv, *pools, slots, cos, sin).double(), q, **tolerance(dtype))
+    stored = slots >= 0
+    for pool, exact, scale in zip(pools, (k, v), fused.scales or (1, 1), strict=True):
+        by_slot = pool.double().transpose(1, 2).flatten(0, 1)
+        close = {"rtol": 2**-4 + 2**-7, "atol": 2e-2} if is_float8 else tolerance(dtype)
+        torch.testing.assert_close(by_slot[slots[stored]] * scale, exact[stored], **close)
+        others = torch.ones(len(by_slot), dtype=torch.bool, device="cuda")
+        others[slots[stored]] = False
+        assert (by_slot[others] == 7).all()
+
+
+@ON_GPU
+@pytest.mark.parametrize("rows", [1, 5, 160])
+def test_attention_that_starts_early_is_the_same(rows):
+    d, heads, kv_heads = 64, 32, 8
+    lengths = torch.randint(1, 1000, (rows,), device="cuda").int()
+    lengths[0] = 0 if rows > 1 else 900
+    tables = torch.randperm(64 * rows, device="cuda").view(rows, 64).int()
+    pools = [torch.randn(64 * rows, kv_heads, 16, d, device="cuda", dtype=torch.bfloat16) for _ in "kv"]
+    q = torch.randn(rows, heads, d, device="cuda", dtype=torch.bfloat16)
+    plan = plan_attention(q, *pools, tables, lengths)
+    expected = plan.run(q, *pools)
+    for _ in range(3):
+        late = torch.zeros_like(q)
+        torch.cuda._sleep(2_000_000)
+        late.copy_(q)  # the kernel before is not done when attention is launched
+        assert torch.equal(plan.run(late, *pools, settled=True), expected)
+
+
+@ON_GPU
+@pytest.mark.parametrize("tokens", [1, 7, 64, 65, 128, 130, 160, 161, 192, 200, 256])
+@pytest.mark.parametrize("sizes", [(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (256, 64)])
+def test_products_of_few_rows(tokens, sizes, monkeypatch):
+    monkeypatch.setattr(fused_module, "OWN_PRODUCTS", True)
+    fused = FusedPass(make_model(torch.bfloat16).cuda(), [], None)
+    x = torch.randn(tokens, sizes[1], device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(*sizes, device="cuda", dtype=torch.bfloat16) / sizes[1] ** 0.5
+    exact = x.double() @ weight.double().T
+    found = fused.product(x, weight)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double().sum(0), exact, rtol=1e-4, atol=1e-4)
+    gates, hidden = exact.chunk(2, -1)
+    torch.testing.assert_close(fused.gated_product(x, weight).double(), F.silu(gates) * hidden, rtol=2**-7, atol=1e-3)
+
+
+@ON_GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"kv_dtype": "float8"}, {"deterministic": True}])
+@pytest.mark.parametrize("own_products", [False, True])
+def test_an_engine_writes_with_it_what_it_writes_without(dtype, options, own_products, monkeypatch):
+    monkeypatch.setattr(fused_module, "OWN_PRODUCTS", own_products)
+    written = []
+    for refused in (False, True):
+        if refused:
+            monkeypatch.setattr(runner_module, "refusal", lambda model: "not this time")
+        engine = Engine(make_model(dtype).cuda(), blocks=200, seats=8, budget=64, compile=not refused, **options)
+        assert (engine.runner.fused is None) == refused
+        prompts = [[(7 * i + j) % 96 for j in range(5 + 9 * i)] for i in range(8)]
+        made = [engine.add(prompt, {"max_new_tokens": 6, "logprobs": 96}) for prompt in prompts]
+        engine.run()
+        written.append([[(t, p.top) for t, p in zip(r.new_tokens, r.logprobs, strict=True)] for r in made])
+    compared = 0
+    for ours, theirs in zip(*written, strict=True):
+        for (token, top), (other, others) in zip(ours, theirs, strict=True):
+            both = torch.tensor([[value for _, value in sorted(found)] for found in (top, others)])
+            torch.testing.assert_close(*both, rtol=0, atol=0.15 if dtype == torch.bfloat16 else 0.03)
+            compared += 1
+            if token != other:
+                break
+    assert compared >= 24
