@@ -76,6 +76,9 @@ def draw(arguments: list[str] | None) -> int:
     deadline = time.monotonic() + asked.seconds
     collected = run_pytest(["--collect-only", "-q"], subprocess.PIPE, DEEP_MULTIPLE=str(DEEP))
     tests = [line for line in collected.stdout.splitlines() if "::" in line and asked.only in line]
+    for line in collected.stdout.splitlines():
+        if line.startswith("ERROR"):
+            print(line)  # a file that could not be read, for want of a package perhaps: its tests do not draw
     if not tests:
         raise ValueError(f"no test that draws has {asked.only!r} in its name: {collected.stderr or collected.stdout}")
     known = read(asked.out)
