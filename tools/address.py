@@ -8,10 +8,11 @@ chapter. Colab opens a notebook alone, so that cell fetches the rest of the cour
 and no page shows it.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
+
+import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "colab"
@@ -44,36 +45,28 @@ def set_address(root: Path, address: str) -> None:
     text = re.sub(r"course_address: \S+", f'course_address: "{address}"', config.read_text(encoding="utf-8"))
     config.write_text(text, encoding="utf-8")
     for path in sorted((root / "notebooks").glob("*.ipynb")):
-        notebook = json.loads(path.read_text(encoding="utf-8"))
+        notebook = nbformat.read(path, as_version=4)
         set_cell(notebook, address)
-        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        nbformat.write(notebook, path)
 
 
-def set_cell(notebook: dict, address: str) -> None:
+def set_cell(notebook: nbformat.NotebookNode, address: str) -> None:
     """Put Colab's cell before the first code cell, or take it out, and count the cells that were run anew."""
-    cells = [cell for cell in notebook["cells"] if cell["id"] != MARK]
+    notebook.cells = [cell for cell in notebook.cells if cell.id != MARK]
     if address:
-        first = next(i for i, cell in enumerate(cells) if cell["cell_type"] == "code")
-        cells.insert(first, colab_cell(address))
-    notebook["cells"] = cells
-    code = [cell for cell in cells if cell["cell_type"] == "code" and "".join(cell["source"]).strip()]
+        first = next(i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code")
+        notebook.cells.insert(first, colab_cell(address))
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
     for count, cell in enumerate(code, start=1):
-        cell["execution_count"] = count
-        for output in cell["outputs"]:
-            if output["output_type"] == "execute_result":
-                output["execution_count"] = count
+        cell.execution_count = count
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = count
 
 
-def colab_cell(address: str) -> dict:
+def colab_cell(address: str) -> nbformat.NotebookNode:
     """The cell, as it is after a run on another machine than Colab: without output."""
-    return {
-        "cell_type": "code",
-        "execution_count": 1,
-        "id": MARK,
-        "metadata": {"tags": ["remove-cell"]},
-        "outputs": [],
-        "source": CELL.format(address=address).splitlines(keepends=True),
-    }
+    return nbformat.v4.new_code_cell(CELL.format(address=address), id=MARK, metadata={"tags": ["remove-cell"]})
 
 
 if __name__ == "__main__":

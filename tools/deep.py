@@ -30,6 +30,10 @@ PIECE = 30.0
 """Seconds that a piece takes, about: many times what a process needs to begin."""
 
 
+FEW = 4
+"""Tests of one piece of which nothing is known."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """Draw many examples.
@@ -82,11 +86,8 @@ def draw(arguments: list[str] | None) -> int:
     if not tests:
         raise ValueError(f"no test that draws has {asked.only!r} in its name: {collected.stderr or collected.stdout}")
     known = read(asked.out)
-    by_file = defaultdict(list)
-    for test in tests:
-        if test not in known:
-            by_file[test.partition("::")[0]].append(test)
-    run([Piece(tuple(some), 1) for some in by_file.values()], asked, deadline)
+    new = [test for test in tests if test not in known]
+    run([Piece(tuple(new[i : i + FEW]), 1) for i in range(0, len(new), FEW)], asked, deadline)
     known = read(asked.out)
     run(list(pieces({test: known[test] for test in tests if test in known})), asked, deadline)
     known = read(asked.out)

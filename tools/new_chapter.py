@@ -8,7 +8,6 @@ the chapter into ``book/chapters.toml``, from which the table of contents and th
 longest course of ``book/syllabuses.toml``. Nothing that exists is overwritten.
 """
 
-import json
 import re
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import nbformat
 import tomlkit
 import tyro
 
@@ -159,6 +159,7 @@ def fill(text: str, chapter: NewChapter) -> str:
 
 def notebook(text: str) -> str:
     """A notebook from cells that are divided by lines of ``--- markdown`` or ``--- code [tags]``."""
+    made = {"markdown": nbformat.v4.new_markdown_cell, "code": nbformat.v4.new_code_cell}
     cells = []
     for number, part in enumerate(re.split(r"^--- ", text, flags=re.MULTILINE)[1:]):
         head, _, body = part.partition("\n")
@@ -166,12 +167,9 @@ def notebook(text: str) -> str:
         metadata = {"tags": tags} if tags else {}
         if {"hide-cell", "hide-output"} & set(tags):  # what the page folds, JupyterLab and VS Code fold too
             metadata["jupyter"] = {"outputs_hidden": True} | ({"source_hidden": True} if "hide-cell" in tags else {})
-        cell = {"cell_type": kind, "id": f"cell-{number:02}", "metadata": metadata}
-        code = {"execution_count": None, "outputs": []} if kind == "code" else {}
-        cells.append(cell | code | {"source": body.strip("\n").splitlines(keepends=True)})
+        cells.append(made[kind](body.strip("\n"), id=f"cell-{number:02}", metadata=metadata))
     kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-    whole = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
-    return json.dumps(whole, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    return nbformat.writes(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})) + "\n"
 
 
 # The row in the list of the course
