@@ -1,6 +1,6 @@
 # Every target does its own set-up: `make book` or `make test` on a fresh clone is enough.
 #   make book       build the book: book/_build/html/index.html
-#   make test       every test and every notebook
+#   make test       every test and every notebook, two files at a time (WORKERS=1 for one)
 #   make setup      only the environment in .venv; TORCH=cpu, here or with any other target, takes PyTorch without CUDA
 #   make lab        JupyterLab on your own copy of the chapters (learn/), where you stopped
 #   make fresh      a clean copy of a chapter, yours is kept beside it: make fresh NB=02-attention
@@ -18,6 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NB ?= $(wildcard notebooks/*.ipynb)
+WORKERS ?= 2
 # Which of PyTorch's own indexes to take it from: cpu, cu130, ...; empty for the package index's wheel.
 TORCH ?=
 UV := $(shell command -v uv 2>/dev/null)
@@ -50,7 +51,7 @@ book: $(READY)
 	$(BIN)/jupyter-book build book -n -W --keep-going
 
 test: $(READY)
-	$(BIN)/pytest --nbval
+	$(BIN)/pytest --nbval --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lab: $(READY)
 	$(BIN)/python -m tools.lab

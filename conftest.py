@@ -1,4 +1,4 @@
-"""Lets nbval compare drawings as pictures, not as strings: see ``tests/pictures.py``.
+"""Lets nbval compare drawings as pictures, not as strings (see ``tests/pictures.py``), and the longest files go first.
 
 It stands here, and not among the chapters, so that a reader finds nothing but chapters there. Where nbval is not
 installed, the other tests run all the same.
@@ -16,6 +16,9 @@ except ImportError:
 sys.path.insert(0, str(Path(__file__).parent / "tests"))
 
 from pictures import same_picture
+
+FIRST = ("test_lab.py", "test_browser.py", "test_new_chapter.py", "test_distributed.py")
+"""Files that take minutes: where several run at a time, none of them is left for the end."""
 
 SVG = "image/svg+xml"
 strictly = IPyNbCell and IPyNbCell.compare_outputs
@@ -38,3 +41,8 @@ def compare_outputs(self, test: list, ref: list, skip_compare: tuple | None = No
 
 if IPyNbCell:
     IPyNbCell.compare_outputs = compare_outputs
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Put the tests of the longest files first; the others stay in their order."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))

@@ -1,17 +1,79 @@
 """What a reader would see go wrong on a page: visit it in a browser, and follow its links in the files.
 
 The tests of the built book ask here, and so do the tests that plant each fault in a page and require that it is found.
+Playwright drives the Chromium or Chrome that is installed. Every host but the loopback is unreachable for it, so that a
+page that asks the network for something fails.
 """
 
 import re
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from html import unescape
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin
 
-from chromium import Browser
+from playwright.sync_api import Browser, Page, sync_playwright
 
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+ALONE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 DESKTOP, PHONE = 1280, 390
+
+
+def executable() -> str | None:
+    """Where Chromium or Chrome is, if it is installed."""
+    return next((path for path in map(shutil.which, NAMES) if path), None)
+
+
+@contextmanager
+def launched() -> Iterator[Browser]:
+    """A browser without a window, which reaches nothing but this machine."""
+    with sync_playwright() as playwright:
+        args = [ALONE, "--force-color-profile=srgb"]
+        yield playwright.chromium.launch(executable_path=executable(), chromium_sandbox=False, args=args)
+
+
+@dataclass
+class Tab:
+    """A page of the browser, and what happened on it since it was last opened.
+
+    Attributes:
+        page: Playwright's page.
+        messages: errors on the console, exceptions that nobody caught, requests that failed.
+        requests: every address that it asked for.
+    """
+
+    page: Page
+    messages: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.page.set_default_timeout(60_000)
+        self.page.on("console", lambda said: said.type == "error" and self.messages.append(with_place(said)))
+        self.page.on("pageerror", lambda error: self.messages.append(error.stack or error.message))
+        self.page.on("request", lambda asked: self.requests.append(asked.url))
+
+    @classmethod
+    def of_width(cls, browser: Browser, width: int) -> "Tab":
+        """A tab on a screen of so many pixels; below 600 it is a phone."""
+        return cls(browser.new_page(viewport={"width": width, "height": 900}, is_mobile=width < 600))
+
+    def open(self, url: str) -> None:
+        """Load a page, and wait until nothing is under way and its mathematics is typeset."""
+        self.forget()
+        self.page.goto(url, wait_until="networkidle")
+        self.page.wait_for_function(SETTLED)
+
+    def forget(self) -> None:
+        """Let what happens from now on be all that happened."""
+        self.messages.clear()
+        self.requests.clear()
+
+
+def with_place(said) -> str:
+    """A message of the console, with the file that it is about."""
+    return f"{said.text} {said.location.get('url', '')}"
 
 
 @dataclass(frozen=True)
@@ -45,35 +107,34 @@ class Visit:
     copy_buttons: int
 
 
-def visit(browser: Browser, url: str, width: int, *, patience: float = 10.0) -> Visit:
-    """Open a page at a screen's width, play with its figures, and tell what was found.
+def visit(tab: Tab, url: str, *, patience: float = 10.0) -> Visit:
+    """Open a page, play with its figures, and tell what was found.
 
     Args:
-        browser: the browser.
+        tab: of the browser, as wide as the screen.
         url: the page's address.
-        width: of the screen, in pixels; below 600 it is a phone.
         patience: seconds that the interactive figures may take to draw.
     """
-    browser.resize(width, 900)
-    browser.open(url)
+    tab.open(url)
+    evaluate, width = tab.page.evaluate, tab.page.viewport_size["width"]
     server = url[: url.index("/", len("http://")) + 1]
-    figures = browser.evaluate(FIGURES)
-    drawn = browser.evaluate(f"({DRAWN})({1000 * patience})") if figures else 0
-    missing, raw = browser.evaluate(MISSING_IMAGES), browser.evaluate(RAW_MATHEMATICS)
-    too_wide = browser.evaluate(f"({TOO_WIDE})({width})") if width < 600 else []
-    still = [i for i in range(drawn) if not browser.evaluate(f"({MOVE})({i})")]
+    figures = evaluate(FIGURES)
+    drawn = evaluate(f"({DRAWN})({1000 * patience})") if figures else 0
+    missing, raw = evaluate(MISSING_IMAGES), evaluate(RAW_MATHEMATICS)
+    too_wide = evaluate(f"({TOO_WIDE})({width})") if width < 600 else []
+    still = [i for i in range(drawn) if not evaluate(f"({MOVE})({i})")]
     return Visit(
-        errors=list(browser.messages),
-        outside=[asked for asked in browser.requests if not asked.startswith((server, "data:", "blob:"))],
+        errors=list(tab.messages),
+        outside=[asked for asked in tab.requests if not asked.startswith((server, "data:", "blob:"))],
         missing=missing,
         raw=raw,
         too_wide=too_wide,
         figures=figures,
         drawn=drawn,
         still=still,
-        nonsense=browser.evaluate(NONSENSE),
-        grounds=browser.evaluate(GROUNDS),
-        copy_buttons=browser.evaluate("document.querySelectorAll('button.copybtn').length"),
+        nonsense=evaluate(NONSENSE),
+        grounds=evaluate(GROUNDS),
+        copy_buttons=evaluate("document.querySelectorAll('button.copybtn').length"),
     )
 
 
@@ -98,6 +159,14 @@ def leads_nowhere(url: str, anchors: dict[Path, set[str]]) -> bool:
     target = Path(unquote(path.removeprefix("file://")))
     return not target.is_file() or bool(anchor and target in anchors and unquote(anchor) not in anchors[target])
 
+
+SETTLED = """
+(() => {
+  const maths = document.querySelector('.math') && document.querySelector('script[src*="mathjax"]');
+  if (maths && !(window.MathJax && MathJax.startup && MathJax.startup.promise)) return false;
+  return !maths || MathJax.startup.promise.then(() => true);
+})()
+"""
 
 FIGURES = "document.querySelectorAll('script[type$=\"widget-view+json\"]').length"
 

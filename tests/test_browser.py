@@ -25,8 +25,7 @@ from urllib.parse import unquote
 import pytest
 import yaml
 from bs4 import BeautifulSoup
-from chromium import Browser, executable
-from pages import DESKTOP, DRAWN, PHONE, broken_links, visit
+from pages import DESKTOP, DRAWN, PHONE, Tab, broken_links, executable, launched, visit
 
 from tformer_lib import teaching
 
@@ -82,10 +81,12 @@ class Server(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The folder of the book, built anew as ``make book`` does."""
+    """The folder of the book: ``$TFORMER_BOOK``, which ``make book`` has just built, or built anew as it does."""
     subprocess.run([sys.executable, "-m", "tools.vendor"], cwd=ROOT, check=True, capture_output=True)
     if not (ROOT / "book" / "vendor" / "offline" / "complete").exists():
         pytest.skip("MathJax and the widget manager could not be fetched (npm pack)")
+    if "TFORMER_BOOK" in os.environ:
+        return Path(os.environ["TFORMER_BOOK"])
     out = tmp_path_factory.mktemp("book")
     command = [str(Path(sys.executable).parent / "jupyter-book")]
     command += ["build", "book", "-n", "-W", "--keep-going", "--path-output", str(out)]
@@ -105,16 +106,22 @@ def address(site) -> str:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Browser:
-    """One browser for all pages."""
-    with Browser() as one:
-        yield one
+def tabs() -> dict[int, Tab]:
+    """Width -> a tab of it, of one browser for all pages."""
+    with launched() as browser:
+        yield {width: Tab.of_width(browser, width) for width in (DESKTOP, PHONE)}
+
+
+@pytest.fixture
+def desktop(tabs) -> Tab:
+    """A tab as wide as a desktop's screen."""
+    return tabs[DESKTOP]
 
 
 @pytest.fixture(scope="module")
-def seen(browser, address):
+def seen(tabs, address):
     """``seen(page, width)``: what a visit found. Each page is opened once at each width, for all the tests."""
-    return functools.cache(lambda page, width: visit(browser, f"{address}{page}.html", width))
+    return functools.cache(lambda page, width: visit(tabs[width], f"{address}{page}.html"))
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -183,18 +190,16 @@ def test_internal_links_and_anchors_resolve(site):
     assert broken_links(site) == []
 
 
-def test_search_finds_a_word(browser, address):
-    browser.resize(DESKTOP, 900)
-    browser.open(f"{address}search.html?q=softmax")
-    found = browser.evaluate("[...document.querySelectorAll('#search-results li a')].map((a) => a.href).join()")
+def test_search_finds_a_word(desktop, address):
+    desktop.open(f"{address}search.html?q=softmax")
+    found = desktop.page.evaluate("[...document.querySelectorAll('#search-results li a')].map((a) => a.href).join()")
     assert "notebooks/02-attention.html" in found
-    assert browser.messages == []
+    assert desktop.messages == []
 
 
-def test_inline_code_keeps_the_space_before_a_token(browser, address):
-    browser.resize(DESKTOP, 900)
-    browser.open(f"{address}notebooks/00-ten-minutes.html")
-    widths = browser.evaluate(
+def test_inline_code_keeps_the_space_before_a_token(desktop, address):
+    desktop.open(f"{address}notebooks/00-ten-minutes.html")
+    widths = desktop.page.evaluate(
         """(() => {
           const code = [...document.querySelectorAll('p code')].find((e) => e.textContent === ' Lily');
           const before = code.getBoundingClientRect().width;
@@ -205,33 +210,33 @@ def test_inline_code_keeps_the_space_before_a_token(browser, address):
     assert widths[0] > widths[1] + 4
 
 
-def test_first_paint_does_not_wait_for_interactive_figures(browser, address, monkeypatch):
+def test_first_paint_does_not_wait_for_interactive_figures(desktop, address, monkeypatch):
     monkeypatch.setattr(Server, "late", {"embed-amd.js": 1.5})
-    browser.send("Network.setCacheDisabled", cacheDisabled=True)
-    browser.open(f"{address}{WITH_FIGURE}.html")
-    browser.send("Network.setCacheDisabled", cacheDisabled=False)
+    desktop.page.route("**/*", lambda route: route.continue_())  # nothing comes from the cache
+    desktop.open(f"{address}{WITH_FIGURE}.html")
+    desktop.page.unroute("**/*")
     painted = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
     arrived = "performance.getEntriesByType('resource').find((r) => r.name.includes('embed-amd')).responseEnd"
-    assert browser.evaluate(f"{painted} < {arrived}")
+    assert desktop.page.evaluate(f"{painted} < {arrived}")
 
 
 @pytest.mark.parametrize(
     ("typed", "chapter"),
     [("kv cache", "09-kv-cache"), ("byte pair encoding", "01-tokens"), ("rotary", "08-rope"), ("GQA", "10-grouped")],
 )
-def test_search_finds_the_chapter_first(browser, address, typed, chapter):
-    browser.open(f"{address}search.html?q={typed.replace(' ', '+')}")
-    assert browser.evaluate(FIRST_FOUND).startswith(f"notebooks/{chapter}")
+def test_search_finds_the_chapter_first(desktop, address, typed, chapter):
+    desktop.open(f"{address}search.html?q={typed.replace(' ', '+')}")
+    assert desktop.page.evaluate(FIRST_FOUND).startswith(f"notebooks/{chapter}")
 
 
-def test_a_stepper_keeps_the_keyboard_at_its_ends(browser, address):
-    browser.open(f"{address}notebooks/15-flash-math.html")
-    browser.evaluate(f"({DRAWN})(10000)")
-    browser.evaluate("document.querySelectorAll('.tf-stepper button')[1].focus(); 0")
+def test_a_stepper_keeps_the_keyboard_at_its_ends(desktop, address):
+    desktop.open(f"{address}notebooks/15-flash-math.html")
+    desktop.page.evaluate(f"({DRAWN})(10000)")
+    desktop.page.evaluate("document.querySelectorAll('.tf-stepper button')[1].focus(); 0")
     for key, number in [("End", 6), ("ArrowRight", 6), ("ArrowLeft", 5), ("Home", 1), ("ArrowRight", 2)]:
-        browser.send("Input.dispatchKeyEvent", type="keyDown", key=key)
-        assert f"step {number} of 6" in browser.evaluate("document.querySelector('.tf-where').textContent")
-    assert browser.evaluate("document.activeElement.textContent") == "Next"
+        desktop.page.keyboard.press(key)
+        assert f"step {number} of 6" in desktop.page.evaluate("document.querySelector('.tf-where').textContent")
+    assert desktop.page.evaluate("document.activeElement.textContent") == "Next"
 
 
 LOOKUP = """
@@ -257,11 +262,10 @@ LOOKUP = """
         ("v", 0, 2, "“Lily” 0.73"),  # a temperature of the root of 2
     ],
 )
-def test_the_lookup_computes_the_numbers_of_the_page(browser, address, values, story, log, says):
-    browser.resize(DESKTOP, 900)
-    browser.open(f"{address}notebooks/02-attention.html")
-    browser.evaluate(f"({DRAWN})(10000)")
-    assert says in browser.evaluate(f"{LOOKUP}('{values}', {story}, {log})")
+def test_the_lookup_computes_the_numbers_of_the_page(desktop, address, values, story, log, says):
+    desktop.open(f"{address}notebooks/02-attention.html")
+    desktop.page.evaluate(f"({DRAWN})(10000)")
+    assert says in desktop.page.evaluate(f"{LOOKUP}('{values}', {story}, {log})")
 
 
 SAMPLER = """
@@ -293,17 +297,15 @@ SAMPLER = """
         (3, [10, 4, 0, 0], "5 of 1,024 tokens can be drawn. The likeliest is “Lily” with 1.000"),
     ],
 )
-def test_the_sampler_computes_the_numbers_of_the_page(browser, address, place, settings, says):
-    browser.resize(DESKTOP, 900)
-    browser.open(f"{address}notebooks/07-generation.html")
-    browser.evaluate(f"({DRAWN})(10000)")
-    assert says in browser.evaluate(f"{SAMPLER}({place}, {settings})")
+def test_the_sampler_computes_the_numbers_of_the_page(desktop, address, place, settings, says):
+    desktop.open(f"{address}notebooks/07-generation.html")
+    desktop.page.evaluate(f"({DRAWN})(10000)")
+    assert says in desktop.page.evaluate(f"{SAMPLER}({place}, {settings})")
 
 
-def test_the_sampler_s_bars_can_be_dragged_and_drawn_from(browser, address):
-    browser.resize(DESKTOP, 900)
-    browser.open(f"{address}notebooks/07-generation.html")
-    browser.evaluate(f"({DRAWN})(10000)")
+def test_the_sampler_s_bars_can_be_dragged_and_drawn_from(desktop, address):
+    desktop.open(f"{address}notebooks/07-generation.html")
+    desktop.page.evaluate(f"({DRAWN})(10000)")
     dragged = """
     (() => {
       const bar = () => document.querySelector('.tf-widget [role=slider]');
@@ -318,7 +320,7 @@ def test_the_sampler_s_bars_can_be_dragged_and_drawn_from(browser, address):
       return [moved, Number(bar().getAttribute('aria-valuenow'))];
     })()
     """
-    moved, then = browser.evaluate(dragged)
+    moved, then = desktop.page.evaluate(dragged)
     assert moved > 0.4, "it was 0.372"
     assert then == pytest.approx(moved - 0.01, abs=0.002)
     drawn = """
@@ -327,24 +329,23 @@ def test_the_sampler_s_bars_can_be_dragged_and_drawn_from(browser, address):
       return document.querySelectorAll('.tf-readout')[1].textContent;
     })()
     """
-    assert re.search(r"“little” came \d+ times in 1,000 draws; expected are \d+", browser.evaluate(drawn))
+    assert re.search(r"“little” came \d+ times in 1,000 draws; expected are \d+", desktop.page.evaluate(drawn))
 
 
-def test_print_shows_what_was_folded_and_in_the_light_theme(browser, address):
-    browser.resize(DESKTOP, 900)
-    browser.open(f"{address}{WITH_FIGURE}.html")
-    browser.evaluate("document.documentElement.dataset.theme = 'dark'")
-    browser.evaluate("window.dispatchEvent(new Event('beforeprint')); 0")
-    browser.send("Emulation.setEmulatedMedia", media="print")
-    browser.evaluate("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
-    folded, theme = browser.evaluate(FOLDED), browser.evaluate("document.documentElement.dataset.theme")
-    drawn = browser.evaluate("document.querySelector('.tf-widget svg').getBoundingClientRect().height")
-    browser.send("Emulation.setEmulatedMedia", media="")
-    browser.evaluate("window.dispatchEvent(new Event('afterprint')); 0")
+def test_print_shows_what_was_folded_and_in_the_light_theme(desktop, address):
+    desktop.open(f"{address}{WITH_FIGURE}.html")
+    desktop.page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    desktop.page.evaluate("window.dispatchEvent(new Event('beforeprint')); 0")
+    desktop.page.emulate_media(media="print")
+    desktop.page.evaluate("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
+    folded, theme = desktop.page.evaluate(FOLDED), desktop.page.evaluate("document.documentElement.dataset.theme")
+    drawn = desktop.page.evaluate("document.querySelector('.tf-widget svg').getBoundingClientRect().height")
+    desktop.page.emulate_media(media="null")
+    desktop.page.evaluate("window.dispatchEvent(new Event('afterprint')); 0")
     assert folded == []
     assert theme == "light"
     assert drawn > 40
-    assert browser.evaluate("document.documentElement.dataset.theme") == "dark"
+    assert desktop.page.evaluate("document.documentElement.dataset.theme") == "dark"
 
 
 @pytest.fixture(scope="module")
@@ -361,22 +362,23 @@ def axe(tmp_path_factory) -> str:
 @pytest.mark.parametrize(
     ("page", "theme"), [*((page, "light") for page in EXAMINED), *((page, "dark") for page in KINDS_OF_PAGE)]
 )
-def test_page_is_accessible(browser, address, axe, page, theme):
-    browser.resize(DESKTOP, 900)
-    browser.open(f"{address}{page}.html")
-    browser.evaluate(f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}')")
-    browser.open(f"{address}{page}.html")
-    browser.send("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)  # nothing is hovered over
-    browser.evaluate("Promise.all(document.getAnimations().map((one) => one.finished.catch(() => 0))).then(() => 0)")
-    browser.evaluate(f"{axe}; 0")
-    assert browser.evaluate(SERIOUS_FINDINGS) == []
+def test_page_is_accessible(desktop, address, axe, page, theme):
+    desktop.open(f"{address}{page}.html")
+    desktop.page.evaluate(f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}')")
+    desktop.open(f"{address}{page}.html")
+    desktop.page.mouse.move(1, 1)  # nothing is hovered over
+    desktop.page.evaluate(
+        "Promise.all(document.getAnimations().map((one) => one.finished.catch(() => 0))).then(() => 0)"
+    )
+    desktop.page.evaluate(f"{axe}; 0")
+    assert desktop.page.evaluate(SERIOUS_FINDINGS) == []
 
 
 # The tests themselves: a fault that is planted is found.
 
 
 @pytest.fixture
-def planted(browser, address, site):
+def planted(tabs, address, site):
     """``planted(page, old, new, width)``: a visit of the page in which ``new`` stands instead of ``old``."""
     written = []
 
@@ -386,7 +388,7 @@ def planted(browser, address, site):
         file = (site / f"{page}.html").with_stem("planted")
         file.write_text(html.replace(old, new), encoding="utf-8")
         written.append(file)
-        return visit(browser, f"{address}{file.relative_to(site)}", width, patience=1.5)
+        return visit(tabs[width], f"{address}{file.relative_to(site)}", patience=1.5)
 
     yield plant
     for file in written:
@@ -449,6 +451,8 @@ axe.run({ exclude: [['mjx-container'], ['.highlight'], ['svg.tf-picture > *']] }
   .map((v) => `${v.id}, ${v.nodes.length} times: ${v.nodes[0].html.slice(0, 200)} ${v.nodes[0].failureSummary}`))
 """
 
+AT_REST = "Promise.all(document.getAnimations().map((one) => one.finished.catch(() => 0))).then(() => 0)"
+
 FIRST_FOUND = """
 new Promise((resolve) => {
   const look = () => {
@@ -488,25 +492,25 @@ renderChat({{ model, el: document.body }});
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_the_chat_asks_its_kernel_or_says_that_there_is_none(browser, tmp_path, live):
+def test_the_chat_asks_its_kernel_or_says_that_there_is_none(desktop, tmp_path, live):
     box = teaching.chat(say="Once, Lily lived in", max_new_tokens=6, look=(1, 4))
     module = box._esm.replace("export default { render: renderChat };", "")
     options = {"style": box._css, "data": json.dumps(box.data), "live": json.dumps(live)}
     (tmp_path / "chat.html").write_text(CHAT.format(module=module, **options))
-    browser.open(f"file://{tmp_path}/chat.html")
-    assert browser.evaluate(f"({DRAWN})(1000)") == 1
-    browser.evaluate("Object.assign(document.querySelector('textarea'), {value: 'Then'})")
+    desktop.open(f"file://{tmp_path}/chat.html")
+    assert desktop.page.evaluate(f"({DRAWN})(1000)") == 1
+    desktop.page.evaluate("Object.assign(document.querySelector('textarea'), {value: 'Then'})")
     for number in range(4):
-        browser.evaluate(f"document.querySelectorAll('.tf-button')[{number}].click()")
-    asked = browser.evaluate("JSON.stringify(window.sent)")
-    note = browser.evaluate("document.querySelector('.tf-readout').textContent")
+        desktop.page.evaluate(f"document.querySelectorAll('.tf-button')[{number}].click()")
+    asked = desktop.page.evaluate("JSON.stringify(window.sent)")
+    note = desktop.page.evaluate("document.querySelector('.tf-readout').textContent")
     if not live:
         assert json.loads(asked) == [{"do": "hello"}]
         assert note.startswith("Run this cell in JupyterLab")
         return
     assert json.loads(asked) == [{"do": "hello"}, {"do": "say", "text": "Then"}, {"do": "again"}, {"do": "new"}]
     busy = box.data | {"busy": True, "turns": [*box.data["turns"], {"said": "<b>bold</b>", "answer": "", "took": ""}]}
-    browser.evaluate(f"window.tell({json.dumps(busy)})")
+    desktop.page.evaluate(f"window.tell({json.dumps(busy)})")
     disabled = "[...document.querySelectorAll('.tf-button')].map((button) => button.disabled).join()"
-    assert browser.evaluate(disabled) == "true,false,true,true"
-    assert "<b>bold</b>" in browser.evaluate("document.body.innerText"), "what is said is shown as text"
+    assert desktop.page.evaluate(disabled) == "true,false,true,true"
+    assert "<b>bold</b>" in desktop.page.evaluate("document.body.innerText"), "what is said is shown as text"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -128,6 +129,27 @@ def test_commands_refuse_what_they_do_not_know(name, arguments, capsys):
 def test_training_without_a_command_says_which_there_are(capsys):
     assert training_main([]) == 2
     assert capsys.readouterr().err.startswith("error: Expected one of {train, resume, sample}.")
+
+
+@pytest.mark.parametrize(
+    ("closed", "does", "status", "out", "err"),
+    [
+        (">&-", "print('said')", 0, "", ""),
+        ("2>&-", "print('said')", 0, "said\n", ""),
+        (">&-", "c.refuse('why')", 2, "", "error: why\n"),
+        ("2>&-", "c.refuse('why')", 2, "", ""),
+        ("<&- >&- 2>&-", "print(open('kept', 'w').fileno() < 3)", 0, "", ""),
+        ("<&-", "print(open('kept', 'w').fileno() < 3)", 0, "False\n", ""),
+        (">&- 2>/dev/full", "c.refuse('why')", 2, "", ""),
+        (">/dev/full", "print('said')", 2, "", "error: [Errno 28] No space left on device\n"),
+    ],
+)
+def test_closed_streams_lead_nowhere(tmp_path, closed, does, status, out, err):
+    code = f"import sys; from tformer_lib import command_line as c; sys.exit(c.run(lambda: {does}))"
+    command = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (status, out, err)
 
 
 def test_ctrl_c_stops_a_corpus_in_the_making(tmp_path):

@@ -18,8 +18,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from chromium import Browser, executable
-from pages import MOVE, NONSENSE
+from pages import DESKTOP, MOVE, NONSENSE, Tab, executable, launched
+from playwright.sync_api import TimeoutError as TimedOut
 
 from tools import lab as learners_lab
 from tools.chapters import load
@@ -105,58 +105,57 @@ def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser(lab) -> Browser:
-    """A browser in which JupyterLab stands open, with a kernel for the chapters that are only looked at."""
-    with Browser() as one:
-        one.resize(1280, 900)
-        one.send("Emulation.setFocusEmulationEnabled", enabled=True)  # JupyterLab runs the notebook that has the focus
-        one.open(f"{lab}lab/tree/chapter.ipynb?reset", most=90)
+def tab(lab) -> Tab:
+    """A tab in which JupyterLab stands open, with a kernel for the chapters that are only looked at."""
+    with launched() as browser:
+        one = Tab.of_width(browser, DESKTOP)
+        one.page.goto(f"{lab}lab/tree/chapter.ipynb?reset", timeout=90_000)
         wait(one, f"window.jupyterapp?.shell && {CURRENT}?.context?.isReady", "JupyterLab did not open the notebook")
         wait(one, TYPESET, "a cell of text was not typeset")
         end_kernel(one)
-        one.looking = one.evaluate(
+        one.looking = one.page.evaluate(
             "window.jupyterapp.serviceManager.kernels.startNew({name: 'python3'}).then((k) => k.id)"
         )
         yield one
 
 
-def test_a_figure_moves_with_a_live_kernel(browser, lab):
-    open_notebook(browser, "chapter", own_kernel=True)
-    run_all(browser)
-    wait(browser, f"{DRAWN} === 1", "the figure was not drawn")
-    assert browser.evaluate("document.querySelectorAll('.tf-widget .tf-body svg').length") == 1
-    assert browser.evaluate(f"({MOVE})(0)"), "the figure does not change when its controls are moved"
-    assert browser.evaluate(NONSENSE) == []
-    assert browser.evaluate("document.querySelectorAll('.jp-MarkdownCell .katex-display').length") >= 1
-    assert set(browser.evaluate(BOXES)) == {
+def test_a_figure_moves_with_a_live_kernel(tab, lab):
+    open_notebook(tab, "chapter", own_kernel=True)
+    run_all(tab)
+    wait(tab, f"{DRAWN} === 1", "the figure was not drawn")
+    assert tab.page.evaluate("document.querySelectorAll('.tf-widget .tf-body svg').length") == 1
+    assert tab.page.evaluate(f"({MOVE})(0)"), "the figure does not change when its controls are moved"
+    assert tab.page.evaluate(NONSENSE) == []
+    assert tab.page.evaluate("document.querySelectorAll('.jp-MarkdownCell .katex-display').length") >= 1
+    assert set(tab.page.evaluate(BOXES)) == {
         "What you will be able to do",
         "Exercise 1 (The causal mask)",
         "Predict",
         "Answer",
     }
-    assert faults(browser) == []
-    assert [url for url in browser.requests if not url.startswith((lab, "data:", "blob:"))] == []
-    end_kernel(browser)
+    assert faults(tab) == []
+    assert [url for url in tab.requests if not url.startswith((lab, "data:", "blob:"))] == []
+    end_kernel(tab)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_new_learner_opens_a_chapter(browser, lab, name):
-    open_notebook(browser, name)
-    wanted = browser.evaluate(FIGURES)
-    wait(browser, f"{DRAWN} === {wanted}", "an interactive figure is not drawn from its recorded state")
+def test_a_new_learner_opens_a_chapter(tab, lab, name):
+    open_notebook(tab, name)
+    wanted = tab.page.evaluate(FIGURES)
+    wait(tab, f"{DRAWN} === {wanted}", "an interactive figure is not drawn from its recorded state")
     assert wanted or name in WITHOUT_FIGURE
-    assert faults(browser) == []
-    assert browser.evaluate(PASSED) == []
-    assert [url for url in browser.requests if not url.startswith((lab, "data:", "blob:"))] == []
+    assert faults(tab) == []
+    assert tab.page.evaluate(PASSED) == []
+    assert [url for url in tab.requests if not url.startswith((lab, "data:", "blob:"))] == []
 
 
-def test_the_first_chapter_runs_from_top_to_bottom(browser):
-    open_notebook(browser, "first", own_kernel=True)
-    run_all(browser)
-    wait(browser, f"{DRAWN} === {browser.evaluate(FIGURES)}", "an interactive figure is not drawn by its kernel")
-    assert browser.evaluate("document.querySelectorAll('.jp-OutputArea-output img').length") >= 3
-    assert faults(browser) == []
-    end_kernel(browser)
+def test_the_first_chapter_runs_from_top_to_bottom(tab):
+    open_notebook(tab, "first", own_kernel=True)
+    run_all(tab)
+    wait(tab, f"{DRAWN} === {tab.page.evaluate(FIGURES)}", "an interactive figure is not drawn by its kernel")
+    assert tab.page.evaluate("document.querySelectorAll('.jp-OutputArea-output img').length") >= 3
+    assert faults(tab) == []
+    end_kernel(tab)
 
 
 @pytest.mark.parametrize(
@@ -172,63 +171,63 @@ def test_the_first_chapter_runs_from_top_to_bottom(browser):
         ("<img src='data:image/png;base64,AAAA' alt='a broken picture'>", "a broken picture"),
     ],
 )
-def test_a_fault_is_found(browser, planted, found):
-    open_notebook(browser, "chapter")
-    assert faults(browser) == []
-    browser.evaluate(f"{CURRENT}.node.querySelector('.jp-MarkdownCell').innerHTML += {json.dumps(planted)}; 0")
-    browser.listen(0.1, most=1)
-    assert any(found in fault for fault in faults(browser)), faults(browser)
+def test_a_fault_is_found(tab, planted, found):
+    open_notebook(tab, "chapter")
+    assert faults(tab) == []
+    tab.page.evaluate(f"{CURRENT}.node.querySelector('.jp-MarkdownCell').innerHTML += {json.dumps(planted)}; 0")
+    tab.page.wait_for_timeout(100)
+    assert any(found in fault for fault in faults(tab)), faults(tab)
 
 
-def test_an_open_solution_is_found(browser):
-    open_notebook(browser, "03-masks")
-    browser.evaluate(f"{CURRENT}.content.widgets.filter((c) => c.inputHidden)[0].inputHidden = false; 0")
-    assert [fault for fault in faults(browser) if fault.startswith("an open solution")] != []
+def test_an_open_solution_is_found(tab):
+    open_notebook(tab, "03-masks")
+    tab.page.evaluate(f"{CURRENT}.content.widgets.filter((c) => c.inputHidden)[0].inputHidden = false; 0")
+    assert [fault for fault in faults(tab) if fault.startswith("an open solution")] != []
 
 
-def open_notebook(browser: Browser, name: str, *, own_kernel: bool = False) -> None:
+def open_notebook(tab: Tab, name: str, *, own_kernel: bool = False) -> None:
     """Open a notebook in a tab and wait until its text is typeset.
 
     What is only looked at shares one kernel, which runs nothing: to start one for every chapter takes a minute.
     """
-    browser.evaluate(
+    tab.page.evaluate(
         "[...window.jupyterapp.shell.widgets('main')].forEach((tab) => tab.dispose()); window.everyCellRan = false; 0"
     )
-    browser.messages, browser.requests = [], []
-    asked = {"path": f"{name}.ipynb"} | ({} if own_kernel else {"kernel": {"id": browser.looking}})
-    browser.evaluate(f"window.jupyterapp.commands.execute('docmanager:open', {json.dumps(asked)}); 0")
-    wait(browser, f"{CURRENT}?.context?.path === '{name}.ipynb' && {CURRENT}.context.isReady", "it did not open")
-    wait(browser, f"{CURRENT}.sessionContext.isReady", "it has no kernel")
-    wait(browser, TYPESET, "a cell of text was not typeset")
+    tab.forget()
+    asked = {"path": f"{name}.ipynb"} | ({} if own_kernel else {"kernel": {"id": tab.looking}})
+    tab.page.evaluate(f"window.jupyterapp.commands.execute('docmanager:open', {json.dumps(asked)}); 0")
+    wait(tab, f"{CURRENT}?.context?.path === '{name}.ipynb' && {CURRENT}.context.isReady", "it did not open")
+    wait(tab, f"{CURRENT}.sessionContext.isReady", "it has no kernel")
+    wait(tab, TYPESET, "a cell of text was not typeset")
 
 
-def run_all(browser: Browser) -> None:
+def run_all(tab: Tab) -> None:
     """Run every cell, and wait until the kernel rests and each cell has run.
 
     JupyterLab shows the output of a cell that runs, also of a folded one; the source stays folded.
     """
-    wait(browser, f"{CURRENT}.sessionContext.kernelDisplayStatus === 'idle'", "the kernel did not start")
-    browser.evaluate("window.everyCellRan = true; window.jupyterapp.commands.execute('notebook:run-all-cells'); 0")
-    wait(browser, RAN, "a cell did not come to its end", seconds=240)
+    wait(tab, f"{CURRENT}.sessionContext.kernelDisplayStatus === 'idle'", "the kernel did not start")
+    tab.page.evaluate("window.everyCellRan = true; window.jupyterapp.commands.execute('notebook:run-all-cells'); 0")
+    wait(tab, RAN, "a cell did not come to its end", seconds=240)
 
 
-def end_kernel(browser: Browser) -> None:
+def end_kernel(tab: Tab) -> None:
     """End the kernel of the notebook in front."""
-    browser.evaluate(f"{CURRENT}.sessionContext.shutdown().then(() => 0)")
+    tab.page.evaluate(f"{CURRENT}.sessionContext.shutdown().then(() => 0)")
 
 
-def faults(browser: Browser) -> list[str]:
+def faults(tab: Tab) -> list[str]:
     """What a learner would see go wrong in the open notebook."""
-    return browser.evaluate(FAULTS) + [said for said in browser.messages if not re.search(HARMLESS, said)]
+    return tab.page.evaluate(FAULTS) + [said for said in tab.messages if not re.search(HARMLESS, said)]
 
 
-def wait(browser: Browser, expression: str, otherwise: str, seconds: float = 60) -> None:
+def wait(tab: Tab, expression: str, otherwise: str, seconds: float = 60) -> None:
     """Wait until a JavaScript expression is true; fail with a reason and what the page shows if it never is."""
-    deadline = time.monotonic() + seconds
-    while not browser.evaluate(f"Boolean({expression})"):
-        shown = browser.evaluate("document.body.innerText.slice(-2000)") if time.monotonic() > deadline else None
-        assert shown is None, f"{otherwise}: {browser.messages} {shown}"
-        browser.listen(0.2, most=0.2)
+    try:
+        tab.page.wait_for_function(f"Boolean({expression})", polling=100, timeout=1000 * seconds)
+    except TimedOut:
+        shown = tab.page.evaluate("document.body.innerText.slice(-2000)")
+        pytest.fail(f"{otherwise}: {tab.messages} {shown}")
 
 
 WITHOUT_FIGURE = {"08-rope"}

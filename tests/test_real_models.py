@@ -1,6 +1,8 @@
 """Public models against transformers: random weights that it saved, read by us, in every way that we run a model."""
 
+import contextlib
 import functools
+import itertools
 import json
 import os
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.checkpoints import CHATML, train_tokenizer
 from tformer_lib import pretrained
@@ -654,6 +656,81 @@ def test_eight_bits_stay_near_and_take_a_quarter(checkpoint):
     with torch.no_grad():
         assert torch.equal(again(tokens), small(tokens))
     assert generate(small, [[1, 2, 3]], max_new_tokens=4) == generate(again, [[1, 2, 3]], max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def two_models() -> tuple[Decoder, Decoder]:
+    """Two models of one shape and other weights."""
+    options = {"norm": "rmsnorm", "feed_forward": "swiglu", "positions": "rope", "bias": False, "tie_embeddings": False}
+    config = ModelConfig(vocab_size=23, max_length=40, width=16, layers=2, heads=4, **options)
+    return Decoder(config).eval(), Decoder(config).eval()
+
+
+def weights_of_folder(folder: Path) -> list[Tensor]:
+    return list(pretrained.from_hub(folder).parameters())
+
+
+SIZES = [1_000, 2_000, 10**9]  # of the largest file: 21 files and an index, 12, one without
+
+
+@pytest.mark.parametrize(("first", "second"), itertools.permutations(SIZES, 2))
+def test_a_folder_that_is_written_again_holds_the_new_model_alone(two_models, tmp_path, first, second):
+    old, new = two_models
+    (tmp_path / "best.safetensors").write_bytes(b"a run's")
+    pretrained.to_hub(old, tmp_path / "alone", largest=second)
+    pretrained.to_hub(old, tmp_path, largest=first)
+    pretrained.to_hub(new, tmp_path, largest=second)
+    assert all(map(torch.equal, weights_of_folder(tmp_path), new.parameters()))
+    alone = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == alone | {"alone", "best.safetensors"}
+    mapped = pretrained.from_hub(tmp_path)
+    pretrained.to_hub(mapped, tmp_path, largest=first)  # into the files that its weights are maps of
+    assert all(map(torch.equal, weights_of_folder(tmp_path), new.parameters()))
+
+
+@pytest.mark.parametrize("what", ["replace", "fsync"])
+def test_a_model_that_is_killed_while_it_is_written_is_the_old_one_or_the_new_one(
+    two_models, tmp_path, monkeypatch, what
+):
+    models, found, call = two_models, [], 0
+    system = getattr(os, what)
+
+    def dies(*arguments):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise SystemExit
+        return system(*arguments)
+
+    while len(found) == call:
+        pretrained.to_hub(models[0], tmp_path, largest=6_000)
+        left, call = call, call + 1
+        monkeypatch.setattr(os, what, dies)
+        with contextlib.suppress(SystemExit):
+            pretrained.to_hub(models[1], tmp_path)
+        monkeypatch.setattr(os, what, system)
+        weights = weights_of_folder(tmp_path)
+        found += [i for i in (0, 1) if left < 0 and all(map(torch.equal, weights, models[i].parameters()))]
+    assert len(set(found)) == 2, "it died before the journal and after it"
+    assert found == sorted(found)
+    assert len(found) == call - 1, "every death but the last, which did not come, left one of them whole"
+
+
+WRONG = [None, True, 0, -1, 2.5, 1e400, "8", "rope", [], [8], {}, {"rope_type": []}, 10**30]
+
+
+@every_kind
+def test_a_config_that_makes_no_sense_is_refused_in_one_line(checkpoint):
+    refused = []
+    for key, value in itertools.product(checkpoint.config, WRONG):
+        config = checkpoint.config | {key: value}
+        try:
+            hub.check_layers(config, 100)
+            hub.config_from_hub(config)
+        except ValueError as error:  # of no other kind, whatever is wrong
+            refused.append(str(error))
+    assert len(refused) > 2 * len(checkpoint.config)
+    assert not any("\n" in message for message in refused)
 
 
 def test_a_checkpoint_is_served_in_one_line(tmp_path):

@@ -589,6 +589,13 @@ CHANGES = {
     ),
     "unknown size": (lambda t, f: f["config"]["model"].update(teacher=1), "it has teacher, which is not"),
     "wrong kind": (lambda t, f: f["config"].update(batch="many"), "config has a value of the wrong kind: "),
+    "RoPE of a list": (
+        lambda t, f: f["config"]["model"].update(rope_scaling={"rope_type": []}),
+        "rope_type must be one",
+    ),
+    "layers in halves": (lambda t, f: f["config"]["model"].update(layers=1.5), "wrong kind: layers is 1.5"),
+    "RoPE is a list": (lambda t, f: f["config"]["model"].update(rope_scaling=[8]), r"wrong kind: rope_scaling is [8]"),
+    "step is a text": (lambda t, f: f.update(step="3"), "has a value of the wrong kind: step is '3'"),
     "no python": (lambda t, f: f["random"].pop("python"), "random is of another version: it lacks python"),
     "odd numpy": (lambda t, f: f["random"].update(numpy=["PCG64", [1, 2], 3]), "has random states of another version"),
     "no torch": (lambda t, f: t.pop("random.torch"), "is of another version: it lacks random.torch"),

@@ -10,11 +10,13 @@
 
 import contextlib
 import json
+import numbers
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import TypeVar
+from types import UnionType
+from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import safetensors.torch
 import torch
@@ -27,6 +29,7 @@ except ImportError:  # native Windows, where folders are not locked
     fcntl = None
 
 Settings = TypeVar("Settings")
+Writer = Callable[[Path], None]
 
 JOURNAL = ".replacing.json"
 """The file of a folder that lists which files are about to take their names, while several do."""
@@ -42,7 +45,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         replace_file(path, data)
 
 
-def write_together(folder: Path, contents: dict[str, bytes], *, without: Iterable[str] = ()) -> None:
+def write_together(folder: Path, contents: dict[str, bytes | Writer], *, without: Iterable[str] = ()) -> None:
     """Write several files so that after a kill at any moment the folder holds all of the old ones or all of the new.
 
     Each file is complete under another name before the journal, which lists them all, is written in one step. From then
@@ -50,7 +53,8 @@ def write_together(folder: Path, contents: dict[str, bytes], *, without: Iterabl
 
     Args:
         folder: made if it is not there.
-        contents: name -> bytes; other files of the folder are left alone.
+        contents: name -> bytes, or a function that writes the file at the path it is given; other files of the folder
+            are left alone.
         without: names of files to remove with the old ones, if they are there.
 
     Raises:
@@ -86,10 +90,13 @@ def part_of(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
-def write_part(path: Path, data: bytes) -> None:
+def write_part(path: Path, data: bytes | Writer) -> None:
     """Write what is to be the file ``path`` under its waiting name, down to the disk."""
-    with open(part_of(path), "wb") as file:
-        file.write(data)
+    if callable(data):
+        data(part_of(path))
+    with open(part_of(path), "ab" if callable(data) else "wb") as file:
+        if not callable(data):
+            file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
@@ -283,10 +290,36 @@ def build(kind: type[Settings], values: dict, source: str) -> Settings:
         raise ValueError(
             f"{source} is of another version: it has {', '.join(sorted(unknown))}, which is not known here"
         )
-    try:
-        return kind(**values)
-    except TypeError as error:  # a text where a number belongs
-        raise ValueError(f"{source} has a value of the wrong kind: {error}") from error
+    check_kinds(kind, values, source)
+    return kind(**values)
+
+
+def check_kinds(kind: type, values: dict, source: str) -> None:
+    """Refuse values that are not what a dataclass says of its fields.
+
+    Raises:
+        ValueError: the message names the first of them.
+    """
+    kinds = get_type_hints(kind)
+    for name, value in values.items():
+        if not is_of(value, kinds[name]):
+            raise ValueError(f"{source} has a value of the wrong kind: {name} is {value!r:.40}")
+
+
+def is_of(value, kind) -> bool:
+    """Whether a value, as JSON gives it, is what an annotation says; a dataclass may still be its JSON object."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(is_of(value, one) for one in inner)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in inner)
+    if origin is tuple:  # of any length, as all of ours are
+        return isinstance(value, (list, tuple)) and all(is_of(one, inner[0]) for one in value)
+    if is_dataclass(kind):
+        return isinstance(value, (dict, kind))
+    if kind in (int, float):
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, origin or kind)
 
 
 def read_metrics(out: str | Path) -> list[dict]:

@@ -39,6 +39,7 @@ def run(command: Callable[[], int | None]) -> int:
     Args:
         command: returns its own exit status; None is 0.
     """
+    open_what_is_closed()
     try:
         try:
             return command() or 0
@@ -56,6 +57,21 @@ def run(command: Callable[[], int | None]) -> int:
         if not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         return refuse(error)
+
+
+def open_what_is_closed() -> None:
+    """Let a standard stream that is closed (``>&-``) lead nowhere.
+
+    Python has None for such a stream, and prints what was meant for stderr to stdout. The system gives its number to
+    the next file that is opened, a checkpoint perhaps, into which a library would then print.
+    """
+    with contextlib.suppress(OSError):
+        while (nowhere := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(nowhere)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (it stays for as long as the process)
 
 
 def refuse(error: Exception | str) -> int:

@@ -1,16 +1,18 @@
 """Public weights as our ``Decoder``: from a folder that is laid out as the Hugging Face hub does it, and back."""
 
 import json
-import os
+import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tformer_lib.checkpoint import check_not_quantised, part_of, sync_folder, unharmed, write_atomically
+from tformer_lib.checkpoint import Writer, check_kinds, check_not_quantised, settle, write_together
 from tformer_lib.pretrained import int8
 from tformer_lib.pretrained.families import FAMILIES
 from tformer_lib.pretrained.family import Family
@@ -23,6 +25,9 @@ from tformer_lib.transformer import Decoder, ModelConfig
 
 LARGEST_SHARD = 5 * 10**9
 """Bytes of tensors in one file, as transformers cuts them."""
+
+WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+"""Names of the files that hold a model's weights."""
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 """What safetensors calls the dtypes that weights come in; others are quantised."""
@@ -78,6 +83,7 @@ def from_hub(
             fit its configuration; the message names the key or the tensor. No weight was read then.
     """
     folder = fetch(name, revision)
+    settle(folder)
     config = read_config(folder / "config.json")
     family_of(config, folder)
     return load_family(Shards(folder), config, dtype=dtype, device=device, where=folder)
@@ -146,7 +152,7 @@ def load_family(
 def check_layers(config: dict, tensors: int) -> None:
     """Refuse more layers than there are tensors, before anything is made for each of them."""
     text = config.get("text_config") or config
-    layers = text.get("num_hidden_layers", text.get("n_layer", 0))
+    layers = text.get("num_hidden_layers", text.get("n_layer", 0)) if isinstance(text, dict) else None
     if not isinstance(layers, int) or layers > tensors:
         raise ValueError(f"config.json says {layers!r} layers, the weights are {tensors} tensors")
 
@@ -158,15 +164,23 @@ def family_of(config: dict, where: str | Path) -> Family:
         ValueError: it is not known here; the message names those that are.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{where} holds a model of type {kind!r}; {', '.join(FAMILIES)} can be read")
     return FAMILIES[kind]
 
 
 def read_family(family: Family, config: dict) -> ModelConfig:
-    """A config in our words; no key is left unread."""
+    """A config in our words; no key is left unread.
+
+    Raises:
+        ValueError: a key is missing, unknown, or has a value that makes no sense.
+    """
     keys = Keys(config)
-    ours = family.read(keys)
+    try:
+        ours = family.read(keys)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # a text where a number belongs
+        raise ValueError(f"config.json has a value of the wrong kind: {error}") from error
+    check_kinds(ModelConfig, vars(ours), "config.json")
     keys.finish()
     return ours
 
@@ -227,7 +241,7 @@ def to_hub(
 
     Args:
         model: the decoder.
-        folder: made if it is not there.
+        folder: made if it is not there. Another model's weights that it holds are replaced as one.
         encoding: the model's tokenizer, whose files are copied.
         family: a ``model_type``; the first that can say what the model's config says if not given.
         largest: the most bytes of tensors in one file; several have an index.
@@ -244,11 +258,10 @@ def to_hub(
         tensors = link.write(*(parameters[ours] for ours in link.ours))
         theirs |= {name: x.contiguous() for name, x in zip(link.theirs, tensors, strict=True)}
     dtype = str(next(iter(theirs.values())).dtype).removeprefix("torch.")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_shards(folder, theirs, largest)
-    write_atomically(folder / "config.json", json.dumps(written | {"dtype": dtype}, indent=2).encode())
-    for name, data in ({} if encoding is None else encoding.files()).items():
-        write_atomically(folder / name, data)
+    contents = shards_of(theirs, largest) | {"config.json": json.dumps(written | {"dtype": dtype}, indent=2).encode()}
+    contents |= {} if encoding is None else encoding.files()
+    before = {path.name for path in folder.glob("model*.safetensors*") if re.fullmatch(WEIGHTS, path.name)}
+    write_together(folder, contents, without=before - contents.keys())
 
 
 def hub_config(config: ModelConfig, family: str | None = None) -> tuple[str, dict]:
@@ -292,8 +305,8 @@ def facts(config: ModelConfig) -> dict:
     }
 
 
-def save_shards(folder: Path, tensors: dict[str, Tensor], largest: int) -> None:
-    """Write tensors as ``model.safetensors``, or as several files of at most ``largest`` bytes and an index."""
+def shards_of(tensors: dict[str, Tensor], largest: int) -> dict[str, Writer | bytes]:
+    """What to write: ``model.safetensors``, or several files of at most ``largest`` bytes of tensors, and an index."""
     groups: list[dict[str, Tensor]] = [{}]
     room = largest
     for name, x in tensors.items():
@@ -302,19 +315,26 @@ def save_shards(folder: Path, tensors: dict[str, Tensor], largest: int) -> None:
             room = largest
         groups[-1][name] = x
         room -= x.nbytes
+    names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
     if len(groups) == 1:
-        return save_file(folder / "model.safetensors", groups[0])
-    files = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
-    for file, group in zip(files, groups, strict=True):
-        save_file(folder / file, group)
-    places = {name: file for file, group in zip(files, groups, strict=True) for name in group}
-    index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())}, "weight_map": places}
-    return write_atomically(folder / INDEX, json.dumps(index, indent=2).encode())
+        names = ["model.safetensors"]
+    files: dict[str, Writer | bytes] = {}
+    for file, group in zip(names, groups, strict=True):  # no copy of a file is made in memory
+        files[file] = partial(save_file, group)
+    if len(groups) > 1:
+        places = {name: file for file, group in zip(names, groups, strict=True) for name in group}
+        index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())}, "weight_map": places}
+        files[INDEX] = json.dumps(index, indent=2).encode()
+    return files
 
 
-def save_file(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write one safetensors file whole or not at all, without a copy of it in memory."""
-    with unharmed(path, path):
-        safetensors.torch.save_file(tensors, part_of(path), {"format": "pt"})
-        os.replace(part_of(path), path)
-        sync_folder(path.parent)
+def save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors as a safetensors file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error

@@ -241,7 +241,7 @@ def scaling_from(given: Scaling | dict | None) -> Scaling:
     values = {FOREIGN_NAMES.get(key, key): value for key, value in given.items() if value is not None}
     kind = values.pop("rope_type", values.pop("type", "default"))
     values.pop("type", None)
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise ValueError(f"rope_type must be one of {', '.join(SCALINGS)}, got {kind!r}")
     known = {field.name for field in fields(SCALINGS[kind])}
     if unknown := sorted(set(values) - known):

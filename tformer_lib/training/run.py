@@ -19,6 +19,7 @@ from tqdm import tqdm
 from tformer_lib import command_line, distributed
 from tformer_lib.checkpoint import (
     check_like,
+    is_of,
     load_weights,
     locked,
     part,
@@ -330,6 +331,9 @@ class Run:
             raise ValueError(f"{source} holds weights, but no training run")
         needed = {"config", "corpus", "step", "best"} | (set() if source.is_dir() else {"random"})
         require(facts, needed, str(source))
+        for name, kind in (("step", int), ("best", float)):
+            if not is_of(facts[name], kind):
+                raise ValueError(f"{source} has a value of the wrong kind: {name} is {facts[name]!r:.40}")
         run = cls(replace(config_from_dict(facts["config"], f"{source}: config"), out=str(out), **changes), corpus)
         if facts["corpus"] != fingerprint(run.corpus):
             raise ValueError(f"the run in {out} was trained on another corpus than {run.config.data} holds now")
