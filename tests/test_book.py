@@ -327,7 +327,7 @@ def test_workflow_calls_the_commands_of_the_readme(name):
         assert os.access(script, os.X_OK)
         assert subprocess.run(["bash", "-n", script]).returncode == 0
         commands = script.read_text()
-        assert re.findall(r"^make .*", commands, re.MULTILINE) == ["make lint", "make test", "make book"]
+        assert re.findall(r"^make .*", commands, re.MULTILINE) == ["make lint", "make book", "make test"]
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     called = set(re.findall(r"\bmake ([a-z]+)", commands))
     assert called

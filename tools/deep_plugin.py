@@ -13,11 +13,11 @@ import pytest
 from hypothesis import settings
 from hypothesis.statistics import collector
 
+from tests.draws import ORDINARY
+
 
 def pytest_collection(session) -> None:
     """Before a test file is read: it multiplies its own number of examples by what the profile says."""
-    from draws import ORDINARY  # found once tests/conftest.py is read
-
     examples = ORDINARY * int(os.environ["DEEP_MULTIPLE"])
     settings.register_profile("piece", settings.get_profile("deep"), max_examples=examples, database=None)
     settings.load_profile("piece")
