@@ -111,7 +111,9 @@ def run(asked: TrainingOptions) -> None:
 
 # --- the speed of a step
 
-NANOGPT, PLAIN, OWN = "nanoGPT's model", "sdpa, all logits at once", "flash attention, logits in chunks"
+NANOGPT, PLAIN = "nanoGPT's model", "sdpa, all logits at once"
+OWN = "flash attention, logits in chunks"
+FUSED = OWN + ", norms fused with sums"
 
 
 def measure_steps(asked: TrainingOptions) -> None:
@@ -178,7 +180,10 @@ def contestants(name: str, config: TrainingConfig, device: torch.device, nanogpt
     if device.type == "cpu" or not name.startswith("GPT-2"):
         return {f"a step of {config.batch * config.context:,} tokens": partial(make_step, config, device)}
     flash = replace(config, model=replace(config.model, attention="flash_attention"))
-    found = {OWN: partial(make_step, flash, device)}
+    found = {
+        FUSED: partial(make_step, replace(flash, fused_norms=True), device),
+        OWN: partial(make_step, flash, device),
+    }
     if config.model == GPT2_SMALL.model:
         found[PLAIN] = partial(make_step, config, device, chunked=False)
     return found if nanogpt is None else {NANOGPT: partial(make_nanogpt_step, nanogpt, config, device), **found}
@@ -207,6 +212,7 @@ def make_step(config: TrainingConfig, device: torch.device, *, chunked: bool | N
     """A function of (inputs, targets) that does one whole step, and the number of parameters."""
     torch.manual_seed(0)
     model = Decoder(config.model).to(device)
+    model.stack.fused_norms = config.fused_norms
     optimizer = training.make_optimizer(model, config)
     chunked = is_chunked(chunked, config.batch * config.context, config.model.vocab_size)
     loss_of = partial(training.next_token_loss, chunked=chunked)
@@ -261,7 +267,7 @@ def peak_memory(step: Callable, window: tuple, device: torch.device) -> int | No
 
 KINDS = {
     "loss": r"rows_kernel|^triton.*(softmax|logsumexp|nll)",
-    "norms, activations, residual sums": "^triton",
+    "norms, activations, residual sums": "^triton|sum_and_norm_kernel|gradients_kernel",
     "attention": "flash|fmha|attention|forward_kernel|backward_kernel|prepare_kernel|round_dq",
     "matrix products": "nvjet|gemm|cutlass|cublas|splitk|gemv",
     "optimizer": "adam",

@@ -76,6 +76,9 @@ class TrainingConfig:
     chunked_loss: bool | None = None
     """Whether the loss takes the logits of a chunk of tokens at a time, which saves memory; None is: where all of a
     micro-batch would be more than 256 MB."""
+    fused_norms: bool = False
+    """Whether a residual sum and the norm after it are one operator, on a GPU a Triton kernel. It serves models without
+    dropout and biases, in one process or by ddp; others train as without it."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Where torchrun starts several processes: 'ddp' keeps the whole model in each of them, 'fsdp' a part in each."""
     tensor_parallel: int = 1

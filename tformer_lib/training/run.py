@@ -118,6 +118,7 @@ class Run:
         self.device = distributed.own_device(command_line.pick_device(config.device))
         seed_all(config.seed)
         self.model = Decoder(config.model).to(self.device)
+        self.model.stack.fused_norms = config.fused_norms
         self.network = self.layout.spread(self.model, config.context)
         self.optimizer = make_optimizer(self.model, config)
         if config.model.experts:

@@ -14,6 +14,7 @@ from tformer_lib.contract import readable
 from tformer_lib.grouped_query_attention import MultiHeadLatentAttention
 from tformer_lib.linear_attention import GatedDeltaLayer
 from tformer_lib.mixture_of_experts import MixtureOfExperts
+from tformer_lib.transformer.add_norm import add_norm, can_fuse
 from tformer_lib.transformer.config import ACTIVATIONS, ModelConfig, attention_form
 
 
@@ -242,6 +243,7 @@ class Stack(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(config, i, cross=cross, attend=attend) for i in range(config.layers))
         self.final_norm = make_norm(config) if config.has_final_norm else nn.Identity()
+        self.fused_norms = False  # whether a sum and the norm after it are one operator, where they can be
 
     def forward(self, x: Tensor, *, cache=None, rotate=None, **options) -> Tensor:
         """Run the blocks.
@@ -252,10 +254,37 @@ class Stack(nn.Module):
             rotate: RoPE's rotation, or one for each kind of layer, by its name.
             options: the other arguments of each :class:`Block`.
         """
+        if self.fused_norms and cache is None and options.get("memory") is None and self.can_fuse_norms():
+            return self.forward_fused(x, rotate, **options)
         for i, block in enumerate(self.blocks):
             turn = rotate.get(block.kind) if isinstance(rotate, dict) else rotate
             x = block(x, cache=None if cache is None else cache.layer(i), rotate=turn, **options)
         return self.final_norm(x)
+
+    def forward_fused(self, x: Tensor, rotate, *, memory: None = None, memory_mask: None = None, **options) -> Tensor:
+        """The same, but each residual sum is one operator with the norm after it, across the borders of the blocks."""
+        normed, blocks = self.blocks[0].attention_norm(x), list(self.blocks)
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            turn = rotate.get(block.kind) if isinstance(rotate, dict) else rotate
+            x, normed = add_norm(x, block.attention(normed, rotate=turn, **options), block.feed_forward_norm)
+            branch = block.feed_forward(normed)
+            if following is not None:
+                x, normed = add_norm(x, branch, following.attention_norm)
+        return self.final_norm(x + branch)
+
+    def can_fuse_norms(self) -> bool:
+        """Whether each block is two branches with a plain norm before each, and no part has a hook."""
+        return all(
+            block.norm_first
+            and block.cross_attention is None
+            and block.attention_out_norm is None
+            and (block.dropout.p == 0 or not self.training)
+            and can_fuse(block.attention_norm)
+            and can_fuse(block.feed_forward_norm)
+            and not any(part._forward_pre_hooks or part._forward_hooks for part in block.children())
+            and not (block._forward_pre_hooks or block._forward_hooks)
+            for block in self.blocks
+        )
 
 
 class Embedding(nn.Module):
