@@ -66,24 +66,28 @@ def budget(sizes: Sequence[float], losses: dict[str, Sequence[float]]) -> None:
 
 def loop() -> None:
     """The loop of training, as boxes and arrows."""
-    _, ax = style.figure(height=2.5)
+    _, ax = style.figure(width=style.NARROW, height=2.9)
     boxes = {
-        "text\nas tokens": (0, 1),
-        "windows\n(batch, T)": (2, 1),
-        "model\n(at first\nrandom)": (4, 1),
-        "loss\n-log p(next)": (6, 1),
-        "gradient": (6, 0),
+        "text\nas tokens": (0.62, 2.3),
+        "windows\n(batch, T)": (2.02, 2.3),
+        "model\n(at first\nrandom)": (3.45, 2.3),
+        "loss\n-log p(next)": (3.3, 0.4),
+        "gradient": (1.2, 0.4),
     }
     look = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": style.BLUE}
-    arrow = {"arrowstyle": "-|>", "color": style.INK, "linewidth": 1.3}
     for words, (x, y) in boxes.items():
-        ax.text(x, y, words, ha="center", va="center", fontsize=12, bbox=look)
-    for start, end in (((0.72, 1), (1.2, 1)), ((2.78, 1), (3.28, 1)), ((4.72, 1), (5.12, 1)), ((6, 0.66), (6, 0.2))):
-        ax.annotate("", end, start, arrowprops=arrow)
-    ax.plot([5.3, 4, 4], [0, 0, 0.3], color=style.INK, linewidth=1.3)
-    ax.annotate("", (4, 0.54), (4, 0.2), arrowprops=arrow)
-    ax.text(3.8, 0, "AdamW: a small step\nof every weight", ha="right", va="center", fontsize=12, color=style.VERMILION)
-    ax.set(xlim=(-0.9, 6.95), ylim=(-0.35, 1.5))
+        ax.text(x, y, words, ha="center", va="center", bbox=look)
+    for start, end in (
+        ((1.1, 2.3), (1.48, 2.3)),
+        ((2.56, 2.3), (2.96, 2.3)),
+        ((3.45, 1.86), (3.45, 0.72)),
+        ((2.7, 0.4), (1.67, 0.4)),
+    ):
+        ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": style.INK, "linewidth": 1.3})
+    step = {"arrowstyle": "-|>", "color": style.VERMILION, "linewidth": 1.6}
+    ax.annotate("", (2.98, 1.95), (1.35, 0.62), arrowprops=step)
+    ax.text(0.1, 1.35, "AdamW: a small step\nof every weight", va="center", color=style.VERMILION)
+    ax.set(xlim=(0, 4.2), ylim=(0, 2.9))
     ax.axis("off")
     style.show()
 

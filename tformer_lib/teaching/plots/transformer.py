@@ -62,10 +62,10 @@ def draw_box(ax: Axes, x: float, y: float, name: str, colour: str) -> None:
 
 def block_diagram() -> None:
     """A block, read upwards: pre-norm beside post-norm."""
-    _, axes = style.figure(1, 2, height=4.6)
+    _, axes = style.figure(1, 2, width=style.NARROW, height=4.8)
     for ax, title, rows in (
-        (axes[0], "Pre-norm: the sum is left alone", ["norm", "attention", "add", "norm", "feed-forward", "add"]),
-        (axes[1], "Post-norm: the sum is normalised", ["attention", "add", "norm", "feed-forward", "add", "norm"]),
+        (axes[0], "Pre-norm:\nthe sum is left alone", ["norm", "attention", "add", "norm", "feed-forward", "add"]),
+        (axes[1], "Post-norm:\nthe sum is normalised", ["attention", "add", "norm", "feed-forward", "add", "norm"]),
     ):
         draw_block(ax, title, rows)
     style.show()
@@ -73,8 +73,8 @@ def block_diagram() -> None:
 
 def draw_block(ax: Axes, title: str, rows: Sequence[str]) -> None:
     """Boxes from the bottom up, an arrow between neighbours, and a residual arrow into each sum."""
-    ax.set(xlim=(0, 10), ylim=(0, 14.4))
-    ax.set_title(title, fontsize=10.5)
+    ax.set(xlim=(1.0, 9.0), ylim=(0, 14.4))
+    ax.set_title(title, fontsize=10)
     ax.axis("off")
     ax.text(4.2, 0.2, "x  (batch, T, width)", ha="center")
     branch = 1.0
@@ -136,13 +136,13 @@ def stream(names: Sequence[str], words: Sequence[str], chances: Sequence[float],
 
 def depth(spread: dict[str, Sequence[float]], losses: dict[str, Sequence[float]]) -> None:
     """What happens to the stream from block to block, and how the same models learn."""
-    _, axes = style.figure(1, 2)
+    _, axes = style.figure(2, 1, width=style.NARROW, height=5.4)
     style.lines(axes[0], range(len(next(iter(spread.values())))), spread, markers=False)
-    axes[0].set(xlabel="block", ylabel="standard deviation of the stream", ylim=(0, None))
-    axes[0].set_title("With fresh weights")
+    axes[0].set(xlabel="block", ylabel="standard deviation", ylim=(0, None))
+    axes[0].set_title("The stream, with fresh weights")
     style.lines(axes[1], range(len(next(iter(losses.values())))), losses, markers=False)
     axes[1].set(xlabel="step", ylabel="loss (nats)", ylim=(0, None))
-    axes[1].set_title("No warm-up")
+    axes[1].set_title("The loss, without a warm-up")
     axes[1].get_legend().remove()
     style.show()
 
@@ -160,10 +160,10 @@ def work_per_token(lengths: Sequence[int], matrices: Sequence[float], attention:
 
 def cross_attention(weights, source: str, target: str, losses: Sequence[float], floor: float) -> None:
     """The loss of the reversing model, and which source letter each written letter came from."""
-    _, axes = style.figure(1, 2, height=3.4, width_ratios=[1.15, 1])
+    _, axes = style.figure(2, 1, width=style.NARROW, height=6.2, height_ratios=[1, 1.5])
     axes[0].plot(losses, color=style.BLUE)
     axes[0].axhline(floor, color=style.VERMILION, ls="--")
-    axes[0].text(len(losses), floor * 0.9, "lowest loss with smoothing", ha="right", va="top", fontsize=9)
+    axes[0].text(len(losses), floor * 0.9, "lowest loss with smoothing", ha="right", va="top", fontsize=9.5)
     axes[0].set(xlabel="step", ylabel="loss (nats per letter)", ylim=(0, None))
     axes[0].set_title("Learning to reverse")
     style.heatmap(axes[1], weights, rows=list(target), columns=list(source), limit=1.0)
