@@ -36,7 +36,7 @@ or what went wrong. A topic has several ladders where what is asked decides the 
 import ctypes
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -65,11 +65,13 @@ class Ladder:
         topic: the folder under ``kernels/``.
         steps: every step that a caller may ask for, "0" among them. A step is named as ``jit.load`` names it.
         fastest: of each device type the steps to try, the fastest first and "0" last. Other devices run step 0.
+        aliases: names in ``steps`` that are other names of a step.
     """
 
     topic: str
     steps: tuple[str, ...]
     fastest: Mapping[str, tuple[str, ...]]
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def name(self, step: int | str | None) -> str:
         """The name of a step that a caller asked for; "auto" for None.
@@ -81,7 +83,7 @@ class Ladder:
             return AUTO
         for name in self.steps:  # by comparisons, since torch.compile may trace ``step`` as a symbol
             if step == (name if isinstance(step, str) or not name.isdigit() else int(name)):
-                return name
+                return self.aliases.get(name, name)
         raise ValueError(f"step must be one of {', '.join(self.steps)}, got {step!r}")
 
     def choose(self, step: str, device: torch.device, refusal: Callable[[str], str | None]) -> str:
@@ -132,7 +134,7 @@ class Ladder:
         Raises:
             tformer_lib.jit.BuildError: it cannot be built here; the message says what to install.
         """
-        return load_kernel(self.topic, step, name, device, jit.kernels_folder())
+        return load_kernel(self.topic, self.aliases.get(step, step), name, device, jit.kernels_folder())
 
     def launch(self, step: str, name: str, arguments: ctypes.Structure, device: torch.device, *more: int) -> None:
         """Call a C function of a step, see :meth:`Kernel.launch`."""

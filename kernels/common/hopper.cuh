@@ -11,7 +11,7 @@
 namespace hopper {
 
 constexpr int WARPGROUP = 128, WARPS = WARPGROUP / WARP, GROUP_ROWS = 64;
-constexpr int STAGES = 2, MOST_STAGES = 3;  // buffers of K and of V, where a shape does not say otherwise
+constexpr int STAGES = 2, MOST_STAGES = 5;  // buffers of K and of V, where a shape does not say otherwise
 constexpr int CLEARED = 8;  // hardware barrier; turns take 1 to 3
 constexpr int ROW_BYTES = BOX_COLUMNS * 2;
 
@@ -206,6 +206,7 @@ struct Consumer {
 //   int count                    tiles of keys, the same for all groups; 0: nothing to see
 //   int key(int left)            the first key of the tile of keys that `left` others follow
 //   void mask(stream, S, key)    set scores that do not count to -inf
+//   bool softmax(stream, S, key, m, l, correction)   optional: a step of the softmax of its own, where it can
 //   void prepare(stream, key)    called before V is first read
 //   void store(stream, O, m, l, current)   write the current tile of rows, or the one before it, and have done with it
 template <class Half, class Sh>
@@ -247,9 +248,14 @@ struct Stream : Consumer<Half, Sh> {
             wait_products<VALUES && Sh::OVERLAP ? 1 : 0>();
             pin(S);
             leave_keys(ends);
-            tiles.mask(*this, S, key);
+            bool is_done = false;
+            if constexpr (requires { tiles.softmax(*this, S, key, m, l, correction); })
+                is_done = tiles.softmax(*this, S, key, m, l, correction);
+            if (!is_done) {
+                tiles.mask(*this, S, key);
 #pragma unroll
-            for (int r = 0; r < 2; ++r) correction[r] = softmax_row(S, r, to_base_2, m[r], l[r]);
+                for (int r = 0; r < 2; ++r) correction[r] = softmax_row(S, r, to_base_2, m[r], l[r]);
+            }
         }
         if constexpr (VALUES) {
             wait_products<0>();

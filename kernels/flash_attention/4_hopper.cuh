@@ -97,6 +97,7 @@ struct Plan {
     int tiles_in_all;
     int tiles;           // of rows, a head
     int heads_together;  // heads whose tiles are interleaved, longest first; 1: a head after another
+    bool prefetches;     // the L2 cache is asked for the next tiles of rows
 };
 
 // A tile of rows, as the producer hands it to the consumers.
@@ -161,16 +162,19 @@ struct Producer {
                 int(sequence.k_begin)};
     }
 
-    // Q, then K(i) and V(i - 1), from the last tile of keys to the first.
-    __device__ void load(const Task& task) {
+    // Q, then K(i) and V(i - 1), from the last tile of keys to the first. Returns the next tile of rows, asked for while the
+    // last tiles of keys of this one are on their way: early enough to know it in time, and no earlier.
+    __device__ int load(const Task& task) {
         const int count = task.count, head = task.head, batch = task.batch, kv = head / int(a.heads / a.kv_heads);
         const int q_row = task.q_begin + task.top, k_row = task.k_begin + task.begin;
+        int next = 0;
         wait(&shared.barriers.q_empty[q.stage], q.parity ^ 1);
         load_tile<Sh::ROWS>(buffers.Q + q.stage * Sh::Q_BYTES, &plan.q, &shared.barriers.q_full[q.stage], q_row, head,
                             batch);
         q.next();
         for (int i = 0; i <= count; ++i) {
             const int row = k_row + (count - 1 - i) * Sh::KEYS;
+            if (i == count - 1) next = deal();
             if (i < count) {
                 wait(&shared.barriers.k_empty[k.stage], k.parity ^ 1);
                 load_tile<Sh::KEYS>(buffers.K + k.stage * Sh::TILE_BYTES, &plan.k, &shared.barriers.k_full[k.stage], row,
@@ -184,19 +188,42 @@ struct Producer {
                 v.next();
             }
         }
+        return next;
     }
 
-    // A counter in memory deals out the tiles of rows: whichever block is free takes the next. It is asked a tile ahead. The
-    // last block leaves it zero.
+    // A counter in memory deals out the tiles of rows: whichever block is free takes the next.
+    __device__ int deal() const {
+        return Sh::RUNG == PERSISTENT ? int(gridDim.x) + atomicAdd(a.dealt, 1) : plan.tiles_in_all;
+    }
+
+    template <int ROWS, int BOXES>
+    __device__ void prefetch_tile(const CUtensorMap* map, int row, int head, int batch) const {
+#pragma unroll
+        for (int box = 0; box < BOXES; ++box) prefetch_box(map, box * BOX_COLUMNS, row, head, batch);
+    }
+
+    // Have the L2 cache read what a tile of rows will ask for: its Q and, if it is the first of its head, all K and V.
+    __device__ void prefetch(int index) const {
+        if (index >= plan.tiles_in_all) return;
+        const Task task = task_at(index);
+        if (task.top >= task.T || task.count == 0) return;
+        const int kv = task.head / int(a.heads / a.kv_heads), k_row = task.k_begin + task.begin;
+        prefetch_tile<Sh::ROWS, Sh::BOXES>(&plan.q, task.q_begin + task.top, task.head, task.batch);
+        if (task.top + Sh::ROWS < task.T) return;
+        for (int i = task.count - 1; i >= 0; --i) {
+            prefetch_tile<Sh::KEYS, Sh::BOXES>(&plan.k, k_row + i * Sh::KEYS, kv, task.batch);
+            prefetch_tile<Sh::KEYS, Sh::V_BOXES>(&plan.v, k_row + i * Sh::KEYS, kv, task.batch);
+        }
+    }
+
+    // The last block leaves the counter zero.
     __device__ void run_all() {
-        const int total = plan.tiles_in_all;
-        for (int index = blockIdx.x; index < total;) {
-            const int next = Sh::RUNG == PERSISTENT ? int(gridDim.x) + atomicAdd(a.dealt, 1) : total;
+        for (int index = blockIdx.x; index < plan.tiles_in_all;) {
             const Task task = task_at(index);
-            index = next;
-            if (task.top >= task.T) continue;
-            hand_out(task);
-            if (task.count > 0) load(task);
+            const bool is_there = task.top < task.T;
+            if (is_there) hand_out(task);
+            if (plan.prefetches) prefetch(index + gridDim.x);  // for whichever block it will be dealt to
+            index = is_there && task.count > 0 ? load(task) : deal();
         }
         hand_out({.count = -1});
         if (Sh::RUNG == PERSISTENT && atomicAdd(a.dealt + 1, 1) == int(gridDim.x) - 1) a.dealt[0] = a.dealt[1] = 0;
@@ -277,6 +304,14 @@ struct Tiles {
         }
         if (key >= clear_begin && key + Sh::KEYS <= clear_end) return;
         flash::mask(consumer, S, sight(), group_top, key);
+    }
+
+    __device__ bool softmax(const Consumer<Half, Sh>& consumer, float (&S)[Sh::KEYS / 8][4], int key, float (&m)[2],
+                            float (&l)[2], float (&correction)[2]) const
+        requires(Sh::MODIFIED)
+    {
+        if (form.most == 0.0f || key < clear_begin || key + Sh::KEYS > clear_end) return false;
+        return softmax_capped(S, form, consumer.to_base_2, m, l, correction);
     }
 
     // The last tile of V may hold rows of the next packed sequence.
@@ -383,6 +418,8 @@ __global__ void __launch_bounds__(WARPGROUP, Sh::D == 64 ? 3 : Sh::D == 128 ? 2 
 
 // --- host ------------------------------------------------------------------------------------------------------------
 
+constexpr int64_t FEW = 1024;  // keys up to which a tile of rows is done before its successor's keys have come from memory
+
 template <class Sh>
 const char* make_plan(Plan& plan, const Arguments& a) {
     const bool is_bf16 = a.dtype == BFLOAT16;
@@ -397,6 +434,7 @@ const char* make_plan(Plan& plan, const Arguments& a) {
     if (heads * plan.tiles > MOST_BLOCKS / 2) return "more than 2^30 tiles: split the batch";
     plan.tiles_in_all = int(heads * plan.tiles);
     plan.heads_together = heads_in_bundle(a, 2);
+    plan.prefetches = Sh::RUNG == PERSISTENT && a.keys <= FEW;
     return nullptr;
 }
 

@@ -47,8 +47,8 @@ struct Shape {
     static constexpr int WARP_ROWS = ROWS / 2, WARP_KEYS = KEYS / 2;                     // of S and dQ; of dK and dV
     static constexpr int SCORE_COLUMNS = KEYS / (WARPS / 2), COLUMNS = D / (WARPS / 2);  // of S; of dQ, dK and dV
     static constexpr int KEY_BYTES = KEYS * D * 2, ROW_BYTES = ROWS * D * 2, SCORE_BYTES = ROWS * KEYS * 2;
-    static constexpr int SHARED_BYTES = 2 * (KEY_BYTES + ROW_BYTES + SCORE_BYTES);
     static constexpr int STATISTICS = 2 * ROWS, DQ_FLOATS = ROWS * D;
+    static constexpr int SHARED_BYTES = 2 * (KEY_BYTES + ROW_BYTES + SCORE_BYTES) + STATISTICS * 4;
 };
 
 // The same bits in every run, and scores that are capped or biased: compiled apart, since registers are full.
@@ -61,9 +61,33 @@ struct Modified : Shape {
     static constexpr bool MODIFIED = true;
 };
 
-// One float added to global memory, nothing returned.
-__device__ void add_global(float* target, float x) {
-    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(target), "f"(x) : "memory");
+// Four floats added to global memory, nothing returned: by one instruction on Hopper, else by four, each of which adds to 128
+// neighbouring bytes for the warp. So number e of a thread's four lies `spread` floats from the first.
+#if __CUDA_ARCH__ >= 900
+template <int THREADS>
+constexpr int SPREAD = 1;
+#else
+template <int THREADS>
+constexpr int SPREAD = THREADS;
+#endif
+
+template <int THREADS>
+__device__ void add_four(float* target, const float (&x)[4]) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(x[0]), "f"(x[1]), "f"(x[2]),
+                 "f"(x[3])
+                 : "memory");
+#else
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+        asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(target + e * THREADS), "f"(x[e]) : "memory");
+#endif
+}
+
+// Where a thread's first four numbers of a tile of dQ lie; the next four are 4 THREADS floats on.
+template <int THREADS>
+__device__ int place_of_four() {
+    return SPREAD<THREADS> == 1 ? threadIdx.x * 4 : threadIdx.x;
 }
 
 // What one block works on: keys from `key` on of one kv head, and every tile of queries of its heads that sees any of them.
@@ -83,6 +107,7 @@ struct Block {
         dO{Q.address + Sh::ROW_BYTES};
     uint8_t *const P_bytes = shared + 2 * (Sh::KEY_BYTES + Sh::ROW_BYTES), *const dS_bytes = P_bytes + Sh::SCORE_BYTES;
     const Tile<Sh::KEYS> P{shared_address(P_bytes)}, dS{shared_address(dS_bytes)};
+    float* const statistics = reinterpret_cast<float*>(dS_bytes + Sh::SCORE_BYTES);  // of a tile of queries: lse, delta
     const float to_base_2 = unit_of<Sh::MODIFIED>(a) * LOG2E;
 
     using Scores = float[Sh::WARP_ROWS / 16][Sh::SCORE_COLUMNS / 8][4];
@@ -93,6 +118,11 @@ struct Block {
         start_copy<Sh::THREADS, Sh::ROWS>(target, row_of<Half>(x, sequence.b, head, sequence.q_begin + top), x.row, sight.T - top,
                                  int(columns));
         commit_copies();
+    }
+
+    __device__ void start_statistics(int64_t tile) const {
+        if (threadIdx.x * 4 < Sh::STATISTICS)
+            copy_async(shared_address(statistics + threadIdx.x * 4), a.delta + tile * Sh::STATISTICS + threadIdx.x * 4, true);
     }
 
     __device__ void start_keys(Tile<Sh::D> target, const Matrix& x, int64_t columns) const {
@@ -147,12 +177,14 @@ struct Block {
         write<Half, Sh::KEYS>(dS_bytes, dP, row, score_column);
     }
 
-    // In the order of the fragments, so that a warp adds to 128 neighbouring bytes at once.
+    // In the order of the fragments, so that a warp adds to neighbouring bytes at once.
     __device__ void add_dq(const RowGradient& dQ, int64_t tile) const {
-        float* const target = a.dq_sum + tile * Sh::DQ_FLOATS + threadIdx.x;
-        const float* const source = &dQ[0][0][0];
+        float* const target = a.dq_sum + tile * Sh::DQ_FLOATS + place_of_four<Sh::THREADS>();
 #pragma unroll
-        for (int i = 0; i < int(sizeof(RowGradient) / sizeof(float)); ++i) add_global(target + i * Sh::THREADS, source[i]);
+        for (int i = 0; i < Sh::WARP_ROWS / 16; ++i)
+#pragma unroll
+            for (int j = 0; j < Sh::COLUMNS / 8; ++j)
+                add_four<Sh::THREADS>(target + (i * (Sh::COLUMNS / 8) + j) * 4 * Sh::THREADS, dQ[i][j]);
     }
 
     // Turns, for the same bits in every run: the blocks of a head add to a tile of dQ in the order of their keys. Thread 0
@@ -179,6 +211,7 @@ struct Block {
         start_keys(K, a.k, a.head_dim);
         start_keys(V, a.v, a.value_dim);
         if (tiles > 0) {
+            start_statistics(tile_index<Sh>(a, sequence, b, kv * heads, first));
             start_rows(Q, a.q, kv * heads, first * Sh::ROWS, a.head_dim);
             start_rows(dO, a.dout, kv * heads, first * Sh::ROWS, a.value_dim);
         }
@@ -194,14 +227,17 @@ struct Block {
                 Scores S = {}, dP = {};
                 multiply<Half, Sh::D, false, false>(S, Q, row, K, score_column);
                 multiply<Half, Sh::D, false, false>(dP, dO, row, V, score_column);
-                probabilities(S, dP, a.delta + index * Sh::STATISTICS, head, top);
+                probabilities(S, dP, statistics, head, top);
             }
             sums_are_done();
             __syncthreads();  // P and dS are written
             pass_turn(last);
             multiply<Half, Sh::ROWS, true, true>(dK, dS, key_row, Q, column);
             __syncthreads();  // Q has been read
-            if (more) start_rows(Q, a.q, next_head, next_top, a.head_dim);
+            if (more) {
+                start_statistics(tile_index<Sh>(a, sequence, b, next_head, next_top / Sh::ROWS));
+                start_rows(Q, a.q, next_head, next_top, a.head_dim);
+            }
             multiply<Half, Sh::ROWS, true, true>(dV, P, key_row, dO, column);
             wait_turn(index, top, seen);
             __syncthreads();  // dO has been read
@@ -250,8 +286,8 @@ __global__ void __launch_bounds__(Sh::THREADS) round_dq_kernel(const __grid_cons
     const Sequence sequence = sequence_of(a, work.b);
     const int top = work.tile * Sh::ROWS, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     if (top >= sequence.T) return;
-    const float* source =
-        a.dq_sum + tile_index<Sh>(a, sequence, work.b, work.h, work.tile) * Sh::DQ_FLOATS + threadIdx.x;
+    const float* source = a.dq_sum + tile_index<Sh>(a, sequence, work.b, work.h, work.tile) * Sh::DQ_FLOATS +
+                          place_of_four<Sh::THREADS>();
     const int column = warp % (Sh::WARPS / 2) * Sh::COLUMNS;
 #pragma unroll
     for (int i = 0; i < Sh::WARP_ROWS / 16; ++i) {
@@ -259,7 +295,8 @@ __global__ void __launch_bounds__(Sh::THREADS) round_dq_kernel(const __grid_cons
 #pragma unroll
         for (int j = 0; j < Sh::COLUMNS / 8; ++j)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) dQ[j][e] = source[((i * (Sh::COLUMNS / 8) + j) * 4 + e) * Sh::THREADS];
+            for (int e = 0; e < 4; ++e)
+                dQ[j][e] = source[(i * (Sh::COLUMNS / 8) + j) * 4 * Sh::THREADS + e * SPREAD<Sh::THREADS>];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = top + warp / (Sh::WARPS / 2) * Sh::WARP_ROWS + 16 * i + 8 * r + lane / 4;

@@ -129,13 +129,16 @@ struct Producer {
         ring.next();
     }
 
-    __device__ void load(const Task& task) {
+    // Returns the next tile of rows, asked for with the last tile of keys.
+    __device__ int load(const Task& task) {
+        int next = 0;
         const int kv = task.h / int(a.heads / a.kv_heads);
         wait(&shared.q_empty, q.parity ^ 1);
         load_tile(buffers.Q, &plan.q, &shared.q_full, ROWS, task.top, task.h, task.b);
         q.next();
         for (int i = task.count - 1; i >= 0; --i) {
             const int key = task.begin + i * KEYS;
+            if (i == 0) next = deal();
             wait(&shared.k_empty[k.stage], k.parity ^ 1);
             load_tile(buffers.K + k.stage * TILE_BYTES, &plan.k, &shared.k_full[k.stage], KEYS, key, kv, task.b);
             k.next();
@@ -143,16 +146,17 @@ struct Producer {
             load_tile(buffers.V + v.stage * TILE_BYTES, &plan.v, &shared.v_full[v.stage], KEYS, key, kv, task.b);
             v.next();
         }
+        return next;
     }
+
+    __device__ int deal() const { return int(gridDim.x) + atomicAdd(a.dealt, 1); }
 
     // A counter in memory deals out the tiles of rows, as in step 4. The last block leaves it zero.
     __device__ void run_all() {
         for (int index = blockIdx.x; index < plan.tiles_in_all;) {
-            const int next = int(gridDim.x) + atomicAdd(a.dealt, 1);
             const Task task = task_at(plan, a, sight, index);
-            index = next;
             hand_out(task);
-            if (task.count > 0) load(task);
+            index = task.count > 0 ? load(task) : deal();
         }
         hand_out({.count = -1});
         if (atomicAdd(a.dealt + 1, 1) == int(gridDim.x) - 1) a.dealt[0] = a.dealt[1] = 0;

@@ -498,30 +498,46 @@ struct Merger {
         return *is_last;
     }
 
-    // Merge what the teams have left, a warp a row. First lane i asks for m and l of team i, then all lanes go through the
-    // teams' O with known weights: no load waits for another.
+    // Merge what the teams have left. First lane i asks for m and l of team i, then all lanes go through the teams' O with
+    // known weights. A warp has several rows at a time: so no load waits for another.
     __device__ void merge_teams(const Cursor<Sh>& pair, int rows, int first, int first_team, int last_team) const {
-        const int lane = threadIdx.x % WARP, column = lane % FOURS * 4;
+        constexpr int EACH = Sh::ROWS / Sh::WARPS;
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, column = lane % FOURS * 4;
         const bool late = share.begin(first_team) < first;  // the pair is where the first team's share ends
         const auto theirs = [&](int team) { return partial(team, team == first_team && late); };
-        for (int row = threadIdx.x / WARP; row < rows; row += Sh::WARPS) {
-            Merged merged;
-            for (int top = first_team; top <= last_team; top += WARP) {
-                float2 ml = {-INFINITY, 0.0f};
-                if (top + lane <= last_team)
-                    ml = __ldcg(reinterpret_cast<const float2*>(theirs(top + lane) + Sh::ROWS * Sh::D + 2 * row));
-                const float m_new = warp_max(fmaxf(merged.m, ml.x)), anchor = m_new == -INFINITY ? 0.0f : m_new;
-                const float weight = fast_exp2(ml.x - anchor);
-                merged.rescale(m_new, fast_exp2(merged.m - anchor));
-                merged.l += warp_sum(ml.y * weight);
-                const int count = min(WARP, last_team - top + 1);
-#pragma unroll 16
-                for (int i = 0; i < count; ++i)
-                    merged.add(__shfl_sync(0xffffffff, weight, i),
-                               __ldcg(reinterpret_cast<const float4*>(theirs(top + i) + row * Sh::D + column)));
+        Merged merged[EACH];
+        for (int top = first_team; top <= last_team; top += WARP) {
+            float2 ml[EACH];
+            float weight[EACH];
+#pragma unroll
+            for (int e = 0; e < EACH; ++e) {
+                ml[e] = {-INFINITY, 0.0f};
+                if (top + lane <= last_team && warp + e * Sh::WARPS < rows)
+                    ml[e] = __ldcg(reinterpret_cast<const float2*>(theirs(top + lane) + Sh::ROWS * Sh::D) + warp +
+                                   e * Sh::WARPS);
             }
-            if (lane < FOURS) write(pair, row, column, merged);
+#pragma unroll
+            for (int e = 0; e < EACH; ++e) {
+                const float m_new = warp_max(fmaxf(merged[e].m, ml[e].x)), anchor = m_new == -INFINITY ? 0.0f : m_new;
+                weight[e] = fast_exp2(ml[e].x - anchor);
+                merged[e].rescale(m_new, fast_exp2(merged[e].m - anchor));
+                merged[e].l += warp_sum(ml[e].y * weight[e]);
+            }
+            const int count = min(WARP, last_team - top + 1);
+#pragma unroll 4
+            for (int i = 0; i < count; ++i) {
+                const float* const O = theirs(top + i) + column;
+#pragma unroll
+                for (int e = 0; e < EACH; ++e) {
+                    const int row = warp + e * Sh::WARPS;
+                    const float share = __shfl_sync(0xffffffff, weight[e], i);
+                    if (row < rows) merged[e].add(share, __ldcg(reinterpret_cast<const float4*>(O + row * Sh::D)));
+                }
+            }
         }
+#pragma unroll
+        for (int e = 0; e < EACH; ++e)
+            if (lane < FOURS && warp + e * Sh::WARPS < rows) write(pair, warp + e * Sh::WARPS, column, merged[e]);
     }
 };
 

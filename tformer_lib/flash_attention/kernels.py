@@ -23,11 +23,13 @@ from tformer_lib.ladder import (
 )
 
 MOST_HEAD_DIM = 256
-RUNGS = {"3": ("3a", "3b", "3c", "3d"), "4": ("4a", "4b", "4c", "4d")}  # on the way to a step, each with one idea less
+# What leads to a step, each rung with one idea more than the one before. The last has them all: it is the step.
+RUNGS = {"3": ("3a", "3b", "3c", "3d", "3e"), "4": ("4a", "4b", "4c", "4d", "4e")}
 LADDER = Ladder(
     "flash_attention",
     ("0", "cpu", "1", "2", *RUNGS["3"], "3", *RUNGS["4"], "4"),
     {"cpu": ("cpu", "0"), "cuda": ("4", "3", "2", "0")},
+    aliases={rungs[-1]: step for step, rungs in RUNGS.items()},
 )
 # The gradients take the instructions of the step that was asked for, or the best that the device has.
 GRADIENTS = {
