@@ -40,6 +40,7 @@ from benchmarks.harness import (
     edited_kernel,
     matmul_rate,
     measure,
+    measure_in_turns,
     profiled,
 )
 from tformer_lib import flash_attention as flash
@@ -49,7 +50,6 @@ from tformer_lib.flash_attention import kernels
 TOKENS, WIDTH = 16384, 2048  # tokens of a batch, and heads x head_dim
 SHAPES = [(d, length, causal) for d in (64, 128) for length in (4096, 16384) for causal in (False, True)]
 LENGTHS = {64: (512, 1024, 2048, 4096, 8192, 16384), 128: (512, 1024, 2048, 4096, 8192, 16384), 256: (4096, 16384)}
-TURNS = 3  # of the contestants of a row of the forward, so that clocks and power are shared alike
 PEERS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
 BUILDS = (1, 2, 3, 4, "float8", "backward", "backward_wide", "backward_tensor_core", "backward_tiled")
 SECONDS = 0.1  # of each measurement, after as long a warm-up
@@ -143,23 +143,6 @@ def time_forward(report: Report, limit: float) -> None:
             work = flops(TOKENS // length, WIDTH // d, length, length, d, causal)
             name = f"forward, {label(d, length, causal)}: {name}"
             report.add(name, timing, flops=work, limit=limit, d=d, length=length, causal=causal)
-
-
-def measure_in_turns(contestants: dict[str, tuple[Callable, list[tuple]]]) -> dict[str, Timing]:
-    """Each contestant on its inputs, a part of its time in each turn: the median of the turns, and all their spread."""
-    found = {name: [] for name in contestants}
-    for name, (attend, inputs) in [*contestants.items()] * TURNS:
-        timing = measure(attend, inputs, device="cuda", seconds=SECONDS / TURNS, warmup=SECONDS / TURNS)
-        found[name].append(timing)
-    return {
-        name: Timing(
-            median(t.median for t in turns),
-            min(t.p10 for t in turns),
-            max(t.p90 for t in turns),
-            sum(t.calls for t in turns),
-        )
-        for name, turns in found.items()
-    }
 
 
 def time_rungs(report: Report, limit: float) -> None:
@@ -275,7 +258,9 @@ def time_forms(report: Report, limit: float) -> None:
         if alone is None and (attend := flash_attention_3_form(q, k, v, **peers_options)) is not None:
             contestants["FlashAttention-3"] = attend
         pairs = 2 * query_heads * pairs_seen(queries, T, options)
-        for contestant, timing in measure_in_turns({x: (run, [()]) for x, run in contestants.items()}).items():
+        for contestant, timing in measure_in_turns(
+            {x: (run, [()]) for x, run in contestants.items()}, seconds=SECONDS
+        ).items():
             facts = {"d": d, "value_dim": value_dim, "queries": queries, "keys": T, "heads": [query_heads, kv_heads]}
             facts |= {"form": name, "dense": dense or "form, plain: step 4"}
             work = 2.0 * pairs * (d + value_dim)
@@ -296,7 +281,9 @@ def time_float8(report: Report, limit: float) -> None:
         if (attend := flash_attention_3_form(*numbers, causal=causal, **given)) is not None:
             contestants["FlashAttention-3"] = attend
         work = flops(TOKENS // length, WIDTH // 128, length, length, 128, causal)
-        for name, timing in measure_in_turns({x: (run, [()]) for x, run in contestants.items()}).items():
+        for name, timing in measure_in_turns(
+            {x: (run, [()]) for x, run in contestants.items()}, seconds=SECONDS
+        ).items():
             name = f"float8, {label(128, length, causal)}: {name}"
             report.add(name, timing, flops=work, limit=limit, d=128, length=length, causal=causal)
 
@@ -390,7 +377,7 @@ def note_errors(report: Report) -> None:
 def load_twice() -> dict[str, float]:
     """Seconds to build every step in an empty cache, one after the other, and to load them again in a new process.
 
-    Meant to run beside the measurements: device events do not feel a compiler on the host.
+    Meant to run beside measurements of long kernels, which do not feel a compiler on the host.
     """
     code = "import time, torch; from tformer_lib import jit; torch.cuda.init()\n"
     code += f"for step in {BUILDS}:\n    t = time.time()\n    jit.load('flash_attention', step)\n"
@@ -427,12 +414,12 @@ def note_resources(report: Report) -> None:
 
 def run_gpu(report: Report, ablations: bool) -> None:
     """Everything that a Hopper GPU can show."""
+    limit = matmul_rate("cuda", torch.bfloat16)
+    report.note(matmul_bfloat16_tflops=limit / 1e12)
+    time_forward(report, limit)
+    report.finish()  # what there is so far, should the rest be cut short
     with ThreadPoolExecutor(1) as pool:
-        builds = pool.submit(load_twice)
-        limit = matmul_rate("cuda", torch.bfloat16)
-        report.note(matmul_bfloat16_tflops=limit / 1e12)
-        time_forward(report, limit)
-        report.finish()  # what there is so far, should the rest be cut short
+        builds = pool.submit(load_twice)  # beside long kernels, whose launches it cannot delay
         time_backward(report, limit)
         time_packed(report, limit)
         time_forms(report, limit)

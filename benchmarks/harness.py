@@ -20,7 +20,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -157,6 +157,31 @@ def measure_graph(fn: Callable, inputs: Sequence[tuple] = ((),), *, seconds: flo
             fn(*arguments)
     timing, calls = measure(graph.replay, device="cuda", seconds=seconds), rounds * len(inputs)
     return replace(timing, median=timing.median / calls, p10=timing.p10 / calls, p90=timing.p90 / calls)
+
+
+TURNS = 3  # of contestants that are measured in turns, so that clocks and power are shared alike
+
+
+def measure_in_turns(
+    contestants: Mapping[str, tuple[Callable, Sequence[tuple]]], *, seconds: float = 0.1
+) -> dict[str, Timing]:
+    """Each contestant (function, sets of arguments) on a GPU, a part of its time in each turn.
+
+    Returns:
+        of each the median of its turns' medians, and the spread of all of them.
+    """
+    found = {name: [] for name in contestants}
+    for name, (fn, inputs) in [*contestants.items()] * TURNS:
+        found[name].append(measure(fn, inputs, device="cuda", seconds=seconds / TURNS, warmup=seconds / TURNS))
+    return {
+        name: Timing(
+            median(t.median for t in turns),
+            min(t.p10 for t in turns),
+            max(t.p90 for t in turns),
+            sum(t.calls for t in turns),
+        )
+        for name, turns in found.items()
+    }
 
 
 def warm_up(fn: Callable, inputs: Sequence[tuple], device: torch.device, seconds: float) -> None:

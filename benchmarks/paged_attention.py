@@ -8,13 +8,12 @@ plus written) in the same run; a stream that only reads may pass it, which is wh
 Prefill is limited by arithmetic, like flash attention: its limit is the rate of a large matrix product.
 
 On a GPU the script measures decode (steps 1 and 2) as a call from Python and as a replayed CUDA graph, beside torch's
-attention over dense caches of the same size, over batches, contexts, ragged rows, float8, block sizes; prefill;
-writing; what single ideas of step 2 buy; and the time that Python takes to launch. On a CPU, the C++ twin beside
-PyTorch.
+attention over dense caches of the same size, over batches, contexts, ragged rows, block sizes; step 2 in turns with
+FlashAttention-3's paged kernel, over ratios of heads, widths and float8; prefill; writing; what single ideas of step 2
+buy; and the time that Python takes to launch. On a CPU, the C++ twin beside PyTorch.
 
-Peers, measured on 2026-11-22 on the same kind of GPU, on the decode work of the first four rows here (bfloat16, 32 / 8
-heads, head_dim 128, blocks of 16 shuffled in the pool): FlashAttention-3's paged kernel, as vLLM ships it, 4.38 TB/s at
-64 x 8,192, 4.01 ragged, 53 us at 1 x 32,768 and 52 us at 16 x 2,048; FlashInfer on tensor cores 4.34, 3.80, 53 and 53.
+FlashAttention-3 is taken from the ``vllm`` wheel (``vllm.vllm_flash_attn``), where it is installed; otherwise its rows
+are missing. It reads pools of (blocks, block_size, kv_heads, head_dim), as vLLM lays them out.
 """
 
 import sys
@@ -36,6 +35,7 @@ from benchmarks.harness import (
     matmul_rate,
     measure,
     measure_graph,
+    measure_in_turns,
     profiled,
 )
 from tformer_lib.paged_attention import FP8, PREFILL_STEPS, blocks_for, write_cache
@@ -96,6 +96,18 @@ DECODE = {
     "4 x 131,072": [131072] * 4,
 }
 PRIMARY = tuple(DECODE)[:4]
+BESIDE = {  # decode beside FlashAttention-3: (lengths, what differs from 32 / 8 heads, d 128, bfloat16)
+    **{name: (DECODE[name], {}) for name in (*PRIMARY, "256 x 512")},
+    "64 x 8,192, d 64": ([8192] * 64, {"d": 64}),
+    "64 x 8,192, 64 / 8 heads": ([8192] * 64, {"heads": 64}),
+    "16 x 2,048, 64 / 8 heads": ([2048] * 16, {"heads": 64}),
+    "64 x 8,192, 16 / 16 heads": ([8192] * 64, {"heads": 16, "kv_heads": 16}),
+    "64 x 8,192, 8 / 1 heads": ([8192] * 64, {"heads": 8, "kv_heads": 1}),
+    "64 x 8,192, float8": ([8192] * 64, {"cache": FP8}),
+    "256 x 2,048, float8": ([2048] * 256, {"cache": FP8}),
+    "1 x 32,768, float8": ([32768], {"cache": FP8}),
+}
+SETS = 12  # of inputs, at most, where FlashAttention-3 needs pools of its own beside them
 
 
 # --- inputs --------------------------------------------------------------------------------------------------------
@@ -181,6 +193,39 @@ def time_dense(report: Report, name: str, lengths: list[int], facts: dict) -> No
                 report.note(**{f"decode, {name}: {contestant}": str(error).splitlines()[0]})
                 continue
         report.add(f"decode, {name}: {contestant}", timing, **facts)
+
+
+def flash_attention_3(x: dict[str, Tensor]) -> Callable | None:
+    """FlashAttention-3's kernel on the same rows, with pools in its own layout, or None where it is not installed."""
+    try:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+
+    rows = x["lengths"].shape[0]
+    pools = [x[name].transpose(1, 2).contiguous() for name in ("k_pool", "v_pool")]
+    q, given = x["q"], {"max_seqlen_q": 1, "max_seqlen_k": int(x["lengths"].max()), "causal": True, "fa_version": 3}
+    given |= {"cu_seqlens_q": torch.arange(rows + 1, device="cuda", dtype=torch.int32)}
+    given |= {"seqused_k": x["lengths"], "block_table": x["block_tables"]}
+    if pools[0].dtype == FP8:  # it takes queries in float8 too, and a scale for each row and kv head
+        q, scale = q.to(FP8), torch.ones(rows, pools[0].shape[2], device="cuda")
+        given |= dict.fromkeys(("q_descale", "k_descale", "v_descale"), scale)
+    return lambda: flash_attn_varlen_func(q, *pools, **given)
+
+
+def time_beside(report: Report, limit: float) -> None:
+    """Step 2 in turns with FlashAttention-3."""
+    for name, (lengths, options) in BESIDE.items():
+        inputs = rotation(lambda lengths=lengths, options=options: make_rows(lengths, **options))[:SETS]
+        contestants = {"step 2": (own(2), inputs)}
+        if (first := flash_attention_3(inputs[0][0])) is not None:
+            calls = [first, *(flash_attention_3(x) for (x,) in inputs[1:])]
+            contestants["FlashAttention-3"] = (lambda call: call()), [(call,) for call in calls]
+        for contestant, timing in measure_in_turns(contestants, seconds=2 * SECONDS).items():
+            facts = {"bytes": kv_bytes(inputs[0][0]), "limit": limit}
+            report.add(f"decode in turns, {name}: {contestant}", timing, **facts)
+        del contestants, inputs
+        torch.cuda.empty_cache()
 
 
 def time_variety(report: Report, limit: float) -> None:
@@ -308,6 +353,7 @@ def run_gpu(report: Report, ablations: bool) -> None:
     report.note(copy_tb_s=limit / 1e12, read_tb_s=read_rate() / 1e12)
     note_errors(report)
     note_launch(report)
+    time_beside(report, limit)
     time_decode(report, limit)
     report.finish()  # what there is so far, should the rest be cut short
     if ablations:
@@ -355,7 +401,16 @@ def run_cpu(report: Report) -> None:
             report.add(name, timing, bytes=kv_bytes(x), limit=limit)
 
 
-PEERS = (*DENSE, "dense cache, sdpa", "step 0", "step 1", "step prefill_tensor_core", "step prefill_hopper", "step 2")
+PEERS = (
+    "FlashAttention-3",
+    *DENSE,
+    "dense cache, sdpa",
+    "step 0",
+    "step 1",
+    "step prefill_tensor_core",
+    "step prefill_hopper",
+    "step 2",
+)
 
 
 @dataclass(frozen=True)

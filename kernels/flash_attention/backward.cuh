@@ -49,7 +49,7 @@ constexpr int THREADS = (GROUPS + 1) * WARPGROUP;
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 constexpr int STAGES = 2;
 constexpr int ROW_BYTES = BOX_COLUMNS * 2;
-constexpr int PART = 64;  // a part of dQ is PART x PART: 32 registers of each thread of a warpgroup
+constexpr int PART = 64;  // a part of dQ is PART queries x PART_COLUMNS columns, the sums of one warpgroup
 constexpr int CLEARED = 4;  // hardware barrier; turns take 2 and 3, what is said about dS 5 to 8
 
 // dK and dV take D registers of a consumer, S and dP 64 to 128 more: a narrow D leaves room for twice the queries.
@@ -60,8 +60,8 @@ struct Shape {
     static constexpr int BOXES = D / BOX_COLUMNS, ROW_BOXES = ROWS / BOX_COLUMNS;
     static constexpr int KEY_BYTES = KEYS * D * 2, ROW_TILE_BYTES = ROWS * D * 2, DS_BYTES = KEYS * ROWS * 2;
     static constexpr int SHARED_BYTES = 2 * KEY_BYTES + 2 * STAGES * ROW_TILE_BYTES + 2 * DS_BYTES + 1024;
-    static constexpr int STATISTICS = 2 * ROWS;         // lse and delta of a tile
-    static constexpr int DQ_FLOATS = GROUPS * PART * PART;  // = ROWS x D
+    static constexpr int STATISTICS = 2 * ROWS;  // lse and delta of a tile
+    static constexpr int PART_COLUMNS = 64, DQ_FLOATS = ROWS * D;
 };
 
 // --- the main kernel -------------------------------------------------------------------------------------------------
@@ -189,12 +189,18 @@ __device__ void issue_gradient(float (&C)[Sh::D / 8][4], const uint32_t (&A)[Sh:
 
 // One part of dQ (64 queries x 64 columns) = dS K over all KEYS keys: dS is stored with a key a row, as K is.
 template <class Half, class Sh>
-__device__ void issue_dq(float (&dQ)[PART / 8][4], uint32_t dS, uint32_t K) {
+__device__ void issue_dq(float (&dQ)[Sh::PART_COLUMNS / 8][4], uint32_t dS, uint32_t K) {
     const uint64_t a = n_major(dS, 0), b = n_major(K, 0);
 #pragma unroll
     for (int k = 0; k < Sh::KEYS / 16; ++k)
         multiply_shared<Half, true, true>(dQ, advance(a, k * 16 * ROW_BYTES), advance(b, k * 16 * ROW_BYTES), k > 0);
     commit_products();
+}
+
+// Where this thread's first four numbers of a part of dQ lie; the next four are those of all threads later.
+template <class Sh>
+__device__ float* part_of_dq(const Arguments& a, int64_t tile, int part) {
+    return a.dq_sum + tile * Sh::DQ_FLOATS + part * PART * Sh::PART_COLUMNS + threadIdx.x % WARPGROUP * 4;
 }
 
 template <class Half, class Sh>
@@ -300,11 +306,10 @@ struct Consumer {
         meet(CLEARED, GROUPS * WARPGROUP);
     }
 
-    __device__ void add_dq(const float (&dQ)[PART / 8][4], int64_t tile) const {
-        const int thread = threadIdx.x % WARPGROUP;
-        float* target = a.dq_sum + tile * Sh::DQ_FLOATS + group * PART * PART + thread * 4;
+    __device__ void add_dq(const float (&dQ)[Sh::PART_COLUMNS / 8][4], int part, int64_t tile) const {
+        float* target = part_of_dq<Sh>(a, tile, part);
 #pragma unroll
-        for (int j = 0; j < PART / 8; ++j) add_global(target + j * WARPGROUP * 4, dQ[j]);
+        for (int j = 0; j < Sh::PART_COLUMNS / 8; ++j) add_global(target + j * WARPGROUP * 4, dQ[j]);
     }
 
     // Turns. Whose turn it is at this part of dQ is read long before it is needed, and waited for only if it is not yet ours.
@@ -412,7 +417,7 @@ struct Consumer {
         wait_products<0>();
         pin(dV);
         Scores S;
-        float dQ[PART / 8][4];
+        float dQ[Sh::PART_COLUMNS / 8][4];
         products_begin();
         issue_gradient<Half, Sh>(dK, ds_words, Q);
         if constexpr (MORE) issue_scores(S, s ^ 1);
@@ -430,7 +435,7 @@ struct Consumer {
         wait_products<0>();
         pin(dQ);
         if constexpr (Sh::IN_TURN) wait_turn(now.index, now.tile * Sh::ROWS, now.seen);
-        add_dq(dQ, now.index);
+        add_dq(dQ, group, now.index);
         last = now.index;
     }
 
@@ -457,21 +462,23 @@ struct Consumer {
             step<false>(dK, dV, P, cap, ring, now, now, last);
             pass_turn(last);
         }
-        store(a.dk, dK, a.scale, a.head_dim);
-        store(a.dv, dV, 1.0f, a.value_dim);
+        store(a.dk, dK, a.scale, 0, a.head_dim);
+        store(a.dv, dV, 1.0f, 0, a.value_dim);
     }
 
-    __device__ void store(const Matrix& x, const float (&C)[Sh::D / 8][4], float factor, int64_t columns) const {
+    // The columns from `first` on of the group's keys.
+    template <int TILES>
+    __device__ void store(const Matrix& x, const float (&C)[TILES][4], float factor, int first, int64_t columns) const {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int key = block.key + group * GROUP_KEYS + key_in_group(r);
-            Half* target = row_of<Half>(x, block.sequence.b, block.kv, block.sequence.k_begin + key);
-            store_row<Half>(target, C, r, factor, key < block.sight.S, columns);
+            Half* target = row_of<Half>(x, block.sequence.b, block.kv, block.sequence.k_begin + key) + first;
+            store_row<Half>(target, C, r, factor, key < block.sight.S, columns - first);
         }
     }
 };
 
-template <class Half, class Sh>
+template <class Half, class Sh, class Worker = Consumer<Half, Sh>>
 __global__ void __launch_bounds__(THREADS, 1)
     backward_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments a) {
     extern __shared__ uint8_t shared[];
@@ -489,7 +496,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     } else {
         take_registers<CONSUMER_REGISTERS>();
         const int group = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
-        Consumer<Half, Sh>{a, block, barriers, buffers, group}.run();
+        Worker{a, block, barriers, buffers, group}.run();
     }
 }
 
@@ -503,12 +510,12 @@ __global__ void __launch_bounds__(WARPGROUP) round_dq_kernel(const __grid_consta
     const Sequence sequence = sequence_of(a, work.b);
     if (work.tile * Sh::ROWS >= sequence.T) return;
     const int64_t tile = tile_index<Sh>(a, sequence, work.b, work.h, work.tile);
-    const float* source = a.dq_sum + tile * Sh::DQ_FLOATS + part * PART * PART + threadIdx.x * 4;
-    float dQ[PART / 8][4];
+    const float* source = part_of_dq<Sh>(a, tile, part);
+    float dQ[Sh::PART_COLUMNS / 8][4];
 #pragma unroll
-    for (int j = 0; j < PART / 8; ++j)
+    for (int j = 0; j < Sh::PART_COLUMNS / 8; ++j)
         *reinterpret_cast<float4*>(dQ[j]) = *reinterpret_cast<const float4*>(source + j * WARPGROUP * 4);
-    const int row_part = Sh::ROW_BOXES > 1 ? part : 0, column = (Sh::BOXES > 1 ? part : 0) * PART;
+    const int row_part = Sh::ROW_BOXES > 1 ? part : 0, column = (Sh::BOXES > 1 ? part : 0) * Sh::PART_COLUMNS;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int row = work.tile * Sh::ROWS + row_part * PART + threadIdx.x / WARP * 16 + r * 8 + threadIdx.x % WARP / 4;
@@ -533,14 +540,14 @@ const char* make_maps(Maps& maps, const Arguments& a) {
     return make_line_map(&maps.statistics, a.delta, a.heads * tiles_in_all<Sh>(a), Sh::STATISTICS);
 }
 
-template <class Half, class Sh>
+template <class Half, class Sh, class Worker = Consumer<Half, Sh>>
 const char* run_backward(const Arguments& a, void* stream) {
     Maps maps;
     if (const char* error = make_maps<Sh>(maps, a)) return error;
     const int64_t row_tiles = a.batch * a.heads * ((a.queries + Sh::ROWS - 1) / Sh::ROWS);
     const int64_t key_tiles = a.batch * a.kv_heads * ((a.keys + Sh::KEYS - 1) / Sh::KEYS);
     if (const char* error = launch(prepare_kernel<Half, Sh>, row_tiles, PREPARE_THREADS, 0, stream, a)) return error;
-    if (const char* error = launch(backward_kernel<Half, Sh>, key_tiles, THREADS, Sh::SHARED_BYTES, stream, maps, a))
+    if (const char* error = launch(backward_kernel<Half, Sh, Worker>, key_tiles, THREADS, Sh::SHARED_BYTES, stream, maps, a))
         return error;
     return launch(round_dq_kernel<Half, Sh>, row_tiles * GROUPS, WARPGROUP, 0, stream, a);
 }

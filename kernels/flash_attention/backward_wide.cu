@@ -27,11 +27,11 @@ constexpr int P_READY = 1, DS_READY_WIDE = 5;  // hardware barriers, besides tho
 struct WideShape {
     static constexpr bool PACKED = false, IN_TURN = false, MODIFIED = false;
     static constexpr int D = 2 * HALF_D, KEYS = 64, ROWS = 64;
-    static constexpr int BOXES = D / BOX_COLUMNS, HALF_BOXES = HALF_D / BOX_COLUMNS;
+    static constexpr int BOXES = D / BOX_COLUMNS, ROW_BOXES = ROWS / BOX_COLUMNS, HALF_BOXES = HALF_D / BOX_COLUMNS;
     static constexpr int KEY_BYTES = KEYS * D * 2, ROW_TILE_BYTES = ROWS * D * 2, SCORE_BYTES = KEYS * ROWS * 2;
     // P(i + 1) is written while the other warpgroup may still read P(i); dS(i + 1) only after both have met.
     static constexpr int SHARED_BYTES = 2 * KEY_BYTES + 2 * STAGES * ROW_TILE_BYTES + 3 * SCORE_BYTES + 1024;
-    static constexpr int STATISTICS = 2 * ROWS, DQ_FLOATS = ROWS * D;
+    static constexpr int STATISTICS = 2 * ROWS, PART_COLUMNS = HALF_D, DQ_FLOATS = ROWS * D;
 };
 
 // C (64 x 128) += A B: A is P or dS, a key a row, and B a tile of which these are 128 columns.
@@ -70,12 +70,6 @@ struct WideConsumer : Consumer<Half, Sh> {
 #pragma unroll
         for (int k = 0; k < Sh::ROWS / 16; ++k)
             ldmatrix(words[k], P + row * ROW_BYTES + ((2 * k + lane / 16) ^ row % 8) * 16);
-    }
-
-    __device__ void add_half(const float (&dQ)[HALF_D / 8][4], int64_t tile) const {
-        float* target = a.dq_sum + tile * Sh::DQ_FLOATS + half * Sh::ROWS * HALF_D + threadIdx.x % WARPGROUP * 4;
-#pragma unroll
-        for (int j = 0; j < HALF_D / 8; ++j) add_global(target + j * WARPGROUP * 4, dQ[j]);
     }
 
     __device__ void run() {
@@ -133,79 +127,14 @@ struct WideConsumer : Consumer<Half, Sh> {
                 this->release(&barriers.q_empty[s]);
                 wait_products<0>();
                 pin(dQ);
-                add_half(dQ, tile_index<Sh>(a, block.sequence, block.b, head, tile));
+                this->add_dq(dQ, half, tile_index<Sh>(a, block.sequence, block.b, head, tile));
             }
-        store_half(a.dk, dK, a.scale, a.head_dim);
-        store_half(a.dv, dV, 1.0f, a.value_dim);
-    }
-
-    __device__ void store_half(const Matrix& x, const float (&C)[HALF_D / 8][4], float factor, int64_t columns) const {
-        const int first = half * HALF_D;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int key = block.key + this->key_in_group(r);
-            Half* target = row_of<Half>(x, block.sequence.b, block.kv, block.sequence.k_begin + key) + first;
-            store_row<Half>(target, C, r, factor, key < block.sight.S, columns - first);
-        }
+        this->store(a.dk, dK, a.scale, half * HALF_D, a.head_dim);
+        this->store(a.dv, dV, 1.0f, half * HALF_D, a.value_dim);
     }
 };
 
-template <class Half, class Sh>
-__global__ void __launch_bounds__(THREADS, 1)
-    wide_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments a) {
-    extern __shared__ uint8_t shared[];
-    __shared__ Barriers barriers;
-    __shared__ __align__(128) float statistics[STAGES * Sh::STATISTICS];
-    const Block block = block_of<Sh>(a);
-    if (block.key >= block.sequence.S) return;
-    const Buffers buffers = buffers_of<Sh>(shared, statistics);
-    if (threadIdx.x == 0) init(barriers);
-    __syncthreads();
-
-    if (threadIdx.x >= GROUPS * WARPGROUP) {
-        give_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x == GROUPS * WARPGROUP) produce<Sh>(maps, a, block, buffers, barriers);
-    } else {
-        take_registers<CONSUMER_REGISTERS>();
-        const int half = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
-        WideConsumer<Half, Sh>(a, block, barriers, buffers, half).run();
-    }
-}
-
-// One warpgroup reads back 128 columns of a tile of dQ as they were added, and writes them times `scale`.
-template <class Half, class Sh>
-__global__ void __launch_bounds__(WARPGROUP) round_wide_kernel(const __grid_constant__ Arguments a) {
-    const int tiles = int((a.queries + Sh::ROWS - 1) / Sh::ROWS), half = blockIdx.x % GROUPS;
-    const Work work = work_of(blockIdx.x / GROUPS, a.heads, tiles, false);
-    const Sequence sequence = sequence_of(a, work.b);
-    if (work.tile * Sh::ROWS >= sequence.T) return;
-    const int64_t tile = tile_index<Sh>(a, sequence, work.b, work.h, work.tile);
-    const float* source = a.dq_sum + tile * Sh::DQ_FLOATS + half * Sh::ROWS * HALF_D + threadIdx.x * 4;
-    float dQ[HALF_D / 8][4];
-#pragma unroll
-    for (int j = 0; j < HALF_D / 8; ++j)
-        *reinterpret_cast<float4*>(dQ[j]) = *reinterpret_cast<const float4*>(source + j * WARPGROUP * 4);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const int row = work.tile * Sh::ROWS + threadIdx.x / WARP * 16 + r * 8 + threadIdx.x % WARP / 4;
-        Half* target = row_of<Half>(a.dq, sequence.b, work.h, sequence.q_begin + row) + half * HALF_D;
-        store_row<Half>(target, dQ, r, a.scale, row < sequence.T, a.head_dim - half * HALF_D);
-    }
-}
-
 // --- host ------------------------------------------------------------------------------------------------------------
-
-template <class Half, class Sh>
-const char* run_wide(const Arguments& a, void* stream) {
-    Maps maps;
-    if (const char* error = make_maps<Sh>(maps, a)) return error;
-    const int64_t row_tiles = a.batch * a.heads * ((a.queries + Sh::ROWS - 1) / Sh::ROWS);
-    const int64_t key_tiles = a.batch * a.kv_heads * ((a.keys + Sh::KEYS - 1) / Sh::KEYS);
-    if (const char* error = launch(prepare_kernel<Half, Sh>, row_tiles, PREPARE_THREADS, 0, stream, a)) return error;
-    if (const char* error = launch(wide_kernel<Half, Sh>, key_tiles, THREADS, Sh::SHARED_BYTES, stream, maps, a))
-        return error;
-    return launch(round_wide_kernel<Half, Sh>, row_tiles * GROUPS, WARPGROUP, 0, stream, a);
-}
 
 template <class Run>
 const char* with_wide_types(const Arguments& a, const Run& run) {
@@ -228,12 +157,12 @@ extern "C" const char* scratch(const Arguments* a, int64_t* sizes) {
 }
 
 extern "C" const char* backward(const Arguments* a, void* stream) {
-    return with_wide_types(*a, [&]<class Half, class Sh>() { return run_wide<Half, Sh>(*a, stream); });
+    return with_wide_types(*a, [&]<class Half, class Sh>() { return run_backward<Half, Sh, WideConsumer<Half, Sh>>(*a, stream); });
 }
 
 extern "C" const char* resources(const Arguments* a, Resources* out) {
     return with_wide_types(*a, [&]<class Half, class Sh>() {
-        return measure_resources(wide_kernel<Half, Sh>, THREADS, Sh::SHARED_BYTES, out);
+        return measure_resources(backward_kernel<Half, Sh, WideConsumer<Half, Sh>>, THREADS, Sh::SHARED_BYTES, out);
     });
 }
 
