@@ -63,7 +63,7 @@ def from_cpu(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 def flash_cases() -> dict[str, Callable]:
     """The steps of the ladder, the gradients, and the two controls."""
-    steps = (1, 2, *flash.RUNGS["3"], 3, *flash.RUNGS["4"], 4)
+    steps = (1, 2, *flash.RUNGS["3"][:-1], 3, *flash.RUNGS["4"][:-1], 4)  # the last rung is the step
     cases = {f"step {step}": partial(run_flash_forward, step) for step in steps}
     cases |= {f"step {step}, other forms": partial(run_flash_forms, step) for step in (3, 4)}
     cases |= {"gradients, other forms": run_flash_form_gradients, "float8": run_flash_float8}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tformer_lib import jit
+from tformer_lib import flash_attention, jit
 from tformer_lib.attention import attend
 from tformer_lib.flash_attention import in_triton
 from tformer_lib.teaching import kernels
@@ -113,6 +113,14 @@ def max_in_one_group(places: list[int]) -> int:
     """How many of the places lie in the busiest group of banks."""
     groups = [place % widgets.GROUPS for place in places]
     return max(groups.count(group) for group in groups)
+
+
+def test_every_rung_has_a_name_and_the_last_is_the_step():
+    for step, rungs in flash_attention.RUNGS.items():
+        assert rungs == tuple(f"{step}{letter}" for letter in "abcde")
+        assert [flash_attention.LADDER.name(rung) for rung in rungs] == [*rungs[:-1], step]
+        for rung in rungs[:-1]:
+            assert jit.find_source("flash_attention", rung).stem.startswith(f"{rung}_")
 
 
 def test_the_ledger_names_rows_that_were_measured():

@@ -24,6 +24,7 @@ def test_the_code_of_a_rung_stands_in_its_header():
     assert kernels.step_file("flash_attention", 2) == "flash_attention/2_tiled.cu"
     assert kernels.step_file("flash_attention", "3b") == "flash_attention/3_tensor_core.cuh"
     assert kernels.step_file("flash_attention", 4) == "flash_attention/4_hopper.cuh"
+    assert kernels.step_file("flash_attention", "4e") == "flash_attention/4_hopper.cuh"
     with pytest.raises(FileNotFoundError, match="it has: "):
         kernels.step_file("flash_attention", 9)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tformer_lib import jit
 from tformer_lib.attention import attend
-from tformer_lib.flash_attention import flash_attention
+from tformer_lib.flash_attention import LADDER, flash_attention
 
 TOPIC = "flash_attention"
 SECONDS = 300.0
@@ -80,7 +80,7 @@ def step_file(topic: str, step: int | str) -> str:
     Raises:
         FileNotFoundError: there is no such step; the message lists those that there are.
     """
-    source = jit.find_source(topic, step)
+    source = jit.find_source(topic, LADDER.aliases.get(str(step), step))
     included = re.findall(r'^#include "(\d\w*\.cuh)"', source.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return f"{topic}/{included[0] if included else source.name}"
 
@@ -103,6 +103,7 @@ def compile_step(topic: str, step: int | str, edited: str | dict[str, str], *, s
     """
     if topic != TOPIC:
         raise ValueError(f"the bench knows the kernels of {TOPIC!r}, got {topic!r}")
+    step = LADDER.aliases.get(str(step), step)
     files = {step_file(topic, step): edited} if isinstance(edited, str) else edited
     for name in files:
         if not (jit.kernels_folder() / name).is_file():
