@@ -167,12 +167,18 @@ def measure_in_turns(
 ) -> dict[str, Timing]:
     """Each contestant (function, sets of arguments) on a GPU, a part of its time in each turn.
 
+    Each turn begins with another contestant: who follows one that heats the GPU less finds a higher clock.
+
     Returns:
         of each the median of its turns' medians, and the spread of all of them.
     """
     found = {name: [] for name in contestants}
-    for name, (fn, inputs) in [*contestants.items()] * TURNS:
-        found[name].append(measure(fn, inputs, device="cuda", seconds=seconds / TURNS, warmup=seconds / TURNS))
+    names = list(contestants)
+    for turn in range(TURNS):
+        first = turn * len(names) // TURNS
+        for name in names[first:] + names[:first]:
+            fn, inputs = contestants[name]
+            found[name].append(measure(fn, inputs, device="cuda", seconds=seconds / TURNS, warmup=seconds / TURNS))
     return {
         name: Timing(
             median(t.median for t in turns),

@@ -11,7 +11,7 @@
 namespace hopper {
 
 constexpr int WARPGROUP = 128, WARPS = WARPGROUP / WARP, GROUP_ROWS = 64;
-constexpr int STAGES = 2, MOST_STAGES = 5;  // buffers of K and of V, where a shape does not say otherwise
+constexpr int STAGES = 2, MOST_STAGES = 3;  // buffers of K and of V, where a shape does not say otherwise
 constexpr int CLEARED = 8;  // hardware barrier; turns take 1 to 3
 constexpr int ROW_BYTES = BOX_COLUMNS * 2;
 

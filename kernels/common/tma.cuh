@@ -85,12 +85,6 @@ __device__ inline void load_box(void* target, const CUtensorMap* map, uint64_t* 
         : "memory");
 }
 
-// One thread asks the L2 cache alone for a box.
-__device__ inline void prefetch_box(const CUtensorMap* map, int column, int row, int head, int batch) {
-    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(column), "r"(row),
-                 "r"(head), "r"(batch));
-}
-
 // One thread asks for one line of a map of lines. (cp.async.bulk with a plain address does the same, but racecheck takes its
 // write for that thread's own, which no barrier orders.)
 __device__ inline void load_line(void* target, const CUtensorMap* map, uint64_t* barrier, int line) {

@@ -51,6 +51,16 @@
 //   tiles       nothing beside them. One stream of steps, d 128: 263 to 303 TFLOP/s at 512, 359 to 410 at 1,024. But a step
 //               that asked whether a tile of rows ends here had 7 % more instructions, and lost 5 to 15 % on long rows. Hence
 //               three copies of the step. Their loop has the instructions of a loop that knows of one tile of rows
+//   dealing     Causal at d 256, as many operations took 8 % more cycles than without a mask. A block asked for its next tile of
+//               rows when it began the one before, and near the end held a long one that an idle block could have taken. Played
+//               through, the last block ended after 898 tiles of keys where 818 do. Asked for while the last tiles of keys of
+//               this one are on their way: predicted 664 to 720; measured 2.34 to 2.18 million cycles (FlashAttention-3 2.20), 691
+//               to 719 TFLOP/s, on 4,096 tokens 637 to 653 (671), on d 128 no change
+//   caps        scores.cuh
+//   no help     Where short rows lose to cuDNN (512 tokens, d 128: 253 thousand cycles, cuDNN 214), predicted to be the wait for K
+//   to short    and V. The L2 cache asked for the next tile of rows: 463 to 432, causal 316 to 259. Five buffers of 64 keys: 463
+//   rows        to 470, causal 316 to 314; four of 80 keys: 417, 245. At d 64, five buffers of 128: 241 to 242. So they wait for
+//               something else
 //   no gain     a maximum that may lag behind by 2^8 (0 to -2 %); K and V sent to two blocks at once, by multicast (-25 %); a
 //               quarter of the exponentials as polynomials (0 at d 64, -25 % at d 128); half of a diagonal tile left out by
 //               one of the warpgroups (-20 %); Q in registers (0); three warpgroups and 80 keys at d 128 (-12 %)
@@ -97,7 +107,6 @@ struct Plan {
     int tiles_in_all;
     int tiles;           // of rows, a head
     int heads_together;  // heads whose tiles are interleaved, longest first; 1: a head after another
-    bool prefetches;     // the L2 cache is asked for the next tiles of rows
 };
 
 // A tile of rows, as the producer hands it to the consumers.
@@ -125,6 +134,8 @@ struct Shared {
 };
 
 // --- producer --------------------------------------------------------------------------------------------------------
+
+constexpr int LEFT = 4;
 
 template <class Sh>
 struct Producer {
@@ -162,8 +173,8 @@ struct Producer {
                 int(sequence.k_begin)};
     }
 
-    // Q, then K(i) and V(i - 1), from the last tile of keys to the first. Returns the next tile of rows, asked for while the
-    // last tiles of keys of this one are on their way: early enough to know it in time, and no earlier.
+    // Q, then K(i) and V(i - 1), from the last tile of keys to the first. Returns the next tile of rows. It is asked for when
+    // LEFT tiles of keys remain: early enough to be known in time, and no earlier, since another block may be free first.
     __device__ int load(const Task& task) {
         const int count = task.count, head = task.head, batch = task.batch, kv = head / int(a.heads / a.kv_heads);
         const int q_row = task.q_begin + task.top, k_row = task.k_begin + task.begin;
@@ -174,7 +185,7 @@ struct Producer {
         q.next();
         for (int i = 0; i <= count; ++i) {
             const int row = k_row + (count - 1 - i) * Sh::KEYS;
-            if (i == count - 1) next = deal();
+            if (i == max(0, count - LEFT)) next = deal();
             if (i < count) {
                 wait(&shared.barriers.k_empty[k.stage], k.parity ^ 1);
                 load_tile<Sh::KEYS>(buffers.K + k.stage * Sh::TILE_BYTES, &plan.k, &shared.barriers.k_full[k.stage], row,
@@ -196,33 +207,12 @@ struct Producer {
         return Sh::RUNG == PERSISTENT ? int(gridDim.x) + atomicAdd(a.dealt, 1) : plan.tiles_in_all;
     }
 
-    template <int ROWS, int BOXES>
-    __device__ void prefetch_tile(const CUtensorMap* map, int row, int head, int batch) const {
-#pragma unroll
-        for (int box = 0; box < BOXES; ++box) prefetch_box(map, box * BOX_COLUMNS, row, head, batch);
-    }
-
-    // Have the L2 cache read what a tile of rows will ask for: its Q and, if it is the first of its head, all K and V.
-    __device__ void prefetch(int index) const {
-        if (index >= plan.tiles_in_all) return;
-        const Task task = task_at(index);
-        if (task.top >= task.T || task.count == 0) return;
-        const int kv = task.head / int(a.heads / a.kv_heads), k_row = task.k_begin + task.begin;
-        prefetch_tile<Sh::ROWS, Sh::BOXES>(&plan.q, task.q_begin + task.top, task.head, task.batch);
-        if (task.top + Sh::ROWS < task.T) return;
-        for (int i = task.count - 1; i >= 0; --i) {
-            prefetch_tile<Sh::KEYS, Sh::BOXES>(&plan.k, k_row + i * Sh::KEYS, kv, task.batch);
-            prefetch_tile<Sh::KEYS, Sh::V_BOXES>(&plan.v, k_row + i * Sh::KEYS, kv, task.batch);
-        }
-    }
-
     // The last block leaves the counter zero.
     __device__ void run_all() {
         for (int index = blockIdx.x; index < plan.tiles_in_all;) {
             const Task task = task_at(index);
             const bool is_there = task.top < task.T;
             if (is_there) hand_out(task);
-            if (plan.prefetches) prefetch(index + gridDim.x);  // for whichever block it will be dealt to
             index = is_there && task.count > 0 ? load(task) : deal();
         }
         hand_out({.count = -1});
@@ -418,8 +408,6 @@ __global__ void __launch_bounds__(WARPGROUP, Sh::D == 64 ? 3 : Sh::D == 128 ? 2 
 
 // --- host ------------------------------------------------------------------------------------------------------------
 
-constexpr int64_t FEW = 1024;  // keys up to which a tile of rows is done before its successor's keys have come from memory
-
 template <class Sh>
 const char* make_plan(Plan& plan, const Arguments& a) {
     const bool is_bf16 = a.dtype == BFLOAT16;
@@ -434,7 +422,6 @@ const char* make_plan(Plan& plan, const Arguments& a) {
     if (heads * plan.tiles > MOST_BLOCKS / 2) return "more than 2^30 tiles: split the batch";
     plan.tiles_in_all = int(heads * plan.tiles);
     plan.heads_together = heads_in_bundle(a, 2);
-    plan.prefetches = Sh::RUNG == PERSISTENT && a.keys <= FEW;
     return nullptr;
 }
 

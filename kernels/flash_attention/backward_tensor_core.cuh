@@ -20,6 +20,10 @@
 //               hide one another's waits
 //   predicted   FlashAttention-2's 286 TFLOP/s at d 64 and 307 at d 128, since the plan is the same
 //   measured    267 and 284; causal 241 and 272 (270 and 307); d 256 at 4,096 tokens 235 (243)
+//   queues      Of 7 cycles that a warp waits for an instruction, 0.3 were for the queue of global memory and 0.4 for answers
+//               from it. lse and delta in shared memory a tile ahead, and four floats of dQ added by one instruction: predicted
+//               5 to 8 %, measured 270 to 279 at d 64 (SDPA's flash 286), causal 265 to 275 (272), but 295 to 294 at d 128
+//               (309) and 239 to 231 at d 256 (247), where registers are full. So d 64 alone has both
 //   limit       shared memory, nearly: at d 128 a tile's fragments take it 4,350 cycles, the products 5,120
 //   tried       one block of 128 keys and eight warps at d 128: 284 instead of 288. At d 64, tiles of 128 queries: 263
 //               instead of 270; two blocks instead of three: 251. The small tiles at d 256: 187 instead of 229
@@ -43,12 +47,14 @@ using namespace mma_tiles;
 template <int D_, int KEYS_, int ROWS_, int WARPS_, int BLOCKS_>
 struct Shape {
     static constexpr bool IN_TURN = false, MODIFIED = false;
+    static constexpr bool STAGED = D_ == 64;  // lse and delta come to shared memory, a tile ahead
+    static constexpr bool JOINED = D_ == 64;  // on Hopper, dQ is added four floats at a time
     static constexpr int D = D_, KEYS = KEYS_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_, THREADS = WARPS * WARP;
     static constexpr int WARP_ROWS = ROWS / 2, WARP_KEYS = KEYS / 2;                     // of S and dQ; of dK and dV
     static constexpr int SCORE_COLUMNS = KEYS / (WARPS / 2), COLUMNS = D / (WARPS / 2);  // of S; of dQ, dK and dV
     static constexpr int KEY_BYTES = KEYS * D * 2, ROW_BYTES = ROWS * D * 2, SCORE_BYTES = ROWS * KEYS * 2;
     static constexpr int STATISTICS = 2 * ROWS, DQ_FLOATS = ROWS * D;
-    static constexpr int SHARED_BYTES = 2 * (KEY_BYTES + ROW_BYTES + SCORE_BYTES) + STATISTICS * 4;
+    static constexpr int SHARED_BYTES = 2 * (KEY_BYTES + ROW_BYTES + SCORE_BYTES) + (STAGED ? STATISTICS * 4 : 0);
 };
 
 // The same bits in every run, and scores that are capped or biased: compiled apart, since registers are full.
@@ -61,34 +67,31 @@ struct Modified : Shape {
     static constexpr bool MODIFIED = true;
 };
 
-// Four floats added to global memory, nothing returned: by one instruction on Hopper, else by four, each of which adds to 128
-// neighbouring bytes for the warp. So number e of a thread's four lies `spread` floats from the first.
+// A thread adds numbers of dQ to global memory four at a time, with nothing returned. On Hopper one instruction can add all
+// four, which lie side by side then. Else there are four, each of which adds to 128 neighbouring bytes for the warp: the
+// numbers lie THREADS floats apart.
+template <class Sh>
+struct Four {
 #if __CUDA_ARCH__ >= 900
-template <int THREADS>
-constexpr int SPREAD = 1;
+    static constexpr bool TOGETHER = Sh::JOINED;
 #else
-template <int THREADS>
-constexpr int SPREAD = THREADS;
+    static constexpr bool TOGETHER = false;
 #endif
+    static constexpr int SPREAD = TOGETHER ? 1 : Sh::THREADS;
 
-template <int THREADS>
-__device__ void add_four(float* target, const float (&x)[4]) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(x[0]), "f"(x[1]), "f"(x[2]),
-                 "f"(x[3])
-                 : "memory");
-#else
+    static __device__ int first() { return TOGETHER ? threadIdx.x * 4 : threadIdx.x; }
+
+    static __device__ void add(float* target, const float (&x)[4]) {
+        if constexpr (TOGETHER)
+            asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(x[0]), "f"(x[1]),
+                         "f"(x[2]), "f"(x[3])
+                         : "memory");
+        else
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-        asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(target + e * THREADS), "f"(x[e]) : "memory");
-#endif
-}
-
-// Where a thread's first four numbers of a tile of dQ lie; the next four are 4 THREADS floats on.
-template <int THREADS>
-__device__ int place_of_four() {
-    return SPREAD<THREADS> == 1 ? threadIdx.x * 4 : threadIdx.x;
-}
+            for (int e = 0; e < 4; ++e)
+                asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(target + e * SPREAD), "f"(x[e]) : "memory");
+    }
+};
 
 // What one block works on: keys from `key` on of one kv head, and every tile of queries of its heads that sees any of them.
 template <class Half, class Sh>
@@ -121,7 +124,7 @@ struct Block {
     }
 
     __device__ void start_statistics(int64_t tile) const {
-        if (threadIdx.x * 4 < Sh::STATISTICS)
+        if (Sh::STAGED && threadIdx.x * 4 < Sh::STATISTICS)
             copy_async(shared_address(statistics + threadIdx.x * 4), a.delta + tile * Sh::STATISTICS + threadIdx.x * 4, true);
     }
 
@@ -179,12 +182,12 @@ struct Block {
 
     // In the order of the fragments, so that a warp adds to neighbouring bytes at once.
     __device__ void add_dq(const RowGradient& dQ, int64_t tile) const {
-        float* const target = a.dq_sum + tile * Sh::DQ_FLOATS + place_of_four<Sh::THREADS>();
+        float* const target = a.dq_sum + tile * Sh::DQ_FLOATS + Four<Sh>::first();
 #pragma unroll
         for (int i = 0; i < Sh::WARP_ROWS / 16; ++i)
 #pragma unroll
             for (int j = 0; j < Sh::COLUMNS / 8; ++j)
-                add_four<Sh::THREADS>(target + (i * (Sh::COLUMNS / 8) + j) * 4 * Sh::THREADS, dQ[i][j]);
+                Four<Sh>::add(target + (i * (Sh::COLUMNS / 8) + j) * 4 * Sh::THREADS, dQ[i][j]);
     }
 
     // Turns, for the same bits in every run: the blocks of a head add to a tile of dQ in the order of their keys. Thread 0
@@ -227,7 +230,7 @@ struct Block {
                 Scores S = {}, dP = {};
                 multiply<Half, Sh::D, false, false>(S, Q, row, K, score_column);
                 multiply<Half, Sh::D, false, false>(dP, dO, row, V, score_column);
-                probabilities(S, dP, statistics, head, top);
+                probabilities(S, dP, Sh::STAGED ? statistics : a.delta + index * Sh::STATISTICS, head, top);
             }
             sums_are_done();
             __syncthreads();  // P and dS are written
@@ -287,7 +290,7 @@ __global__ void __launch_bounds__(Sh::THREADS) round_dq_kernel(const __grid_cons
     const int top = work.tile * Sh::ROWS, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     if (top >= sequence.T) return;
     const float* source = a.dq_sum + tile_index<Sh>(a, sequence, work.b, work.h, work.tile) * Sh::DQ_FLOATS +
-                          place_of_four<Sh::THREADS>();
+                          Four<Sh>::first();
     const int column = warp % (Sh::WARPS / 2) * Sh::COLUMNS;
 #pragma unroll
     for (int i = 0; i < Sh::WARP_ROWS / 16; ++i) {
@@ -296,7 +299,7 @@ __global__ void __launch_bounds__(Sh::THREADS) round_dq_kernel(const __grid_cons
         for (int j = 0; j < Sh::COLUMNS / 8; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-                dQ[j][e] = source[(i * (Sh::COLUMNS / 8) + j) * 4 * Sh::THREADS + e * SPREAD<Sh::THREADS>];
+                dQ[j][e] = source[(i * (Sh::COLUMNS / 8) + j) * 4 * Sh::THREADS + e * Four<Sh>::SPREAD];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = top + warp / (Sh::WARPS / 2) * Sh::WARP_ROWS + 16 * i + 8 * r + lane / 4;
