@@ -284,6 +284,7 @@ def continuous(engine: Engine) -> dict:
         "engine_seconds_in_decode_steps": sum(s for _, s in decode_times(log)),
         "engine_tokens_per_second_while_some_wait": rate_under_load(log),
         "engine_median_host_seconds_per_decode_step": median(s.launched - s.started for s in log if s.is_decode),
+        "engine_own_products": {size: list(own) for size, own in engine.runner.own_products.items()},
         "engine_log": trace[::4],
         "engine_log_columns": ["seconds", "tokens written", "tokens computed", "live tokens", "waiting", "held blocks"],
     }
@@ -582,11 +583,10 @@ def nano_vllm_part(device: str, *, memory: int = MEMORY) -> dict:
 
 KINDS = {
     "attention": ("decode_kernel", "prefill_kernel"),
-    "matrix products": ("nvjet", "gemm", "splitk", "cutlass"),
-    "rotary embedding": ("rope", "sin_kernel", "cos_kernel"),
-    "writing keys and values": ("write_kernel",),
-    "norms": ("norm",),
-    "gate and residual": ("triton",),
+    "matrix products": ("nvjet", "gemm", "splitk", "cutlass", "product_kernel"),
+    "RoPE and writing keys and values": ("turn_kernel", "rope", "sin_kernel", "cos_kernel", "write_kernel"),
+    "sums and norms": ("norm",),
+    "gate": ("gate_kernel", "triton"),
     "choosing tokens": ("argmax", "maxops", "maxnan", "reduce_kernel"),
 }
 """Kernels by a part of their names, lower case; the first kind that fits counts."""

@@ -8,9 +8,8 @@ from tformer_lib.ladder import FP8
 from tformer_lib.paged_attention import Rows, plan_attention
 from tformer_lib.rope import turn_pairs
 from tformer_lib.serving import Engine, FusedPass, PackedPass, join_projections
-from tformer_lib.serving import fused as fused_module
 from tformer_lib.serving import runner as runner_module
-from tformer_lib.serving.fused import refusal
+from tformer_lib.serving.fused import PRODUCTS, refusal
 from tformer_lib.transformer import Decoder, ModelConfig
 
 ON_GPU = pytest.mark.skipif(
@@ -173,25 +172,45 @@ def test_attention_that_starts_early_is_the_same(rows):
 @ON_GPU
 @pytest.mark.parametrize("tokens", [1, 7, 64, 65, 128, 130, 160, 161, 192, 200, 256])
 @pytest.mark.parametrize("sizes", [(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (256, 64)])
-def test_products_of_few_rows(tokens, sizes, monkeypatch):
-    monkeypatch.setattr(fused_module, "OWN_PRODUCTS", True)
+def test_products_of_few_rows(tokens, sizes):
     fused = FusedPass(make_model(torch.bfloat16).cuda(), [], None)
     x = torch.randn(tokens, sizes[1], device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(*sizes, device="cuda", dtype=torch.bfloat16) / sizes[1] ** 0.5
     exact = x.double() @ weight.double().T
-    found = fused.product(x, weight)
+    found = fused.product(x, weight, own=True)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double().sum(0), exact, rtol=1e-4, atol=1e-4)
     gates, hidden = exact.chunk(2, -1)
-    torch.testing.assert_close(fused.gated_product(x, weight).double(), F.silu(gates) * hidden, rtol=2**-7, atol=1e-3)
+    found = fused.gated_product(x, weight, own=True).double()
+    torch.testing.assert_close(found, F.silu(gates) * hidden, rtol=2**-7, atol=1e-3)
+
+
+@ON_GPU
+@pytest.mark.parametrize("rows", [1, 33, 160, 256])
+@pytest.mark.parametrize("own", [("qkv",), ("out",), ("gate_up",), ("down",), PRODUCTS])
+def test_each_product_may_be_of_either_kind(rows, own):
+    sizes = {"heads": 4, "kv_heads": 2, "width": 256, "feed_forward_width": 512}
+    model = make_model(torch.bfloat16, **sizes).cuda()
+    join_projections(model)
+    pools = empty_pools(model, rows, 16, torch.bfloat16, "cuda")
+    fused = FusedPass(model, pools, None)
+    assert fused.takes(rows) == PRODUCTS
+    assert fused.takes(257) == ()
+    tokens, lengths = torch.randint(96, (rows,), device="cuda"), torch.randint(1, 17, (rows,), device="cuda")
+    tables = torch.randperm(rows, device="cuda")[:, None].int()
+    where = (lengths - 1, tables[:, 0].long() * 16 + lengths - 1, Rows(tables, lengths.int()))
+    with torch.no_grad():
+        expected = fused(tokens, *where)
+        for pool in sum(pools, ()):
+            pool.fill_(9.0)
+        found = fused(tokens, *where, own=own)
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0.02, atol=0.05)
 
 
 @ON_GPU
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"kv_dtype": "float8"}, {"deterministic": True}])
-@pytest.mark.parametrize("own_products", [False, True])
-def test_an_engine_writes_with_it_what_it_writes_without(dtype, options, own_products, monkeypatch):
-    monkeypatch.setattr(fused_module, "OWN_PRODUCTS", own_products)
+def test_an_engine_writes_with_it_what_it_writes_without(dtype, options, monkeypatch):
     written = []
     for refused in (False, True):
         if refused:

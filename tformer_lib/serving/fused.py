@@ -6,6 +6,7 @@ well: it launches nine kernels a layer instead of some twenty.
 """
 
 import struct
+from collections.abc import Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -27,8 +28,8 @@ GATE = struct.Struct("2P qq i 4x")
 PRODUCT = struct.Struct("3P 4q ii")
 """The structs of kernels/serving/arguments.h."""
 
-OWN_PRODUCTS = False
-"""Whether products of few tokens are those of few_rows.cu instead of cuBLAS's."""
+PRODUCTS = ("qkv", "out", "gate_up", "down")
+"""The products of a layer, each of which cuBLAS computes, or few_rows.cu where tokens are few."""
 MOST_TOKENS, TILE, STEP, MOST_SPLITS, CLUSTER = 256, 128, 64, 8, 2
 """Of few_rows.cu: tokens, rows of W in a block, columns of a step; into how many parts a sum is cut; blocks that share
 tokens."""
@@ -67,11 +68,10 @@ class FusedPass:
     def __init__(self, model: Decoder, pools: list[tuple[Tensor, Tensor]], scales: tuple[float, float] | None):
         self.model, self.pools, self.scales = model, pools, scales
         weight = model.embedding.tokens.weight
-        self.on_gpu, self.own_products = weight.is_cuda, OWN_PRODUCTS and weight.dtype == torch.bfloat16
+        self.on_gpu = weight.is_cuda
         if self.on_gpu:
             kernel = partial(LADDER.kernel, "decode_step", device=weight.device)
             self.add_norm_kernel, self.turn_kernel, self.gate_kernel = map(kernel, ("add_norm", "turn", "gate"))
-        if self.on_gpu and self.own_products:
             self.product_kernel = LADDER.kernel("few_rows", "product", weight.device)
             self.processors = torch.cuda.get_device_properties(weight.device).multi_processor_count
 
@@ -84,6 +84,7 @@ class FusedPass:
         *,
         only: Tensor | None = None,
         batch_invariant: bool = False,
+        own: Collection[str] = (),
     ) -> Tensor:
         """The logits, (total or n, vocab_size).
 
@@ -92,6 +93,7 @@ class FusedPass:
             rows: whose numbers no kernel of this pass may write: attention reads them early.
             only: (n,) int64, the places whose logits are wanted; all if not given.
             batch_invariant: see :func:`paged_attention`.
+            own: those of PRODUCTS that few_rows.cu computes, see :meth:`takes`.
         """
         model, plan, added = self.model, None, None
         x = model.embedding.tokens(tokens)  # (total, width)
@@ -100,11 +102,15 @@ class FusedPass:
         layers = map(Layer.of, model.stack.blocks)  # as they are now: somebody may have replaced a weight
         for layer, pools in zip(layers, self.pools, strict=True):
             hidden = self.add_norm(x, added, layer.attention_norm)
-            q = self.turn(self.product(hidden, layer.qkv), *pools, slots, *angles)  # (total, heads, head_dim)
+            q = self.turn(
+                self.product(hidden, layer.qkv, "qkv" in own), *pools, slots, *angles
+            )  # (total, heads, head_dim)
             plan = self.plan(q, *pools, rows, batch_invariant) if plan is None else plan
-            added = self.product(plan.run(q, *pools, settled=True).flatten(1), layer.out)
+            found = plan.run(q, *pools, settled=True).flatten(1)  # (total, heads head_dim)
+            added = self.product(found, layer.out, "out" in own)
             hidden = self.add_norm(x, added, layer.feed_forward_norm)
-            added = self.product(self.gated_product(hidden, layer.gate_up), layer.down)
+            hidden = self.gated_product(hidden, layer.gate_up, "gate_up" in own)  # (total, feed_forward_width)
+            added = self.product(hidden, layer.down, "down" in own)
         x = self.add_norm(x, added, model.stack.final_norm)
         return model.unembed(x if only is None else x[only])
 
@@ -175,17 +181,17 @@ class FusedPass:
 
     # products
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, own: bool) -> Tensor:
         """x (total, in_features) times a matrix: (total, out_features), or in float32 (parts, total, out_features)."""
-        splits = self.splits_of(x, weight)
-        if not splits:
+        if not own:
             return F.linear(x, weight)
+        splits = self.splits_of(weight)
         sums = torch.empty(splits, len(x), len(weight), dtype=torch.float32, device=x.device)
         return self.launch_product(x, weight, sums, splits, gated=False)
 
-    def gated_product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def gated_product(self, x: Tensor, weight: Tensor, own: bool) -> Tensor:
         """silu(gate) * up of the product with [gates; ups]: (total, in_features) -> (total, out_features / 2)."""
-        if not self.splits_of(x, weight):
+        if not own:
             return self.gate(F.linear(x, weight))
         return self.launch_product(x, weight, x.new_empty(len(x), len(weight) // 2), 1, gated=True)
 
@@ -195,12 +201,19 @@ class FusedPass:
         self.product_kernel.launch(PRODUCT.pack(*pointers, len(x), *weight.shape, splits, gated, CLUSTER))
         return out
 
-    def splits_of(self, x: Tensor, weight: Tensor) -> int:
-        """Into how many parts few_rows.cu cuts the sums, so that all multiprocessors have work; 0: it is not asked."""
+    def splits_of(self, weight: Tensor) -> int:
+        """Into how many parts few_rows.cu cuts the sums, so that all multiprocessors have work."""
         tiles, steps = len(weight) // TILE, weight.shape[1] // STEP
-        if not self.own_products or len(x) > MOST_TOKENS or len(weight) % (TILE * CLUSTER) or weight.shape[1] % STEP:
-            return 0
-        return max(n for n in range(1, MOST_SPLITS + 1) if n == 1 or (tiles * n <= self.processors and steps % n == 0))
+        fitting = [n for n in range(2, MOST_SPLITS + 1) if tiles * n <= self.processors and steps % n == 0]
+        return max(fitting, default=1)
+
+    def takes(self, tokens: int) -> tuple[str, ...]:
+        """Those of PRODUCTS that few_rows.cu can compute for so many tokens."""
+        layers = list(map(Layer.of, self.model.stack.blocks))
+        if not self.on_gpu or tokens > MOST_TOKENS or layers[0].out.dtype != torch.bfloat16:
+            return ()
+        fits = lambda weight: len(weight) % (TILE * CLUSTER) == weight.shape[1] % STEP == 0  # noqa: E731
+        return tuple(name for name in PRODUCTS if all(fits(getattr(layer, name)) for layer in layers))
 
 
 def parts_of(x: Tensor | None) -> int:

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -342,6 +343,7 @@ class Runner:
         self.buffer = torch.zeros(room, dtype=torch.uint8, device=self.device)
         self.graphs: dict[int, tuple] = {}  # by the number of lanes: a CUDA graph, its logits, and the likeliest tokens
         self.fused: FusedPass | None = None
+        self.own_products: dict[int, tuple[str, ...]] = {}  # which of its products cuBLAS does not compute, by lanes
         if compile:
             join_projections(model)
             if (refusal(model) or refusal_of_weights(model.embedding.tokens.weight)) is None:
@@ -442,14 +444,16 @@ class Runner:
         self.buffer[: host.size].copy_(self.staging[0][: host.size], non_blocking=True)
         return Inputs(self.buffer, *sizes, self.max_blocks)
 
-    def _forward(self, inputs: Inputs, *, starts=None, max_queries=None, only=None) -> Tensor:
+    def _forward(
+        self, inputs: Inputs, *, starts=None, max_queries=None, only=None, own: tuple[str, ...] = ()
+    ) -> Tensor:
         """(tokens that are looked at, vocab_size)."""
         tokens = torch.where(inputs.given == SAMPLED, self.last_tokens[inputs.token_seats], inputs.given)  # (total,)
         if self.deterministic:
             starts, max_queries = inputs.starts, 1
         rows = Rows(inputs.tables, inputs.lengths, starts, max_queries)
         if self.fused is not None:
-            options = {"only": only, "batch_invariant": self.deterministic}
+            options = {"only": only, "batch_invariant": self.deterministic, "own": own}
             return self.fused(tokens, inputs.positions, inputs.slots, rows, **options)
         states = None if self.states is None else (self.states, inputs.token_seats)
         options = {"scales": self.scales, "batch_invariant": self.deterministic, "states": states}
@@ -499,25 +503,44 @@ class Runner:
     @torch.inference_mode(False)
     @torch.no_grad()
     def capture(self, sizes: Sequence[int]) -> None:
-        """Record a step of one token a row in a CUDA graph, for each of these numbers of rows.
-
-        Each is run once before, on the stream that records: kernels keep scratch memory by stream, and what is made
-        while recording would be filled only by a replay.
-        """
+        """Record a step of one token a row in a CUDA graph, for each of these numbers of rows."""
         stream, pool = torch.cuda.Stream(), None
         for size in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
             inputs = self._upload([], np.zeros((len(self.last_tokens), self.max_blocks), np.int32), size, size, size)
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                likeliest(self._forward(inputs))
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                logits = self._forward(inputs)
-                best = likeliest(logits)
-            graph.replay()  # the first replay of a graph takes longer
-            self.graphs[size], pool = (graph, logits, *best), graph.pool()
+            self.graphs[size] = self._record_fastest(inputs, stream, pool)
+            pool = self.graphs[size][0].pool()
         self.graphs = dict(sorted(self.graphs.items()))
+
+    def _record_fastest(self, inputs: Inputs, stream: "torch.cuda.Stream", pool) -> tuple:
+        """A recorded step, its logits and what :func:`likeliest` finds; each product by who is faster at this size."""
+        own: tuple[str, ...] = ()
+        best = self._record(inputs, stream, pool, own)
+        names = () if self.fused is None or self.deterministic else self.fused.takes(len(inputs.given))
+        seconds = replay_seconds(best[0]) if names else 0.0
+        for name in names:
+            tried = self._record(inputs, stream, best[0].pool(), (*own, name))
+            needed = replay_seconds(tried[0])
+            if needed < CLEARLY * seconds:
+                best, seconds, own = tried, needed, (*own, name)
+        self.own_products[len(inputs.given)] = own
+        return best
+
+    def _record(self, inputs: Inputs, stream: "torch.cuda.Stream", pool, own: tuple[str, ...]) -> tuple:
+        """The same for products that were chosen.
+
+        The step is run once before, on the stream that records: kernels keep scratch memory by stream, and what is made
+        while recording would be filled only by a replay.
+        """
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            likeliest(self._forward(inputs, own=own))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            logits = self._forward(inputs, own=own)
+            best = likeliest(logits)
+        graph.replay()  # the first replay of a graph takes longer
+        return graph, logits, *best
 
     # choosing tokens
 
@@ -612,6 +635,24 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     part = most.argmax(-1, keepdim=True)  # (rows, 1)
     tokens = part * (vocab_size // parts) + places.gather(1, part)
     return tokens[:, 0], most.gather(1, part)[:, 0].isfinite()
+
+
+CLEARLY = 0.995
+"""How much shorter a recorded step must be, as a share, before it takes the place of another."""
+
+REPLAYS = 9
+"""How often a recorded step is timed."""
+
+
+def replay_seconds(graph: "torch.cuda.CUDAGraph") -> float:
+    """What a replay takes on the device, the median of some."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPLAYS)]
+    for begin, end in events:
+        begin.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return median(begin.elapsed_time(end) for begin, end in events) / 1e3
 
 
 COMPILED_FROM = 8192
