@@ -1,6 +1,7 @@
 """Linear attention: three forms of one sum, features that stand for exp, a state that replaces the cache."""
 
 import math
+import random
 from functools import partial
 from itertools import pairwise
 
@@ -768,6 +769,83 @@ def test_the_kernels_equal_the_float64_sum(rule, dtype, T, dims, heads, layout, 
             error = (a.double().cpu() - b).norm() / b.norm()
             eps = torch.finfo(dtype).eps if name == "out" or step in "234" else 1e-7
             assert error < 2 * eps + 1e-5, f"step {step}, {name}: error {error:.1e}"
+
+
+@pytest.mark.skipif(not steps_here(), reason="neither a C++ compiler nor a GPU is here")
+@pytest.mark.parametrize("seed", range(24 if torch.cuda.is_available() else 6))
+def test_shapes_drawn_afresh_are_the_float64_formula(seed):
+    """Lengths to 4,099, head_dim to 256, ratios of heads, strides, packed and empty sequences, states over any split.
+
+    Outputs within twice the error of step 0 in the same dtype, gradients within the dtype's eps: about three times
+    what it costs to round them alone. Where outputs are normalised, dq is the difference of two sums that are rounded
+    each: four eps.
+    """
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    rule, dtype = draw.choice(RULES), draw.choice((torch.bfloat16, torch.float16))
+    T = draw.choice((1, 63, 65, draw.randint(1, 700), draw.randint(700, 4099)))
+    d, e = (draw.choice((32, 40, 64, 72, 96, 128, 160, 256)) for _ in "kv")
+    KV, group, layout = (
+        draw.choice((1, 2)),
+        draw.choice((1, 2, 3, 8)),
+        draw.choice(("contiguous", "tokens first", "sliced")),
+    )
+    starts = sorted({0, T, *(draw.randint(0, T) for _ in range(3))}) if draw.random() < 0.4 else None
+    starts = [*starts, T] if starts else None  # the last sequence is empty
+    batch = 1 if starts else 2
+    number = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    q, k, v = (in_layout(number, (batch, h, T, w), layout) for h, w in ((group * KV, d), (KV, d), (KV, e)))
+    options = {"scale": d**-0.5}
+    if rule == "mean":
+        options |= {"normalised": True, "feature_map": la.elu_plus_one, "map_scale": d**-0.25, "scale": 1.0}
+    if "delta" in rule:
+        k = F.normalize(k, dim=-1)
+        options["beta"] = number(batch, KV, T, 1).sigmoid()
+    if rule in ("decay", "gated delta"):
+        options["log_decay"] = -number(batch, KV, T, 1).abs() * 10 ** draw.uniform(-3, 0)
+    sequences = len(starts) - 1 if starts else batch
+    options["initial_state"] = number(sequences, KV, d, e + (rule == "mean")).abs()
+    options |= {"cu_seqlens": torch.tensor(starts, dtype=torch.int32), "max_seqlen": T} if starts else {}
+    inputs, dout = [x.to(dtype) for x in (q, k, v)], number(batch, group * KV, T, e).to(dtype)
+
+    def run(step, device, dtype, number, cut=None):
+        """(outputs and last states, gradients); with a cut the tokens in two calls, without gradients."""
+        leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
+        given = {n: x.to(device, number).requires_grad_() if is_float(x) else x for n, x in options.items()}
+        if starts:
+            given["cu_seqlens"] = given["cu_seqlens"].to(device)
+        if kernels.refusal(step, leaves[0], leaves[2], given.get("beta")):
+            return None
+        if cut is not None:
+            at = lambda x, piece: x[:, :, piece].detach()  # noqa: E731
+            tokens = {n: given.pop(n) for n in ("beta", "log_decay") if n in given}
+            outs = []
+            for piece in (slice(0, cut), slice(cut, T)):
+                now = {n: at(x, piece) for n, x in tokens.items()}
+                out, given["initial_state"] = la.operator.run(
+                    *(at(x, piece) for x in leaves), **given, **now, step=step
+                )
+                outs.append(out)
+            return torch.cat(outs, 2), given["initial_state"]
+        out, state = la.operator.run(*leaves, **given, step=step)
+        wanted = [*leaves, *(x for x in given.values() if is_float(x))]
+        return (out.detach(), state.detach()), torch.autograd.grad(out, wanted, dout.to(device, dtype))
+
+    truth, truth_grads = run("0", "cpu", torch.float64, torch.float64)
+    rough, _ = run("0", "cpu", dtype, torch.float32)
+    apart = lambda a, b: ((a.double().cpu() - b).norm() / b.norm().clamp(min=1e-30)).item()  # noqa: E731
+    case = f"{rule} {dtype} T {T} d {d} {e} heads {KV} x {group} {layout} {starts}"
+    for step, device in steps_here():
+        found = run(step, device, dtype, torch.float32)
+        if found is None:
+            continue
+        cut = draw.randint(0, T)
+        for outs in (found[0], *([] if starts else [run(step, device, dtype, torch.float32, cut)])):
+            assert apart(outs[0], truth[0]) <= 2 * apart(rough[0], truth[0]) + 1e-5, f"step {step}, {case}, {cut}"
+            assert apart(outs[1], truth[1]) <= torch.finfo(dtype).eps, f"state, step {step}, {case}, {cut}"
+        for i, (a, b) in enumerate(zip(found[1], truth_grads, strict=True)):
+            eps = torch.finfo(dtype).eps * (4 if rule == "mean" else 1)
+            bound = eps + 1e-5 + 2.0**-24 * b.numel() ** 0.5 / b.norm().clamp(min=1e-30).item()
+            assert apart(a, b) <= bound, f"gradient {i}, step {step}, {case}"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
