@@ -166,6 +166,31 @@ def test_sdpa_takes_the_fast_path_only_where_it_is_right(T, monkeypatch):
     assert calls[0]["is_causal"] == (T == 6)
 
 
+@pytest.mark.parametrize("hides", ["nothing", "keys", "keys of a row", "all keys of a row", "keys of a head"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_one_query_reads_the_keys_of_its_group_once(kv_heads, hides, monkeypatch):
+    q, k, v = torch.randn(3, 6, 1, 8), torch.randn(3, kv_heads, 9, 8), torch.randn(3, kv_heads, 9, 4)
+    q, k, v = (x.double().requires_grad_() for x in (q, k, v))
+    shape = {
+        "keys": (9,),
+        "keys of a row": (3, 1, 1, 9),
+        "all keys of a row": (3, 1, 1, 1),
+        "keys of a head": (6, 1, 9),
+    }
+    mask = None if hides == "nothing" else torch.arange(math.prod(shape[hides])).view(shape[hides]) % 3 != 1
+    heads = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    spy = lambda *args, **options: heads.append(args[0].shape[1]) or fused(*args, **options)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    found, wanted = (form(q, k, v, mask=mask, causal=True, scale=0.3) for form in (attend_sdpa, attend))
+    torch.testing.assert_close(found, wanted)
+    for ours, reference in zip(
+        *(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (found, wanted)), strict=True
+    ):
+        torch.testing.assert_close(ours, reference)
+    assert heads == [6 if hides == "keys of a head" else kv_heads]
+
+
 def copied_from(theirs, width, heads):
     """Our layer with the weights of a torch.nn.MultiheadAttention."""
     ours = MultiHeadAttention(width, heads, bias=theirs.in_proj_bias is not None)

@@ -27,6 +27,7 @@ from tformer_lib.generation import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    one_row,
     penalise_repetition,
     prefill,
     random_stream,
@@ -172,15 +173,45 @@ def test_evaluations_that_overlap_end_together():
     assert all(modes(model))
 
 
-def test_threads_that_generate_leave_the_switches_as_they_were():
-    model = make_model(dropout=0.5).train()
-    wanted = generate(model, PROMPTS, max_new_tokens=8)
-    preferred = torch.backends.cuda.cudnn_sdp_enabled()
+def switches():
+    return torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.mkldnn.enabled
+
+
+@pytest.mark.parametrize(("prompts", "dtype"), [(PROMPTS, torch.float64), (PROMPTS[:1], torch.bfloat16)])
+def test_threads_that_generate_leave_the_switches_as_they_were(prompts, dtype):
+    model, before = make_model(dropout=0.5).to(dtype).train(), switches()
+    wanted = generate(model, prompts, max_new_tokens=8)
     with ThreadPoolExecutor(8) as pool:
-        texts = list(pool.map(lambda _: generate(model, PROMPTS, max_new_tokens=8), range(24)))
-    assert texts == [wanted] * 24
+        texts = list(pool.map(lambda _: generate(model, prompts, max_new_tokens=8), range(24)))
+    assert dtype == torch.bfloat16 or texts == [wanted] * 24  # one's prefill may meet another's switch, and round apart
     assert all(modes(model))
-    assert torch.backends.cuda.cudnn_sdp_enabled() == preferred
+    assert switches() == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "spared"), [(1, "bfloat16", True), (2, "bfloat16", False), (1, "float32", False)]
+)
+def test_onednn_is_left_out_of_one_row_in_bfloat16_alone(rows, dtype, spared, monkeypatch):
+    model, seen = make_model().to(getattr(torch, dtype)), []
+    unembed = Decoder.unembed
+    watch = lambda self, x: seen.append((x.shape[1], torch.backends.mkldnn.enabled)) or unembed(self, x)  # noqa: E731
+    monkeypatch.setattr(Decoder, "unembed", watch)
+    before = torch.backends.mkldnn.enabled
+    generate(model, PROMPTS[:1] * rows, max_new_tokens=4)
+    assert seen == [(8, before)] + 3 * [(1, before and not spared)]
+    assert torch.backends.mkldnn.enabled == before
+
+
+@pytest.mark.parametrize(("out", "width"), [(64, 8192), (129, 333)])
+def test_products_of_one_row_add_in_float32(out, width):
+    x, weight = torch.randn(1, 1, width).bfloat16(), torch.randn(out, width).bfloat16()
+    exact = torch.nn.functional.linear(x.double(), weight.double())
+    model = torch.nn.Linear(1, 1).bfloat16()
+    with one_row(model, torch.zeros(1, 1, dtype=torch.int64)):
+        found = torch.nn.functional.linear(x, weight)
+        ones = torch.nn.functional.linear(torch.ones_like(x), torch.ones_like(weight))
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-3)  # one rounding: half a unit of 2**-7
+    torch.testing.assert_close(ones.double(), torch.full_like(exact, width), rtol=2**-8, atol=0)  # bfloat16 ends at 256
 
 
 def test_a_stream_may_begin_under_inference_mode_and_go_on_outside():

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from tformer_lib import linear_attention as la
 from tformer_lib.attention import MultiHeadAttention
+from tformer_lib.linear_attention.layer import convolved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -237,3 +238,13 @@ def test_a_state_of_another_batch_is_refused():
     layer(torch.randn(2, 5, WIDTH, dtype=torch.float64), state=state)
     with pytest.raises(ValueError, match="the state is of 2 texts, x has 3"):
         layer(torch.randn(3, 1, WIDTH, dtype=torch.float64), state=state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [4, 5])
+def test_one_token_is_convolved_as_many_are_and_rounded_once(n, dtype):
+    x, weight = torch.randn(2, 300, n, dtype=dtype), torch.randn(300, 4, dtype=dtype)
+    exact = torch.stack([(x[:, :, i : i + 4].double() * weight.double()).sum(2) for i in range(n - 3)], 2)
+    found = convolved(x, weight)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps / 2 * 1.01, atol=1e-6)

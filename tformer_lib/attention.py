@@ -138,6 +138,10 @@ def attend_sdpa(
     T, S, scale = q.shape[2], k.shape[2], score_scale(scale, q.shape[-1])
     if q.numel() == 0 or k.numel() == 0:
         return attend(q, k, v, mask=mask, causal=causal, scale=scale, bias=bias)
+    if T == 1 and q.shape[1] != k.shape[1] and q.device.type == "cpu" and bias is None and for_all_heads(mask):
+        # The heads of a group become the queries of one head: a CPU then reads its keys once, not once a head.
+        rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # (batch, kv_heads, group, head_dim)
+        return attend_sdpa(rows, k, v, mask=mask, scale=scale).reshape(*q.shape[:3], v.shape[3])
     q, k, v = (aligned(x) if x.is_cuda else x for x in (q, k, v))
     # Branches, not values: under torch.compile a comparison of sizes may be symbolic, which torch's function refuses.
     shared = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
@@ -152,6 +156,11 @@ def attend_sdpa(
     seen = None if allowed is None else allowed | blind  # kernels differ in what they give a blind query
     out = fused(attn_mask=additive(bias, seen, q, k) if bias is not None else four_dimensional(seen))
     return out if blind is None else out.masked_fill(blind, 0.0)
+
+
+def for_all_heads(mask: Tensor | None) -> bool:
+    """Whether a mask that broadcasts to (batch, heads, T, S) hides the same from every head."""
+    return mask is None or mask.dim() < 3 or mask.shape[-3] == 1
 
 
 @torch.compiler.allow_in_graph  # the compiler's front cannot ask where a tensor begins, what comes behind it can

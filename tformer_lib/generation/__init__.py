@@ -45,7 +45,7 @@ from tformer_lib.generation.sampling import (
     penalise_repetition,
     random_stream,
 )
-from tformer_lib.generation.steps import StaticStep, changing_shapes, decode_step
+from tformer_lib.generation.steps import StaticStep, changing_shapes, decode_step, one_row
 from tformer_lib.generation.text import TextStream, overlap
 
 __all__ = [
@@ -69,6 +69,7 @@ __all__ = [
     "keep_min_p",
     "keep_top_k",
     "keep_top_p",
+    "one_row",
     "overlap",
     "penalise_repetition",
     "prefill",

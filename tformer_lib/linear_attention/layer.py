@@ -126,7 +126,7 @@ class GatedDeltaLayer(nn.Module):
         x = torch.cat([past.to(x.dtype), x], 2)
         if state is not None:
             state.channels = x[:, :, x.shape[2] - before :].clone()
-        x = F.silu(F.conv1d(x, self.convolution.unsqueeze(1), groups=self.channels))  # (batch, channels, T)
+        x = F.silu(convolved(x, self.convolution))  # (batch, channels, T)
         q, k, v = x.transpose(1, 2).split([self.key_width, self.key_width, self.value_width], 2)
         return tuple(y.unflatten(2, (-1, dim)).transpose(1, 2) for y, dim in self._with_dims(q, k, v))
 
@@ -203,6 +203,20 @@ class LayerState:
         if self.memory is not None:
             rows = torch.as_tensor(rows, device=self.memory.device)
             self.channels, self.memory = self.channels[rows], self.memory[rows]
+
+
+def convolved(x: Tensor, weight: Tensor) -> Tensor:
+    """Each channel of x (batch, channels, n) convolved on its own: (batch, channels, n - kernel + 1).
+
+    Args:
+        weight: (channels, kernel).
+    """
+    if (
+        x.shape[2] == weight.shape[1] and not x.is_cuda
+    ):  # one token of a text: a CPU's convolution takes longer to begin
+        dtype = sum_dtype(x)
+        return (x.to(dtype) * weight.to(dtype)).sum(2, keepdim=True).to(x.dtype)
+    return F.conv1d(x, weight.unsqueeze(1), groups=len(weight))
 
 
 def first_decay_bias(heads: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tformer_lib import profiling
 from tformer_lib.attention import Attend, AttentionVariant, MultiHeadAttention
-from tformer_lib.generation import Sampling, distribution, draw, penalise_repetition
+from tformer_lib.generation import Sampling, distribution, draw, one_row, penalise_repetition
 from tformer_lib.kv_cache import CacheShape
 from tformer_lib.ladder import FP8
 from tformer_lib.paged_attention import (
@@ -459,7 +459,7 @@ class Runner:
         options = {"scales": self.scales, "batch_invariant": self.deterministic, "states": states}
         options["rings"] = self._rings(inputs) if self.ring else None
         cache = PackedPass(self.pools, inputs.positions, inputs.slots, *rows, **options)
-        with evaluating(self.model):
+        with evaluating(self.model), one_row(self.model, tokens):
             return self.model(tokens[None], cache=cache, only=only)[0]
 
     def _rings(self, inputs: Inputs) -> Rings:
