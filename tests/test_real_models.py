@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from tests.checkpoints import CHATML, train_tokenizer
 from tformer_lib import pretrained
 from tformer_lib.generation import generate
+from tformer_lib.generation.conversation import first_tokens
 from tformer_lib.kv_cache import CacheShape, GrowingCache, ModelCache, cache_bytes
-from tformer_lib.pretrained import fetch, hub, int8, interface, shards
+from tformer_lib.pretrained import fetch, hub, int8, interface, rendering, shards, templates
 from tformer_lib.serving import LLM, Engine
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
 
@@ -348,7 +350,25 @@ def test_shards_are_read_by_their_index(folder):
         ({"num_hidden_layers": 10**9}, "config.json says 1000000000 layers, the weights are 30 tensors"),
         ({"num_hidden_layers": 4}, "the weights have no model.layers.3.input_layernorm.weight"),
         ({"num_hidden_layers": 2}, "the weights hold model.layers.2.input_layernorm.weight, .*no place for"),
-        ({"vocab_size": 10**12}, r"embed_tokens.weight should have shape \(1000000000000, 32\), and has \(61, 32\)"),
+        ({"num_hidden_layers": 2.0}, "config.json says 2.0 layers, the weights are 30 tensors"),
+        ({"num_hidden_layers": True}, "the wrong kind: layers is True"),
+        ({"vocab_size": 10**12}, "vocab_size is 1000000000000, no tensor of the weights is longer than 61"),
+        ({"vocab_size": 60}, r"embed_tokens.weight should have shape \(60, 32\), and has \(61, 32\)"),
+        ({"vocab_size": "61"}, "a value of the wrong kind"),
+        ({"hidden_size": 2**62}, "hidden_size is 4611686018427387904, no tensor"),
+        ({"hidden_size": 32.0}, "the wrong kind: width is 32.0"),
+        ({"hidden_size": [32]}, "a value of the wrong kind"),
+        ({"head_dim": 10**10}, "head_dim is 10000000000, no tensor"),
+        ({"num_attention_heads": 10**9}, "num_attention_heads is 1000000000, no tensor"),
+        ({"text_config": {"num_hidden_layers": 1}, "num_hidden_layers": 10**9}, "says 1000000000 layers"),
+        ({"text_config": 7}, "has text_config, which is not known"),
+        ({"rms_norm_eps": float("inf")}, "norm_epsilon must be finite and at least 0, got inf"),
+        ({"rms_norm_eps": "1e-5"}, "a value of the wrong kind"),
+        ({"tie_word_embeddings": "no"}, "the wrong kind: tie_embeddings is 'no'"),
+        ({"rope_theta": 5.0}, "rope_theta is 5.0, rope_parameters say"),
+        ({"rope_parameters": 7}, "a value of the wrong kind"),
+        ({"model_type": ["llama"]}, "a model of type"),
+        ({"quantization_config": "awq"}, r"the weights are quantised \(a method that it does not name\)"),
         ({"intermediate_size": 47}, r"mlp.up_proj.weight should have shape \(47, 32\), and has \(48, 32\)"),
         ({"attention_bias": True}, "the weights have no model.layers.0.self_attn.q_proj.bias"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, r"the weights are quantised \(mxfp4\)"),
@@ -361,10 +381,58 @@ def test_configs_that_ask_for_something_else_are_refused(folder, changes, messag
     refused(folder, message, monkeypatch=monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model_type": "mixtral", "num_local_experts": 10**9, "num_experts_per_tok": 2},
+            "num_local_experts is 1000000000",
+        ),
+        ({"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**9}}, "says 1000000000 layers"),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 0, "sliding_window": 4}, "a value of the wrong kind"),
+        ({"model_type": "qwen3_5_text", "linear_conv_kernel_dim": 10**10}, "linear_conv_kernel_dim is 10000000000"),
+    ],
+)
+def test_sizes_of_other_families_are_refused_before_anything_is_made(folder, changes, message, monkeypatch):
+    change(folder / "config.json", **changes)
+    monkeypatch.setattr(hub, "Decoder", lambda config: pytest.fail("a model was made"))
+    refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "config.json is not JSON"),
+        ('{"a":' * 50_000 + "1" + "}" * 50_000, "config.json is not JSON"),
+        ('{"model_type": "llama", "model_type": "llama"}', "it says model_type twice"),
+        ('{"vocab_size": ' + "9" * 5000 + "}", "config.json is not JSON"),
+        ("null", "config.json is no JSON object"),
+    ],
+)
+def test_objects_that_are_none_are_refused(folder, text, message):
+    (folder / "config.json").write_text(text)
+    refused(folder, message)
+    index = (folder / shards.INDEX).read_text()
+    (folder / shards.INDEX).write_text(text)
+    (folder / "config.json").write_text(json.dumps(MADE["llama2"].config))
+    refused(folder, message.replace("config.json", "index.json"))
+    (folder / shards.INDEX).write_text(
+        index.replace('"weight_map": {', '"weight_map": {"lm_head.weight": "x.safetensors",')
+    )
+    refused(folder, "it says lm_head.weight twice")
+
+
+def test_a_config_of_an_absurd_size_is_not_read(folder, monkeypatch):
+    with open(folder / "config.json", "r+b") as file:
+        file.truncate(2**40)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: pytest.fail("it was read"))
+    refused(folder, "has 1,099,511,627,776 bytes, more than")
+
+
 @pytest.mark.parametrize("hub", ["meta-llama/Llama-3.2-1B", "google/gemma-3-1b-it", "openai/gpt-oss-20b"])
 def test_two_scalings_of_rope_that_differ_are_refused(hub):
     config = pretrained.PUBLISHED[hub].config
-    same = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    same = {"rope_type": "linear", "factor": 2.0, "rope_theta": config["rope_theta"]}
     both = config | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_parameters": same}
     with pytest.raises(ValueError, match="rope_scaling and rope_parameters disagree on factor"):
         pretrained.config_from_hub(both)
@@ -374,14 +442,21 @@ def test_shards_that_lie_are_refused(folder, monkeypatch):
     index, first = folder / shards.INDEX, sorted(folder.glob("*.safetensors"))[0]
     whole, data = json.loads(index.read_text()), first.read_bytes()
     places = whole["weight_map"]
-    for outside in ("../model.safetensors", "/etc/passwd", "a/b.safetensors", "weights.bin", 7):
+    for outside in (
+        "../model.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "weights.bin",
+        250 * "a" + ".safetensors",
+        7,
+    ):
         change(index, weight_map=places | {"lm_head.weight": outside})
         refused(folder, "lm_head.weight is in .*, which is no .* of this folder", monkeypatch=monkeypatch)
     change(index, weight_map=places | {"lm_head.weight": "model-00009.safetensors"})
     refused(folder, "there is no .*model-00009.safetensors", FileNotFoundError)
     change(index, weight_map=places | {"model.extra.weight": first.name})
     refused(folder, f"says that model.extra.weight is in {first.name}, which does not have it")
-    for text in ("[]", "{}", '{"weight_map": {}}'):
+    for text in ("{}", '{"weight_map": {}}', '{"weight_map": []}'):
         index.write_text(text)
         refused(folder, "has no weight_map")
     index.write_text("{")
@@ -546,6 +621,11 @@ def test_a_conversation_is_written_as_transformers_writes_it(tmp_path):
         "{% include '/etc/passwd' %}",
         "{{ undefined.attribute }}",
         "{% if %}",
+        "{{ 'x' * 10**10 }}",
+        "{{ 'x' * 2**25 }}",
+        "{{ 'x'.ljust(10**11) }}",
+        "{% set n = namespace(x='abc') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
 def test_a_chat_template_reaches_nothing(program, tmp_path):
@@ -553,6 +633,90 @@ def test_a_chat_template_reaches_nothing(program, tmp_path):
     (tmp_path / "chat_template.jinja").write_text(program)
     with pytest.raises(ValueError, match="the chat template refuses the conversation"):
         pretrained.load_tokenizer(tmp_path).render([{"role": "user", "content": "Hi"}])
+
+
+ENDLESS = "{% for x in range(99999) %}{% for y in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_chat_template_that_never_ends_is_stopped(tmp_path, monkeypatch):
+    renderer = templates.Renderer()
+    assert renderer.render("{{ x }}", {"x": "here"}) == "here"
+    program = Path(rendering.__file__).read_text().replace(f"SECONDS = {rendering.SECONDS}", "SECONDS = 1")
+    (tmp_path / "hasty.py").write_text(program)
+    monkeypatch.setattr(rendering, "__file__", str(tmp_path / "hasty.py"))
+    renderer.stop()
+    for _ in range(2):  # the next conversation has a process of its own again
+        with pytest.raises(ValueError, match="the chat template was stopped"):
+            renderer.render(ENDLESS, {})
+        assert renderer.render("{{ x }}", {"x": "here"}) == "here"
+    renderer.stop()
+
+
+def test_an_interrupted_template_leaves_no_answer_behind(monkeypatch):
+    renderer = templates.Renderer()
+    renderer.render("{{ x }}", {"x": "first"})
+
+    class Interrupted:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(renderer.process, "stdout", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        renderer.render("{{ x }}", {"x": "second"})
+    assert renderer.render("{{ x }}", {"x": "third"}) == "third"
+    renderer.stop()
+
+
+def test_threads_that_render_get_their_own_texts():
+    renderer = templates.Renderer()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda i: renderer.render("{{ i }}", {"i": i}), range(100))) == [
+            str(i) for i in range(100)
+        ]
+    with pytest.raises(ValueError, match="a conversation must be of texts"):
+        renderer.render("{{ x }}", {"x": object()})
+    renderer.stop()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"chat_template": 7}, "has a chat_template that is no text: 7"),
+        ({"chat_template": [{"name": "default"}]}, "has no chat template"),
+        ({"chat_template": [7, {"name": "other", "template": "x"}]}, "has no chat template"),
+        ({"chat_template": "x", "bos_token": ["<s>"]}, r"says that bos_token is \['<s>'\], which is no text"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_refused(settings, message, tmp_path):
+    train_tokenizer(tmp_path, "bytes")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=message):
+        pretrained.load_tokenizer(tmp_path).render([{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize("ends", ["</s>", -1, 2**63, [1, None], [[1]], True, 1.0, {}])
+def test_tokens_that_end_a_text_are_whole_numbers(ends, tmp_path):
+    train_tokenizer(tmp_path, "bytes")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(ValueError, match="which is no token"):
+        _ = pretrained.load_tokenizer(tmp_path).stop_tokens
+
+
+def test_a_tokenizer_without_first_and_last_tokens_adds_none(tmp_path):
+    """As Qwen's: no token begins a text, and the config names a last one that the vocabulary lacks."""
+    tokenizers = pytest.importorskip("tokenizers")
+    train_tokenizer(tmp_path, "bytes")
+    plain = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    plain.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    plain.save(str(tmp_path / "tokenizer.json"))
+    settings = {"bos_token": None, "eos_token": "<|gone|>", "chat_template": "{{ bos_token }}{{ messages[0].content }}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    encoding = pretrained.load_tokenizer(tmp_path)
+    assert encoding.encode("a dog") == encoding.encode_ordinary("a dog")
+    assert encoding.encode("") == encoding.stop_tokens == []
+    assert encoding.render([{"role": "user", "content": "Hi"}]) == "Hi"
+    with pytest.raises(ValueError, match="the text is empty: there is no token to continue"):
+        first_tokens(encoding, "")
 
 
 def test_tokenizers_that_are_none_are_refused(tmp_path):
@@ -725,7 +889,7 @@ def test_a_config_that_makes_no_sense_is_refused_in_one_line(checkpoint):
     for key, value in itertools.product(checkpoint.config, WRONG):
         config = checkpoint.config | {key: value}
         try:
-            hub.check_layers(config, 100)
+            hub.check_sizes(config, {f"{i}": (10**30,) for i in range(100)})
             hub.config_from_hub(config)
         except ValueError as error:  # of no other kind, whatever is wrong
             refused.append(str(error))

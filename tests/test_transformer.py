@@ -384,7 +384,7 @@ def test_label_smoothing_formula(smoothing):
         ({"positions": "rope", "head_dim": 7}, "head_dim must be even, got 7"),
         ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
         ({"feed_forward_width": 0}, "feed_forward_width must be at least 1, got 0"),
-        ({"norm_epsilon": float("nan")}, "norm_epsilon must be at least 0, got nan"),
+        ({"norm_epsilon": float("nan")}, "norm_epsilon must be finite and at least 0, got nan"),
         ({"positions": "rope", "rope_base": 0.0}, "base must be positive, got 0"),
         ({"positions": "rope", "rope_layout": "neox"}, "layout must be one of half, interleaved, got 'neox'"),
         ({"positions": "rope", "rope_scaling": {"rope_type": "linear"}}, "linear scaling needs factor"),

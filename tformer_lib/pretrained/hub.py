@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -124,12 +124,11 @@ def load_family(
         where: what an error calls the source.
     """
     family = family_of(config, where)
-    check_layers(config, len(source.shapes))
+    check_sizes(config, source.shapes)
     ours = read_family(family, config)
     with torch.device("meta"):
         model = Decoder(ours)
-    links = list(family.links(model))
-    names = match(family, links, model, source)
+    links, names = match(family, model, source)
     small = int8.make_room(model) if dtype == torch.int8 else set()
     dtype = None if dtype == torch.int8 else dtype
     weights: dict[str, Tensor] = {}
@@ -149,12 +148,25 @@ def load_family(
     return model.eval()
 
 
-def check_layers(config: dict, tensors: int) -> None:
-    """Refuse more layers than there are tensors, before anything is made for each of them."""
-    text = config.get("text_config") or config
-    layers = text.get("num_hidden_layers", text.get("n_layer", 0)) if isinstance(text, dict) else None
-    if not isinstance(layers, int) or layers > tensors:
-        raise ValueError(f"config.json says {layers!r} layers, the weights are {tensors} tensors")
+LAYERS = ("num_hidden_layers", "n_layer")
+SIZES = re.compile("dim|size|heads?$|experts|rank|kernel|n_embd|n_inner")
+"""What the keys that count layers, and those that say how long a tensor is, are called."""
+
+
+def check_sizes(config: dict, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse more layers than there are tensors, and sizes beyond every tensor's, before anything is made of so many.
+
+    Raises:
+        ValueError: the message names the key.
+    """
+    longest, text = max((n for shape in shapes.values() for n in shape), default=0), config.get("text_config")
+    for key, value in [*config.items(), *(text.items() if isinstance(text, dict) else ())]:
+        if key in LAYERS and not (isinstance(value, int) and value <= len(shapes)):
+            raise ValueError(f"config.json says {value!r} layers, the weights are {len(shapes)} tensors")
+        if SIZES.search(key) and isinstance(value, int | float) and not value <= longest:
+            raise ValueError(
+                f"config.json says that {key} is {value!r}, no tensor of the weights is longer than {longest}"
+            )
 
 
 def family_of(config: dict, where: str | Path) -> Family:
@@ -194,8 +206,8 @@ def config_from_hub(config: dict) -> ModelConfig:
     return read_family(family_of(config, "config.json"), config)
 
 
-def match(family: Family, links: Iterable[Link], model: nn.Module, source: Source) -> dict[str, str]:
-    """Which tensor of the source each name of the links is; all have the shape that the model asks for.
+def match(family: Family, model: nn.Module, source: Source) -> tuple[list[Link], dict[str, str]]:
+    """The links of a model's parameters, and which tensor of the source each of their names is; all shapes fit.
 
     Raises:
         ValueError: one is missing, left over, of another shape, or quantised. Nothing has been read then.
@@ -204,12 +216,13 @@ def match(family: Family, links: Iterable[Link], model: nn.Module, source: Sourc
     left = {
         short
         for short in names
-        if not short.endswith(family.forgotten or "\\0") and not short.startswith(family.elsewhere or "\\0")
+        if not short.endswith(family.forgotten or "\0") and not short.startswith(family.elsewhere or "\0")
     }
     if model.config.tie_embeddings:
         left.discard("lm_head.weight")
-    parameters = dict(model.named_parameters())
-    for link in links:
+    parameters, links = dict(model.named_parameters()), []
+    for link in family.links(model):
+        links.append(link)
         wanted = link.write(*(parameters[name] for name in link.ours))
         for theirs, x in zip(link.theirs, wanted, strict=True):
             if theirs not in names:
@@ -223,7 +236,7 @@ def match(family: Family, links: Iterable[Link], model: nn.Module, source: Sourc
             left.discard(theirs)
     if left:
         raise ValueError(f"the weights hold {', '.join(sorted(left)[:3])}, which the model has no place for")
-    return names
+    return links, names
 
 
 # Back to the hub's layout

@@ -1,6 +1,7 @@
 """Reading a config.json so that no key of it is dropped without a word."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +105,44 @@ def read_config(path: Path) -> dict:
         FileNotFoundError: there is none.
         ValueError: it is no JSON object, or says that the weights are quantised.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is no JSON object, but {config!r:.40}")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "a method that it does not name")
+    config = read_object(path)
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        method = method or "a method that it does not name"
         raise ValueError(f"{path} says that the weights are quantised ({method}), which cannot be read here")
     return config
+
+
+LARGEST_JSON = 2**26
+"""Bytes of the largest file that is read as JSON: the index of 100,000 tensors takes a tenth of that."""
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object that a file of a checkpoint holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is too large, no JSON, or no object, or says something twice.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}")
+    size = path.stat().st_size
+    if size > LARGEST_JSON:
+        raise ValueError(f"{path} has {size:,} bytes, more than the {LARGEST_JSON:,} that are read")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=said_once)
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no JSON object, but {found!r:.40}")
+    return found
+
+
+def said_once(pairs: list[tuple[str, Any]]) -> dict:
+    """The pairs of a JSON object as a dictionary; of two with one key, readers would not agree which counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"it says {counts.most_common(1)[0][0]} twice")
+    return found

@@ -1,11 +1,12 @@
 """The tensors of a checkpoint's folder: what there is is known from the headers, before any number is read."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from tformer_lib.pretrained.keys import read_object
 
 INDEX = "model.safetensors.index.json"
 """Says which tensor is in which file, where there are several."""
@@ -84,15 +85,12 @@ def read_index(folder: Path) -> dict[str, str] | None:
     path = folder / INDEX
     if not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    files = found.get("weight_map") if isinstance(found, dict) else None
+    files = read_object(path).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise ValueError(f"{path} has no weight_map of names and files")
     for name, file in files.items():
-        if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
+        is_name = isinstance(file, str) and file == Path(file).name and len(file.encode(errors="replace")) < 256
+        if not is_name or not file.endswith(".safetensors"):
             raise ValueError(f"{path} says that {name} is in {file!r}, which is no *.safetensors of this folder")
     return files
 

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
 from tformer_lib.pretrained.fetch import fetch
+from tformer_lib.pretrained.keys import read_object
+from tformer_lib.pretrained.templates import RENDERER
 
 Message = Mapping[str, object]
 """A turn of a conversation: ``{"role": "user", "content": "Hello"}``."""
@@ -54,13 +55,20 @@ class HubEncoding:
 
     @cached_property
     def stop_tokens(self) -> list[int]:
-        """The tokens that end a text or a turn, by ``generation_config.json``, or else the config or the tokenizer."""
+        """The tokens that end a text or a turn, by ``generation_config.json``, or else the config or the tokenizer.
+
+        Raises:
+            ValueError: what a file says is no token.
+        """
         for name in ("generation_config.json", "config.json"):
-            ends = read_json(self.folder / name).get("eos_token_id")
-            if ends is not None:
-                return list(ends) if isinstance(ends, list) else [ends]
-        end = self.special("eos_token")
-        return [] if end is None else [self.encode_single_token(end)]
+            said = read_json(self.folder / name).get("eos_token_id")
+            if said is not None:
+                ends = said if isinstance(said, list) else [said]
+                if not all(type(end) is int and 0 <= end < 2**63 for end in ends):
+                    raise ValueError(f"{self.folder / name} says that eos_token_id is {said!r:.40}, which is no token")
+                return ends
+        end = self.tokenizer.token_to_id(self.special("eos_token") or "")
+        return [] if end is None else [end]
 
     @property
     def eot_token(self) -> int:
@@ -74,9 +82,18 @@ class HubEncoding:
         return self.stop_tokens[0]
 
     def special(self, name: str) -> str | None:
-        """The text of ``bos_token``, ``eos_token`` and the like, if there is one."""
+        """The text of ``bos_token``, ``eos_token`` and the like, if there is one.
+
+        Raises:
+            ValueError: what the file says is no text.
+        """
         token = self.settings.get(name)
-        return token.get("content") if isinstance(token, dict) else token
+        text = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(text, str | None):
+            raise ValueError(
+                f"{self.folder / 'tokenizer_config.json'} says that {name} is {text!r:.40}, which is no text"
+            )
+        return text
 
     def encode(self, text: str, *, specials: bool = True) -> list[int]:
         """A text to tokens; what it says of special tokens becomes these, and the model's first token goes before it.
@@ -134,20 +151,29 @@ class HubEncoding:
 
     @cached_property
     def template(self) -> str | None:
-        """The chat template, if the model has one."""
+        """The chat template, if the model has one.
+
+        Raises:
+            ValueError: what a file says is no template.
+        """
         path = self.folder / "chat_template.jinja"
         if path.is_file():
             return path.read_text(encoding="utf-8")
         found = self.settings.get("chat_template")
         if isinstance(found, list):  # several, by name
-            found = {one["name"]: one["template"] for one in found}.get("default")
+            named = [one for one in found if isinstance(one, dict) and one.get("name") == "default"]
+            found = named[0].get("template") if named else None
+        if not isinstance(found, str | None):
+            raise ValueError(
+                f"{self.folder / 'tokenizer_config.json'} has a chat_template that is no text: {found!r:.40}"
+            )
         return found
 
     def render(self, messages: Sequence[Message], *, answer: bool = True, **options) -> str:
         """A conversation as the text that the model was trained to go on with.
 
         The template is a program by whoever made the checkpoint. It runs in jinja2's sandbox, which lets it change
-        nothing and reach nothing outside.
+        nothing and reach nothing outside, and in a process that ends if it takes more than 5 seconds or a gigabyte.
 
         Args:
             messages: the turns so far.
@@ -162,12 +188,8 @@ class HubEncoding:
             raise ValueError(f"{self.folder} has no chat template: this model was not trained to converse")
         known = {name: self.special(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
         known = {name: text for name, text in known.items() if text is not None}
-        environment = sandbox()
-        try:
-            template = environment.from_string(self.template)
-            return template.render(messages=messages, add_generation_prompt=answer, **known, **options)
-        except Exception as error:  # a program raises what it likes
-            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        known |= {"messages": messages, "add_generation_prompt": answer, "tools": None, "documents": None, **options}
+        return RENDERER.render(self.template, known)
 
     def encode_chat(self, messages: Sequence[Message], **options) -> list[int]:
         """A conversation as tokens; arguments as for :meth:`render`.
@@ -177,47 +199,13 @@ class HubEncoding:
         return self.encode(self.render(messages, **options), specials=False)
 
 
-def sandbox():
-    """Where chat templates run: jinja2's sandbox with what transformers gives them.
-
-    Raises:
-        ImportError: jinja2 is missing; the message says how to install it.
-    """
-    try:
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise ImportError("a chat template is rendered by jinja2: pip install 'tformer-lab[hub]'") from None
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(x: object, ensure_ascii: bool = False, indent: int | None = None, **options) -> str:
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
 def read_json(path: Path) -> dict:
     """A JSON object, or an empty one if there is no such file.
 
     Raises:
         ValueError: it is something else.
     """
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is no JSON object, but {found!r:.40}")
-    return found
+    return read_object(path) if path.is_file() else {}
 
 
 def bytes_of_characters() -> dict[str, int]:

@@ -47,12 +47,16 @@ def rope_of(keys: Keys) -> tuple[float, dict | None, float]:
 
 
 def check_one_rope(config: dict) -> None:
-    """Refuse a config with two scalings of RoPE that differ: which of them is meant, nobody can know.
+    """Refuse a config with two RoPEs that differ: which of them is meant, nobody can know.
 
     Raises:
-        ValueError: ``rope_scaling`` says something that ``rope_parameters`` does not say.
+        ValueError: ``rope_scaling`` says something that ``rope_parameters`` does not say, or ``rope_theta`` another
+            base than they do.
     """
     old, new = config.get("rope_scaling"), config.get("rope_parameters")
+    base = config.get("rope_theta")
+    if new and base is not None and new.get("rope_theta", base) != base:
+        raise ValueError(f"rope_theta is {base!r}, rope_parameters say {new['rope_theta']!r}")
     if not old or not new:
         return
     apart = [name for name, value in old.items() if new.get("rope_type" if name == "type" else name) != value]

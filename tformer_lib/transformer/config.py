@@ -211,8 +211,8 @@ class ModelConfig:
         for name in sizes:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.norm_epsilon >= 0:
-            raise ValueError(f"norm_epsilon must be at least 0, got {self.norm_epsilon}")
+        if not 0 <= self.norm_epsilon < math.inf:
+            raise ValueError(f"norm_epsilon must be finite and at least 0, got {self.norm_epsilon}")
         if self.head_dim is None and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads; set head_dim or change one")
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
