@@ -615,8 +615,12 @@ def commit() -> str | None:
 
 
 def command() -> str:
-    """The command line as one would type it: ``python -m benchmarks.topic --flags``."""
+    """The command line as one would type it: ``python -m benchmarks.topic --flags``, but for where results go."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     program = ["-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
-    return shlex.join(["python", *program, *sys.argv[1:]])
+    flags = [flag for flag in sys.argv[1:] if not flag.startswith("--out=")]
+    if "--out" in flags:
+        place = flags.index("--out")
+        del flags[place : place + 2]
+    return shlex.join(["python", *program, *flags])

@@ -73,6 +73,15 @@ def test_numbers_of_a_list_share_a_line():
     assert "[ 1, 2.5, -3e-07 ]" in text
 
 
+@pytest.mark.parametrize("out", [["--out", "../a place"], ["--out=elsewhere"], []])
+def test_a_record_says_what_was_measured_and_not_where_it_was_put(out, monkeypatch):
+    flags = ["--device", "cpu", "--part", "a b"]
+    for place in (0, 2, 4):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *flags[:place], *out, *flags[place:]])
+        monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+        assert harness.command() == "python bench.py --device cpu --part 'a b'"
+
+
 def test_compare_calls_in_turns():
     calls = []
     found = harness.compare(lambda: calls.append("a"), lambda: calls.append("b"), pairs=5)
