@@ -421,11 +421,39 @@ def address_sanitizer() -> str:
     return " ".join(found)
 
 
+def serving_cases() -> dict[str, Callable]:
+    """A step of the engine in few kernels, its products cuBLAS's and our own."""
+    return {"decode_step": partial(run_fused_pass, own=()), "few_rows": partial(run_fused_pass)}
+
+
+def run_fused_pass(own: Sequence[str] | None = None) -> None:
+    """Rows that decode, some of them empty, with pools of bfloat16 and of float8."""
+    from tformer_lib.paged_attention import Rows
+    from tformer_lib.serving import FusedPass, join_projections
+    from tformer_lib.serving.fused import PRODUCTS
+    from tformer_lib.transformer import Decoder, ModelConfig
+
+    sizes = {"width": 256, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 64, "feed_forward_width": 512}
+    kind = {"norm": "rmsnorm", "feed_forward": "swiglu", "positions": "rope", "bias": False}
+    model = Decoder(ModelConfig(vocab_size=96, max_length=256, **sizes, **kind)).to("cuda", torch.bfloat16).eval()
+    join_projections(model)
+    for rows, dtype in itertools.product((1, 37, 130), (torch.bfloat16, torch.float8_e4m3fn)):
+        pools = [tuple(torch.zeros(rows, 2, 16, 64, device="cuda", dtype=dtype) for _ in "kv") for _ in range(2)]
+        fused = FusedPass(model, pools, None if dtype == torch.bfloat16 else (0.5, 0.5))
+        lengths, tables = torch.arange(rows) % 17, torch.arange(rows).int()[:, None]
+        slots = torch.where(lengths > 0, 16 * torch.arange(rows) + lengths - 1, -1).cuda()
+        where = (lengths.sub(1).clamp_min(0).cuda(), slots, Rows(tables.cuda(), lengths.int().cuda()))
+        with torch.no_grad():
+            fused(torch.zeros(rows, dtype=torch.int64).cuda(), *where, own=PRODUCTS if own is None else own)
+    torch.cuda.synchronize()
+
+
 TOPICS = {
     "flash_attention": flash_cases,
     "linear_attention": linear_cases,
     "paged_attention": paged_cases,
     "rope": rope_cases,
+    "serving": serving_cases,
     "sparse_attention": sparse_cases,
 }
 CONTROLS = {"control: lse too short": "memcheck", "control: a barrier left out": "racecheck"}
