@@ -68,8 +68,8 @@ __device__ void cap_row(float (&S)[TILES][4], int r, const ScoreForm& form) {
 }
 
 // A cap and the step of the online softmax in one pass, where no product of the tile is large (else false, and nothing is
-// done): to_base_2 tanh(S) is a polynomial of the product, whose last multiply-add is the softmax's own. Six instructions more
-// than a plain score, where tanh_of takes eleven and an exponential. Predicted 398 to 530 TFLOP/s; measured 365 to 479 in a run
+// done): to_base_2 tanh(S) is a polynomial of the product, whose last multiply-add is the softmax's own. Five instructions more
+// than a plain score, where tanh_of takes nine and an exponential. Predicted 398 to 530 TFLOP/s; measured 365 to 479 in a run
 // in which FlashAttention-3 had 540.
 template <int TILES>
 __device__ bool softmax_capped(float (&S)[TILES][4], const ScoreForm& form, float to_base_2, float (&m)[2], float (&l)[2],
