@@ -1,5 +1,6 @@
 """Figures of the chapter on the kernels of flash attention: narrow, so that a phone can show their labels."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -285,7 +286,7 @@ def ladder(
         most = max(rate for rate, *_ in rows.values())
         ax.set_yticks(range(len(rows)), list(rows))
         ax.set(xlim=(0, most * 1.5), ylim=(len(rows) - 0.4, -0.6), xlabel="TFLOP/s; right: share of the peak")
-        ax.set_title(title, fontsize=10)
+        ax.set_title(textwrap.fill(title, 56 - max(map(len, rows))), fontsize=10)
         ax.grid(axis="y", visible=False)
         if marks:
             ax.plot([], [], "D", color=style.VERMILION, label="on this machine")
