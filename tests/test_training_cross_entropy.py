@@ -178,6 +178,22 @@ def test_large_logits_are_taken_in_chunks_and_small_ones_are_not(tmp_path):
     assert not is_chunked(False, 32_768, 50_304)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("late", [60.0, 300.0, -1e9])
+def test_logits_of_a_row_may_lie_far_apart(device, late):
+    """The last of 5,000 logits is far above, or below, all that a kernel sees first."""
+    hidden = torch.ones(3, 1, device=device, requires_grad=True)
+    weight = torch.randn(5000, 1, device=device)
+    weight[-1] = late
+    weight.requires_grad_()
+    targets = torch.tensor([0, 4999, 7], device=device)
+    loss = chunked_cross_entropy(hidden, weight, targets)
+    expected = plain(hidden, weight, targets, smoothing=0.0, cap=None)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, theirs in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (loss, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * abs(late))
+
+
 def test_a_run_may_ask_for_it(tmp_path):
     from tformer_lib import tokens
     from tformer_lib.tokens import CorpusConfig
