@@ -207,8 +207,8 @@ class Engine:
             self.runner = Runner(model, self.allocator, compile=compile, lanes=lanes, **sizes, **precision)
             self.drafter = None
             if speculation is not None:
-                more = {"blocks": blocks, "block_size": block_size, "max_context": self.max_context, **sizes}
-                self.drafter = make_drafter(speculation, model, **more)
+                more = {"blocks": blocks, "block_size": block_size, "max_context": self.max_context, "compile": compile}
+                self.drafter = make_drafter(speculation, model, **more, **sizes)
         self.launched: deque[tuple[Launched, Step]] = deque()
         self.log: deque[Step] = deque(maxlen=STEPS_REMEMBERED)
         self.arrivals, self.turns = 0, Turns()

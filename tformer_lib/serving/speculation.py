@@ -267,7 +267,7 @@ class ModelDrafter(Drafter):
         model: the one that checks.
         blocks, block_size, seats, budget, max_blocks: as the engine's.
         max_context: the longest text.
-        cuda_graphs: record its decode steps.
+        compile: see :class:`Runner`.
 
     Raises:
         ValueError: the models do not share a vocabulary, or the draft model has learned too few positions.
@@ -276,7 +276,17 @@ class ModelDrafter(Drafter):
     patience = Patience(worth=1.0, growth=16, longest=1024)  # each draft costs a step of the draft model
 
     def __init__(
-        self, options: Speculation, model: nn.Module, *, blocks, block_size, seats, budget, max_blocks, max_context
+        self,
+        options: Speculation,
+        model: nn.Module,
+        *,
+        blocks: int,
+        block_size: int,
+        seats: int,
+        budget: int,
+        max_blocks: int,
+        max_context: int,
+        compile: bool = False,
     ):
         super().__init__(options)
         ours, theirs = options.model.config, model.config
@@ -286,7 +296,7 @@ class ModelDrafter(Drafter):
         if ours.positions == "learned" and ours.max_length < max_context:
             raise ValueError(f"the draft model has learned {ours.max_length} positions, texts may have {max_context}")
         self.budget, self.allocator = budget, BlockAllocator(blocks, block_size)
-        sizes = {"seats": seats, "budget": budget, "max_blocks": max_blocks}
+        sizes = {"seats": seats, "budget": budget, "max_blocks": max_blocks, "compile": compile}
         self.runner = Runner(options.model, self.allocator, lanes=2, depth=options.tokens + 2, **sizes)
         self.tables = np.zeros((seats + 1, max_blocks), dtype=np.int32)
         self.shadows: dict[Request, Shadow] = {}
