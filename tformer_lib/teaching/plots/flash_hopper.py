@@ -163,7 +163,7 @@ def causal_order(orders: dict[str, Sequence[Sequence[int]]]) -> None:
                 at += tile + 1
         ax.axvline(sum(ends) / len(ends), color=style.VERMILION, linestyle="--", linewidth=1.4)
         ax.set(ylim=(len(blocks) - 0.4, -0.6), xlim=(0, longest + 0.5), ylabel="block", yticks=range(len(blocks)))
-        ax.set_title(f"{name}: the last block ends at {max(ends)}", fontsize=10.5)
+        ax.set_title(f"{name}: ends at {max(ends)}", fontsize=10.5)
         ax.grid(axis="y", visible=False)
     axes[-1].set_xlabel("time, in tiles of keys; dashed: all end together")
     style.show()
