@@ -14,31 +14,33 @@ BOXES = {"norm": style.YELLOW, "attention": style.SKY, "feed-forward": "#F4B58F"
 
 def model_diagram() -> None:
     """The whole model, read upwards: decoder-only beside encoder-decoder."""
-    _, axes = style.figure(1, 2, height=5.4, width_ratios=[1, 1.55])
-    for ax, title, right in ((axes[0], "Decoder-only", 10), (axes[1], "Encoder-decoder", 15.5)):
-        ax.set(xlim=(0, right), ylim=(0, 17))
+    _, axes = style.figure(1, 2, width=style.NARROW, height=5.4, width_ratios=[1, 2.1])
+    for ax, title, right in ((axes[0], "Decoder-only", 7.0), (axes[1], "Encoder-decoder", 14.7)):
+        ax.set(xlim=(0, right), ylim=(0, 17.4))
         ax.set_title(title, fontsize=10.5)
         ax.axis("off")
-    draw_stack(axes[0], 4.2, "tokens  (batch, T)", ["causal attention", "feed-forward"], top=True, norm=True)
-    draw_stack(axes[1], 3.4, "source  (batch, S)", ["attention", "feed-forward"], top=False)
-    draw_stack(axes[1], 11.6, "target  (batch, T)", ["causal attention", "cross-attention", "feed-forward"], top=True)
-    axes[1].plot([3.4, 3.4, 7.5, 7.5], [9.0, 10.6, 10.6, 7.8], color=style.INK, lw=1.3)
-    arrow(axes[1], (7.5, 7.8), (8.85, 7.8))
-    axes[1].text(3.4, 10.9, "memory\n(batch, S, width)", ha="center", va="bottom", fontsize=9.5)
+    draw_stack(axes[0], 3.5, "tokens  (batch, T)", ["causal attention", "feed-forward"], top=True, norm=True)
+    draw_stack(axes[1], 3.5, "source  (batch, S)", ["attention", "feed-forward"], top=False)
+    draw_stack(axes[1], 11.2, "target  (batch, T)", ["causal attention", "cross-attention", "feed-forward"], top=True)
+    axes[1].plot([3.5, 3.5, 7.33, 7.33], [9.0, 10.6, 10.6, 7.8], color=style.INK, lw=1.3)
+    arrow(axes[1], (7.33, 7.8), (7.95, 7.8))
+    axes[1].text(3.5, 10.9, "memory\n(batch, S, width)", ha="center", va="bottom", fontsize=9.5)
     style.show()
 
 
 def draw_stack(ax: Axes, x: float, name: str, parts: Sequence[str], *, top: bool, norm: bool = False) -> None:
     """Tokens, their table, the blocks as one frame around ``parts``, and (``top``) the way out, by a final ``norm``."""
     box = partial(draw_box, ax, x)
-    ax.text(x, 0.2, name, ha="center")
+    ax.text(x, 0.2, name, ha="center", fontsize=9.5)
     arrow(ax, (x, 0.95), (x, 1.8))
     box(1.8, "embedding", style.GREEN + "55")
     arrow(ax, (x, 2.8), (x, 4.9))
-    ax.text(x + 0.25, 3.4, "+ positions", fontsize=9.5)
+    ax.text(x + 0.25, 3.4, "+ position", fontsize=9.5)
     heights = [5.3 + 2.0 * i for i in range(len(parts))]
     colours = [BOXES["feed-forward"] if part == "feed-forward" else BOXES["attention"] for part in parts]
-    ax.add_patch(FancyBboxPatch((x - 3.0, 4.9), 6.0, heights[-1] - 3.5, boxstyle="round", fc="none", ec=style.GREY))
+    ax.add_patch(
+        FancyBboxPatch((x - 3.3, 4.9), 6.6, heights[-1] - 3.5, boxstyle="round,pad=0.15", fc="none", ec=style.GREY)
+    )
     for y, part, colour in zip(heights, parts, colours, strict=True):
         box(y, part, colour)
     for below, above in pairwise(heights):
@@ -51,13 +53,13 @@ def draw_stack(ax: Axes, x: float, name: str, parts: Sequence[str], *, top: bool
         arrow(ax, (x, 13.1 if norm else heights[-1] + 1.0), (x, 14.0))
         box(14.0, "unembedding", style.GREEN + "55")
         arrow(ax, (x, 15.0), (x, 15.8))
-        ax.text(x, 16.0, "logits  (batch, T, vocab_size)", ha="center", fontsize=9.5)
+        ax.text(x, 15.9, "logits\n(batch, T, V)", ha="center", va="bottom", fontsize=9.5)
 
 
 def draw_box(ax: Axes, x: float, y: float, name: str, colour: str) -> None:
     """A box of height 1 around ``x``, its foot at ``y``."""
-    ax.add_patch(FancyBboxPatch((x - 2.7, y), 5.4, 1.0, boxstyle="round,pad=0.05", fc=colour, ec=style.INK))
-    ax.text(x, y + 0.5, name, ha="center", va="center", fontsize=9.5)
+    ax.add_patch(FancyBboxPatch((x - 3.2, y), 6.4, 1.0, boxstyle="round,pad=0.05", fc=colour, ec=style.INK))
+    ax.text(x, y + 0.5, name, ha="center", va="center", fontsize=9)
 
 
 def block_diagram() -> None:
