@@ -956,21 +956,25 @@ def test_gradients_past_what_float16_holds_do_not_overflow(rule, d, large):
         else:
             dout, v = dout * 1e-3, v * 1e-3
     elif large == "values":
-        v, dout = v * 1e3, dout * 1e2
-        q, k = (x * (30 if rule == "mean" else 1) for x in (q, k))
+        v, dout = v * (1e2 if rule == "mean" else 1e3), dout * 1e2
+        q, k = (x * (3 if rule == "mean" else 1) for x in (q, k))
         options |= {"initial_state": None, "scale": 1.0 if rule == "mean" else 3e-4}
     else:
         dout = dout * 1e-5
     given = [x.half() for x in (q, k, v)]
+    dstate = dout.std() * torch.randn(1, 2, d, d + (rule == "mean"), generator=generator)
+    if large == "values":
+        dstate[..., :d] *= 1e-2
     grads = []
     for step, device, dtype in [("0", "cpu", torch.float64), *((s, place, torch.float16) for s, place in steps_here())]:
         leaves = [x.to(device, dtype).requires_grad_() for x in given]
         more = {n: x.to(device).requires_grad_() if is_float(x) else x for n, x in options.items()}
         if kernels.refusal(step, leaves[0], leaves[2], more.get("beta")):
             continue
-        out, _ = la.operator.run(*leaves, **more, step=step)
+        out, state = la.operator.run(*leaves, **more, step=step)
         wanted = [*leaves, *(x for x in more.values() if is_float(x))]
-        grads.append((step, torch.autograd.grad(out, wanted, dout.half().to(device, dtype))))
+        given_grads = dout.half().to(device, dtype), dstate.to(state)
+        grads.append((step, torch.autograd.grad((out, state), wanted, given_grads)))
     (_, truth), *found = grads
     for step, gradients_of_step in found:
         for i, (a, b) in enumerate(zip(gradients_of_step, truth, strict=True)):

@@ -81,7 +81,8 @@ class Sums:
         if normalised:
             ones = torch.ones_like(dden[:1, :1, :1]).expand_as(dden)
             more[0], _ = self.run(dden, ones, k, **options, initial=sum_as_features(first, both=True))
-            more[1], row = self.run(ones, dden, q, **options, reverse=True, initial=sum_as_features(dlast, both=False))
+            dsum = sum_as_features(dlast if moved is None or dlast is None else dlast * shrink, both=False)
+            more[1], row = self.run(ones, dden, q, **options, reverse=True, initial=dsum)
             row = row[..., :2].sum(-1).unsqueeze(2)
             dstate = torch.cat([dstate, row if moved is None else row / shrink], 2)
             if moved is not None:
