@@ -48,6 +48,8 @@ class EngineOptions:
     """Tokens that are guessed ahead in a step, and checked (speculative decoding)."""
     draft_model: str | None = None
     """The model that guesses them, with the same tokens; by default they are looked up in the text itself."""
+    compile: bool = False
+    """Join and fuse kernels; but for models of Llama's kind on Hopper, the first steps then take a while."""
 
     def open(self) -> LLM:
         """The model behind an engine."""
@@ -56,6 +58,7 @@ class EngineOptions:
         if blocks < 1:
             raise ValueError(f"memory is {self.memory:,} bytes, less than a block of keys and values takes")
         options = {"seats": self.seats, "budget": self.budget, "max_context": self.max_context}
+        options["compile"] = self.compile
         return LLM(model, encoding, blocks=blocks, speculation=self.speculation(), **options)
 
     def speculation(self) -> Speculation | None:
