@@ -19,6 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from tformer_lib import command_line
 from tools.chapters import ROOT
@@ -39,16 +42,16 @@ class Asked:
     """Draw many examples.
 
     Args:
+        tests: files, folders or names of tests, as pytest takes them.
         processes: how many pieces run at a time, each with one thread.
         seconds: when to stop; what runs then is ended and does not count.
         out: the file of what was drawn, read first.
-        only: a part of the tests' names.
     """
 
+    tests: Annotated[tuple[str, ...], tyro.conf.Positional] = ("tests",)
     processes: int = 2
     seconds: float = 3600.0
     out: Path = Path("deep.jsonl")
-    only: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,13 @@ def draw(arguments: list[str] | None) -> int:
     """Collect the tests, run their pieces, and print the table."""
     asked = command_line.parse(Asked, arguments, program="python -m tools.deep", description=__doc__)
     deadline = time.monotonic() + asked.seconds
-    collected = run_pytest(["--collect-only", "-q"], subprocess.PIPE, DEEP_MULTIPLE=str(DEEP))
-    tests = [line for line in collected.stdout.splitlines() if "::" in line and asked.only in line]
+    collected = run_pytest(["--collect-only", "-q", *asked.tests], subprocess.PIPE, DEEP_MULTIPLE=str(DEEP))
+    tests = [line for line in collected.stdout.splitlines() if "::" in line and " " not in line.partition("::")[0]]
     for line in collected.stdout.splitlines():
         if line.startswith("ERROR"):
             print(line)  # a file that could not be read, for want of a package perhaps: its tests do not draw
     if not tests:
-        raise ValueError(f"no test that draws has {asked.only!r} in its name: {collected.stderr or collected.stdout}")
+        raise ValueError(f"there is no test that draws in {' '.join(asked.tests)}: {collected.stdout}")
     known = read(asked.out)
     new = [test for test in tests if test not in known]
     run([Piece(tuple(new[i : i + FEW]), 1) for i in range(0, len(new), FEW)], asked, deadline)
@@ -131,10 +134,9 @@ def run_pytest(arguments: list[str], out: int, timeout: float | None = None, **e
     """Run pytest with ``deep_plugin.py``; a run that is out of time is ended."""
     command = [sys.executable, "-m", "pytest", "-p", "tools.deep_plugin", "-p", "no:cacheprovider", "-o", "addopts="]
     environment = {"OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "deep"} | environment
-    names = arguments if any("::" in argument for argument in arguments) else [*arguments, "tests"]
     try:
         return subprocess.run(
-            [*command, *names],
+            [*command, *arguments],
             cwd=ROOT,
             env=os.environ | environment,
             stdout=out,
