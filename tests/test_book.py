@@ -275,6 +275,19 @@ def test_address_goes_into_the_configuration_and_the_chapters_and_out_again(copi
     assert contents(copied) == before
 
 
+@pytest.mark.parametrize("given", ["", " ", "https://github.com/someone/lab.git/", "http://github.com/a/b", "a/b"])
+def test_an_address_is_set_or_refused_in_one_line(given, copied, capsys):
+    module = script(ROOT / "tools" / "address.py")
+    module.ROOT = copied
+    before, fits = contents(copied), given.strip().startswith("https://") or not given.strip()
+    assert module.main([given]) == (0 if fits else 2)
+    said = capsys.readouterr()
+    assert (said.err == "") == fits
+    assert (said.out + said.err).count("\n") == 1
+    assert (contents(copied) == before) == (not given.startswith("https://"))
+    assert "https://github.com/someone/lab" in said.out or not given.startswith("https://")
+
+
 def test_colab_s_cell_does_nothing_elsewhere(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     shell = InteractiveShell()

@@ -10,9 +10,14 @@ and no page shows it.
 
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import nbformat
+import tyro
+
+from tformer_lib import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "colab"
@@ -25,18 +30,31 @@ if "google.colab" in sys.modules:  # Colab opens this notebook alone: fetch and 
     sys.path.insert(0, "/content/course")  # a running kernel does not see an editable install"""
 
 
-def main() -> int:
+@dataclass(frozen=True)
+class Asked:
+    """Say where the course's repository is.
+
+    Args:
+        address: https://github.com/owner/name, which Binder and Colab can open; an empty one takes it back.
+    """
+
+    address: Annotated[str, tyro.conf.Positional]
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Set the address that the command line gives."""
-    given = sys.argv[1] if len(sys.argv) == 2 else None
-    address = (given or "").strip().rstrip("/").removesuffix(".git")
-    if given is None or not re.fullmatch(r"(https://github\.com/[\w.-]+/[\w.-]+)?", address):
-        print(__doc__)
-        print(f"An address is https://github.com/owner/name, which Binder and Colab can open; got {given!r}.")
-        return 2
+    return command_line.run(lambda: change(arguments))
+
+
+def change(arguments: list[str] | None) -> None:
+    """Set the address, and say what that changes."""
+    asked = command_line.parse(Asked, arguments, program="python -m tools.address", description=__doc__)
+    address = asked.address.strip().rstrip("/").removesuffix(".git")
+    if not re.fullmatch(r"(https://github\.com/[\w.-]+/[\w.-]+)?", address):
+        raise ValueError(f"an address is https://github.com/owner/name, got {asked.address!r}")
     set_address(ROOT, address)
     told = f"the chapters open on Binder and Colab from {address}" if address else "the chapters open here alone"
     print(f"{told}; `make book` shows it")
-    return 0
 
 
 def set_address(root: Path, address: str) -> None:
