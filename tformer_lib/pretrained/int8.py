@@ -7,7 +7,7 @@ from torch import Tensor, nn
 LARGEST = 127
 """The largest integer that is used: -128 would have no counterpart."""
 
-AT_ONCE = 2**18
+AT_ONCE = 2**19
 """Numbers of a matrix that are widened at once."""
 
 
@@ -52,12 +52,13 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.empty(len(weight), device=weight.device)
     rows = max(1, AT_ONCE // weight.shape[1])
     for start in range(0, len(weight), rows):
-        part = weight[start : start + rows].float()  # a copy of few rows, so that loading takes little more memory
-        if not part.isfinite().all():
+        here = slice(start, start + rows)
+        part = weight[here].to(torch.float32, copy=True)  # a copy of few rows: loading takes little more memory
+        largest = torch.maximum(part.amax(dim=1), -part.amin(dim=1)) / LARGEST  # of a row with a NaN it is NaN
+        if not largest.isfinite().all():
             raise ValueError("a weight is NaN or infinite: it has no place among integers")
-        largest = part.abs().amax(dim=1) / LARGEST
-        scale[start : start + rows] = torch.where(largest > 0, largest, 1.0)  # 1 for a row of zeros
-        numbers[start : start + rows] = (part / scale[start : start + rows, None]).round()
+        scale[here] = torch.where(largest > 0, largest, 1.0)  # 1 for a row of zeros
+        numbers[here] = part.div_(scale[here, None]).round_()
     return numbers, scale
 
 
