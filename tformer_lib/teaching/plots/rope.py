@@ -52,7 +52,7 @@ def decay(distances: Tensor, aligned: Tensor, spread: Tensor, bound: Tensor) -> 
         {"q = k, all ones": aligned, "bound, rescaled": bound, "random q, k": spread},
         markers=False,
     )
-    ax.set_xscale("log", base=2)
+    style.log2_axis(ax, [4**i for i in range(7)])
     ax.set(xlabel="distance", ylabel="score, 1 = the largest")
     below(ax, columns=2)
     style.show()
