@@ -610,6 +610,57 @@ def test_a_conversation_is_written_as_transformers_writes_it(tmp_path):
     assert pretrained.load_tokenizer(tmp_path).render(turns) == "2"
 
 
+IDIOMS = {
+    "what the model wrote is marked (SmolLM3)": """{% for m in messages %}{% if m.role == 'assistant' %}
+{%- generation %}{{ '<|im_start|>' ~ m.content ~ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}
+{%- endfor %}""",
+    "from the end to the beginning, thoughts cut off (Qwen3)": """{%- set ns = namespace(last=-1, found=false) %}
+{%- for m in messages[::-1] %}{% set i = (messages|length - 1) - loop.index0 %}
+    {%- if not ns.found and m.role == 'user' and m.content is string %}
+        {%- set ns.last = i %}{% set ns.found = true %}
+    {%- endif %}
+{%- endfor %}
+{%- for m in messages %}
+    {{- m.content.split('</think>')[-1].lstrip('\\n') if loop.index0 < ns.last else m.content.strip() }}{{ ns.last }}
+{%- endfor %}""",
+    "a date, and tools that are none (Llama 3)": """{%- if not tools is defined %}{%- set tools = none %}{%- endif %}
+{%- if not date is defined %}{% set date = strftime_now("%d %b") | length %}{% endif %}
+{{- bos_token }}{{ date }}{{ tools is none }}{{ messages[0]['content'] | trim }}""",
+    "macros, and schemas indented (gpt-oss)": """{%- macro describe(x) -%}{{ x | tojson(indent=2) }}{%- endmacro -%}
+{%- if tools -%}{% for tool in tools %}{{ describe(tool) }}{% endfor %}{%- else -%}none of them{%- endif -%}
+{%- for k, v in messages[0] | dictsort %}{{ k }}={{ v }};{% endfor %}""",
+    "roles that must take turns (Mistral, Gemma)": """{{ bos_token }}{% for message in messages %}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must take turns') }}{% endif %}
+{%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
+{{- role ~ ': ' ~ message['content'] | trim }}
+{% endfor %}{% if add_generation_prompt %}model: {% endif %}""",
+    "parts of a turn (Gemma 3, Qwen-VL)": """{% for m in messages %}
+{%- if m.content is string %}{{ m.content }}{% else %}
+{%- for part in m.content %}{{ part.text if part.type == 'text' else '<' + part.type + '>' }}{% endfor %}
+{%- endif %}{% endfor %}""",
+}
+"""What the templates of public models do, in words of our own."""
+
+
+@pytest.mark.parametrize("idiom", IDIOMS)
+@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "find", "what": "<é & 'x'>"}}]])
+def test_what_templates_of_public_models_do_is_done(idiom, tools, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    train_tokenizer(tmp_path, "bytes", IDIOMS[idiom])
+    ours = pretrained.load_tokenizer(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<s>", eos_token="<|im_end|>"
+    )
+    theirs.chat_template = IDIOMS[idiom]
+    user = [{"type": "text", "text": "Hi"}, {"type": "image"}] if "parts" in idiom else " Hi <b>\n"
+    turns = [{"role": "user", "content": user}, {"role": "assistant", "content": "<think>so</think>\n\n é"}]
+    turns.append({"role": "user", "content": "And?"})
+    for messages in (turns, turns[:1]):
+        expected = theirs.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+        assert expected
+        assert ours.render(messages, tools=tools) == expected
+
+
 @pytest.mark.parametrize(
     "program",
     [
