@@ -270,6 +270,7 @@ def ladder(
         here: title -> {name -> TFLOP/s on this machine's GPU}, where there is one.
     """
     sizes = [len(rows) for rows in panels.values()]
+    longest = max(len(name) for rows in panels.values() for name in rows)  # the wider the names, the narrower a title
     height = 0.9 * len(sizes) + 0.3 * sum(sizes)
     _, axes = style.figure(len(panels), 1, width=style.NARROW, height=height, height_ratios=sizes)
     for ax, (title, rows) in zip(np.atleast_1d(axes), panels.items(), strict=True):
@@ -286,7 +287,7 @@ def ladder(
         most = max(rate for rate, *_ in rows.values())
         ax.set_yticks(range(len(rows)), list(rows))
         ax.set(xlim=(0, most * 1.5), ylim=(len(rows) - 0.4, -0.6), xlabel="TFLOP/s; right: share of the peak")
-        ax.set_title(textwrap.fill(title, 56 - max(map(len, rows))), fontsize=10)
+        ax.set_title(textwrap.fill(title, 56 - longest), fontsize=10)
         ax.grid(axis="y", visible=False)
         if marks:
             ax.plot([], [], "D", color=style.VERMILION, label="on this machine")
