@@ -454,6 +454,11 @@ def damage(folder, name, change):
     path.write_bytes(change(path.read_bytes()))
 
 
+def with_value(key, value):
+    """A change of a JSON object: one of its values is another."""
+    return lambda data: json.dumps(json.loads(data) | {key: value}).encode()
+
+
 @pytest.mark.parametrize(
     ("name", "change", "complaint"),
     [
@@ -466,6 +471,11 @@ def damage(folder, name, change):
         ("meta.json", lambda data: b'{"format": "other"}', r"meta\.json is of format 'other'"),
         ("meta.json", lambda data: data.replace(b"val_tokens", b"val_count"), r"wrong fields: val_count, val_tokens"),
         ("meta.json", lambda data: data.replace(b"uint16", b"object"), r"ids of object, expected uint16"),
+        ("meta.json", with_value("train_tokens", "8"), r"value of the wrong kind: train_tokens is '8'"),
+        ("meta.json", with_value("train_tokens", None), r"value of the wrong kind: train_tokens is None"),
+        ("meta.json", with_value("sha256", "none"), r"value of the wrong kind: sha256 is 'none'"),
+        ("encoding.json", with_value("special_tokens", {END_OF_TEXT: -1}), r"does not describe an encoding: "),
+        ("encoding.json", with_value("special_tokens", {END_OF_TEXT: 10**30}), r"does not describe an encoding: "),
         ("encoding.tiktoken", lambda data: data[:-9], r"encoding\.tiktoken is damaged"),
         ("encoding.json", lambda data: b"{}", r"encoding\.json does not describe an encoding"),
     ],

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tformer_lib import stories as grammar
-from tformer_lib.checkpoint import locked, settle, write_atomically, write_together
+from tformer_lib.checkpoint import build, locked, settle, write_atomically, write_together
 from tformer_lib.stories import stories
 from tformer_lib.tokens.bpe import END_OF_TEXT, train_bpe
 from tformer_lib.tokens.encoding import (
@@ -137,7 +137,10 @@ def read_meta(folder: Path) -> Meta:
         raise CorpusError(f"{path} has the wrong fields: {', '.join(sorted(facts.keys() ^ expected))}")
     if facts["dtype"] not in ("uint16", "uint32"):
         raise CorpusError(f"{path} gives ids of {facts['dtype']}, expected uint16 or uint32")
-    return Meta(**facts)
+    try:
+        return build(Meta, facts, str(path))
+    except ValueError as error:
+        raise CorpusError(str(error)) from None
 
 
 def open_ids(path: Path, meta: Meta) -> np.memmap:

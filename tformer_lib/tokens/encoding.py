@@ -228,7 +228,7 @@ def load_encoding(folder: str | Path) -> Encoding:
         )
     except KeyError as error:
         raise CorpusError(f"{folder / 'encoding.json'} does not describe an encoding: {error} is missing") from None
-    except (AttributeError, TypeError) as error:  # of a value of the wrong kind
+    except (AttributeError, OverflowError, TypeError) as error:  # of a value of the wrong kind
         raise CorpusError(f"{folder / 'encoding.json'} does not describe an encoding: {error}") from None
 
 
