@@ -133,6 +133,17 @@ def test_quantised_weights_are_refused_by_name(dtype):
     assert torch.equal(model.weight, before)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5_000, "{"])
+def test_what_is_no_json_is_refused_or_left_out(tmp_path, text):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{text}\n{{"step": 2}}\n')
+    assert checkpoint.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(safetensors.torch.save({"x": torch.ones(1)}, {"facts": text}))
+    with pytest.raises(ValueError, match=r"w\.safetensors is damaged"):
+        checkpoint.read_tensors(weights)
+
+
 def test_facts_that_are_no_object_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     path.write_bytes(safetensors.torch.save({"x": torch.ones(1)}, {"facts": "[1, 2]"}))

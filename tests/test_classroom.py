@@ -62,12 +62,14 @@ def test_a_class_of_five(tmp_path, learn, capsys):
     (handed / "Dan").mkdir()
     (folder / ".tformer-progress.json").rename(handed / "Dan" / ".tformer-progress.json")
     (handed / "eve.json").write_text("my dog ate it")
+    (handed / "fay.json").write_text("[" * 100_000)
     capsys.readouterr()
 
     out = tmp_path / "class.csv"
     assert classroom.main(["collect", str(handed), "--out", str(out)]) == 1, "a file was not read"
     said = capsys.readouterr()
     assert "eve.json: is not JSON" in said.err
+    assert "fay.json: is not JSON" in said.err
     rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in said.out.splitlines()}
     assert rows["exercise"] == ["Ada", "Ben", "Chi", "Dan", "passed"]
     assert rows["masks.causal"] == ["1", "2", "3", "(1)", "3 of 4"]

@@ -179,7 +179,9 @@ def test_solution_of_the_book_is_not_counted(toy, tmp_path, monkeypatch):
     assert record.passed() == set()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"passed": 3}', '{"passed": [1, null]}', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"passed": 3}', '{"passed": [1, null]}', "\x00", "[" * 10**5], ids=range(7)
+)
 def test_broken_record_is_an_empty_one(toy, text, tmp_path, monkeypatch):
     file = tmp_path / "progress.json"
     file.write_text(text)

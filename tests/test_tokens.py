@@ -468,6 +468,8 @@ def with_value(key, value):
         ("train.bin", lambda data: data[:-1] + bytes([data[-1] ^ 1]), r"train\.bin has changed"),
         ("meta.json", lambda data: b"{", r"meta\.json is not JSON"),
         ("meta.json", lambda data: b"[]", r"meta\.json holds a list"),
+        ("meta.json", lambda data: b"[" * 100_000, r"meta\.json is not JSON"),
+        ("encoding.json", lambda data: b"9" * 5_000, r"encoding\.json is not JSON"),
         ("meta.json", lambda data: b'{"format": "other"}', r"meta\.json is of format 'other'"),
         ("meta.json", lambda data: data.replace(b"val_tokens", b"val_count"), r"wrong fields: val_count, val_tokens"),
         ("meta.json", lambda data: data.replace(b"uint16", b"object"), r"ids of object, expected uint16"),

@@ -248,7 +248,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             facts = json.loads((file.metadata() or {}).get("facts", "{}"))
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
     if not isinstance(facts, dict):
         raise ValueError(f"{path} has facts that are no JSON object, but {facts!r:.40}")
@@ -328,6 +328,6 @@ def read_metrics(out: str | Path) -> list[dict]:
     path = path / "metrics.jsonl" if path.is_dir() else path
     lines = []
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:  # U+2028 may stand in a text
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(line))
     return [line for line in lines if isinstance(line, dict)]

@@ -137,7 +137,7 @@ def collect(folder: Path) -> tuple[list[Learner], list[tuple[Path, str]]]:
     for path in sorted(folder.rglob("*.json")):
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             unread.append((path, "is not JSON"))
             continue
         if not isinstance(said, dict) or not isinstance(said.get("passed"), list):
@@ -166,7 +166,7 @@ def table(learners: list[Learner], exercises: list[Exercise]) -> str:
 
     A passed exercise shows the number of tries; one that is not passed yet has brackets around it.
     """
-    names = [one.name.replace("|", "/") for one in learners]
+    names = [" ".join(one.name.replace("|", "/").split()) for one in learners]
     rows = [["exercise", *names, "passed"], ["---"] * (len(learners) + 2)]
     for exercise in exercises:
         count = sum(exercise.name in one.passed for one in learners)

@@ -125,7 +125,7 @@ def newest(out: Path) -> tuple[Path, dict] | None:
     try:
         named = json.loads(path.read_text())
         folder, facts = out / named["folder"], named["facts"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not folder.is_dir():
         raise ValueError(f"{path} names {folder}, which is not there")

@@ -63,9 +63,10 @@ def to_json(value: dict) -> bytes:
 
 def read_json(path: Path) -> dict:
     """The JSON object in ``path``."""
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # brackets in brackets, deeper than Python goes
         raise CorpusError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise CorpusError(f"{path} holds a {type(value).__name__}, expected a JSON object")

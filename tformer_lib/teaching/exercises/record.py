@@ -35,7 +35,7 @@ def read(file: Path | None = None) -> dict:
     file = file or path()
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         found = {}
     found = found if isinstance(found, dict) else {}
     names, tries = found.get("passed"), found.get("tries")
@@ -94,7 +94,7 @@ def answers() -> dict[str, Source]:
     file = answers_path()
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         found = {}
     kept = {}
     for name, facts in found.items() if isinstance(found, dict) else ():
