@@ -38,10 +38,12 @@ from benchmarks.harness import (
     command_line,
     copies_past_cache,
     edited_kernel,
+    host_seconds,
     matmul_rate,
     measure,
     measure_in_turns,
     profiled,
+    take_turns,
 )
 from tformer_lib import flash_attention as flash
 from tformer_lib import jit
@@ -471,7 +473,9 @@ def run_cpu(report: Report) -> None:
     jit.load(flash.LADDER.topic, "cpu")
     report.note(load_seconds=time.perf_counter() - start)
     contestants = {"naive": naive, "sdpa": F.scaled_dot_product_attention, "C++ twin": own("cpu", False)}
-    for name, times in take_turns(contestants, tuple(torch.randn(1, 8, 4096, 64) for _ in range(3))).items():
+    inputs, clock = [torch.randn(1, 8, 4096, 64) for _ in range(3)], partial(host_seconds, device=torch.device("cpu"))
+    calls = {name: partial(clock, partial(attend, *inputs)) for name, attend in contestants.items()}
+    for name, times in take_turns(calls, 8).items():
         work = flops(1, 8, 4096, 4096, 64, False)
         timing = Timing(median(times), min(times), max(times), len(times))
         name = f"forward, float32, 8 heads, {label(64, 4096, False)}: {name}"
@@ -483,16 +487,6 @@ def run_twin() -> None:
     q, k, v = torch.randn(3, 1, 4, 512, 64)
     naive(q, k, v)
     flash.flash_attention(q, k, v, step="cpu")
-
-
-def take_turns(contestants: dict[str, Callable], inputs: tuple[Tensor, ...], rounds: int = 8) -> dict[str, list[float]]:
-    """Seconds of each contestant, one call a round: what else the machine does disturbs all of them alike."""
-    times = {name: [] for name in contestants}
-    for name, attend in [*contestants.items()] * rounds:
-        start = time.perf_counter()
-        attend(*inputs)
-        times[name].append(time.perf_counter() - start)
-    return times
 
 
 LADDER_PEERS = (

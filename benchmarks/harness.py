@@ -29,7 +29,7 @@ from pathlib import Path
 from shutil import copytree
 from statistics import median, quantiles
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -86,6 +86,12 @@ class Timing:
     p90: float
     calls: int
 
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Timing":
+        """The timing of some calls."""
+        p10, *_, p90 = quantiles(seconds, n=10) if len(seconds) > 1 else (seconds[0], seconds[0])
+        return cls(median(seconds), p10, p90, len(seconds))
+
     @property
     def spread(self) -> float:
         """Width of the middle 80 % of the calls, as a share of the median."""
@@ -118,8 +124,23 @@ def measure(
     warm_up(fn, inputs, device, warmup)
     timer = partial(time_cuda, ahead=ahead) if device.type == "cuda" else time_cpu
     times = timer(fn, inputs, seconds, min_calls, max_calls)
-    p10, *_, p90 = quantiles(times, n=10) if len(times) > 1 else (times[0], times[0])
-    return Timing(median(times), p10, p90, len(times))
+    return Timing.of(times)
+
+
+Found = TypeVar("Found")
+
+
+def take_turns(contestants: Mapping[str, Callable[[], Found]], turns: int) -> dict[str, list[Found]]:
+    """What each contestant returns, called once in each turn: what else the machine does disturbs all of them alike.
+
+    Each turn begins with another contestant: who follows one that heats a GPU less finds a higher clock.
+    """
+    found, names = {name: [] for name in contestants}, list(contestants)
+    for turn in range(turns):
+        first = turn * len(names) // turns
+        for name in names[first:] + names[:first]:
+            found[name].append(contestants[name]())
+    return found
 
 
 def in_turns(
@@ -131,10 +152,8 @@ def in_turns(
         contestants: functions of nothing, by name.
         seconds: of each measurement, after half as long a warm-up.
     """
-    timings: dict[str, list[Timing]] = {name: [] for name in contestants}
-    for _ in range(turns):
-        for name, call in contestants.items():
-            timings[name].append(measure(call, device="cuda", seconds=seconds, warmup=seconds / 2, ahead=True))
+    measured = partial(measure, device="cuda", seconds=seconds, warmup=seconds / 2, ahead=True)
+    timings = take_turns({name: partial(measured, call) for name, call in contestants.items()}, turns)
     middle = {name: sorted(found, key=lambda t: t.median)[turns // 2] for name, found in timings.items()}
     return {name: (middle[name], [1e3 * t.median for t in found]) for name, found in timings.items()}
 
@@ -167,18 +186,11 @@ def measure_in_turns(
 ) -> dict[str, Timing]:
     """Each contestant (function, sets of arguments) on a GPU, a part of its time in each turn.
 
-    Each turn begins with another contestant: who follows one that heats the GPU less finds a higher clock.
-
     Returns:
         of each the median of its turns' medians, and the spread of all of them.
     """
-    found = {name: [] for name in contestants}
-    names = list(contestants)
-    for turn in range(TURNS):
-        first = turn * len(names) // TURNS
-        for name in names[first:] + names[:first]:
-            fn, inputs = contestants[name]
-            found[name].append(measure(fn, inputs, device="cuda", seconds=seconds / TURNS, warmup=seconds / TURNS))
+    measured = partial(measure, device="cuda", seconds=seconds / TURNS, warmup=seconds / TURNS)
+    found = take_turns({name: partial(measured, *contestant) for name, contestant in contestants.items()}, TURNS)
     return {
         name: Timing(
             median(t.median for t in turns),

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from statistics import median, quantiles
 
 import numpy as np
 import torch
@@ -263,7 +262,7 @@ def train_models(asked: MixtureOptions) -> None:
     for name, one in learners.items():
         print(name, one.losses[-1], flush=True)
         report.add(
-            timing=timing_of(one.seconds),
+            timing=Timing.of(one.seconds[min(10, len(one.seconds) // 2) :]),  # without the first ones
             case=f"a training step of {tokens:,} tokens, small models",
             contestant=name,
             unbounded="so small a model is bound by the start of its operators, not by a rate",
@@ -276,13 +275,6 @@ def learner(config: ModelConfig, settings: training.TrainingConfig, device: torc
     torch.manual_seed(0)
     model = Decoder(config).to(device)
     return Learner(model, training.make_optimizer(model, settings))
-
-
-def timing_of(seconds: list[float]) -> Timing:
-    """The median of the steps and their spread, without the first ones."""
-    settled = seconds[min(10, len(seconds) // 2) :]
-    p10, *_, p90 = quantiles(settled, n=10)
-    return Timing(median(settled), p10, p90, len(settled))
 
 
 if __name__ == "__main__":

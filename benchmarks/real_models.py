@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Options, Report, Timing, command_line, copy_rate, host_seconds, matmul_rate
+from benchmarks.harness import Options, Report, Timing, command_line, copy_rate, host_seconds, matmul_rate, take_turns
 from tformer_lib import pretrained
 from tformer_lib.generation import generate
 from tformer_lib.pretrained.interface import NAME, register_with_transformers
@@ -128,12 +127,17 @@ def loading(report: Report, folder: Path, asked: RealModelsOptions) -> None:
 
 def in_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
     """Seconds of each, one call a turn after one that is not timed."""
-    seconds = {name: [] for name in contestants}
-    for number, (name, call) in enumerate([*contestants.items()] * (rounds + 1)):
-        took = host_seconds(call, torch.device("cpu"))
-        if number >= len(contestants):
-            seconds[name].append(took)
-    return {name: timing_of(times) for name, times in seconds.items()}
+    for call in contestants.values():
+        call()
+    return timed_in_turns(contestants, rounds, torch.device("cpu"))
+
+
+def timed_in_turns(
+    contestants: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, Timing]:
+    """Seconds of each, one call a turn."""
+    clocks = {name: partial(host_seconds, call, device) for name, call in contestants.items()}
+    return {name: Timing.of(seconds) for name, seconds in take_turns(clocks, rounds).items()}
 
 
 def read_all(folder: Path) -> int:
@@ -212,17 +216,13 @@ def time_of_a_step(
     """Seconds a token of each that writes as many as it is asked, in turns: of ``count`` tokens less a short text."""
     for write in contestants.values():
         write(SHORT)
-    seconds = {name: [] for name in contestants}
-    for name, write in [*contestants.items()] * rounds:
+
+    def seconds_of_a_token(write: Callable[[int], object]) -> float:
         short, long = (host_seconds(partial(write, tokens), device) for tokens in (SHORT, count))
-        seconds[name].append((long - short) / (count - SHORT))
-    return {name: timing_of(times) for name, times in seconds.items()}
+        return (long - short) / (count - SHORT)
 
-
-def timing_of(times: list[float]) -> Timing:
-    """Their median and spread."""
-    p10, *_, p90 = quantiles(times, n=10) if len(times) > 1 else (times[0], times[0])
-    return Timing(median(times), p10, p90, len(times))
+    clocks = {name: partial(seconds_of_a_token, write) for name, write in contestants.items()}
+    return {name: Timing.of(seconds) for name, seconds in take_turns(clocks, rounds).items()}
 
 
 def load_theirs(folder: Path, device: torch.device) -> nn.Module:
@@ -288,12 +288,9 @@ def attention(report: Report, asked: RealModelsOptions) -> None:
             tokens = torch.randint(model.config.vocab_size, (1, length), device=device)
             read = {backend: partial(read_prompt, model, tokens, backend) for backend in backends(device)}
             apart = {backend: distance(run(), read["sdpa"]()) for backend, run in read.items()}
-            seconds = {backend: [] for backend in read}
-            for backend, run in [*read.items()] * asked.rounds:
-                seconds[backend].append(host_seconds(run, device))
-            for backend, times in seconds.items():
+            for backend, timing in timed_in_turns(read, asked.rounds, device).items():
                 report.add(
-                    timing=timing_of(times),
+                    timing=timing,
                     case=f"{family} reads {length:,} tokens",
                     contestant=f"transformers, {BACKENDS[backend]}",
                     flops=flops_of_reading(config, length),

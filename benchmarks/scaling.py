@@ -29,7 +29,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Literal
 
 import torch
@@ -142,13 +141,7 @@ def shared_seconds(fn: Callable[[], object], device: torch.device, calls: int, w
     slowest = torch.tensor(times, dtype=torch.float64)
     if distributed.world().size > 1:
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return timing_of(slowest.tolist())
-
-
-def timing_of(times: list[float]) -> Timing:
-    """The median and the spread of some calls."""
-    p10, *_, p90 = quantiles(times, n=10) if len(times) > 1 else (times[0], times[0])
-    return Timing(median(times), p10, p90, len(times))
+    return Timing.of(slowest.tolist())
 
 
 def settle(device: torch.device) -> None:
@@ -331,7 +324,7 @@ class Bench:
             if self.on_gpu:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-        return timing_of(times)
+        return Timing.of(times)
 
     def make_step(self, config: TrainingConfig, scheme: str) -> tuple[Callable[[], object], int]:
         """A function that takes one whole step on windows of this device's own, and the number of parameters.
@@ -416,7 +409,7 @@ class Bench:
                     seconds.append(time.perf_counter() - start)
                 times.append((seconds[1] - seconds[0]) / (new - 1))
             self.add(
-                timing_of(times),
+                Timing.of(times),
                 case=f"a token of {name}, batch {batch}",
                 contestant=way,
                 bytes=weights,

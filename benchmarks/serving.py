@@ -81,7 +81,7 @@ from statistics import median, quantiles
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Options, Report, Timing, command_line, synchronize
+from benchmarks.harness import Options, Report, Timing, command_line, synchronize, take_turns
 from benchmarks.serving_latency import Load, compare_policies, find_knee, skewed_lengths
 from benchmarks.serving_peer import is_there as nano_vllm_is_there
 from benchmarks.serving_peer import make_server, time_server
@@ -784,15 +784,17 @@ def deterministic_part(device: str) -> dict:
 
 def int8_part(device: str) -> dict:
     """One request at a time: weights in bfloat16 and in int8."""
-    prompt, new, seconds = list(range(256)), 256, {}
+    prompt, new = list(range(256)), 256
     engines = {"bfloat16": make_engine(llama(device), seats=1)}
     engines["int8 weights"] = make_engine(pretrained.quantise(llama(device)), seats=1)
-    for _ in range(3):
-        for who, engine in engines.items():
-            begin = time.perf_counter()
-            engine.add(prompt, {"max_new_tokens": new})
-            engine.run()
-            seconds.setdefault(who, []).append(time.perf_counter() - begin)
+
+    def run(engine: Engine) -> float:
+        begin = time.perf_counter()
+        engine.add(prompt, {"max_new_tokens": new})
+        engine.run()
+        return time.perf_counter() - begin
+
+    seconds = take_turns({who: partial(run, engine) for who, engine in engines.items()}, 3)
     rows = [run_row("batch 1, weights", who, times, new) for who, times in seconds.items()]
     gain = median(seconds["bfloat16"]) / median(seconds["int8 weights"])
     return {"rows": rows, "int8 weights / bfloat16, batch 1": round(gain, 3)}
@@ -800,13 +802,13 @@ def int8_part(device: str) -> dict:
 
 def in_turns(case: str, engines: dict[str, Engine], requests: list, who: str, *, turns: int) -> dict:
     """The requests through each engine in turn, and how much faster ``who`` is than the first."""
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    most = dict.fromkeys(engines, 0)
-    for _ in range(turns):
-        for name, engine in engines.items():
-            engine.log.clear()
-            seconds[name].append(time_engine(engine, [requests]))
-            most[name] = max(len(step.rows) for step in engine.log)
+
+    def run(engine: Engine) -> float:
+        engine.log.clear()
+        return time_engine(engine, [requests])
+
+    seconds = take_turns({name: partial(run, engine) for name, engine in engines.items()}, turns)
+    most = {name: max(len(step.rows) for step in engine.log) for name, engine in engines.items()}
     written = sum(new for _, new in requests)
     rows = [run_row(case, name, times, written, most_rows=most[name]) for name, times in seconds.items()]
     first = next(iter(engines))

@@ -25,12 +25,21 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
 
 import torch
 from torch import nn
 
-from benchmarks.harness import Options, Report, Timing, command_line, copy_rate, matmul_rate, measure, warm_up
+from benchmarks.harness import (
+    Options,
+    Report,
+    Timing,
+    command_line,
+    copy_rate,
+    matmul_rate,
+    measure,
+    take_turns,
+    warm_up,
+)
 from tformer_lib import training
 from tformer_lib.training import Run, TrainingConfig
 from tformer_lib.training.loss import is_chunked
@@ -193,19 +202,24 @@ def in_turns(steps: dict[str, Callable], windows: list, device: torch.device, se
     """Time the steps of several contestants, a few of each at a time, so that all see the same machine."""
     if device.type == "cpu":
         return {name: measure(step, windows, device=device, seconds=seconds) for name, step in steps.items()}
+    turns = {name: partial(seconds_of_some, step, windows) for name, step in steps.items()}
     times, begin = {name: [] for name in steps}, time.perf_counter()
     while time.perf_counter() - begin < seconds * len(steps):
-        for name, step in steps.items():
-            step(*windows[0])  # what came before has left the caches to another
-            events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(6)]
-            for i, (start, end) in enumerate(events):
-                start.record()
-                step(*windows[i % len(windows)])
-                end.record()
-            torch.cuda.synchronize()
-            times[name] += [start.elapsed_time(end) / 1e3 for start, end in events]
-    found = {name: (quantiles(some, n=10), some) for name, some in times.items()}
-    return {name: Timing(median(some), q[0], q[-1], len(some)) for name, (q, some) in found.items()}
+        for name, (some,) in take_turns(turns, 1).items():
+            times[name] += some
+    return {name: Timing.of(some) for name, some in times.items()}
+
+
+def seconds_of_some(step: Callable, windows: list, count: int = 6) -> list[float]:
+    """Seconds of some steps on a GPU, after one that is not timed: what came before has left the caches to another."""
+    step(*windows[0])
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    for i, (start, end) in enumerate(events):
+        start.record()
+        step(*windows[i % len(windows)])
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
 
 
 def make_step(config: TrainingConfig, device: torch.device, *, chunked: bool | None = None) -> tuple[Callable, int]:

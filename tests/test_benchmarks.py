@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -545,3 +546,12 @@ def test_an_edit_of_what_is_no_longer_there_is_refused():
         harness.edited_kernel("flash_attention/small.cpp", [("no such text", "")]),
     ):
         pass
+
+
+def test_contestants_take_turns_and_each_is_first_in_one():
+    calls = []
+    run = {name: partial(lambda name: calls.append(name) or len(calls), name) for name in "abc"}
+    assert harness.take_turns(run, 3) == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+    assert "".join(calls) == "abcbcacab"
+    assert harness.Timing.of([2.0]) == harness.Timing(2.0, 2.0, 2.0, 1)
+    assert harness.Timing.of([1.0, 3.0, 2.0]).median == 2.0
