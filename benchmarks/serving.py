@@ -25,17 +25,18 @@ for.
 The parts "latency" and "knee" let requests arrive while others are served, one by one at random (Poisson) or many at
 once (bursts), at rates below and above what the engine can bear, and ask how long each waits: see ``serving_latency``.
 
-The part "timeline" takes a decode step apart. Of 160 rows with 930 keys each, a step took 2.75 ms on an H200 where its
-bytes would take 1.71 (62 %), and the kernels said why:
+The part "timeline" takes a decode step apart. Of 160 rows with 930 keys each, a step takes 2.69 ms on an H200 where its
+bytes would take 1.71 (64 %), and the kernels say why:
 
-    attention          1.39 ms, 1.14 by its bytes: 305 MB a layer at 3.5 TB/s. A call lasts 87 us, of which some 9 pass
+    attention          1.43 ms, 1.14 by its bytes: 305 MB a layer at 3.4 TB/s. A call lasts 89 us, of which some 9 pass
                        before the first bytes arrive and after the last, and rows this short end often
-    matrix products    0.96 ms, 0.57 by their bytes. A product of few rows has a floor of its own: 6.4 us for out (2.0
-                       by its bytes) and 7.5 for q, k and v (2.9); down, cut along its inner dimension, takes 12.8 and
-                       3.0 for the sum of its parts (7.8); gate and up 20.8 (15.6 by bytes, 13.6 by arithmetic)
-    small kernels      0.3 ms: RoPE, writing keys and values, norms, the gate, the residual, 2 to 7 us each
-    choosing tokens    0.05 ms
-    the host           nothing: it takes 1.1 ms a step, and is a step ahead
+    matrix products    1.02 ms, 0.57 by their bytes, the gate among them. A product of few rows has a floor of its own:
+                       6.5 us for out (2.0 by its bytes) and 7.7 for q, k and v (2.9); down, cut along its inner
+                       dimension, takes 12.8 and 3.1 for the sum of its parts (7.8); gate and up 21 (15.6 by bytes,
+                       13.6 by arithmetic)
+    small kernels      0.13 ms: sums and norms, RoPE with the writing of keys and values, 2.6 us each
+    choosing tokens    0.03 ms
+    the host           nothing: it takes 0.8 ms a step, and is a step ahead
 
 What was tried to come nearer, what it promised, and what it gave:
 
@@ -52,8 +53,14 @@ What was tried to come nearer, what it promised, and what it gave:
     the weights of the next product fetched into the L2 cache by the kernels before it, while memory rests: another 0.18
         ms promised; 2.82 ms instead of 2.67. The products were 1 to 2 us shorter, and to ask took 2 to 8 us
     products of few rows by wgmma, the tokens shared by a cluster of blocks (kernels/serving/few_rows.cu): 0.3 ms
-        promised. The first version lost: 38 us instead of 22 for gate and up, for to arrive at another block's barrier
-        with .release.cluster flushes all that the GPU writes, 1 us in each step of 64 columns
+        promised. The first version lost: 38 us instead of 22 for gate and up, because to arrive at another block's
+        barrier with .release.cluster flushes all that the GPU writes, 1 us in each step of 64 columns. Without that,
+        all four take 1.61 ms a step instead of 1.75 at 64 rows and 1.13 instead of 1.17 at one. At 160 rows they lose
+        (2.62 for 2.56), but gate and up alone win (2.53). So each is timed when the engine starts, and the faster is
+        recorded. The timing has rows without keys, and so misses some: at 64 rows it takes two of the four
+    all of these: steps of 128 rows or more at 58 % of the bytes' bound, 50 in the record before; 1.88 times nano-vllm's
+        tokens a second at 4 GiB and 1.45 at 64, 1.41 and 1.27 before (nano-vllm wrote 19,144 a second in the one run
+        and 21,052 in the other)
 
 The parts "speculation", "float8" and "deterministic" ask what each of these gains or costs: drafts at batch 1, on texts
 that repeat themselves, that never do, and that mislead; float8 in the same bytes of keys and values; and steps of one

@@ -63,7 +63,7 @@ def kernels(root: Path) -> str:
 
 def engine(root: Path) -> str:
     """The chart of the serving engine."""
-    record = read(root, "serving-peers")  # all of its rows are of one run
+    record = read(root, "serving")  # all of its rows are of one run
     found = {
         row["contestant"]: row["extra"]["tokens_per_second"] / 1e3
         for row in record["rows"]

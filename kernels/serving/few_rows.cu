@@ -11,6 +11,16 @@
 // Where W has few rows, K is cut into `splits`, and each leaves its sums (float32) to the kernel that comes next, which adds
 // them up. Where W is [gates; ups], 8 rows of one are followed by 8 of the other, so that a thread has both, and silu(gate) *
 // up is what is written.
+//
+// Ledger (H200, bfloat16, 64 | 160 tokens, one product after another with weights from memory; us)
+//                     q, k and v    out          gate and up    down
+//   floor, by bytes   3.1 | 3.3     2.1 | 2.3    16.2 | 17.0    8.1 | 8.6
+//   cuBLAS            7.1 | 8.0     6.5 | 6.9    22.2 | 25.8    14.5 | 16.5     gate and up with the kernel of the gate
+//   predicted             5             4.5          17            10     at 160
+//   measured          6.0 | 8.3     4.7 | 7.5    18.7 | 22.5    10.9 | 15.0
+//   first version     7.3 | 10.4    5.4 | 7.4    32.2 | 38.3    16.5 | 21.4     arrivals with .release.cluster: 1 us a step
+//   clusters of 4     6.1 | 8.4     6.0 | 9.7    30.0 | 38.6    15.7 | 22.2     fewer tokens from the L2 cache, and yet slower
+//   not explained: 160 tokens take 2 to 4 us longer than 64, of which 0.2 to 0.8 are their bytes
 #include "arguments.h"
 #include "common/launch.cuh"
 #include "common/tma.cuh"
