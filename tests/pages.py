@@ -85,7 +85,7 @@ class Visit:
         outside: addresses that the page asked for, beyond its own server.
         missing: images that cannot be shown.
         raw: mathematics that is not typeset.
-        too_wide: parts that stand out of the screen, if the page can be moved sideways.
+        too_wide: formulas in a text that are cut off, and what stands out of the screen if the page can be moved.
         figures: how many interactive figures the page has.
         drawn: how many of them drew themselves.
         still: those that stay the same when their controls are moved, counted from 0.
@@ -193,11 +193,22 @@ RAW_MATHEMATICS = r"""
 """
 
 TOO_WIDE = """
-(width) => document.documentElement.scrollWidth <= width ? [] :
-  [...document.querySelectorAll('article *')].filter((e) => e.getBoundingClientRect().right > width + 1)
+(width) => {
+  const folded = [...document.querySelectorAll('article details:not([open])')];
+  folded.forEach((one) => { one.open = true; });
+  const around = (formula) => formula.closest('p, li, dd, article');
+  const right = (element) => element.getBoundingClientRect().right;
+  const cut = [...document.querySelectorAll('article mjx-container:not([display="true"])')]
+    .filter((formula) => !formula.closest('.pst-scrollable-table-container'))
+    .filter((formula) => right(formula) > right(around(formula)) + 1)
+    .map((formula) => `a formula is cut off in: ${around(formula).textContent.trim().slice(0, 60)}`);
+  folded.forEach((one) => { one.open = false; });
+  if (document.documentElement.scrollWidth <= width) return cut;
+  return cut.concat([...document.querySelectorAll('article *')].filter((e) => right(e) > width + 1)
     .filter((e) => !e.closest('pre, .pst-scrollable-table-container, .tf-scroll, mjx-container'))
-    .slice(0, 5).map((e) => `${e.tagName}.${e.className}: ${e.textContent.trim().slice(0, 60)}`)
-    .concat(`the page is ${document.documentElement.scrollWidth} wide`)
+    .slice(0, 5).map((e) => `${e.tagName}.${e.className}: ${e.textContent.trim().slice(0, 60)}`),
+    `the page is ${document.documentElement.scrollWidth} wide`);
+}
 """
 
 DRAWN = """
