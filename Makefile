@@ -50,8 +50,9 @@ book: $(READY)
 	$(BIN)/python -m tools.vendor
 	$(BIN)/jupyter-book build book -n -W --keep-going
 
+# One thread a file: the tensors of tests are tiny, and two processes of two threads wait for one another on two cores.
 test: $(READY)
-	$(BIN)/pytest --nbval --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest --nbval --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lab: $(READY)
 	$(BIN)/python -m tools.lab

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent / "tests"))
 
 from pictures import same_picture
 
-FIRST = ("test_lab.py", "test_browser.py", "test_new_chapter.py", "test_distributed.py")
+FIRST = ("test_lab.py", "test_flash_attention.py", "test_browser.py", "test_new_chapter.py", "test_distributed.py")
 """Files that take minutes: where several run at a time, none of them is left for the end."""
 
 SVG = "image/svg+xml"
