@@ -51,7 +51,9 @@
 //               next segment are on their way while they multiply ((2) 0.37, (4) 0.28)
 //
 // float16 ends at 65,504, which S, dS' and products of rows pass. There each matrix that one kernel leaves for another is
-// multiplied by a power of two that brings its largest number to 256, and its reader divides; bfloat16 needs none of it.
+// multiplied by a power of two that brings its largest number to 256, and its reader divides; bfloat16 needs none of it, and its
+// kernels have as many instructions as before. float16 was compared with float64 on an H200, memcheck and racecheck are clean;
+// its speed was not measured (step 4's delta rule spills 390 bytes in float16).
 #include "common/mma_tiles.cuh"
 #include "common/resources.cuh"
 #include "inverse.cuh"
