@@ -48,11 +48,11 @@ BF16 = torch.bfloat16
 DENSE = {"dense cache, sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "dense cache, sdpa flash": SDPBackend.FLASH_ATTENTION}
 
 STEP_2 = "2_split_kv.cu"
-RING, WARPS = "(SHORT ? 192 : 128) * 1024", "WARPS = 4, THREADS = WARPS * WARP, BLOCKS = SHORT ? 3 : 2;"
+RING, WARPS = "(D == 64 ? 192 : 128) * 1024", "WARPS = 4, THREADS = WARPS * WARP, BLOCKS = D == 64 ? 3 : 2;"
 ABLATIONS = {  # what is changed -> edits
-    "one block of 4 warps a multiprocessor": [(WARPS, WARPS.replace("SHORT ? 3 : 2", "1"))],
+    "one block of 4 warps a multiprocessor": [(WARPS, WARPS.replace("D == 64 ? 3 : 2", "1"))],
     "one block of 8 warps a multiprocessor": [
-        (WARPS, WARPS.replace("SHORT ? 3 : 2", "1").replace("WARPS = 4", "WARPS = 8"))
+        (WARPS, WARPS.replace("D == 64 ? 3 : 2", "1").replace("WARPS = 4", "WARPS = 8"))
     ],
     "192 KB of ring": [(RING, "192 * 1024")],
     "the table asked when it is needed": [

@@ -24,12 +24,12 @@ RUNGS = {
     "3b": "swizzle",
     "3c": "double buffer",
     "3d": "wide tiles",
-    "3": "folded scale",
+    "3e": "folded scale",
     "4a": "TMA and wgmma",
     "4b": "producer",
     "4c": "turns",
     "4d": "overlap",
-    "4": "persistent",
+    "4e": "persistent",
 }
 PEERS = {"sdpa flash": "PyTorch's flash", "sdpa cudnn": "cuDNN", "FlashAttention-3": "FlashAttention-3"}
 SERVERS = {

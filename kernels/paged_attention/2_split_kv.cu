@@ -38,7 +38,9 @@
 //               measured none there; 8 heads to 1 at 64 x 8,192 3.41 to 3.48 TB/s (FlashAttention-3 3.50)
 //   float8      3.86 TB/s at 64 x 8,192 (FlashAttention-3 2.86). Steps of 16 keys, four of them, in place of two of 32: predicted
 //               4.1, measured 3.56, since what a step costs comes twice as often. Three blocks of such steps, three in a ring: 3.75.
-//               So three blocks help and short steps hurt: three blocks with two steps of 32 keys, predicted 4.05
+//               Three blocks with two steps of 32 keys, whose registers spill: predicted 4.05, measured 3.82 beside 3.96 with two
+//               blocks, so it has two again. Of the rest, zeros that the compiler does not know (load_queries) gained 3 %. The
+//               float8 rows of the record, 3.77 and 3.79, are those of three blocks
 #include <algorithm>
 #include <numeric>
 
@@ -49,8 +51,8 @@
 namespace paged {
 namespace {
 
-// A multiprocessor has two blocks (three where keys are short) with rings of 64 KB: STAGES steps of KEYS keys and values for
-// each warp. Several blocks, so that one goes on while another merges; 8 warps and more, so that a warp's chain of products and
+// A multiprocessor has two blocks (three at head_dim 64) with rings of 64 KB: STAGES steps of KEYS keys and values for each
+// warp. Several blocks, so that one goes on while another merges; 8 warps and more, so that a warp's chain of products and
 // softmax is not the limit.
 template <class Number_, class Cache_, int D_, int ROWS_>
 struct Shape {
@@ -61,16 +63,14 @@ struct Shape {
     static constexpr int D = D_;
     static constexpr int ROWS = ROWS_;  // query heads that fit: 8 or 16 of the 16 rows of a product
     static constexpr int ROW_BYTES = D * sizeof(Cache);
-    static constexpr bool SHORT = D == 64 || (ROW_BYTES == 128 && ROWS == 8);
-    static constexpr int WARPS = 4, THREADS = WARPS * WARP, BLOCKS = SHORT ? 3 : 2;
+    static constexpr int WARPS = 4, THREADS = WARPS * WARP, BLOCKS = D == 64 ? 3 : 2;
     static constexpr int KEYS = ROW_BYTES >= 256 ? 16 : 32, TILE = WARPS * KEYS;
     static constexpr int STEP_BYTES = 2 * KEYS * ROW_BYTES;
-    static constexpr int RINGS = (SHORT ? 192 : 128) * 1024;  // of all blocks
+    static constexpr int RINGS = (D == 64 ? 192 : 128) * 1024;  // of all blocks
     static constexpr int STAGES = RINGS / BLOCKS / (WARPS * STEP_BYTES);
     static_assert(STAGES > 1, "one step is read while another is on its way");
     static constexpr int CHUNKS = ROW_BYTES / 16;
-    static constexpr int MERGED = SHORT && D == 128 ? 4 : 8;  // rows that the warps of a block merge at a time
-    static constexpr int RING_BYTES = WARPS * STAGES * STEP_BYTES, MERGE_BYTES = WARPS * MERGED * D * 4;
+    static constexpr int RING_BYTES = WARPS * STAGES * STEP_BYTES, MERGE_BYTES = WARPS * 8 * D * 4;  // 8 rows at a time
     static constexpr int SHARED_BYTES = RING_BYTES + MERGE_BYTES;
 };
 
@@ -419,7 +419,7 @@ struct Merger {
     const Arguments& a;
     const Bundles& bundles;
     const Share share;
-    float* O;                   // in shared memory: (WARPS, MERGED, D), so many rows of each warp
+    float* O;                   // in shared memory: (WARPS, 8, D), eight rows of each warp
     float2 (*stats)[Sh::ROWS];  // m and l of each warp and row
     int* is_last;
 
@@ -444,13 +444,13 @@ struct Merger {
             a.lse[token * a.heads + head] = x.l > 0.0f ? (x.m + log2f(x.l)) * LN2 : -INFINITY;
     }
 
-    __device__ float* result(int warp, int row) const { return O + (warp * Sh::MERGED + row % Sh::MERGED) * Sh::D; }
+    __device__ float* result(int warp, int row) const { return O + (warp * 8 + row % 8) * Sh::D; }
 
-    // Hand rows first_row .. of all warps' results, at most MERGED, to `use(row, column, four merged columns)`.
+    // Hand rows first_row .. of all warps' results, at most 8, to `use(row, column, four merged columns)`.
     template <class Use>
     __device__ void merge_warps(int first_row, int rows, const Use& use) const {
         __syncthreads();
-        for (int i = threadIdx.x; i < (rows - first_row) * FOURS && i < Sh::MERGED * FOURS; i += Sh::THREADS) {
+        for (int i = threadIdx.x; i < (rows - first_row) * FOURS && i < 8 * FOURS; i += Sh::THREADS) {
             const int row = first_row + i / FOURS, column = i % FOURS * 4;
             Merged merged;
 #pragma unroll
@@ -479,18 +479,16 @@ struct Merger {
             const int row = lane / 4 + r * 8;
             const float l = quad_sum(sums.l[r]);
             if (lane % 4 == 0) stats[warp][row] = {sums.m[r], l};
-            for (int top = r * 8; top < r * 8 + 8; top += Sh::MERGED) {
-                if (row >= top && row < min(rows, top + Sh::MERGED))
+            if (row < rows)
 #pragma unroll
-                    for (int j = 0; j < Sh::D / 8; ++j)
+                for (int j = 0; j < Sh::D / 8; ++j)
 #pragma unroll
-                        for (int e = 0; e < 2; ++e) result(warp, row)[column_of<Sh>(j, e)] = sums.O[j][2 * r + e];
-                merge_warps(top, rows, [&](int row, int column, const Merged& merged) {
-                    if (whole) return write(pair, row, column, merged);
-                    *reinterpret_cast<float4*>(mine + row * Sh::D + column) = merged.O;
-                    if (column == 0) *reinterpret_cast<float2*>(mine + Sh::ROWS * Sh::D + 2 * row) = {merged.m, merged.l};
-                });
-            }
+                    for (int e = 0; e < 2; ++e) result(warp, row)[column_of<Sh>(j, e)] = sums.O[j][2 * r + e];
+            merge_warps(r * 8, rows, [&](int row, int column, const Merged& merged) {
+                if (whole) return write(pair, row, column, merged);
+                *reinterpret_cast<float4*>(mine + row * Sh::D + column) = merged.O;
+                if (column == 0) *reinterpret_cast<float2*>(mine + Sh::ROWS * Sh::D + 2 * row) = {merged.m, merged.l};
+            });
         }
         if (!whole && is_last_of(pair, last_team - first_team)) merge_teams(pair, rows, first, first_team, last_team);
     }
