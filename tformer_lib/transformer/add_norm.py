@@ -13,8 +13,8 @@ Ledger (GPT-2's 124M, 32,768 tokens a step, 23 such pairs; one H200)
   before      torch.compile moves 12 to 22 bytes forward (it keeps the normalised numbers, and adds up to four branches
               anew each time), 0.094 ms on average; backward 14 and then 6 for the rounding, 0.088 + 0.035 ms
   predicted   0.072 and 0.095 ms at the rate of a copy, 4.2 TB/s: 1.2 ms less in a step of 58
-  measured    0.073 and 0.116 ms: 0.8 ms less, 58.4 became 57.6. Backward moves 3.5 TB/s; perhaps a program waits for its
-              row's sums before it asks for the next row. With 46 operators more, the host has become part of the time
+  measured    0.073 and 0.116 ms: 0.8 ms less, 58.4 became 57.6. Backward moves 3.5 TB/s; perhaps a program waits for
+              its row's sums before it asks for the next row. With 46 operators more, the host is part of the time
 
 The gradient of the gains is summed over a program's rows in registers, and over the programs by a second, small sum.
 """
