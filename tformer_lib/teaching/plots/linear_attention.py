@@ -1,4 +1,4 @@
-"""Figures of the linear-attention chapter."""
+"""Figures of the linear-attention chapter: narrow, so that their labels can be read on a phone."""
 
 from collections.abc import Sequence
 
@@ -12,18 +12,18 @@ from tformer_lib.teaching import style
 
 def two_orders(tokens: int, head_dim: int) -> None:
     """The product Q Kᵀ V in its two orders, every matrix drawn to scale."""
-    _, axes = style.figure(2, 1, height=4.3)
+    _, axes = style.figure(2, 1, width=style.NARROW, height=3.4)
     d, N = head_dim, tokens
     kv = ("KᵀV", d, d)
     draw_product(
         axes[0],
         [("Q", N, d), ("Kᵀ", d, N), ("=", 0, 0), ("QKᵀ", N, N), ("V", N, d), ("=", 0, 0), ("O", N, d)],
-        f"(Q Kᵀ) V: the matrix in between has {N * N:,} numbers",
+        f"(Q Kᵀ) V: {N * N:,} numbers in between",
     )
     draw_product(
         axes[1],
         [("Kᵀ", d, N), ("V", N, d), ("=", 0, 0), kv, ("", 0, 0), ("Q", N, d), kv, ("=", 0, 0), ("O", N, d)],
-        f"Q (Kᵀ V): the matrix in between has {d * d:,} numbers",
+        f"Q (Kᵀ V): {d * d:,} numbers in between",
     )
     style.show()
 
@@ -48,7 +48,7 @@ def draw_product(ax: Axes, factors: Sequence[tuple[str, int, int]], title: str) 
 
 def maps(x: Tensor, curves: dict[str, Tensor]) -> None:
     """The weight of a key as a function of q·k, for several feature maps, beside exp."""
-    _, ax = style.figure(height=3.0)
+    _, ax = style.figure(width=style.NARROW, height=3.2)
     style.lines(ax, x, curves, markers=False)
     ax.axhline(0, color=style.GREY, linewidth=0.8)
     ax.set(xlabel="q·k", ylabel="weight", ylim=(-0.5, 8))
@@ -57,13 +57,13 @@ def maps(x: Tensor, curves: dict[str, Tensor]) -> None:
 
 def feature_error(features: Sequence[int], errors: dict[str, Sequence[float]]) -> None:
     """Error of the estimated weights over the number of features, with the line that falls as 1/√features."""
-    _, ax = style.figure(height=3.1)
+    _, ax = style.figure(width=style.NARROW, height=3.3)
     style.lines(ax, features, errors)
     first = next(iter(errors.values()))[0]
     ax.plot(features, [first * (features[0] / m) ** 0.5 for m in features], color=style.GREY, linewidth=1.0)
-    ax.text(features[-1], first * (features[0] / features[-1]) ** 0.5, " ∝ 1/√features", va="center", fontsize=9)
+    ax.text(features[-1], first * (features[0] / features[-1]) ** 0.5, " ∝ 1/√features", va="center", fontsize=9.5)
     style.log2_axis(ax, features, [str(m) for m in features], log_y=True, minor=True)
-    ax.set(xlabel="features", ylabel="relative error of a weight", xlim=(None, 2.6 * features[-1]))
+    ax.set(xlabel="features", ylabel="relative error of a weight", xlim=(None, 4.5 * features[-1]))
     style.show()
 
 
@@ -79,7 +79,7 @@ def growth(lengths: Sequence[int], panels: dict[str, dict[str, Sequence[float]]]
         lengths: tokens.
         panels: axis label -> (name -> values; shorter lists belong to the first lengths).
     """
-    _, axes = style.figure(1, len(panels), height=3.6, squeeze=False)
+    _, axes = style.figure(len(panels), 1, width=style.NARROW, height=3.3 * len(panels), squeeze=False)
     for ax, (label, curves) in zip(axes.flat, panels.items(), strict=True):
         for i, (name, values) in enumerate(curves.items()):
             x = lengths[: len(values)]
@@ -89,39 +89,40 @@ def growth(lengths: Sequence[int], panels: dict[str, dict[str, Sequence[float]]]
         ax.set(xlabel="tokens N", ylabel=label)
         low, high = ax.get_ylim()
         ax.set_ylim(low, high * 12)  # room for the legend
-        ax.legend(fontsize=8.5, loc="upper left")
+        ax.legend(fontsize=9.5, loc="upper left")
     style.show()
 
 
 def decays(masks: dict[str, Tensor]) -> None:
-    """Masks of decays side by side: how much of each key is left when each query arrives."""
-    _, axes = style.figure(1, len(masks), height=2.7)
-    for ax, (name, mask) in zip(axes, masks.items(), strict=True):
-        style.heatmap(ax, mask, limit=1.0)
-        ax.set_title(name, fontsize=10)
-        ax.set(xlabel="key", aspect="equal", xticks=[], yticks=[])
-    axes[0].set_ylabel("query")
-    style.show()
+    """Masks of decays: how much of each key is left when each query arrives."""
+    in_two_columns(masks)
 
 
 def recall(pairs: Sequence[int], accuracies: dict[str, Sequence[float]], chance: float) -> None:
     """Accuracy of recall over the number of pairs that must be kept in mind."""
-    _, ax = style.figure(height=3.4)
+    _, ax = style.figure(width=style.NARROW, height=3.5)
     style.lines(ax, pairs, accuracies)
     ax.axhline(chance, color=style.GREY, linewidth=1.0)
-    ax.text(pairs[-1], chance + 0.015, "chance", fontsize=9, ha="right")
+    ax.text(pairs[-1], chance + 0.015, "chance", fontsize=9.5, ha="right")
     style.log2_axis(ax, pairs, [str(n) for n in pairs], minor=True)
     ax.set(xlabel="pairs to remember", ylabel="share recalled", ylim=(0, 1.04))
-    ax.legend(loc="lower left", fontsize=9)
+    ax.legend(loc="lower left", fontsize=9.5)
     style.show()
 
 
 def cross_talk(similarities: dict[str, Tensor]) -> None:
     """Similarity of every query with every key, (keys, keys), a panel a model, each row scaled to its own key."""
-    _, axes = style.figure(1, len(similarities), height=2.9)
-    for ax, (name, matrix) in zip(axes, similarities.items(), strict=True):
-        style.heatmap(ax, matrix, limit=1.0)
+    in_two_columns(similarities)
+
+
+def in_two_columns(tables: dict[str, Tensor]) -> None:
+    """Tables of queries and keys with values up to 1, each under its name."""
+    rows = -(-len(tables) // 2)
+    _, axes = style.figure(rows, 2, width=style.NARROW, height=2.2 * rows, squeeze=False)
+    for ax, (name, table) in zip(axes.flat, tables.items(), strict=False):
+        style.heatmap(ax, table, limit=1.0)
         ax.set_title(name, fontsize=10)
-        ax.set(xlabel="key", aspect="equal", xticks=[], yticks=[])
-    axes[0].set_ylabel("query")
+        ax.set(xlabel="key", ylabel="query", aspect="equal", xticks=[], yticks=[])
+    for ax in axes.flat[len(tables) :]:
+        ax.set_axis_off()
     style.show()
