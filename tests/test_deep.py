@@ -4,10 +4,13 @@ import json
 import subprocess
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.stateful import run_state_machine_as_test
 
 from tools.deep import DEEP, PIECE, Drawn, pieces, read, run_pytest, table
+from tools.deep_plugin import draws
 
 KNOWN = st.dictionaries(
     st.text("abc", min_size=1, max_size=2),
@@ -48,3 +51,18 @@ def test_a_process_draws_its_multiple_and_counts(tmp_path):
     run_pytest(["-q", name], subprocess.DEVNULL, DEEP_MULTIPLE="2", DEEP_OUT=str(out))
     drawn = read(out)[name]
     assert (drawn.multiple, drawn.examples, drawn.failures) == (2, 100, 0)
+
+
+def test_what_draws_is_known_under_any_decorator():
+    def by_a_machine():
+        run_state_machine_as_test(None)
+
+    def plain():
+        pass
+
+    drawn = (by_a_machine, given(st.integers())(plain))
+    assert all(
+        draws(wrap(test)) for test in drawn for wrap in (lambda test: test, torch.no_grad(), torch.enable_grad())
+    )
+    assert not draws(plain)
+    assert not draws(torch.no_grad()(plain))

@@ -4,6 +4,7 @@
 file to which each test adds its line.
 """
 
+import inspect
 import json
 import os
 import time
@@ -31,7 +32,7 @@ def pytest_collection_modifyitems(items: list) -> None:
 
 def draws(test: Callable) -> bool:
     """Whether a test draws: by ``given``, as a state machine, or by running one."""
-    names = getattr(getattr(test, "__code__", None), "co_names", ())
+    names = getattr(getattr(inspect.unwrap(test), "__code__", None), "co_names", ())  # torch.no_grad wraps some
     return getattr(test, "is_hypothesis_test", False) or "run_state_machine_as_test" in names
 
 
