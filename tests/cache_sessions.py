@@ -13,30 +13,38 @@ import pytest
 import torch
 
 from tformer_lib.attention import attend
-from tformer_lib.kv_cache import CacheShape, GrowingCache, PreallocatedCache, RingCache
+from tformer_lib.kv_cache import CacheShape, GrowingCache, ModelCache, PreallocatedCache, RingCache
 from tformer_lib.paged_attention import OutOfBlocks, PagedKVCache
 from tformer_lib.transformer import Decoder, ModelConfig
 
 VOCABULARY, LONGEST, CAPACITY = 11, 40, 24
 WINDOW, SINKS = 5, 2
 CACHES = {
-    "growing": lambda shape: GrowingCache(shape),
-    "preallocated": lambda shape: PreallocatedCache(shape, CAPACITY),
-    "ring": lambda shape: RingCache(shape, WINDOW, SINKS),
-    "paged": lambda shape: PagedKVCache(shape, 64, block_size=4, max_length=CAPACITY),
-    "paged-tight": lambda shape: PagedKVCache(shape, 12, block_size=2, max_length=CAPACITY),
+    "growing": lambda model, rows: GrowingCache(CacheShape.of(model, rows)),
+    "preallocated": lambda model, rows: PreallocatedCache(CacheShape.of(model, rows), CAPACITY),
+    "ring": lambda model, rows: RingCache(CacheShape.of(model, rows), WINDOW, SINKS),
+    "paged": lambda model, rows: PagedKVCache(CacheShape.of(model, rows), 64, block_size=4, max_length=CAPACITY),
+    "paged-tight": lambda model, rows: PagedKVCache(CacheShape.of(model, rows), 12, block_size=2, max_length=CAPACITY),
+    "by kinds": lambda model, rows: ModelCache.of(model, rows, CAPACITY),
+    "with states": lambda model, rows: ModelCache.of(model, rows, CAPACITY),
 }
+LAYERS = {"by kinds": ("window", "full"), "with states": ("linear", "window", "full")}
+"""The layers of the models whose caches have parts; every other model has full layers."""
 
 
-def make_model(attention: str) -> Decoder:
+def make_model(attention: str, layers: tuple[str, ...] = ()) -> Decoder:
     """Two layers, so that a wrong key in the first changes the keys of the second; the same weights for every form."""
     torch.manual_seed(3)
-    options = {"kv_heads": 1, "positions": "rope", "norm": "rmsnorm", "attention": attention}
-    config = ModelConfig(vocab_size=VOCABULARY, max_length=LONGEST, width=16, layers=2, heads=2, **options)
+    options = {"kv_heads": 1, "positions": "rope", "norm": "rmsnorm", "attention": attention, "layers": 2}
+    if layers:
+        options |= {"layers": len(layers), "layer_types": layers, "window": WINDOW}
+    if "linear" in layers:
+        options["linear"] = {"key_heads": 1, "value_heads": 2, "head_dim": 4, "value_dim": 6}
+    config = ModelConfig(vocab_size=VOCABULARY, max_length=LONGEST, width=16, heads=2, **options)
     return Decoder(config).double().eval()
 
 
-MODELS = {form: make_model(form) for form in ("attention", "sdpa")}
+MODELS = {form: {name: make_model(form, LAYERS.get(name, ())) for name in CACHES} for form in ("attention", "sdpa")}
 
 
 @dataclass(frozen=True)
@@ -67,8 +75,8 @@ class Session:
     published: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self):
-        self.model, self.random = MODELS[self.form], random.Random(self.rows)
-        self.cache = CACHES[self.name](CacheShape.of(self.model, self.rows))
+        self.model, self.random = MODELS[self.form][self.name], random.Random(self.rows)
+        self.cache = CACHES[self.name](self.model, self.rows)
         self.texts = [[] for _ in range(self.rows)]
 
     @property
@@ -78,7 +86,7 @@ class Session:
     @property
     def limit(self) -> int:
         """The most tokens that a row may hold."""
-        return LONGEST if self.name in ("growing", "ring") else CAPACITY
+        return LONGEST if self.name in ("growing", "ring") else CAPACITY  # of a row's full layers
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -86,8 +94,18 @@ class Session:
         return [[token.id for token in text] for text in self.texts] + self.published
 
     @property
-    def has_lost_tokens(self) -> bool:
-        return self.name == "ring" and max(self.lengths) > WINDOW + SINKS
+    def window(self) -> int | None:
+        """How many tokens a ring of the cache holds; None where it has none."""
+        return WINDOW + SINKS if self.name == "ring" else WINDOW if self.name in LAYERS else None
+
+    @property
+    def has_states(self) -> bool:
+        return self.name == "with states"
+
+    def can_be_cut(self, to: list[int]) -> bool:
+        """Whether rows can forget all but so many tokens: a state keeps all or none, a ring what nothing overwrote."""
+        lost = [length > (0 if self.has_states else self.window or LONGEST) for length in self.lengths]
+        return not any(l and n not in (0, length) for l, n, length in zip(lost, to, self.lengths, strict=True))
 
     def check(self) -> None:
         """The cache's books say what the lists say."""
@@ -109,6 +127,7 @@ class Session:
 
     def append(self, counts: list[int], *, padding: int = 0, mask: float = 0.0) -> None:
         """A pass with counts[b] real tokens in row b; a mask hides each key with the given probability."""
+        mask = 0.0 if self.has_states else mask  # a linear layer hides nothing
         new = [[self.random.randrange(VOCABULARY) for _ in range(count)] for count in counts]
         T, ends = max(counts) + padding, [n + count for n, count in zip(self.lengths, counts, strict=True)]
         if max(ends) > LONGEST:
@@ -155,8 +174,8 @@ class Session:
     def die(self, counts: list[int]) -> None:
         """A pass that fails after its first layer, whose keys and values were NaN."""
         T, ends = max(counts), [n + count for n, count in zip(self.lengths, counts, strict=True)]
-        if T == 0 or max(ends) > LONGEST or (self.name == "ring" and max(ends) > WINDOW + SINKS):
-            return  # a ring overwrites what it cannot bring back: a test of its own
+        if T == 0 or max(ends) > LONGEST or max(ends) > (self.window or LONGEST) or self.has_states:
+            return  # a ring overwrites what it cannot bring back: a test of its own, and a state another
         shape = self.cache.shape
         nan = torch.full((shape.batch, shape.kv_heads, T, shape.head_dim), torch.nan, dtype=shape.dtype)
         self.cache.expect(counts)
@@ -167,8 +186,8 @@ class Session:
     def truncate(self, lengths: list[int]) -> None:
         """Keep the first lengths[b] tokens of each row, or all where it has fewer."""
         lengths = [min(n, length) for n, length in zip(lengths, self.lengths, strict=True)]
-        if self.has_lost_tokens:
-            with pytest.raises(ValueError, match="has lost some"):
+        if not self.can_be_cut(lengths):
+            with pytest.raises(ValueError, match=r"has lost some|in one state, which cannot be cut"):
                 self.cache.truncate(lengths)
             return
         self.cache.truncate(lengths)
@@ -222,7 +241,7 @@ class Session:
             for place, token in enumerate(text):
                 ids[row, place] = token.id
                 seen[row, 0, place, [key for key in range(place + 1) if self._promised(place, key, token)]] = True
-        return MODELS["attention"](ids, mask=seen)
+        return MODELS["attention"][self.name](ids, mask=None if self.has_states else seen)
 
     def _promised(self, query: int, key: int, token: Token) -> bool:
         inside = self.name != "ring" or key < SINKS or key > query - WINDOW

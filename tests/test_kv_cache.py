@@ -254,6 +254,7 @@ PROGRAMS = {
     "died, then reordered": "append 2,3; die 3,1; reorder 1,0; append 1,1",
     "died, then truncated": "append 2,3; die 2,2; truncate 1,3; append 3,1",
     "died, then static": "append 2,3; die 3,1; truncate 2,3; static 1; static 1",
+    "one row forgotten, whose window is full": "append 9,9; truncate 0,9; append 1,1; append 8,1; append 1,1",
     "full, and smaller": "append 20,3; append 5,1; append 2,1; truncate 1,4; append 2,2",
     "reused, forked and written": "append 6,6; publish 0; reuse 1,0,6; append 0,3; reorder 1,1; append 1,2",
     "published, truncated and written": "append 8,2; publish 0; truncate 6,2; append 2,0; reuse 1,2,8; append 1,1",

@@ -271,7 +271,12 @@ class KVCache(ABC):
         self.lengths.copy_(self._on_device(lengths))
         self.host_lengths, self.counts, self._pass, self.unfinished = list(lengths), None, None, None
 
-    def _checked_shorter(self, lengths: Sequence[int]) -> list[int]:
+    def check_truncate(self, lengths: Sequence[int]) -> list[int]:
+        """The lengths that rows are to be cut to, as integers.
+
+        Raises:
+            ValueError: they cannot be cut to them; nothing has changed.
+        """
         lengths = whole_numbers(lengths)
         fits = len(lengths) == self.shape.batch and all(
             0 <= n <= held for n, held in zip(lengths, self.host_lengths, strict=True)

@@ -19,7 +19,7 @@ class ModelCache:
     a linear layer one state. All parts hold equally many tokens of each row.
 
     Args:
-        parts: name -> cache. Parts that may refuse to forget (states, rings) come first.
+        parts: name -> cache. The books of the first are those of all.
         kinds: for each layer of the model the name of its part, which has as many layers as there are of its name.
 
     Raises:
@@ -132,16 +132,24 @@ class ModelCache:
         for part in self.parts.values():
             part.reset()
 
+    def check_truncate(self, lengths: Sequence[int]) -> list[int]:
+        """The lengths as integers, where every part can be cut to them."""
+        *_, lengths = [part.check_truncate(lengths) for part in self.parts.values()]
+        return lengths
+
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget all but the first ``lengths[b]`` tokens of each row b.
 
         Raises:
-            ValueError: a row holds fewer tokens than it is to keep, or a ring has lost some of them.
+            ValueError: a row holds fewer tokens than it is to keep, or a ring has lost some of them. Nothing changed.
         """
+        self.check_truncate(lengths)
         for part in self.parts.values():
             part.truncate(lengths)
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Row b becomes a copy of what row ``rows[b]`` was."""
+        for part in self.parts.values():
+            part.abandon()  # a part that cannot undo a pass that failed says so before any part has new rows
         for part in self.parts.values():
             part.reorder(rows)

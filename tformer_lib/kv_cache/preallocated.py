@@ -91,7 +91,7 @@ class PreallocatedCache(StaticCache):
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget all but the first ``lengths[b]`` tokens of each row b."""
-        lengths = self._checked_shorter(lengths)
+        lengths = self.check_truncate(lengths)
         self.erase_after(lengths)
         self._set_lengths(lengths)
 

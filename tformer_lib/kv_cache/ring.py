@@ -112,14 +112,19 @@ class RingCache(PreallocatedCache):
         self.write(self.values[layer], v, now)
         return keys, values
 
-    def erase_after(self, lengths: Sequence[int]) -> None:
-        """Write zeros over later tokens.
+    def check_truncate(self, lengths: Sequence[int]) -> list[int]:
+        """The lengths as integers.
 
         Raises:
-            ValueError: a row has more of them than slots: they have overwritten what it would see.
+            ValueError: later tokens of a row have overwritten what it would see. All of a row can be forgotten.
         """
+        lengths = super().check_truncate(lengths)
         held = self.host_lengths if self.unfinished is None else self.unfinished.lengths_after
-        if held is None or any(n > self.capacity for n in held):
+        if held is None or any(n > self.capacity and cut not in (0, n) for n, cut in zip(held, lengths, strict=True)):
             came = "" if self.unfinished is None else ", with those of a pass that failed"
             raise ValueError(f"rows hold {held} tokens{came}, of which a ring of {self.capacity} has lost some")
-        super().erase_after(lengths)
+        return lengths
+
+    def erase_after(self, lengths: Sequence[int]) -> None:
+        """Write zeros over later tokens, unless they have overwritten what a row would see."""
+        super().erase_after(self.check_truncate(lengths))

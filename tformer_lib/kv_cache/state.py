@@ -76,16 +76,21 @@ class StateCache(StaticCache):
         """Forget everything, in place."""
         self.truncate([0] * self.shape.batch)
 
+    def check_truncate(self, lengths: Sequence[int]) -> list[int]:
+        """The lengths as integers, each of them 0 or what the row holds."""
+        lengths = super().check_truncate(lengths)
+        for row, (length, held) in enumerate(zip(lengths, self.host_lengths, strict=True)):
+            if length not in (0, held):
+                raise ValueError(f"row {row} holds {held} tokens in one state, which cannot be cut to {length}")
+        return lengths
+
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget all of a row, or nothing of it.
 
         Raises:
             ValueError: a row is to keep some of its tokens and not others.
         """
-        lengths = self._checked_shorter(lengths)
-        for row, (length, held) in enumerate(zip(lengths, self.host_lengths, strict=True)):
-            if length not in (0, held):
-                raise ValueError(f"row {row} holds {held} tokens in one state, which cannot be cut to {length}")
+        lengths = self.check_truncate(lengths)
         self.abandon()
         empty = [row for row, length in enumerate(lengths) if not length]
         self.channels[:, empty], self.memory[:, empty] = 0.0, 0.0

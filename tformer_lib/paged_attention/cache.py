@@ -226,7 +226,7 @@ class PagedKVCache(StaticCache):
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget all but the first ``lengths[b]`` tokens of each row b; blocks without holders go back."""
-        lengths = self._checked_shorter(lengths)
+        lengths = self.check_truncate(lengths)
         for row, length in zip(self.rows, lengths, strict=True):
             row.truncate(length)
         self._set_lengths(lengths)
