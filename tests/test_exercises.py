@@ -1,5 +1,7 @@
 """The exercises' checks are tested themselves: the right answer passes, plausible wrong ones are told why they fail."""
 
+import contextlib
+import functools
 import importlib
 import json
 import os
@@ -10,6 +12,7 @@ import sys
 from pathlib import Path
 
 import exercise_answers as answers
+import numpy as np
 import pytest
 import torch
 
@@ -51,6 +54,145 @@ def test_right_answer_passes(name):
 )
 def test_right_answer_in_another_style_passes(name, answer):
     assert engine.examine(name, answer) == engine.Outcome(True)
+
+
+def everywhere(change, result):
+    """``change`` done to every part of a result."""
+    if isinstance(result, (tuple, list)):
+        return type(result)(everywhere(change, part) for part in result)
+    return change(result)
+
+
+def of_numpy(x):
+    """A plain number or truth value as NumPy has it."""
+    kinds = {int: np.int64, float: np.float32, bool: np.bool_}
+    fits = type(x) in kinds and not (type(x) is int and abs(x) >= 2**63)
+    return kinds[type(x)](x) if fits else x
+
+
+def of_torch(x):
+    """A plain number or truth value as a tensor."""
+    return torch.tensor(x) if type(x) in (int, float, bool) and abs(x) < 2**63 else x
+
+
+def in_double(x):
+    return x.double() if type(x) is torch.Tensor and x.is_floating_point() else x
+
+
+def in_single(x):
+    return x.float() if type(x) is torch.Tensor and x.is_floating_point() else x
+
+
+def strided(x):
+    """The same tensor with gaps between its numbers."""
+    return torch.stack((x, x), -1)[..., 0] if type(x) is torch.Tensor else x
+
+
+def with_a_graph(x):
+    return x.clone().requires_grad_() if type(x) is torch.Tensor and x.is_floating_point() else x
+
+
+def other_sequence(result):
+    """A list for a tuple of tensors, and a tuple for a list of them."""
+    inside = isinstance(result, (tuple, list)) and result and all(isinstance(x, torch.Tensor) for x in result)
+    return {tuple: list, list: tuple}[type(result)](result) if inside else result
+
+
+STYLES = {
+    change.__name__: functools.partial(everywhere, change)
+    for change in (of_numpy, of_torch, in_double, in_single, strided, with_a_graph)
+} | {"other_sequence": other_sequence}
+
+BOUND = {
+    ("positional_encoding.skew", "in_single"): "asked for the type of its inputs",
+    ("grouped_query_attention.scores", "strided"): "makes a tensor of twice the numbers",
+}
+"""Right answers that a style makes wrong, with the reason."""
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("name", sorted(RIGHT))
+def test_right_answer_in_other_types_passes(name, style):
+    answer = RIGHT[name]
+    if isinstance(answer, type) or (name, style) in BOUND:
+        return
+    assert engine.examine(name, lambda *args, **options: STYLES[style](answer(*args, **options))) == engine.Outcome(
+        True
+    )
+
+
+NOT_REPLAYED = {"grouped_query_attention.scores", "positional_encoding.skew", "profiling.without_copies"}
+"""Exercises that count the tensors that are made: the copies that this test makes are counted too."""
+
+
+@pytest.mark.parametrize("name", sorted(RIGHT.keys() - NOT_REPLAYED))
+def test_right_answer_that_changes_what_it_was_given_is_told_so(name):
+    answer = RIGHT[name]
+    if isinstance(answer, type):
+        return
+
+    def careless(*args, **options):
+        copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+        result = answer(*copies, **options)
+        for x in args:
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                x.detach().mul_(0.5)
+        return result
+
+    outcome = engine.examine(name, careless)
+    assert outcome.passed or "your function changes what it was given" in outcome.message
+
+
+def test_answer_that_is_wrong_and_changes_what_it_was_given_is_told_what_is_wrong():
+    def no_scale(q, k, v):
+        q += 1
+        return ((q - 1) @ k.mT).softmax(-1) @ v
+
+    assert engine.examine("attention.simple", no_scale).message.startswith("the scale is missing")
+
+    def in_its_own_input(q, k, v):
+        q /= q.shape[-1] ** 0.5
+        return (q @ k.mT).softmax(-1) @ v
+
+    message = "right, but your function changes what it was given, q: work on a copy"
+    assert engine.examine("attention.simple", in_its_own_input).message == message
+
+    def result_is_the_input(x, gain, epsilon):
+        return x.mul_(x.pow(2).mean(-1, keepdim=True).add(epsilon).rsqrt()).mul_(gain)
+
+    message = "right, but your function changes what it was given, x: work on a copy"
+    assert engine.examine("transformer.rms_norm", result_is_the_input).message == message
+
+
+@contextlib.contextmanager
+def default_type(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+NOTEBOOKS_STATES = {
+    "float64": lambda: default_type(torch.float64),
+    "bfloat16": lambda: default_type(torch.bfloat16),
+    "no gradients": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "another device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("state", NOTEBOOKS_STATES)
+@pytest.mark.parametrize(
+    "name",
+    ["attention.backward", "attention.simple", "flash_math.backward", "rope.rotate", "training.accumulate"],
+)
+def test_check_does_not_depend_on_what_the_notebook_has_set(name, state):
+    with NOTEBOOKS_STATES[state]():
+        before = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+        assert engine.examine(name, RIGHT[name]) == engine.Outcome(True)
+        assert (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()) == before
 
 
 @pytest.mark.parametrize(("name", "i"), WRONG_CASES)
@@ -133,6 +275,13 @@ def deep(x):
 )
 def test_messages(toy, answer, message):
     assert engine.examine(toy, answer).message == message
+
+
+def test_an_operator_that_torch_lacks_is_no_stub(toy):
+    def answer(x):
+        return torch.linalg.inv(x.to("meta")).cpu()
+
+    assert engine.examine(toy, answer).message.startswith("your function raises NotImplementedError: ")
 
 
 def test_endless_recursion_is_reported(toy):

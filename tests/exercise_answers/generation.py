@@ -216,6 +216,13 @@ def holds_back_a_whole_stop(text, stops):
     return min(found) if found else max(0, len(text) - max((len(stop) - 1 for stop in stops), default=0))
 
 
+def with_all_that_are_as_likely(probabilities, p):
+    ordered = probabilities.sort(descending=True).values
+    least = ordered[(ordered.cumsum(0) - ordered < p).sum() - 1]
+    kept = torch.where(probabilities >= least, probabilities, 0.0)
+    return kept / kept.sum()
+
+
 RIGHT = {
     "generation.temperature": temperature,
     "generation.top_p": top_p,
@@ -232,7 +239,14 @@ ALSO_RIGHT = {
 }
 WRONG = {
     "generation.temperature": [multiplies, divides_probabilities, divides_by_zero, overflows, all_ties],
-    "generation.top_p": [drops_the_one_that_reaches, one_too_many, in_order_of_size, not_divided, as_min_p],
+    "generation.top_p": [
+        drops_the_one_that_reaches,
+        one_too_many,
+        in_order_of_size,
+        not_divided,
+        as_min_p,
+        with_all_that_are_as_likely,
+    ],
     "generation.draw": [
         draw_from_the_left,
         draw_the_likeliest,

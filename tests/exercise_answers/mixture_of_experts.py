@@ -75,6 +75,14 @@ def balance_per_token(shares, experts):
     return count * (of_choices * shares.mean(0)).sum()
 
 
+def balance_that_trains_nothing(shares, experts):
+    return balance(shares.detach(), experts)
+
+
+def balance_as_a_number(shares, experts):
+    return balance(shares, experts).item()
+
+
 def balance_of_scores(shares, experts):
     return shares.shape[1] * (shares.mean(0) ** 2).sum()
 
@@ -135,7 +143,14 @@ ALSO_RIGHT = {"mixture_of_experts.route": [route_renormalised]}
 WRONG = {
     "mixture_of_experts.route": [route_all, route_worst, route_over_tokens, route_even, route_swapped],
     "mixture_of_experts.sort": [sort_choices, sort_remainder, sort_not, sort_without_the_empty],
-    "mixture_of_experts.balance": [balance_per_token, balance_of_scores, balance_unscaled, balance_without_the_empty],
+    "mixture_of_experts.balance": [
+        balance_per_token,
+        balance_of_scores,
+        balance_unscaled,
+        balance_without_the_empty,
+        balance_that_trains_nothing,
+        balance_as_a_number,
+    ],
     "mixture_of_experts.keep": [keep_one_less, keep_the_last, keep_first_choices_first, keep_all],
     "mixture_of_experts.expected": [expected_most, expected_with_replacement],
 }

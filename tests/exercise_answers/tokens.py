@@ -134,6 +134,26 @@ def stream_without_an_end(pieces):
         yield decoder.decode(piece)
 
 
+def stream_holding_whole_pieces(pieces):
+    waiting = b""
+    for piece in pieces:
+        waiting += piece
+        try:
+            text = waiting.decode()
+        except UnicodeDecodeError:
+            continue
+        yield text
+        waiting = b""
+    yield waiting.decode(errors="replace")
+
+
+def stream_with_an_end_for_each_byte(pieces):
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for piece in pieces:
+        yield decoder.decode(piece)
+    yield "\ufffd" * len(decoder.getstate()[0])
+
+
 def stream_by_character(pieces):
     waiting = b""
     for byte in (bytes([b]) for piece in pieces for b in piece):
@@ -270,7 +290,14 @@ WRONG = {
     "tokens.merge": [merge_forgets_to_skip, merge_from_the_right, merge_the_first_only, merge_to_a_list],
     "tokens.encode": [encode_from_left_to_right, encode_longest_first, encode_one_merge],
     "tokens.bits_per_byte": [nats_per_byte, bits_per_token, bits_upside_down, bits_the_wrong_way],
-    "tokens.stream": [stream_each_alone, stream_dropping_halves, stream_all_at_the_end, stream_without_an_end],
+    "tokens.stream": [
+        stream_each_alone,
+        stream_dropping_halves,
+        stream_all_at_the_end,
+        stream_without_an_end,
+        stream_holding_whole_pieces,
+        stream_with_an_end_for_each_byte,
+    ],
     "tokens.train": [
         train_by_recounting,
         train_searching_all_words,

@@ -7,6 +7,7 @@ from tformer_lib import attention, masks
 from tformer_lib.teaching.exercises.engine import (
     INVERTED,
     exercise,
+    is_close,
     require,
     require_close,
     require_finite,
@@ -99,7 +100,7 @@ def check_attend(fn):
     everything, window = torch.ones(4, 6, dtype=torch.bool), masks.sliding_window(4, 6, window=2)
     found = fn(q, k, v, window)
     require_shape(found, (2, 3, 4, 16))
-    upside_down = close(found, attention.attend(q, k, v, mask=~window))
+    upside_down = is_close(found, attention.attend(q, k, v, mask=~window))
     require(not upside_down, f"the mask {INVERTED}")
     found = fn(q, k, v, everything)
     require_shape(found, (2, 3, 4, 16))
@@ -108,9 +109,9 @@ def check_attend(fn):
     found = fn(q, k, v, window)
     hidden_first = attention.attend(q, k, v, mask=window)
     hidden_last = (attention.scaled_scores(q, k).softmax(-1) * window) @ v
-    require(not close(found, hidden_last), "hidden keys still count in the softmax's sum: mask before it, not after")
+    require(not is_close(found, hidden_last), "hidden keys still count in the softmax's sum: mask before it, not after")
     no_score = (attention.scaled_scores(q, k) * window).softmax(-1) @ v
-    require(not close(found, no_score), "a hidden score of 0 still counts, since e^0 = 1: hide it with -inf")
+    require(not is_close(found, no_score), "a hidden score of 0 still counts, since e^0 = 1: hide it with -inf")
     require_close(found, hidden_first, "with a mask, the result differs")
     blind = everything.clone()
     blind[0] = False
@@ -135,12 +136,7 @@ def diagnose(found, q, k, v) -> None:
         "the softmax is missing": (scores / root) @ v,
     }
     for message, result in mistakes.items():
-        require(not close(found, result), message)
-
-
-def close(a, b) -> bool:
-    """Whether two tensors are the same up to rounding."""
-    return isinstance(a, torch.Tensor) and a.shape == b.shape and torch.allclose(a.double(), b.double(), atol=1e-4)
+        require(not is_close(found, result), message)
 
 
 @exercise(
@@ -234,7 +230,7 @@ def check_backward(fn):
     data = draw()
     window = masks.sliding_window(5, 7, window=2)
     pairs = zip(by_hand(fn, *data, window, 0.25), true_gradients(*data, ~window, 0.25), strict=True)
-    require(not all(close(x, other) for x, other in pairs), f"the mask {INVERTED}")
+    require(not all(is_close(x, other) for x, other in pairs), f"the mask {INVERTED}")
     found, expected = by_hand(fn, *data, everything, 0.25), true_gradients(*data, everything, 0.25)
     name_the_mistake(found, data, expected)
     compare(found, expected, "with nothing masked")
@@ -309,11 +305,11 @@ def name_the_mistake(found, data, expected) -> None:
     }
     right = zip(("dq", "dk"), found, expected, strict=False)
     for name, mine, true in right:
-        require(not close(mine, 4 * true), f"{name} is right but for the scale: s = scale * q k^T passes it on")
-        require(not close(mine, 0.25 * true), f"{name} is right, and then multiplied by the scale once more")
-        require(not close(mine, -true), f"{name} has the wrong sign")
+        require(not is_close(mine, 4 * true), f"{name} is right but for the scale: s = scale * q k^T passes it on")
+        require(not is_close(mine, 0.25 * true), f"{name} is right, and then multiplied by the scale once more")
+        require(not is_close(mine, -true), f"{name} has the wrong sign")
     for message, ds in mistakes.items():
-        require(not close(found[0], 0.25 * ds @ k), message)
+        require(not is_close(found[0], 0.25 * ds @ k), message)
 
 
 def compare(found, expected, case: str) -> None:

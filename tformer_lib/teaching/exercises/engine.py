@@ -15,16 +15,19 @@ notebook calls, never raises: it prints one line, ``passed: ...`` or ``not yet: 
 """
 
 import contextlib
+import dis
 import hashlib
 import importlib
 import inspect
 import json
 import marshal
+import operator
 import pkgutil
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import SupportsFloat
 
 import numpy as np
 import torch
@@ -130,12 +133,25 @@ def examine(name: str, answer: Callable) -> Outcome:
         name: the exercise.
         answer: the learner's function.
     """
+    watched = Watched(answer) if callable(answer) else answer
+    outcome = attempt(name, answer, watched)
+    if outcome.passed or not callable(answer) or not watched.changed:
+        return outcome
+    again = attempt(name, answer, Watched(answer, restore=True))
+    if not again.passed:
+        return again
+    names = ", ".join(watched.changed)
+    return Outcome(False, one_line(f"right, but your function changes what it was given, {names}: work on a copy"))
+
+
+def attempt(name: str, answer: Callable, watched: Callable) -> Outcome:
+    """Run the check once on ``watched``, which calls ``answer``."""
     before = np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with ordinary_state():
             torch.manual_seed(0)
             np.random.seed(0)
-            find(name).check(answer)
+            find(name).check(watched)
         return Outcome(True)
     except NotYet as failure:
         return Outcome(False, one_line(str(failure)))
@@ -143,6 +159,70 @@ def examine(name: str, answer: Callable) -> Outcome:
         return Outcome(False, one_line(explain(error, answer)))
     finally:
         np.random.set_state(before)
+
+
+@contextlib.contextmanager
+def ordinary_state() -> Iterator[None]:
+    """Torch as it is after its import, whatever the notebook has set: types, device, gradients, random numbers."""
+    dtype = torch.get_default_dtype()
+    elsewhere = torch.get_default_device().type != "cpu"
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu") if elsewhere else contextlib.nullcontext(),
+    ):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+class Watched:
+    """The learner's function, with an eye on the caller's tensors that it changes.
+
+    Args:
+        answer: the function.
+        restore: whether tensors get their numbers back after a call, so that the check can judge the rest.
+    """
+
+    def __init__(self, answer: Callable, *, restore: bool = False):
+        self.answer, self.restore = answer, restore
+        self.changed: list[str] = []
+
+    def __call__(self, *args, **options):
+        given = {name: x for name, x in self.named(args, options).items() if isinstance(x, torch.Tensor)}
+        versions = {name: x._version for name, x in given.items()}
+        numbers = {name: x.detach().numpy().copy() for name, x in given.items()} if self.restore else {}
+        result = self.answer(*args, **options)
+        changed = {name: x for name, x in given.items() if x._version != versions[name]}
+        self.changed += [name for name in changed if name not in self.changed]
+        if self.restore and changed:
+            result = apart(result, {x.untyped_storage().data_ptr() for x in changed.values()})
+            for name, x in changed.items():
+                x.detach().numpy()[...] = numbers[name]
+        return result
+
+    def named(self, args: tuple, options: dict) -> dict[str, object]:
+        """The arguments by the learner's names for them."""
+        try:
+            signature = inspect.signature(self.answer)
+            kinds = {parameter.kind for parameter in signature.parameters.values()}
+            if not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+                return dict(signature.bind(*args, **options).arguments)
+        except (TypeError, ValueError):  # they do not fit, or the function is not written in Python
+            pass
+        return {f"argument {i}": x for i, x in enumerate(args, 1)} | options
+
+
+def apart(result, places: set[int]):
+    """The result with copies of the tensors that lie in the memory of changed ones."""
+    if isinstance(result, (tuple, list)):
+        return type(result)(apart(part, places) for part in result)
+    shared = isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() in places
+    return result.clone() if shared else result
 
 
 def check(name: str, answer: Callable) -> None:
@@ -233,7 +313,7 @@ def explain(error: BaseException, answer: Callable) -> str:
     """Put an exception that came while checking into words for the learner."""
     if not callable(answer):
         return f"expected a function, got {type(answer).__name__}"
-    if isinstance(error, NotImplementedError):
+    if isinstance(error, NotImplementedError) and raised_by_hand(error):
         return UNWRITTEN
     if "NoneType" in str(error) and not raised_inside(error, answer):
         return "your function returns None: is a return missing?"
@@ -254,6 +334,16 @@ def raised_inside(error: BaseException, answer: Callable) -> int:
     return lines[-1] - code.co_firstlineno + 1 if lines else 0
 
 
+def raised_by_hand(error: BaseException) -> bool:
+    """Whether a ``raise`` that a learner can have written raised it, and not an operator of torch."""
+    last = error.__traceback__
+    while last.tb_next:
+        last = last.tb_next
+    frame = last.tb_frame
+    raises = frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raises and frame.f_globals.get("__name__", "").partition(".")[0] != "torch"
+
+
 def one_line(text: str) -> str:
     """The text on one line, cut where it is very long."""
     text = " ".join(text.split())
@@ -269,6 +359,26 @@ def require(condition, message: str) -> None:
     """
     if not bool(condition):
         raise NotYet(message)
+
+
+def require_integer(x, name: str = "the result") -> int:
+    """``x`` as an int, be it one of Python, of NumPy, or a tensor of one; fail where it is no whole number."""
+    require(x is not None, f"{name} is None: is a return missing?")
+    refused = f"{name} should be a whole number, an int, and is {x!r:.60}, a {type(x).__name__}"
+    truth = isinstance(x, (bool, np.bool_)) or (isinstance(x, torch.Tensor) and x.dtype == torch.bool)
+    require(not truth, refused)
+    try:
+        return operator.index(x)
+    except (TypeError, RuntimeError):
+        raise NotYet(refused) from None
+
+
+def require_number(x, name: str = "the result") -> float:
+    """``x`` as a float, be it a number of Python, of NumPy, or a tensor of one; fail where it is no number."""
+    require(x is not None, f"{name} is None: is a return missing?")
+    if isinstance(x, SupportsFloat) and not (isinstance(x, torch.Tensor) and x.numel() != 1):
+        return float(x.detach() if isinstance(x, torch.Tensor) else x)
+    raise NotYet(f"{name} should be a number, and is a {type(x).__name__}")
 
 
 def require_tensor(x, name: str = "the result") -> None:
@@ -297,6 +407,12 @@ def require_finite(x, name: str = "the result") -> None:
     if bad.any():
         where = tuple(bad.nonzero()[0].tolist())
         raise NotYet(f"{name} holds {x[where].item()} at index {list(where)}")
+
+
+def is_close(x, other: torch.Tensor, tolerance: float = 1e-4) -> bool:
+    """Whether ``x`` is a tensor of the same shape and, but for rounding, of the same numbers, of whatever dtype."""
+    fits = isinstance(x, torch.Tensor) and x.shape == other.shape
+    return fits and torch.allclose(x.detach().double(), other.detach().double(), rtol=1e-5, atol=tolerance)
 
 
 def require_close(

@@ -2,15 +2,10 @@
 
 from collections.abc import Callable, Iterator
 
-from tformer_lib.teaching.exercises.engine import exercise, require
+from tformer_lib.teaching.exercises.engine import exercise, require, require_integer
 
 GROUP_ROWS = 64
 """Rows of one warpgroup's accumulator."""
-
-
-def require_integer(x, name: str) -> None:
-    """Fail unless ``x`` is a whole number."""
-    require(isinstance(x, int) and not isinstance(x, bool), f"{name} should be an int, and is a {type(x).__name__}")
 
 
 # --- fragments -----------------------------------------------------------------------------------------------------
@@ -63,8 +58,7 @@ SWIZZLES = {128: 1, 64: 2, 32: 3}
 def check_descriptor(fn):
     for row_bytes, code in SWIZZLES.items():
         for address in (0, 1024, 5120, 65536 + 256, 200_704):
-            found = fn(address, row_bytes)
-            require_integer(found, "the descriptor")
+            found = require_integer(fn(address, row_bytes), "the descriptor")
             require(0 <= found < 1 << 64, f"a descriptor has 64 bits, and yours is {found:#x}")
             what = f"rows of {row_bytes} bytes at address {address:,}"
             wanted = {
@@ -127,11 +121,11 @@ def simulate(fn: Callable, stages: int, tiles: int, order: str) -> None:
     def place(tile: int) -> tuple[int, int, int]:
         result = fn(tile, stages)
         require(isinstance(result, (tuple, list)) and len(result) == 3, "return three numbers: buffer and two parities")
-        for name, x in zip(("the buffer", "the parity of full", "the parity of empty"), result, strict=True):
-            require_integer(x, name)
+        names = ("the buffer", "the parity of full", "the parity of empty")
+        result = tuple(require_integer(x, name) for x, name in zip(result, names, strict=True))
         require(0 <= result[0] < stages, f"{what}: tile {tile} cannot go into buffer {result[0]}")
         require(result[1] in (0, 1) and result[2] in (0, 1), f"{what}: a parity is 0 or 1, yours are {result[1:]}")
-        return tuple(result)
+        return result
 
     def producer() -> Iterator:
         for tile in range(tiles):

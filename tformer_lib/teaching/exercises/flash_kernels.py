@@ -9,15 +9,10 @@ import torch
 from torch import Tensor
 
 from tformer_lib.teaching import kernels
-from tformer_lib.teaching.exercises.engine import exercise, require, require_close
+from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_integer, require_number
 
 GROUPS = 8
 """Groups of four banks: where a piece of 16 bytes can lie in a line of 128."""
-
-
-def require_integer(x, name: str) -> None:
-    """Fail unless ``x`` is a whole number."""
-    require(isinstance(x, int) and not isinstance(x, bool), f"{name} should be an int, and is a {type(x).__name__}")
 
 
 # --- fragments -----------------------------------------------------------------------------------------------------
@@ -42,7 +37,8 @@ def check_row_max(fn):
         def shuffle(x: Tensor, offset: int, used: list = used) -> Tensor:
             used.append(offset)
             require(isinstance(x, Tensor) and x.shape[:1] == (32,), "shuffle takes a tensor with a row for each lane")
-            require(isinstance(offset, int) and 0 < offset < 32, f"an offset is 1 to 31, and yours is {offset}")
+            offset = require_integer(offset, "an offset")
+            require(0 < offset < 32, f"an offset is 1 to 31, and yours is {offset}")
             return x[torch.arange(32) ^ offset]
 
         result = fn(held.clone(), shuffle)
@@ -82,8 +78,9 @@ def check_ldmatrix(fn):
     named = [fn(lane) for lane in range(32)]
     for lane, pair in enumerate(named):
         require(isinstance(pair, (tuple, list)) and len(pair) == 2, f"lane {lane}: return two numbers, row and piece")
-        require_integer(pair[0], f"the row of lane {lane}")
-        require_integer(pair[1], f"the piece of lane {lane}")
+        pair = named[lane] = [
+            require_integer(x, f"the {name} of lane {lane}") for x, name in zip(pair, ("row", "piece"), strict=True)
+        ]
         require(0 <= pair[0] < 16 and 0 <= pair[1] < 2, f"lane {lane}: the tile has no row {pair[0]}, piece {pair[1]}")
     for lane in range(32):
         g, t = divmod(lane, 4)
@@ -117,11 +114,11 @@ def transposed_load(tile: Tensor, named: list, register: int, lane: int) -> list
 )
 def check_swizzle(fn):
     for chunks in (8, 16, 32, 4, 2):
-        places = [[fn(row, chunk, chunks) for chunk in range(chunks)] for row in range(32)]
+        places = [
+            [require_integer(fn(row, chunk, chunks), "the place") for chunk in range(chunks)] for row in range(32)
+        ]
         rows = f"rows of {chunks} pieces"
         for row, found in enumerate(places):
-            for x in found:
-                require_integer(x, "the place")
             own = set(range(row * chunks, (row + 1) * chunks))
             strange = sorted(set(found) - own)
             require(not strange, f"{rows}: row {row} owns the places {min(own)} to {max(own)}, and uses {strange[:1]}")
@@ -176,8 +173,7 @@ LAUNCHES = {  # (threads, registers, shared bytes): blocks. The first ten are th
 )
 def check_occupancy(fn):
     for (threads, registers, shared_bytes), blocks in LAUNCHES.items():
-        found = fn(threads, registers, shared_bytes)
-        require_integer(found, "the number of blocks")
+        found = require_integer(fn(threads, registers, shared_bytes), "the number of blocks")
         launch = f"{threads} threads of {registers} registers, {shared_bytes:,} bytes"
         require(found == blocks, f"{launch}: {blocks} blocks fit, and you say {found}")
 
@@ -203,8 +199,7 @@ def check_limit(fn):
                 isinstance(result, (tuple, list)) and len(result) == 2, "return two numbers: the intensity, the rate"
             )
             what = f"{rows} queries, {keys} keys, d {d}, {element_bytes} bytes a number"
-            for name, found in zip(("intensity", "rate"), result, strict=True):
-                require(isinstance(found, (int, float)), f"the {name} should be a number")
+            result = [require_number(x, f"the {name}") for x, name in zip(result, ("intensity", "rate"), strict=True)]
             intensity = 4 * rows * keys * d / ((2 * keys + 2 * rows) * d * element_bytes)
             require(
                 close(result[0], intensity), f"{what}: {intensity:.4g} operations a byte, and you say {result[0]:.4g}"
@@ -238,7 +233,8 @@ def check_order(fn):
         for block, work in enumerate(taken):
             pairs = all(isinstance(w, (tuple, list)) and len(w) == 2 for w in work)
             require(pairs, f"{what}: block {block} should list pairs (head, tile)")
-        every = [tuple(w) for work in taken for w in work]
+        taken = [[(require_integer(h, "a head"), require_integer(t, "a tile")) for h, t in work] for work in taken]
+        every = [w for work in taken for w in work]
         wanted = {(head, tile) for head in range(heads) for tile in range(tiles)}
         missing, twice = wanted - set(every), len(every) - len(set(every))
         require(not missing, f"{what}: nobody takes (head, tile) {min(missing, default='')}")

@@ -6,7 +6,15 @@ import weakref
 import torch
 from torch import Tensor
 
-from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_shape
+from tformer_lib.teaching.exercises.engine import (
+    exercise,
+    is_close,
+    require,
+    require_close,
+    require_integer,
+    require_number,
+    require_shape,
+)
 
 
 def exact(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,14 +28,6 @@ def exact(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def require_pair(result, what: str) -> None:
     """Fail unless two things were returned."""
     require(isinstance(result, (tuple, list)) and len(result) == 2, f"return two things: {what}")
-
-
-def number(x) -> Tensor:
-    """A float or a tensor of one number as a float64 tensor without dimensions."""
-    require(isinstance(x, (float, int, Tensor)), f"the log-sum-exp should be a number, and is a {type(x).__name__}")
-    x = torch.as_tensor(x).double()
-    require(x.numel() == 1, f"the log-sum-exp of one row is one number, got shape {tuple(x.shape)}")
-    return x.reshape(())
 
 
 def stream(scores: Tensor, v: Tensor):
@@ -85,7 +85,9 @@ def check_online(fn):
         require_close(
             result[0], out[0], f"{name}: the output is wrong: were l and O both multiplied by exp(m - m_new)?"
         )
-        require_close(number(result[1]), lse[0], f"{name}: the log-sum-exp is wrong")
+        require_close(
+            torch.tensor(require_number(result[1], "the log-sum-exp")), lse[0], f"{name}: the log-sum-exp is wrong"
+        )
 
 
 @exercise(
@@ -142,16 +144,17 @@ def check_backward(fn):
         explain_tile(result[2], q.detach(), k.detach()[tile], dout)
         where = "all keys in one tile" if tile == slice(0, S) else f"keys 2 to 4 of {S}"
         for name, found, right in zip(("dv", "dk", "dq"), reversed(result), wanted, strict=True):
-            scaled = name != "dv" and found is not None and found.shape == right.shape
-            require(not (scaled and torch.allclose(found, 2.0 * right)), f"{name} lacks the scale, 1/sqrt(d)")
+            require(name == "dv" or not is_close(found, 2.0 * right), f"{name} lacks the scale, 1/sqrt(d)")
             require_close(found, right, f"{name} is wrong for {where}", name=name)
 
 
 def explain_tile(dv: Tensor, q: Tensor, k: Tensor, dout: Tensor) -> None:
     """Name the usual mistake in the probabilities of a tile."""
     within = (q @ k.T / 2.0).softmax(-1).T @ dout
-    whole = dv is None or dv.shape != within.shape or not torch.allclose(dv, within) or len(k) > 3
-    require(whole, "the probabilities sum to 1 within the tile: take the log-sum-exp of the whole row")
+    require(
+        len(k) > 3 or not is_close(dv, within),
+        "the probabilities sum to 1 within the tile: take the log-sum-exp of the whole row",
+    )
 
 
 def true_gradients(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, tile: slice) -> tuple[Tensor, ...]:
@@ -176,8 +179,9 @@ def check_tiles(fn):
     shapes = ((8, 8, 4, 4), (8, 8, 4, 2), (8, 8, 2, 4), (10, 10, 4, 4), (4, 12, 4, 4), (1, 9, 4, 4), (7, 13, 3, 5))
     for T, S, rows, columns in shapes:
         result = fn(T, S, rows, columns)
-        require(len(result) == 3, "return three counts: skipped, masked, whole")
-        result = [int(count) for count in result]
+        three = isinstance(result, (tuple, list, Tensor)) and len(result) == 3
+        require(three, "return three counts: skipped, masked, whole")
+        result = [require_integer(count, "a count") for count in result]
         expected = count_tiles(T, S, rows, columns)
         shape = f"{T} queries in tiles of {rows}, {S} keys in tiles of {columns}"
         total = sum(expected)

@@ -4,7 +4,14 @@ import math
 
 import torch
 
-from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_shape, require_tensor
+from tformer_lib.teaching.exercises.engine import (
+    exercise,
+    require,
+    require_close,
+    require_integer,
+    require_shape,
+    require_tensor,
+)
 
 SIZES = torch.tensor([4.0, 2.0, 2.0, 1.0, 1.0, 1.0], dtype=torch.float64) / 11
 """The probabilities of the six sizes of a house: the running example of the chapter."""
@@ -112,6 +119,13 @@ def check_top_p(fn):
             f"{case} the result is sorted: put each probability back to its token",
         )
         require_close(result, shares, f"{case} the result is wrong")
+    result = fn(torch.full((8,), 0.125, dtype=torch.float64), 0.25)
+    require_shape(result, (8,), "the result")
+    said = (
+        "of eight tokens of 0.125 each, any two reach p = 0.25: keep two with 0.5 each, and not all that are as likely"
+    )
+    right = torch.tensor([0.0] * 6 + [0.5] * 2, dtype=torch.float64)
+    require_close(result.sort().values, right, said)
 
 
 @exercise(
@@ -151,12 +165,7 @@ def token_of(found, size: int) -> int:
     """The learner's token as an int; fails unless it is one of ``size``."""
     if isinstance(found, torch.Tensor):
         require(found.numel() == 1, f"the result should be one token, and has shape {tuple(found.shape)}")
-        found = found.item()
-    require(found is not None, "the result is None: is a return missing?")
-    require(
-        isinstance(found, int) and not isinstance(found, bool),
-        f"the result should be the number of a token, and is {found!r}",
-    )
+    found = require_integer(found, "the number of a token")
     require(0 <= found < size, f"the result is {found}, and there are {size} tokens, 0 to {size - 1}")
     return found
 
@@ -270,12 +279,7 @@ def check_shown(fn):
         ("EN", ("END",), 0, "the whole text may be the beginning of a stop string"),
     )
     for text, stops, wanted, why in cases:
-        found = fn(text, list(stops))
-        require(found is not None, "the result is None: is a return missing?")
-        require(
-            isinstance(found, int) and not isinstance(found, bool),
-            f"the result should be a number of characters, and is a {type(found).__name__}",
-        )
+        found = require_integer(fn(text, list(stops)), "the number of characters")
         require(
             found == wanted,
             f"of {text!r} with the stop strings {list(stops)}, {wanted} characters may be shown ({why}), and you "

@@ -4,7 +4,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tformer_lib.grouped_query_attention import pool_heads
-from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_finite, require_shape
+from tformer_lib.teaching.exercises.engine import (
+    exercise,
+    is_close,
+    require,
+    require_close,
+    require_finite,
+    require_integer,
+    require_shape,
+)
 
 
 @exercise(
@@ -20,7 +28,7 @@ def check_kv_head(fn):
     for heads, kv_heads in ((8, 2), (8, 8), (8, 1), (12, 4), (32, 8)):
         group = heads // kv_heads
         for head in range(heads):
-            found = int(fn(head, heads, kv_heads))
+            found = require_integer(fn(head, heads, kv_heads), "the kv head")
             place = f"with {heads} heads and {kv_heads} kv heads, query head {head}"
             require(0 <= found < kv_heads, f"{place} reads kv head {found}, which does not exist")
             require(found == head // group, f"{place} reads kv head {found}, expected {head // group}")
@@ -57,12 +65,13 @@ def check_scores(fn):
             found = fn(q, k)
         wanted = torch.einsum("bhtd,bhsd->bhts", q, k.repeat_interleave(heads // kv_heads, 1))
         place = f"with {heads} heads and {kv_heads} kv heads"
-        scaled = found.shape == wanted.shape and torch.allclose(found, wanted / q.shape[-1] ** 0.5, atol=1e-4)
+        scaled = is_close(found, wanted / q.shape[-1] ** 0.5)
         require(not scaled, "the scores are divided by sqrt(head_dim); they were asked for unscaled")
         require_close(found, wanted, f"{place}, {whose_keys(heads, kv_heads)}", name=f"{place}, the scores")
         largest = max(q.numel(), wanted.numel())
         message = f"{place}, a tensor of {sizes.largest:,} numbers is made; the scores are {wanted.numel():,}: "
-        require(kv_heads == heads or sizes.largest <= largest, message + "the keys are copied for each query head")
+        copied = "the keys are copied" + (" for each query head" if sizes.largest > k.numel() else "")
+        require(kv_heads == heads or sizes.largest <= largest, message + copied)
 
 
 def whose_keys(heads: int, kv_heads: int) -> str:

@@ -1,7 +1,5 @@
 """The exercises of the KV cache chapter."""
 
-import operator
-
 import torch
 
 from tformer_lib import masks
@@ -13,6 +11,7 @@ from tformer_lib.teaching.exercises.engine import (
     require,
     require_close,
     require_dtype,
+    require_integer,
     require_shape,
 )
 
@@ -39,11 +38,7 @@ def check_tokens_that_fit(fn):
         "numbers of 4 bytes take more memory than those of 2, and you find room for as many tokens",
     )
     for arguments, expected, name in cases:
-        found = fn(*arguments)
-        try:
-            found = operator.index(found)
-        except TypeError:
-            require(False, f"{name}: the number of tokens should be an int, and is {type(found).__name__}")
+        found = require_integer(fn(*arguments), f"{name}: the number of tokens")
         per_head = arguments[0] // (2 * arguments[1] * arguments[2] * arguments[4] * arguments[5])
         require(
             found == expected or found != per_head,
@@ -82,6 +77,7 @@ def check_step(fn):
         )
         require_close(values, v[:, :, :stop], "the values are not the old ones followed by the new", name="the values")
         require_shape(out, (2, 4, stop - start, 8), "the output")
+        keys, values = keys.detach().to(k.dtype), values.detach().to(v.dtype)  # they go into the next step
         explain_step(out, q[:, :, new], k[:, :, :stop], v[:, :, :stop], start)
         for t in range(stop - start):
             place = f"with {start} tokens cached and {stop - start} new, the new token {t}"
@@ -153,7 +149,8 @@ def check_slot(fn):
         ring = RingCache(CacheShape(1, 1, 1, 2), window, sinks)
         place = f"window = {window}, sinks = {sinks}"
         for position in range(4 * (window + sinks)):
-            found, expected = int(fn(position, window, sinks)), int(ring.slot(torch.tensor(position)))
+            found, expected = fn(position, window, sinks), int(ring.slot(torch.tensor(position)))
+            found = require_integer(found, f"{place}: the slot of position {position}")
             require(
                 0 <= found < window + sinks, f"{place}: position {position} goes to slot {found}, which does not exist"
             )

@@ -3,7 +3,14 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_finite, require_shape
+from tformer_lib.teaching.exercises.engine import (
+    exercise,
+    is_close,
+    require,
+    require_close,
+    require_finite,
+    require_shape,
+)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -49,7 +56,7 @@ def check_associative(fn):
         found = fn(phi_q, phi_k, v)
         require_shape(found, (T, 3), f"the output for {T} queries and {S} keys")
         unnormalised = phi_q @ phi_k.T @ v
-        if torch.allclose(found, unnormalised, atol=1e-4):
+        if is_close(found, unnormalised):
             require(False, "the weights of a query do not sum to 1: divide by their sum")
         require_close(found, by_weights(phi_q, phi_k, v, False), f"the output is wrong for {T} queries and {S} keys")
     with LargestTensor() as seen:
@@ -81,6 +88,7 @@ def check_step(fn):
         require(torch.equal(sums, before), "your step changes the state that it was given: make a new one")
         sums, out = result
         require_shape(sums, (4, 4), "the new state, (features, width + 1),")
+        sums = sums.detach().to(before.dtype)  # goes into the next step
         require_shape(out, (3,), "the output")
         if t == 0 and not bool(torch.isfinite(out).all()):
             require(False, "the first output is 0/0: a token sees itself, so add before you read")
@@ -131,7 +139,7 @@ def reason(found, phi_q, phi_k, v, t, chunk):
     }
     for words, seen in candidates.items():
         weights = phi_q[t] @ phi_k[seen].T
-        if weights.numel() and torch.allclose(found[t], weights @ v[seen] / weights.sum(), atol=1e-4):
+        if weights.numel() and is_close(found[t], weights @ v[seen] / weights.sum()):
             return words
     return "it should see every earlier chunk once, and its own up to itself"
 
@@ -251,7 +259,7 @@ def check_delta(fn):
         future = [x.clone() for x in inputs]
         for x in future[:4]:
             x[-1] = torch.rand_like(x[-1])
-        leaks = not torch.allclose(run_delta(fn, future, chunk)[0][:-1], found[:-1], atol=1e-4)
+        leaks = not is_close(run_delta(fn, future, chunk)[0][:-1], found[:-1])
         require(not leaks, f"{place}, earlier outputs change with the last token: the future leaks")
         require_close(found, expected, f"{place}, the output differs from the loop over tokens")
         require_close(state, last, f"{place}, the outputs are right and the new state is not")
@@ -272,6 +280,6 @@ def overwritten(fn):
     q[3] = keys[0]
     for chunk, how in ((1, "in a chunk of its own"), (4, "in one chunk")):
         read = run_delta(fn, (q, k, v, torch.ones(4), torch.zeros(6, 3)), chunk)[0][3]
-        both = torch.allclose(read, v[0] + v[2], atol=1e-4)
+        both = is_close(read, v[0] + v[2])
         require(not both, f"a key written twice, {how}, holds the sum of its two values: erase the first one")
         require_close(read, v[2], f"a key written twice with beta 1, {how}, does not give back its second value")

@@ -1,5 +1,6 @@
 """The exercises of the masks chapter."""
 
+import numpy as np
 import torch
 
 from tformer_lib import masks
@@ -97,7 +98,9 @@ def check_peeks(fn):
         before = x.clone()
         verdict = fn(model, x)
         require(torch.equal(x, before), "your detector changes the x that it was given: work on x.clone()")
-        require(isinstance(verdict, bool), f"the verdict should be True or False, and is a {type(verdict).__name__}")
+        one = isinstance(verdict, torch.Tensor) and verdict.dtype == torch.bool and verdict.numel() == 1
+        truth = one or isinstance(verdict, (bool, np.bool_))
+        require(truth, f"the verdict should be True or False, and is a {type(verdict).__name__}")
         require(peeks or not verdict, f"{name} was called a peeker, and it never looks ahead")
         require(verdict or not peeks, f"{name} looks ahead, and your detector did not see it")
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tformer_lib.mixture_of_experts import balance_loss, expected_experts
-from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_shape
+from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_number, require_shape
 
 
 @exercise(
@@ -20,7 +20,9 @@ def check_route(fn):
     for tokens, count, k, offset in ((5, 8, 2, 0.0), (4, 6, 3, 1000.0), (3, 4, 1, 0.0), (2, 4, 4, 0.0)):
         logits = torch.randn(tokens, count, dtype=torch.float64) + offset
         found = fn(logits.clone(), k)
-        require(isinstance(found, tuple) and len(found) == 2, "return two tensors: the experts and their weights")
+        require(
+            isinstance(found, tuple | list) and len(found) == 2, "return two tensors: the experts and their weights"
+        )
         experts, weights = found
         place = f"with {count} experts and k = {k}"
         require_shape(experts, (tokens, k), f"{place}, the tensor of experts")
@@ -56,7 +58,7 @@ def check_sort(fn):
     for tokens, count, chosen, k in ((6, 4, 4, 2), (9, 6, 5, 1), (3, 12, 10, 3)):
         experts = torch.rand(tokens, chosen).argsort(1)[:, :k]  # the experts after the chosen ones have no token
         found = fn(experts.clone(), count)
-        require(isinstance(found, tuple) and len(found) == 2, "return two tensors: the tokens and the counts")
+        require(isinstance(found, tuple | list) and len(found) == 2, "return two tensors: the tokens and the counts")
         token, counts = found
         place = f"with {tokens} tokens, {count} experts and k = {k}"
         require_shape(token, (tokens * k,), f"{place}, the tensor of tokens")
@@ -91,11 +93,24 @@ def check_balance(fn):
         experts = shares.topk(k).indices
         counts = torch.bincount(experts.flatten(), minlength=count)
         place = f"with {count} experts and k = {k}"
-        found = fn(shares.clone(), experts.clone())
-        require_close(found, balance_loss(shares, counts), f"{place}, the loss is wrong", name=f"{place}, the loss")
+        given = shares.clone().requires_grad_()
+        found = fn(given, experts.clone())
+        number = torch.tensor(require_number(found, f"{place}, the loss"), dtype=torch.float64)
+        require_close(number, balance_loss(shares, counts), f"{place}, the loss is wrong", name=f"{place}, the loss")
+        require_gradient(found, given, counts, k)
     even = torch.full((4, 4), 0.25, dtype=torch.float64)
-    found = fn(even, torch.arange(4)[:, None])
+    found = torch.tensor(require_number(fn(even, torch.arange(4)[:, None]), "the loss"), dtype=torch.float64)
     require_close(found, torch.tensor(1.0, dtype=torch.float64), "an even load has the loss 1", name="the loss")
+
+
+def require_gradient(loss, shares: Tensor, counts: Tensor, k: int) -> None:
+    """Fail unless the loss moves the shares of the experts that have too many tokens."""
+    said = "the number is right, and no gradient flows from it to the shares, so nothing would be trained"
+    require(isinstance(loss, Tensor) and loss.requires_grad, f"{said}: do not take the number out of its tensor")
+    (found,) = torch.autograd.grad(loss.sum(), shares, allow_unused=True)
+    require(found is not None, f"{said}: was it detached?")
+    wanted = (shares.shape[1] * counts / (k * len(shares)) / len(shares)).expand_as(shares)
+    require_close(found, wanted, "the number is right, and its gradient is not E f / N", name="the gradient")
 
 
 @exercise(
@@ -141,6 +156,7 @@ def explain_places(mask: Tensor, experts: Tensor, capacity: int, place: str) -> 
 )
 def check_expected(fn):
     for count, k, tokens in ((8, 2, 1), (8, 2, 16), (128, 8, 32), (16, 16, 3), (256, 8, 500)):
-        found, wanted = float(fn(count, k, tokens)), expected_experts(count, k, tokens)
+        found = require_number(fn(count, k, tokens), "the number of experts")
+        wanted = expected_experts(count, k, tokens)
         place = f"{tokens} tokens that choose {k} of {count} experts"
         require(abs(found - wanted) < 1e-6 * count, f"{place} read {found:.3f} on average, expected {wanted:.3f}")

@@ -4,7 +4,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from tformer_lib import positional_encoding
-from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_shape
+from tformer_lib.teaching.exercises.engine import exercise, is_close, require, require_close, require_shape
 
 
 @exercise(
@@ -185,28 +185,28 @@ def check_one_skew(fn, queries: torch.Tensor, table: torch.Tensor, S: int) -> No
     case = f"with {T} queries, {S} keys and a table up to distance {longest - 1}"
     found, expected = fn(queries, table, S), loop_over_pairs(queries, table, S)
     require_shape(found, expected.shape, f"{case}, the result")
-    if torch.allclose(found, expected, atol=1e-4):
+    if is_close(found, expected):
         return
-    mirrored = torch.allclose(found, loop_over_pairs(queries, table.flip(0), S), atol=1e-4)
+    mirrored = is_close(found, loop_over_pairs(queries, table.flip(0), S))
     require(
         not mirrored, f"{case}, past and future are exchanged: the distance is the key's position minus the query's"
     )
     top_left = loop_over_pairs(torch.cat((queries, queries.new_zeros(2, 3, S - T, 8)), 2), table, S)[:, :, :T]
     require(
-        not torch.allclose(found, top_left, atol=1e-4),
+        not is_close(found, top_left),
         f"{case}, query 0 is taken to stand at position 0: the queries are the last {T} of {S}",
     )
     past = torch.ones(T, S, dtype=torch.bool).tril(S - T)
     require(
-        not torch.allclose(found * past, expected * past, atol=1e-4),
+        not is_close(found * past, expected * past),
         f"{case}, keys up to the query's own are right, and those after it are not: "
         "padding a column on the left of the past's distances serves a causal model alone",
     )
-    last_row = torch.allclose(found[:, :, -1], expected[:, :, -1], atol=1e-4)
+    last_row = is_close(found[:, :, -1], expected[:, :, -1])
     drift = "is not: each row begins a column earlier than the row above it"
     require(not last_row, f"{case}, the last query's row is right, and one above it {drift}")
     require(
-        not torch.allclose(found[:, :, 0], expected[:, :, 0], atol=1e-4),
+        not is_close(found[:, :, 0], expected[:, :, 0]),
         f"{case}, the first query's row is right, and one below it {drift}",
     )
     require_close(found, expected, f"{case}, a score is not the query's product with the row of its distance")

@@ -5,7 +5,7 @@ import random
 import torch
 
 from tformer_lib import pretrained
-from tformer_lib.teaching.exercises.engine import exercise, require
+from tformer_lib.teaching.exercises.engine import exercise, require, require_integer
 from tformer_lib.transformer import Decoder, count_parameters
 
 
@@ -47,8 +47,8 @@ def check_parameters(fn):
     for config in configs:
         with torch.device("meta"):
             expected = count_parameters(Decoder(pretrained.config_from_hub(config)))
-        found, given = fn(dict(config)), {k: v for k, v in config.items() if k not in ("model_type", "rope_scaling")}
-        require(isinstance(found, int), f"return a whole number; this is {found!r}")
+        found = require_integer(fn(dict(config)), "the number of parameters")
+        given = {k: v for k, v in config.items() if k not in ("model_type", "rope_scaling")}
         require(found == expected, f"{given} has {expected:,} parameters, and you count {found:,}")
 
 

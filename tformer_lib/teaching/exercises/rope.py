@@ -98,7 +98,9 @@ def check_converted(fn, heads: int, head_dim: int) -> None:
     require_close(converted, expected, "rows are in the wrong order")
     hidden, positions = torch.randn(1, 6, width), torch.arange(6) + 3
     theirs, ours = (
-        Rope(head_dim, layout=layout).at(positions)((hidden @ w.T).unflatten(-1, (heads, head_dim)).transpose(1, 2))
+        Rope(head_dim, layout=layout).at(positions)(
+            (hidden @ w.to(hidden.dtype).T).unflatten(-1, (heads, head_dim)).transpose(1, 2)
+        )
         for layout, w in (("interleaved", weight), ("half", converted))
     )
     require_close(ours @ ours.mT, theirs @ theirs.mT, "the scores differ after the conversion", tolerance=1e-3)

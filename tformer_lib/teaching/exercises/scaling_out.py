@@ -5,7 +5,14 @@ from collections.abc import Callable
 
 import torch
 
-from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_tensor
+from tformer_lib.teaching.exercises.engine import (
+    exercise,
+    require,
+    require_close,
+    require_integer,
+    require_number,
+    require_tensor,
+)
 
 
 @exercise(
@@ -22,10 +29,8 @@ def check_send(fn: Callable) -> None:
         held = torch.randint(1, 50, (size, size)).double()  # (process, chunk)
         total = held.sum(0)
         for turn in range(2 * (size - 1)):
-            sent = [fn(rank, turn, size) for rank in range(size)]
+            sent = [require_integer(fn(rank, turn, size), "the number of a chunk") for rank in range(size)]
             for rank, chunk in enumerate(sent):
-                whole = isinstance(chunk, int) and not isinstance(chunk, bool)
-                require(whole, f"return the number of a chunk, an int; this is {chunk!r}")
                 require(
                     0 <= chunk < size,
                     f"process {rank} of {size} sends chunk {chunk} in turn {turn}; there are 0 to {size - 1}",
@@ -126,8 +131,7 @@ def check_memory(fn: Callable) -> None:
         (7_000_000_000, 200_000_000, 8),
         (1_000_000, 100_000, 1),
     ):
-        found = fn(parameters, block, devices)
-        require(isinstance(found, int | float), f"return a number of bytes; this is {type(found).__name__}")
+        found = require_number(fn(parameters, block, devices), "the number of bytes")
         held = 16 * parameters / devices
         gathered = 8 * block if devices > 1 else 0
         about = f"{parameters:,} parameters with blocks of {block:,} on {devices} devices"
@@ -135,4 +139,5 @@ def check_memory(fn: Callable) -> None:
             require(abs(found - held) > 1, f"{about}: the two gathered blocks are missing")
             require(abs(found - 16 * parameters) > 1, f"{about}: that is what each device holds with DDP")
             require(abs(found - (held + 4 * block)) > 1, f"{about}: two blocks are gathered at a time, not one")
-        require(abs(found - held - gathered) <= 0.5, f"{about}: {found:,.0f} bytes, expected {held + gathered:,.0f}")
+        right = held + gathered
+        require(abs(found - right) <= 5e-8 * right, f"{about}: {found:,.0f} bytes, expected {right:,.0f}")

@@ -3,7 +3,7 @@
 import random
 
 from tformer_lib.serving import overlap
-from tformer_lib.teaching.exercises.engine import exercise, require
+from tformer_lib.teaching.exercises.engine import exercise, require, require_integer, require_number
 
 
 @exercise(
@@ -23,8 +23,7 @@ def check_decode_bound(fn):
         ((150, 850, 32_768, 2_470_000_000, 4.3e12), 97_022.8, "150 rows of a 1B model on an H200"),
     )
     for arguments, expected, name in cases:
-        found = fn(*arguments)
-        require(isinstance(found, (int, float)), f"{name}: a number was expected, got {type(found).__name__}")
+        found = require_number(fn(*arguments), f"{name}: the tokens a second")
         close = abs(found - expected) < 1e-4 * expected
         if not close and abs(found - expected / arguments[0]) < 1e-4 * expected:
             require(False, f"{name}: {found:,.1f} are the steps a second; each step writes a token in every row")
@@ -54,7 +53,7 @@ def check_admit(fn):
         for _ in range(20)
     ]
     for waiting, running, seats, free, block_size, spare in fixed + drawn:
-        found, expected = fn(waiting, running, seats, free, block_size, spare), 0
+        found, expected = fn(list(waiting), running, seats, free, block_size, spare), 0
         while expected < len(waiting) and running + expected < seats:
             needed = -(-waiting[expected] // block_size)
             left = free - sum(-(-n // block_size) for n in waiting[:expected])
@@ -62,7 +61,7 @@ def check_admit(fn):
                 break
             expected += 1
         case = f"prompts {waiting}, {running} of {seats} seats taken, {free} free blocks of {block_size}, spare {spare}"
-        require(isinstance(found, int), f"return how many of those that wait may join, got {type(found).__name__}")
+        found = require_integer(found, "how many of those that wait may join")
         require(found <= len(waiting), f"{case}: {found} join, but only {len(waiting)} wait")
         if found > expected and running + found > seats:
             require(False, f"{case}: {found} join, and {running + found - seats} of them have no seat")
@@ -133,7 +132,7 @@ def check_certain(fn):
                 continue
             found, expected = fn(text, stop), len(text) - overlap(text, stop)
             case = f"text {text!r}, stop string {stop!r}"
-            require(isinstance(found, int), f"return how many characters are certain, got {type(found).__name__}")
+            found = require_integer(found, "how many characters are certain")
             if found > expected:
                 begun = text[expected:]
                 require(False, f"{case}: {found} characters are shown, but {begun!r} may begin the stop string")

@@ -112,11 +112,14 @@ def check_stream(fn):
         pieces = [bytes([b]) for b in text.encode()]
         check_one_stream(fn, pieces, text)
     check_one_stream(fn, [b"caf", b"\xc3", b"\xa9 ", b"\xf0\x9f", b"\x99\x83!"], "café 🙃!")
-    shown = run_stream(fn, [b"ok \xc3"])
-    require(
-        shown == "ok \ufffd",
-        f"text that ends in half a character shows as {shown!r}: end it with one \ufffd, not silence",
-    )
+    check_one_stream(fn, [b"na\xc3", b"\xafve \xe6\x97", b"\xa5!"], "naïve 日!")
+    for begun in (b"\xc3", b"\xe6\x97", b"\xf0\x9f\x99"):
+        shown = run_stream(fn, [b"ok " + begun])
+        require(
+            shown == "ok \ufffd",
+            f"text that ends after {len(begun)} of a character's bytes shows as {shown!r}: end it with one \ufffd, "
+            "not with silence and not with one for each byte",
+        )
 
 
 def check_one_stream(fn, pieces: list[bytes], text: str) -> None:
