@@ -358,3 +358,40 @@ def test_the_table_of_names_has_names_that_are_there():
     taken |= {*signature(flash_attention.flash_attention_varlen).parameters, "flash_attention_varlen"}
     assert len(words) > 8
     assert words <= taken
+
+
+@pytest.fixture
+def small_book(tmp_path) -> Path:
+    """The sources of three pages, for Sphinx alone: the front page, one chapter and the glossary."""
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "conf.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(BOOK / '_ext')!r})\nextensions = ['search']\n"
+    )
+    (tmp_path / "index.rst").write_text("Front\n=====\n\n.. toctree::\n\n   notebooks/09-kv-cache\n   glossary\n")
+    (tmp_path / "notebooks" / "09-kv-cache.rst").write_text("The KV cache\n============\n\nText.\n")
+    (tmp_path / "glossary.rst").write_text("Glossary\n========\n\n.. glossary::\n\n   KV cache\n      What is kept.\n")
+    return tmp_path
+
+
+def subjects_in_the_index(book: Path) -> dict[str, set[str]]:
+    """Build the small book, in a process of its own as a reader does; subject -> the pages that it leads to."""
+    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", str(book), str(book / "out")]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    text = (book / "out" / "searchindex.js").read_text()
+    index = json.loads(text[text.index("{") : text.rindex("}") + 1])
+    return {
+        word: {index["docnames"][number] for number, *_ in places} for word, places in index["indexentries"].items()
+    }
+
+
+def test_a_second_build_keeps_the_subjects_of_unchanged_pages(small_book):
+    first = subjects_in_the_index(small_book)
+    assert first["kv cache"] == {"notebooks/09-kv-cache", "glossary"}
+    front = small_book / "index.rst"
+    front.write_text(front.read_text() + "\nOne more sentence.\n")
+    assert subjects_in_the_index(small_book) == first
+    (small_book / "glossary.rst").write_text("Glossary\n========\n\nThe term went.\n")
+    assert subjects_in_the_index(small_book) == {word: {"notebooks/09-kv-cache"} for word in first}
+    front.write_text(front.read_text().replace("   glossary\n", ""))
+    (small_book / "glossary.rst").unlink()
+    assert subjects_in_the_index(small_book) == {word: {"notebooks/09-kv-cache"} for word in first}
