@@ -302,7 +302,7 @@ def servers(device: torch.device, out: Path | None, window_us: float = 30_000.0)
     model, requests = serving.llama(device.type), serving.workload()
     step = serving.naive_step(model, [prompt for prompt, _ in requests[: serving.ROWS_RESERVED]])
     report.attach(naive=watch(step, window_us) | {"rows_of_a_step": serving.ROWS_RESERVED})
-    engine = serving.make_engine(model, seats=serving.REQUESTS)
+    engine = serving.make_engine(model, max_num_seqs=serving.REQUESTS)
     for prompt, new in requests:
         engine.add(prompt, {"max_new_tokens": new})
     while len(engine.log) < 300:

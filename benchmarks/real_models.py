@@ -195,7 +195,7 @@ def decoding(report: Report, folder: Path, asked: RealModelsOptions) -> None:
     contestants = {f"transformers, {BACKENDS[name]}": theirs(model_of_theirs, name) for name in names}
     contestants["ours, generate"] = lambda count: generate(model, [PROMPT], max_new_tokens=count)
     if device.type == "cuda":
-        llm = LLM(model, blocks=64, seats=1)
+        llm = LLM(model, blocks=64, max_num_seqs=1)
         contestants["ours, a CUDA graph"] = lambda n: generate(model, [PROMPT], max_new_tokens=n, cuda_graph=True)
         contestants["our engine"] = lambda n: llm.generate([PROMPT], {"max_new_tokens": n})
     for name, timing in time_of_a_step(contestants, asked.tokens, asked.rounds, device).items():

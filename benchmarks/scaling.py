@@ -395,7 +395,9 @@ class Bench:
         weights = sum(p.to_local().nbytes if hasattr(p, "to_local") else p.nbytes for p in model.parameters())
         if cut or self.world.is_first:
             blocks = batch * (-(-(prompt + new) // 16) + 1)
-            llm = LLM(model, blocks=blocks, block_size=16, seats=batch, budget=max(512, batch), prefix_cache=False)
+            llm = LLM(
+                model, blocks=blocks, block_size=16, max_num_seqs=batch, budget=max(512, batch), prefix_cache=False
+            )
             generator = torch.Generator().manual_seed(1)
             prompts = torch.randint(0, config.vocab_size, (batch, prompt), generator=generator).tolist()
             answer = lambda count: [r.new_tokens for r in llm.generate(prompts, Params(max_new_tokens=count))]  # noqa: E731

@@ -244,12 +244,12 @@ def weight_bytes(model: Decoder) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def make_engine(model: Decoder, *, seats: int, memory: int = MEMORY, **options) -> Engine:
+def make_engine(model: Decoder, *, max_num_seqs: int, memory: int = MEMORY, **options) -> Engine:
     """An engine with so many bytes of keys and values, warmed up."""
     begin = time.perf_counter()
     settings = {"budget": 4096, "prefix_cache": False, "compile": True, "spare_blocks": 1.0, **options}
     blocks = blocks_that_fit(model, memory, kv_dtype=settings.get("kv_dtype", "auto"))
-    engine = Engine(model, blocks=blocks, seats=seats, **settings)
+    engine = Engine(model, blocks=blocks, max_num_seqs=max_num_seqs, **settings)
     for length in (700, 300, 700, 2000):  # compiles for any number of tokens, and lets libraries choose their kernels
         engine.add(list(range(length)), {"max_new_tokens": 4})
         engine.add(list(range(length // 2)), {"max_new_tokens": 4})
@@ -265,7 +265,7 @@ def make_engine(model: Decoder, *, seats: int, memory: int = MEMORY, **options) 
 def engine_part(device: str) -> dict:
     """All requests at once, and then in static batches, by the same engine."""
     model = llama(device)
-    engine = make_engine(model, seats=REQUESTS)
+    engine = make_engine(model, max_num_seqs=REQUESTS)
     parts = [continuous(engine), static(engine)]
     rows = [row for part in parts for row in part.pop("rows")]
     return {
@@ -307,7 +307,7 @@ def continuous(engine: Engine) -> dict:
 def roomy_part(device: str) -> dict:
     """All requests at once where all of them fit: 64 GiB of keys and values."""
     model, requests, seconds = llama(device), workload(), []
-    engine = make_engine(model, seats=REQUESTS, memory=ROOMY)
+    engine = make_engine(model, max_num_seqs=REQUESTS, memory=ROOMY)
     for _ in range(2):
         engine.log.clear()
         seconds.append(time_engine(engine, [requests]))
@@ -321,7 +321,7 @@ def roomy_part(device: str) -> dict:
 def skewed_part(device: str) -> dict:
     """The first part's two variants on lengths of which most are short, as in real traffic."""
     model, requests = llama(device), workload(skewed=True)
-    engine = make_engine(model, seats=REQUESTS)
+    engine = make_engine(model, max_num_seqs=REQUESTS)
     batches = [requests[i : i + ROWS_RESERVED] for i in range(0, REQUESTS, ROWS_RESERVED)]
     longest = [[(prompt, max(new for _, new in batch)) for prompt, _ in batch] for batch in batches]
     rows, steps = [], {}
@@ -511,7 +511,7 @@ def stories_part(device: str) -> dict:
         begin = time.perf_counter()
         alone = [generate(model, [prompt], **rules)[0] for prompt in prompts]
         seconds["sequential"].append(time.perf_counter() - begin)
-        engine = Engine(model, seats=16, budget=256)
+        engine = Engine(model, max_num_seqs=16, budget=256)
         begin = time.perf_counter()
         made = [engine.add(prompt, rules) for prompt in prompts]
         engine.run()
@@ -534,7 +534,7 @@ def stories_load(device: str) -> tuple[Load, Load, Load, tuple[int, ...]]:
     random, count = Random(0), 32
 
     def engine(**options) -> Engine:
-        made = Engine(model, seats=16, **{"prefix_cache": False, **options})
+        made = Engine(model, max_num_seqs=16, **{"prefix_cache": False, **options})
         made.add([1] * 20, {"max_new_tokens": 3})
         made.run()
         return made
@@ -552,7 +552,7 @@ def stories_load(device: str) -> tuple[Load, Load, Load, tuple[int, ...]]:
 def llama_load(device: str) -> tuple[Load, Load, Load, tuple[int, ...]]:
     """The 1B shape: 40 of the skewed requests, some with a shared beginning, some talks, and the budgets."""
     model, pairs, random = llama(device), workload(skewed=True)[:40], Random(1)
-    engine = partial(make_engine, model, seats=len(pairs))
+    engine = partial(make_engine, model, max_num_seqs=len(pairs))
 
     def tokens(length: int) -> list[int]:
         return [random.randrange(LLAMA_1B.vocab_size) for _ in range(length)]
@@ -577,7 +577,7 @@ def knee_part(device: str) -> dict:
     def step_seconds(tokens: int, held: int) -> float:
         return max(weights * tokens / PREFILL_RATE, (weights + held * per_token) / BANDWIDTH)
 
-    return find_knee(load.engine(seats=256, budget=512), load, (30, 50, 65, 80, 110), step_seconds)
+    return find_knee(load.engine(max_num_seqs=256, budget=512), load, (30, 50, 65, 80, 110), step_seconds)
 
 
 # nano-vllm
@@ -614,7 +614,7 @@ def kind_of(name: str) -> str:
 def timeline_part(device: str) -> dict:
     """A decode step of many rows, kernel by kernel, beside the bytes that each kind must move."""
     model, rows, steps = llama(device), 160, 10
-    engine = make_engine(model, seats=rows, memory=8 * 2**30)
+    engine = make_engine(model, max_num_seqs=rows, memory=8 * 2**30)
     for i in range(rows):
         engine.add([(7 * i + j) % LLAMA_1B.vocab_size for j in range(900)], {"max_new_tokens": 200})
     while engine.scheduler.waiting or any(request.wanted != 1 for request in engine.scheduler.running):
@@ -707,7 +707,7 @@ def successors(model: Decoder) -> Decoder:
 def speculation_part(device: str) -> dict:
     """One request at a time: with and without drafts, on texts for which they are good, misleading and none."""
     model = successors(llama(device, tie_embeddings=False))
-    options = {"seats": 1, "budget": 512}
+    options = {"max_num_seqs": 1, "budget": 512}
     contestants = {"no drafts": make_engine(model, **options)}
     contestants["n-grams"] = make_engine(model, speculation=Speculation(tokens=6), **options)
     draft = Speculation(tokens=4, model=first_layers(model, 2))
@@ -748,7 +748,7 @@ def precision_part(device: str) -> dict:
         facts[f"perplexity, {name}"] = round(math.exp(sum(losses) / len(losses)), 4)
     written = []
     for options in ({}, {"kv_dtype": "float8", "kv_scales": scales}):
-        engine = Engine(model, seats=32, **options)
+        engine = Engine(model, max_num_seqs=32, **options)
         made = [engine.add(some[:20], {"max_new_tokens": 100}) for some in texts[8:]]
         engine.run()
         written.append([request.new_tokens for request in made])
@@ -777,23 +777,23 @@ def float8_part(device: str) -> dict:
     model, requests = llama(device), workload()
     scales = calibrate(model, [prompt for prompt, _ in requests[:4]])
     precisions = {"bfloat16": {}, "float8": {"kv_dtype": "float8", "kv_scales": scales}}
-    engines = {who: make_engine(model, seats=REQUESTS, **options) for who, options in precisions.items()}
+    engines = {who: make_engine(model, max_num_seqs=REQUESTS, **options) for who, options in precisions.items()}
     return in_turns("256 requests, 4 GiB", engines, requests, "float8", turns=2)
 
 
 def deterministic_part(device: str) -> dict:
     """What it costs that a text does not depend on its neighbours."""
     model, requests = llama(device), workload()[:128]
-    engines = {"any order": make_engine(model, seats=128)}
-    engines["deterministic"] = make_engine(model, seats=128, budget=128, deterministic=True)
+    engines = {"any order": make_engine(model, max_num_seqs=128)}
+    engines["deterministic"] = make_engine(model, max_num_seqs=128, budget=128, deterministic=True)
     return in_turns("128 requests, 4 GiB", engines, requests, "deterministic", turns=2)
 
 
 def int8_part(device: str) -> dict:
     """One request at a time: weights in bfloat16 and in int8."""
     prompt, new = list(range(256)), 256
-    engines = {"bfloat16": make_engine(llama(device), seats=1)}
-    engines["int8 weights"] = make_engine(pretrained.quantise(llama(device)), seats=1)
+    engines = {"bfloat16": make_engine(llama(device), max_num_seqs=1)}
+    engines["int8 weights"] = make_engine(pretrained.quantise(llama(device)), max_num_seqs=1)
 
     def run(engine: Engine) -> float:
         begin = time.perf_counter()
@@ -837,7 +837,7 @@ def soak_part(device: str) -> dict:
     """
     model, encoding = pretrained.load(device=device)
     options = ({}, {"speculation": Speculation()}, {"speculation": Speculation(model=model)}, {"kv_dtype": "float8"})
-    engines = [Engine(model, encoding, blocks=14, block_size=8, seats=6, budget=24, **more) for more in options]
+    engines = [Engine(model, encoding, blocks=14, block_size=8, max_num_seqs=6, budget=24, **more) for more in options]
     random, begin, ends, memory, texts = Random(0), time.perf_counter(), Counter(), [], []
     for number in range(SOAK_REQUESTS):
         engine, (prompt, wish) = engines[number % len(engines)], soak_request(random, encoding, number)
@@ -884,7 +884,7 @@ def same_alone(engine: Engine, request: Request, wish: dict) -> bool | None:
     """Whether a text is the one that its request gets alone; None where it was cancelled, or its cache is rounded."""
     if request.finish_reason == "cancelled" or engine.runner.scales is not None:
         return None
-    alone = Engine(engine.model, engine.encoding, seats=1)
+    alone = Engine(engine.model, engine.encoding, max_num_seqs=1)
     again = alone.add(request.prompt, wish)
     alone.run()
     return again.new_tokens == request.new_tokens

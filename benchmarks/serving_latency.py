@@ -233,7 +233,7 @@ def scheduler_like(engine: Engine) -> Scheduler:
     ours, blocks = engine.scheduler, engine.allocator
     return Scheduler(
         type(blocks)(blocks.blocks, blocks.block_size),
-        seats=len(ours.tables) - 1,
+        max_num_seqs=len(ours.tables) - 1,
         budget=ours.budget,
         max_blocks=ours.tables.shape[1],
         prefix_cache=ours.prefix_cache,

@@ -470,7 +470,7 @@ def test_a_load_is_driven_to_its_end_and_every_wait_counts_from_the_arrival():
     from tformer_lib.transformer import Decoder, ModelConfig
 
     model = Decoder(ModelConfig(vocab_size=11, max_length=32, width=8, layers=1, heads=1, positions="rope"))
-    engine = Engine(model, blocks=20, seats=2, budget=4)
+    engine = Engine(model, blocks=20, max_num_seqs=2, budget=4)
     load = Load([[1, 2, 3, i] for i in range(6)], [1, 2, 3, 4, 5, 6], lambda: engine)
     times = [0.0, 0.0, 0.0, 0.05, 0.05, 0.1]
     waits = drive(engine, load, times)
@@ -491,7 +491,7 @@ def test_in_a_talk_each_question_brings_the_dialogue_along_and_comes_after_the_a
     from tformer_lib.transformer import Decoder, ModelConfig
 
     model = Decoder(ModelConfig(vocab_size=11, max_length=32, width=8, layers=1, heads=1, positions="rope"))
-    engine, added = Engine(model, blocks=20, seats=2, budget=4), []
+    engine, added = Engine(model, blocks=20, max_num_seqs=2, budget=4), []
     add = engine.add
     engine.add = lambda prompt, *args, **options: added.append(add(prompt, *args, **options))
     waits = drive(engine, Load([[1, 2, 3], [4]], [2, 1], lambda: engine, [[[5, 6], [7]], []]), [0.0, 0.0])
@@ -510,7 +510,7 @@ def test_the_cost_model_predicts_waits_by_its_own_clock():
     from tformer_lib.serving import Scheduler
 
     load = Load([[0] * 6, [0] * 6, [0]], [3, 1, 2], lambda: None)
-    scheduler = Scheduler(BlockAllocator(8), seats=2, budget=4, max_blocks=8, prefix_cache=False)
+    scheduler = Scheduler(BlockAllocator(8), max_num_seqs=2, budget=4, max_blocks=8, prefix_cache=False)
     waits = predicted(load, [0.0, 0.5, 20.0], scheduler, lambda tokens, held: 1.0 + held / 100)
     # the steps: 4 of the first prompt; 2 and 2 of the second; 1 and 3; 1 and 1; and later the third one's two
     ends, clock = [], 0.0

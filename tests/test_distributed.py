@@ -294,7 +294,7 @@ def written(cut: bool) -> tuple[list, list, tuple]:
     if cut:
         distributed.tensor_parallel(model, init_device_mesh("cpu", (dist.get_world_size(),)))
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
-    llm = serving.LLM(model, seats=3, blocks=16)
+    llm = serving.LLM(model, max_num_seqs=3, blocks=16)
     requests = llm.generate(prompts, serving.Params(max_new_tokens=9))
     return (
         [request.new_tokens for request in requests],

@@ -205,7 +205,7 @@ def test_greedy_text_is_that_of_transformers_cached_batched_and_in_the_engine(ch
         caches.append(GrowingCache(CacheShape.of(model, 3)))
     for cache in caches:
         assert generate(model, prompts, max_new_tokens=8, cache=cache, chunk=4) == expected
-    engine = Engine(model, blocks=40, block_size=4, seats=2, budget=8)
+    engine = Engine(model, blocks=40, block_size=4, max_num_seqs=2, budget=8)
     requests = [engine.add(prompt, {"max_new_tokens": 8}) for prompt in prompts]
     engine.run()
     assert [request.new_tokens for request in requests] == expected
@@ -983,7 +983,7 @@ def test_on_a_gpu_logits_and_greedy_texts_are_those_of_transformers(checkpoint):
     expected = [checkpoint.greedy(prompt, 8) for prompt in prompts]
     assert generate(model, prompts, max_new_tokens=8) == expected
     assert generate(model, prompts, max_new_tokens=8, cuda_graph=True) == expected
-    engine = Engine(model, blocks=40, block_size=8, seats=2, budget=8)
+    engine = Engine(model, blocks=40, block_size=8, max_num_seqs=2, budget=8)
     requests = [engine.add(prompt, {"max_new_tokens": 8}) for prompt in prompts]
     engine.run()
     assert [request.new_tokens for request in requests] == expected

@@ -78,7 +78,7 @@ def check_all_blocks_are_back(engine):
     assert allocator.held == 0
     assert allocator.available == allocator.blocks
     assert set(allocator.holders) == {0}
-    assert len(engine.scheduler.free_seats) == len(engine.scheduler.tables) - 1
+    assert len(engine.scheduler.free_batch_slots) == len(engine.scheduler.tables) - 1
 
 
 # Any schedule
@@ -101,7 +101,7 @@ def requests(draw):
 @draws(60)
 @given(
     plans=st.lists(requests(), min_size=1, max_size=7),
-    seats=st.integers(1, 5),
+    max_num_seqs=st.integers(1, 5),
     more_budget=st.integers(0, 12),
     block_size=st.sampled_from([1, 2, 4, 8]),
     more_blocks=st.integers(0, 8),
@@ -111,15 +111,15 @@ def requests(draw):
     policy=st.sampled_from(POLICIES),
 )
 def test_every_schedule_writes_what_each_request_gets_alone(
-    plans, seats, more_budget, block_size, more_blocks, ahead, prefix_cache, spare, policy
+    plans, max_num_seqs, more_budget, block_size, more_blocks, ahead, prefix_cache, spare, policy
 ):
     longest = max(len(prompt) + new - 1 for _, prompt, new, _, _ in plans)
     engine = Engine(
         MODEL,
         blocks=-(-longest // block_size) + more_blocks,  # the longest fits, most of the time not two
         block_size=block_size,
-        seats=seats,
-        budget=seats + more_budget,
+        max_num_seqs=max_num_seqs,
+        budget=max_num_seqs + more_budget,
         ahead=ahead,
         prefix_cache=prefix_cache,
         spare_blocks=spare,
@@ -149,7 +149,7 @@ def test_every_schedule_writes_what_each_request_gets_alone(
 
 def test_a_shortage_preempts_the_latest_and_loses_nothing():
     prompts = [[i, 2, 3, 4, 5, 6] for i in range(6)]
-    engine = Engine(MODEL, blocks=12, block_size=4, seats=6, budget=32, prefix_cache=False)
+    engine = Engine(MODEL, blocks=12, block_size=4, max_num_seqs=6, budget=32, prefix_cache=False)
     made = [engine.add(prompt, {"max_new_tokens": 20}) for prompt in prompts]
     while engine.busy:
         engine.step()
@@ -163,7 +163,7 @@ def test_a_shortage_preempts_the_latest_and_loses_nothing():
 
 
 def test_no_step_passes_its_budget_and_long_prompts_come_in_pieces():
-    engine = Engine(MODEL, block_size=4, seats=3, budget=5)
+    engine = Engine(MODEL, block_size=4, max_num_seqs=3, budget=5)
     made = [engine.add(list(range(20)), {"max_new_tokens": 6}) for _ in range(3)]
     engine.run()
     assert all(step.tokens <= 5 for step in engine.log)
@@ -175,7 +175,7 @@ def test_no_step_passes_its_budget_and_long_prompts_come_in_pieces():
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_policy_says_who_waits_while_a_prompt_is_read(policy):
-    engine = Engine(MODEL, block_size=4, seats=4, budget=8, policy=policy)
+    engine = Engine(MODEL, block_size=4, max_num_seqs=4, budget=8, policy=policy)
     engine.add([1, 2], {"max_new_tokens": 12})
     engine.step()
     engine.step()
@@ -200,7 +200,7 @@ def test_an_unknown_policy_is_refused():
 
 def test_a_shared_beginning_is_computed_once():
     prompt = list(range(1, 18))
-    engine = Engine(MODEL, block_size=4, seats=4, budget=64)
+    engine = Engine(MODEL, block_size=4, max_num_seqs=4, budget=64)
     first = engine.add(prompt, {"max_new_tokens": 3})
     engine.run()
     again = engine.add(prompt, {"max_new_tokens": 3})
@@ -219,7 +219,7 @@ def test_a_shared_beginning_is_computed_once():
 
 
 def test_a_written_text_is_a_prefix_for_the_next_turn():
-    engine = Engine(MODEL, block_size=4, seats=2, budget=64)
+    engine = Engine(MODEL, block_size=4, max_num_seqs=2, budget=64)
     first = engine.add([1, 2, 3], {"max_new_tokens": 14})
     engine.run()
     second = engine.add([*first.tokens, 9], {"max_new_tokens": 3})
@@ -240,7 +240,7 @@ def test_a_seeded_request_does_not_depend_on_its_neighbours(seeds, more, ahead):
         {"repetition_penalty": 2.0},
         {},
     ]
-    engine = Engine(MODEL, blocks=12, block_size=4, seats=4, budget=4 + more, ahead=ahead)
+    engine = Engine(MODEL, blocks=12, block_size=4, max_num_seqs=4, budget=4 + more, ahead=ahead)
     plans = [([seed % VOCAB, 3, 1], {"seed": seed, **rules[i % 4]}) for i, seed in enumerate(seeds)]
     made = [engine.add(prompt, {"max_new_tokens": 12, **wish}) for prompt, wish in plans]
     engine.run()
@@ -251,7 +251,7 @@ def test_a_seeded_request_does_not_depend_on_its_neighbours(seeds, more, ahead):
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_log_probabilities_are_the_models_own_for_those_who_ask(ahead):
     rules = [{"logprobs": 0}, {"logprobs": 3, "temperature": 2.0, "repetition_penalty": 1.5}, {}, {"logprobs": 50}]
-    engine = Engine(MODEL, blocks=12, block_size=4, seats=4, budget=6, ahead=ahead, prefix_cache=False)
+    engine = Engine(MODEL, blocks=12, block_size=4, max_num_seqs=4, budget=6, ahead=ahead, prefix_cache=False)
     made = [engine.add([i, 2, 3, 4, 5], {"max_new_tokens": 16, **wish}) for i, wish in enumerate(rules)]
     engine.run()
     assert engine.scheduler.preemptions > 0
@@ -272,7 +272,7 @@ def test_log_probabilities_are_the_models_own_for_those_who_ask(ahead):
 
 def test_sampled_requests_survive_a_preemption():
     rules = {"temperature": 1.5, "repetition_penalty": 1.3, "max_new_tokens": 20}
-    engine = Engine(MODEL, blocks=12, block_size=4, seats=6, budget=32, prefix_cache=False)
+    engine = Engine(MODEL, blocks=12, block_size=4, max_num_seqs=6, budget=32, prefix_cache=False)
     made = [engine.add([i, 2, 3, 4, 5, 6], {"seed": i, **rules}) for i in range(6)]
     engine.run()
     assert engine.scheduler.preemptions > 0
@@ -297,7 +297,7 @@ def test_sampled_requests_survive_a_preemption():
 )
 def test_other_decoders_are_served_too(options):
     model = make_model(**options)
-    engine = Engine(model, blocks=14, block_size=4, seats=3, budget=6)
+    engine = Engine(model, blocks=14, block_size=4, max_num_seqs=3, budget=6)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
     made = [engine.add(prompt, {"max_new_tokens": 12}) for prompt in prompts]
     engine.run()
@@ -319,7 +319,7 @@ def test_joined_projections_are_the_same_layer(bias):
     attention = joined.stack.blocks[0].attention
     weights = attention.joined
     assert attention.k_proj.weight.data_ptr() == weights.weight[weights.sizes[0] :].data_ptr()
-    engines = [Engine(model, block_size=4, seats=3, budget=8) for model in (plain, joined)]
+    engines = [Engine(model, block_size=4, max_num_seqs=3, budget=8) for model in (plain, joined)]
     texts = [[engine.add([1, 2, 3 + i], {"max_new_tokens": 8}) for i in range(4)] for engine in engines]
     for engine in engines:
         engine.run()
@@ -347,7 +347,7 @@ def test_steps_that_are_not_recorded_leave_compiled_blocks_alone(monkeypatch):
         torch._dynamo.reset()
         counters.clear()
         monkeypatch.setattr(runner, "COMPILED_FROM", compiled_from)
-        engine = Engine(model, blocks=8, block_size=4, seats=1, budget=8)
+        engine = Engine(model, blocks=8, block_size=4, max_num_seqs=1, budget=8)
         engine.runner.graphs = graphs  # a prompt of five tokens fits into no recorded step
         made = engine.add([1, 2, 3, 4, 5], {"max_new_tokens": 1})
         engine.run()
@@ -365,9 +365,9 @@ HYBRID = {
 @pytest.mark.parametrize("options", [HYBRID, HYBRID | {"layer_types": ("linear",), "positions": "none"}])
 @pytest.mark.parametrize("blocks", [8, 40])
 def test_states_follow_their_rows_through_chunks_and_preemption(options, blocks):
-    """Prompts in pieces, rows of unequal counts, a seat that is taken again, and rows that lose their blocks."""
+    """Prompts in pieces, rows of unequal counts, a batch slot that is taken again, and rows that lose their blocks."""
     model = make_model(**options)
-    engine = Engine(model, blocks=blocks, block_size=4, seats=3, budget=7)
+    engine = Engine(model, blocks=blocks, block_size=4, max_num_seqs=3, budget=7)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11, 12], [11], [1, 2, 3], [5] * 12, [6, 7]]
     made = [engine.add(prompt, {"max_new_tokens": 12}) for prompt in prompts]
     engine.run()
@@ -385,10 +385,10 @@ def test_states_follow_their_rows_through_chunks_and_preemption(options, blocks)
 
 @pytest.mark.parametrize("budget", [3, 4, 40])
 @pytest.mark.parametrize("kinds", [("window", "full"), ("window",)])
-def test_window_layers_keep_a_ring_in_each_seat(kinds, budget):
+def test_window_layers_keep_a_ring_in_each_batch_slot(kinds, budget):
     """Texts go round a ring several times, in chunks that begin anywhere in a block, after preemption too."""
     model = make_model(window=5, layer_types=kinds, attention_sinks=True)
-    options = {"blocks": 16, "block_size": 4, "seats": 3, "budget": budget}
+    options = {"blocks": 16, "block_size": 4, "max_num_seqs": 3, "budget": budget}
     engine = Engine(model, window_rings=True, **options)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [11], [5] * 19, [6, 7]]
     made = [engine.add(prompt, {"max_new_tokens": 16}) for prompt in prompts]
@@ -396,7 +396,8 @@ def test_window_layers_keep_a_ring_in_each_seat(kinds, budget):
     expected = [generate_uncached(model, prompt, max_new_tokens=16) for prompt in prompts]
     assert [request.new_tokens for request in made] == expected
     ring = engine.runner.pools[0][0]
-    assert ring.shape[0] == 4 * (-(-(5 + budget) // 4) + 1)  # three seats and nobody's; a window and a step, and one
+    # three batch slots and nobody's; a window and a step, and one
+    assert ring.shape[0] == 4 * (-(-(5 + budget) // 4) + 1)
     drafted = Engine(model, window_rings=True, speculation=Speculation(tokens=3), **options)
     again = [drafted.add(prompt, {"max_new_tokens": 16}) for prompt in prompts]
     drafted.run()
@@ -414,15 +415,15 @@ def test_models_whose_rows_depend_on_each_other_are_refused():
         Engine(make_model(rope_scaling={"rope_type": "dynamic", "factor": 2.0}))
     with pytest.raises(ValueError, match="max_context is 41, the model has learned 40 positions"):
         Engine(make_model(positions="learned"), max_context=41)
-    with pytest.raises(ValueError, match="at least 1 token for each of 8 seats, got 4"):
-        Engine(MODEL, seats=8, budget=4)
+    with pytest.raises(ValueError, match="at least 1 token for each of 8 batch slots, got 4"):
+        Engine(MODEL, max_num_seqs=8, budget=4)
 
 
 # Threads and streams
 
 
 def test_threads_that_share_an_engine_get_their_own_texts():
-    llm = LLM(MODEL, blocks=24, block_size=4, seats=4, budget=8)
+    llm = LLM(MODEL, blocks=24, block_size=4, max_num_seqs=4, budget=8)
     prompts = [[i, 2, 3, 1 + i % 5] for i in range(8)]
 
     def work(i):
@@ -443,7 +444,7 @@ def test_threads_that_share_an_engine_get_their_own_texts():
 
 
 def test_a_stream_gives_its_own_pieces_and_all_of_them_whoever_steps():
-    llm = LLM(MODEL, blocks=24, block_size=4, seats=4, budget=8)
+    llm = LLM(MODEL, blocks=24, block_size=4, max_num_seqs=4, budget=8)
     first, second = (llm.stream([[i, 2, 3]], {"max_new_tokens": 10}) for i in (1, 2))
     got = [next(first), next(second), next(second)]
     assert llm.generate([[3, 2]], {"max_new_tokens": 12})[0].new_tokens == alone([3, 2], max_new_tokens=12)
@@ -457,7 +458,7 @@ def test_a_stream_gives_its_own_pieces_and_all_of_them_whoever_steps():
 
 
 def test_a_stream_that_is_thrown_away_takes_nothing_with_it():
-    llm = LLM(MODEL, blocks=24, block_size=4, seats=4, budget=8)
+    llm = LLM(MODEL, blocks=24, block_size=4, max_num_seqs=4, budget=8)
     kept, lost = llm.stream([[1, 2, 3]], {"max_new_tokens": 10}), llm.stream([[2, 2, 3]], {"max_new_tokens": 10})
     tokens = [next(kept).token, next(kept).token]
     next(lost)
@@ -475,7 +476,7 @@ def test_a_stream_that_is_thrown_away_takes_nothing_with_it():
 
 
 def test_a_listener_hears_everything_and_may_fail_alone():
-    engine, heard = Engine(MODEL, blocks=24, block_size=4, seats=4, budget=8), []
+    engine, heard = Engine(MODEL, blocks=24, block_size=4, max_num_seqs=4, budget=8), []
 
     def breaks(piece):
         raise OSError("nobody there")
@@ -532,17 +533,17 @@ class Schedules(RuleBasedStateMachine):
     """Requests, streams, cancellations and changed minds in any order, in pools that are too small."""
 
     @initialize(
-        seats=st.integers(1, 4),
+        max_num_seqs=st.integers(1, 4),
         more_budget=st.integers(0, 9),
         block_size=st.sampled_from([1, 2, 4]),
         more_blocks=st.integers(0, 6),
         ahead=st.integers(0, 1),
         prefix_cache=st.booleans(),
     )
-    def make(self, seats, more_budget, block_size, more_blocks, ahead, prefix_cache):
+    def make(self, max_num_seqs, more_budget, block_size, more_blocks, ahead, prefix_cache):
         blocks = -(-24 // block_size) + more_blocks
         options = {"blocks": blocks, "block_size": block_size, "prefix_cache": prefix_cache, "ahead": ahead}
-        self.llm = LLM(MODEL, seats=seats, budget=seats + more_budget, **options)
+        self.llm = LLM(MODEL, max_num_seqs=max_num_seqs, budget=max_num_seqs + more_budget, **options)
         self.engine, self.asked, self.streams, self.cancelled = self.llm.engine, [], [], set()
 
     prompts = st.sampled_from(PREFIXES).flatmap(
@@ -668,7 +669,7 @@ NUMBERS = st.one_of(
     sampled=st.booleans(),
 )
 def test_whatever_numbers_are_asked_for_the_others_go_on(wish, sampled):
-    llm, good = LLM(MODEL, blocks=24, block_size=4, seats=4, budget=8), {"max_new_tokens": 5}
+    llm, good = LLM(MODEL, blocks=24, block_size=4, max_num_seqs=4, budget=8), {"max_new_tokens": 5}
     wish = {"max_new_tokens": 4, "temperature": 0.8 if sampled else 0.0, **wish}
     before, odd, after = llm.generate([[1, 2], [3, 4], [5, 6]], [good, wish, good])
     assert before.new_tokens == alone([1, 2], **good)
@@ -692,7 +693,7 @@ def test_a_token_without_bytes_ends_its_own_request(ahead):
     wish = {"max_new_tokens": 9, "temperature": 2.0, "seed": 1}
     others, whole = alone([5, 6], **wish), alone([1, 2, 3], **wish)
     hole = next(token for token in whole[2:] if token not in others and token not in whole[:2])
-    llm = LLM(MODEL, Gap(), blocks=24, block_size=4, seats=2, budget=8, ahead=ahead)
+    llm = LLM(MODEL, Gap(), blocks=24, block_size=4, max_num_seqs=2, budget=8, ahead=ahead)
     broken, fine = llm.generate([[1, 2, 3], [5, 6]], wish)
     assert (broken.finish_reason, fine.finish_reason) == ("error", "length")
     assert broken.error == f"token {hole} has no text: KeyError({hole})"
@@ -708,15 +709,15 @@ def test_a_token_without_bytes_ends_its_own_request(ahead):
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_logits_that_are_no_numbers_end_their_own_request(number, ahead, wish):
-    engine = Engine(MODEL, blocks=24, block_size=4, seats=2, budget=8, ahead=ahead)
+    engine = Engine(MODEL, blocks=24, block_size=4, max_num_seqs=2, budget=8, ahead=ahead)
     good, bad = (engine.add([i, 2, 3], {"max_new_tokens": 6, **wish}) for i in (1, 2))
     choose = engine.runner.choose
 
-    def broken(logits, requests, seats):
+    def broken(logits, requests, batch_slots):
         for place, request in enumerate(requests):
             if request is bad and len(request.tokens) + request.pending > 5:
                 logits[place] = number
-        return choose(logits, requests, seats)
+        return choose(logits, requests, batch_slots)
 
     engine.runner.choose = broken
     engine.run()
@@ -751,7 +752,7 @@ def test_what_is_given_as_an_iterator_is_read_once():
 @pytest.mark.parametrize("change", ["written", "loaded", "replaced", "data"])
 def test_when_the_weights_change_nothing_is_answered_from_the_old_ones(change, ahead):
     model, other = make_model(seed=5), make_model(seed=6)
-    engine = Engine(model, blocks=24, block_size=2, seats=4, budget=32, ahead=ahead)
+    engine = Engine(model, blocks=24, block_size=2, max_num_seqs=4, budget=32, ahead=ahead)
     prompt = [1, 2, 3, 4, 5, 6, 7]
     running = engine.add([8, 9, 10, 11], {"max_new_tokens": 12})
     first = engine.add(prompt, {"max_new_tokens": 3})
@@ -936,7 +937,7 @@ def test_the_stream_yields_what_generate_returns_and_stops_when_nobody_listens()
     ],
 )
 def test_a_bad_request_is_refused_and_the_others_go_on(prompt, params, message):
-    options = {"blocks": 8, "block_size": 4, "seats": 2, "budget": 8}
+    options = {"blocks": 8, "block_size": 4, "max_num_seqs": 2, "budget": 8}
     good = [1, 2, 3]
     with pytest.raises(ValueError, match=message):
         Engine(MODEL, **options).add(prompt, params)
@@ -966,7 +967,7 @@ def test_senseless_calls_are_refused():
         llm.generate(5)
     for options, match in (
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
-        ({"seats": 2.5}, "seats must be a whole number, got 2.5"),
+        ({"max_num_seqs": 2.5}, "max_num_seqs must be a whole number, got 2.5"),
         ({"max_context": 0}, "max_context must be at least 2"),
         ({"max_context": 2.5}, "max_context must be a whole number, got 2.5"),
         ({"blocks": 0}, "blocks must be at least 1, got 0"),
@@ -974,7 +975,7 @@ def test_senseless_calls_are_refused():
         ({"ahead": -1}, "ahead must be at least 0, got -1"),
         ({"spare_blocks": -1}, "spare_blocks must be at least 0, got -1"),
         ({"blocks": 10**12}, r"a pool of 16000000000000 tokens' keys and values takes [\d,.]+ GiB, cpu has"),
-        ({"seats": 10**11, "budget": 10**11}, r"a step of 100000000000 tokens in 100000000000 seats of"),
+        ({"max_num_seqs": 10**11, "budget": 10**11}, r"a step of 100000000000 tokens in 100000000000 batch slots of"),
     ):
         with pytest.raises(ValueError, match=match):
             Engine(MODEL, **options)
@@ -987,7 +988,7 @@ def test_senseless_calls_are_refused():
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
 def test_a_step_that_fails_ends_what_runs_and_the_engine_goes_on(ahead, error):
-    engine = Engine(MODEL, blocks=32, block_size=2, seats=2, budget=4, ahead=ahead)
+    engine = Engine(MODEL, blocks=32, block_size=2, max_num_seqs=2, budget=4, ahead=ahead)
     prompt = [1, 2, 3, 4, 5, 6, 7]
     running, other, waiting = (engine.add(prompt, {"max_new_tokens": 5}) for _ in range(3))
     launch, engine.runner.launch = engine.runner.launch, Mock(side_effect=error)  # after blocks have got their names
@@ -1003,7 +1004,7 @@ def test_a_step_that_fails_ends_what_runs_and_the_engine_goes_on(ahead, error):
 
 
 def test_an_interrupted_answer_leaves_nothing_behind():
-    llm = LLM(MODEL, blocks=32, block_size=4, seats=1, budget=4)
+    llm = LLM(MODEL, blocks=32, block_size=4, max_num_seqs=1, budget=4)
     step, llm.engine.step = llm.engine.step, Mock(side_effect=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([[1, 2], [3]], {"max_new_tokens": 5})
@@ -1022,7 +1023,7 @@ def test_another_engines_request_is_not_cancelled():
 
 
 def test_cancelling_twice_or_late_does_nothing():
-    engine = Engine(MODEL, blocks=16, block_size=4, seats=1, budget=8)
+    engine = Engine(MODEL, blocks=16, block_size=4, max_num_seqs=1, budget=8)
     done, running, waiting = (engine.add([1, i], {"max_new_tokens": 4}) for i in range(3))
     while done.finish_reason is None:
         engine.step()
@@ -1038,7 +1039,7 @@ def test_cancelling_twice_or_late_does_nothing():
 
 
 def test_the_log_counts_what_was_done():
-    engine = Engine(MODEL, block_size=4, seats=4, budget=16, prefix_cache=False)
+    engine = Engine(MODEL, block_size=4, max_num_seqs=4, budget=16, prefix_cache=False)
     prompts = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10]]
     made = [engine.add(prompt, {"max_new_tokens": 6}) for prompt in prompts]
     engine.run()
@@ -1061,7 +1062,7 @@ def test_sizes():
 def test_the_scheduler_alone_needs_no_model():
     from tformer_lib.serving import Request
 
-    scheduler = Scheduler(BlockAllocator(4, 4), seats=2, budget=4, max_blocks=4)
+    scheduler = Scheduler(BlockAllocator(4, 4), max_num_seqs=2, budget=4, max_blocks=4)
     scheduler.add(Request(0, range(6), Params(max_new_tokens=2)))
     (row,) = scheduler.plan()
     assert (row.start, row.count, row.samples) == (0, 4, False)
@@ -1070,14 +1071,14 @@ def test_the_scheduler_alone_needs_no_model():
 
 
 def test_a_step_is_padded_with_rows_that_store_and_see_nothing():
-    engine = Engine(MODEL, blocks=10, block_size=4, seats=3, budget=8)
+    engine = Engine(MODEL, blocks=10, block_size=4, max_num_seqs=3, budget=8)
     buffer = torch.full((Inputs.bytes_for(4, 4, 10),), 77, dtype=torch.uint8)
     inputs = Inputs(buffer, 4, 4, 4, 10)
     inputs.fill([], engine.scheduler.tables, 4)  # as it is when a graph is recorded
     assert inputs.size <= len(buffer)
     assert inputs.lengths.tolist() == [0] * 4
     assert inputs.slots.tolist() == [-1] * 4
-    assert inputs.seats.tolist() == inputs.token_seats.tolist() == [3] * 4
+    assert inputs.batch_slots.tolist() == inputs.token_batch_slots.tolist() == [3] * 4
     engine.add([5, 6, 7], {"max_new_tokens": 2})
     engine.add([8], {"max_new_tokens": 2})
     engine.step()
@@ -1129,7 +1130,7 @@ def test_the_command_answers_a_file(tmp_path, capsys):
         (["--prompt", "a", "--device", "abacus"], "device 'abacus' is not here"),
         (["--prompt", "a", "--memory", "10"], "memory is 10 bytes, less than a block of keys and values takes"),
         (["--prompt", "a", "--memory", "1" + 18 * "0"], "keys and values takes"),
-        (["--prompt", "a", "--seats", "0"], "seats must be at least 1, got 0"),
+        (["--prompt", "a", "--max-num-seqs", "0"], "max_num_seqs must be at least 1, got 0"),
         (["--prompt", "a", "--max-context", "999999999999", "--budget", "1" + 14 * "0"], "a step of"),
         (["--prompts", "missing.jsonl"], "missing.jsonl"),
         (["--prompts", "FILE"], "line 1: one JSON object was expected"),
@@ -1169,7 +1170,7 @@ def test_the_command_serves_a_run_by_its_folder(tmp_path, capsys):
 def test_on_a_gpu_the_text_is_that_of_each_alone(cuda_graphs):
     model = make_model(width=128, heads=2, kv_heads=1).to("cuda", torch.float32)
     prompts = [[i % VOCAB, *range(1 + i % 9)] for i in range(12)]
-    engine = Engine(model, blocks=20, block_size=16, seats=8, budget=16, cuda_graphs=cuda_graphs)
+    engine = Engine(model, blocks=20, block_size=16, max_num_seqs=8, budget=16, cuda_graphs=cuda_graphs)
     made = [engine.add(prompt, {"max_new_tokens": 20}) for prompt in prompts]
     engine.run()
     assert [request.new_tokens for request in made] == [generate(model, [p], max_new_tokens=20)[0] for p in prompts]

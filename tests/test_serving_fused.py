@@ -215,7 +215,7 @@ def test_an_engine_writes_with_it_what_it_writes_without(dtype, options, monkeyp
     for refused in (False, True):
         if refused:
             monkeypatch.setattr(runner_module, "refusal", lambda model: "not this time")
-        engine = Engine(make_model(dtype).cuda(), blocks=200, seats=8, budget=64, compile=not refused, **options)
+        engine = Engine(make_model(dtype).cuda(), blocks=200, max_num_seqs=8, budget=64, compile=not refused, **options)
         assert (engine.runner.fused is None) == refused
         prompts = [[(7 * i + j) % 96 for j in range(5 + 9 * i)] for i in range(8)]
         made = [engine.add(prompt, {"max_new_tokens": 6, "logprobs": 96}) for prompt in prompts]

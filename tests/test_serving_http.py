@@ -64,8 +64,10 @@ def text_of(tokens: list[int]) -> str:
 class Running:
     """A server on a free port of the loopback, in a thread of its own."""
 
-    def __init__(self, *, api_key=None, limits=None, seats=8, blocks=64, **options):
-        self.engine = Engine(MODEL, Bytes(), blocks=blocks, block_size=4, seats=seats, budget=32, **options)
+    def __init__(self, *, api_key=None, limits=None, max_num_seqs=8, blocks=64, **options):
+        self.engine = Engine(
+            MODEL, Bytes(), blocks=blocks, block_size=4, max_num_seqs=max_num_seqs, budget=32, **options
+        )
         self.server = Server(self.engine, "tiny", api_key=api_key, limits=limits or Limits())
         self.listening = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.address = self.listening.getsockname()
@@ -234,7 +236,7 @@ def test_200_streams_at_once_each_get_their_own_text():
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=100) as client:
             return await asyncio.gather(*(one(client, i) for i in range(count)))
 
-    with Running(seats=16, blocks=24) as running:
+    with Running(max_num_seqs=16, blocks=24) as running:
         step, all_here = running.engine.step, threading.Event()
 
         def patient_step():
@@ -457,7 +459,7 @@ def test_a_key_is_asked_for():
 
 
 def test_a_full_queue_and_a_slow_answer_are_told_and_cancelled():
-    with Running(seats=1, limits=Limits(queue=1, seconds=0.5)) as running:
+    with Running(max_num_seqs=1, limits=Limits(queue=1, seconds=0.5)) as running:
         step, slow = running.engine.step, threading.Event()
         slow.set()
 

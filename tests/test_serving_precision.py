@@ -63,7 +63,7 @@ def test_float8_texts_agree_with_float32_texts_most_of_the_time(stories):
     scales = calibrate(model, texts[:2])
     answers = []
     for options in ({}, {"kv_dtype": "float8", "kv_scales": scales}):
-        engine = Engine(model, seats=8, **options)
+        engine = Engine(model, max_num_seqs=8, **options)
         made = [engine.add(prompt, {"max_new_tokens": 30}) for prompt in prompts]
         engine.run()
         answers.append([request.new_tokens for request in made])
@@ -85,7 +85,7 @@ def test_float8_with_drafts_and_preemption_writes_what_it_writes_without(stories
     prompts, wanted = [text[:20] for text in texts[:4]], []
     for blocks, speculation in ((64, None), (6, Speculation(tokens=3, ngram_min=1))):
         precision = {"kv_dtype": "float8", "kv_scales": scales}
-        engine = Engine(model, blocks=blocks, seats=4, budget=64, speculation=speculation, **precision)
+        engine = Engine(model, blocks=blocks, max_num_seqs=4, budget=64, speculation=speculation, **precision)
         made = [engine.add(prompt, wish) for prompt in prompts]
         engine.run()
         wanted.append([request.new_tokens for request in made])
@@ -164,7 +164,7 @@ wishes = st.fixed_dictionaries(
 @example(  # each place of a draft has a random number of its own, though each row is drawn alone
     one=(0, [1, 2, 0], {"max_new_tokens": 8, "temperature": 0.8, "seed": 3}),
     others=[],
-    seats=1,
+    max_num_seqs=1,
     more_blocks=0,
     prefix_cache=False,
     speculates=True,
@@ -173,19 +173,19 @@ wishes = st.fixed_dictionaries(
 @given(
     one=st.tuples(st.integers(0, 6), prompts, wishes),
     others=st.lists(st.tuples(st.integers(0, 6), prompts, wishes), max_size=5),
-    seats=st.integers(1, 5),
+    max_num_seqs=st.integers(1, 5),
     more_blocks=st.integers(0, 6),
     prefix_cache=st.booleans(),
     speculates=st.booleans(),
     wide=st.booleans(),
 )
 def test_a_deterministic_request_has_the_same_bits_in_any_company(
-    one, others, seats, more_blocks, prefix_cache, speculates, wide
+    one, others, max_num_seqs, more_blocks, prefix_cache, speculates, wide
 ):
     model = MODEL if wide else SINGLE
     longest = max(len(prompt) + wish["max_new_tokens"] for _, prompt, wish in [one, *others])
-    alone = answers_of(model, [one], blocks=64, block_size=4, seats=1, budget=8, prefix_cache=False)
-    sizes = {"blocks": -(-longest // 4) + more_blocks, "block_size": 4, "seats": seats, "budget": 8}
+    alone = answers_of(model, [one], blocks=64, block_size=4, max_num_seqs=1, budget=8, prefix_cache=False)
+    sizes = {"blocks": -(-longest // 4) + more_blocks, "block_size": 4, "max_num_seqs": max_num_seqs, "budget": 8}
     speculation = Speculation(tokens=2, ngram_min=1) if speculates else None
     among = answers_of(model, [one, *others], prefix_cache=prefix_cache, speculation=speculation, **sizes)
     assert among[0] == alone[0]
@@ -195,7 +195,7 @@ SINGLE = make_model().float()
 
 
 def test_every_deterministic_step_has_one_shape():
-    engine = Engine(SINGLE, blocks=32, block_size=4, seats=3, budget=7, deterministic=True)
+    engine = Engine(SINGLE, blocks=32, block_size=4, max_num_seqs=3, budget=7, deterministic=True)
     shapes = set()
     hook = SINGLE.stack.blocks[0].feed_forward.register_forward_hook(lambda module, args, out: shapes.add(out.shape))
     try:
@@ -218,14 +218,14 @@ def test_on_a_gpu_bfloat16_requests_have_the_same_bits_in_any_company(cuda_graph
     wish = {"max_new_tokens": 20}
     one = (0, [1, 2, 3, 4, 5, 6, 7], wish)
     seeded = (2, [3, 1, 2], {**wish, "temperature": 0.9, "seed": 5})
-    alone = [answers_of(model, [plan], seats=1, **options)[0] for plan in (one, seeded)]
+    alone = [answers_of(model, [plan], max_num_seqs=1, **options)[0] for plan in (one, seeded)]
     for seed in range(4):
         torch.manual_seed(seed)
         others = [
             (int(torch.randint(6, ())), torch.randint(VOCAB, (int(torch.randint(1, 20, ())),)).tolist(), wish)
             for _ in range(4 + 4 * seed)
         ]
-        assert answers_of(model, [one, seeded, *others], seats=4 + 3 * seed, **options)[:2] == alone
+        assert answers_of(model, [one, seeded, *others], max_num_seqs=4 + 3 * seed, **options)[:2] == alone
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
@@ -235,7 +235,7 @@ def test_on_a_gpu_float8_pools_serve(cuda_graphs):
     prompts = [[i % VOCAB, *range(1 + i % 9)] for i in range(12)]
     scales = calibrate(model, prompts)
     options = {"kv_dtype": "float8", "kv_scales": scales, "cuda_graphs": cuda_graphs}
-    engine = Engine(model, blocks=20, block_size=16, seats=8, budget=32, **options)
+    engine = Engine(model, blocks=20, block_size=16, max_num_seqs=8, budget=32, **options)
     made = [engine.add(prompt, {"max_new_tokens": 20, "logprobs": 0}) for prompt in prompts]
     engine.run()
     for request in made:  # the model itself, without a cache, finds its choices as likely

@@ -93,7 +93,7 @@ def requests(draw):
 @given(
     plans=st.lists(requests(), min_size=1, max_size=6),
     kind=st.sampled_from(sorted(KINDS)),
-    seats=st.integers(1, 4),
+    max_num_seqs=st.integers(1, 4),
     more_budget=st.integers(0, 12),
     block_size=st.sampled_from([1, 2, 4, 8]),
     more_blocks=st.integers(0, 8),
@@ -101,11 +101,11 @@ def requests(draw):
     prefix_cache=st.booleans(),
 )
 def test_every_schedule_with_drafts_writes_what_each_request_gets_alone(
-    plans, kind, seats, more_budget, block_size, more_blocks, ahead, prefix_cache
+    plans, kind, max_num_seqs, more_budget, block_size, more_blocks, ahead, prefix_cache
 ):
     longest = max(len(prompt) + wish["max_new_tokens"] - 1 for _, prompt, wish, _ in plans)
-    sizes = {"blocks": -(-longest // block_size) + more_blocks, "block_size": block_size, "seats": seats}
-    engine = engine_with(kind, budget=seats + more_budget, ahead=ahead, prefix_cache=prefix_cache, **sizes)
+    sizes = {"blocks": -(-longest // block_size) + more_blocks, "block_size": block_size, "max_num_seqs": max_num_seqs}
+    engine = engine_with(kind, budget=max_num_seqs + more_budget, ahead=ahead, prefix_cache=prefix_cache, **sizes)
     made, step = {}, 0
     while engine.busy or len(made) < len(plans):
         for i, (arrives, prompt, wish, cancelled) in enumerate(plans):
@@ -136,7 +136,7 @@ class SchedulesWithDrafts(Schedules):
     """The same rules as without drafts, and the same promises."""
 
     @initialize(
-        seats=st.integers(1, 4),
+        max_num_seqs=st.integers(1, 4),
         more_budget=st.integers(0, 9),
         block_size=st.sampled_from([1, 2, 4]),
         more_blocks=st.integers(0, 6),
@@ -144,11 +144,13 @@ class SchedulesWithDrafts(Schedules):
         prefix_cache=st.booleans(),
         kind=st.sampled_from(sorted(KINDS)),
     )
-    def make(self, seats, more_budget, block_size, more_blocks, ahead, prefix_cache, kind):
-        super().make(seats, more_budget, block_size, more_blocks, ahead, prefix_cache)
+    def make(self, max_num_seqs, more_budget, block_size, more_blocks, ahead, prefix_cache, kind):
+        super().make(max_num_seqs, more_budget, block_size, more_blocks, ahead, prefix_cache)
         engine = self.llm.engine
         sizes = {"blocks": engine.allocator.blocks, "block_size": block_size, "prefix_cache": prefix_cache}
-        self.llm.engine = engine_with(kind, seats=seats, budget=seats + more_budget, ahead=ahead, **sizes)
+        self.llm.engine = engine_with(
+            kind, max_num_seqs=max_num_seqs, budget=max_num_seqs + more_budget, ahead=ahead, **sizes
+        )
         self.engine = self.llm.engine
 
     def teardown(self):
@@ -166,7 +168,7 @@ TestSchedulesWithDrafts = SchedulesWithDrafts.TestCase
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_drafter_that_is_always_right_saves_steps(ahead):
-    engine = Engine(MODEL, block_size=4, seats=2, ahead=ahead, speculation=Speculation(tokens=4, model=MODEL))
+    engine = Engine(MODEL, block_size=4, max_num_seqs=2, ahead=ahead, speculation=Speculation(tokens=4, model=MODEL))
     made = [engine.add([1 + i, 2, 3], {"max_new_tokens": 21}) for i in range(2)]
     engine.run()
     for request in made:
@@ -178,7 +180,7 @@ def test_a_drafter_that_is_always_right_saves_steps(ahead):
 
 
 def test_a_drafter_that_is_always_wrong_is_asked_less_and_less():
-    engine = Engine(MODEL, block_size=4, seats=1, speculation=Speculation(tokens=3))
+    engine = Engine(MODEL, block_size=4, max_num_seqs=1, speculation=Speculation(tokens=3))
     whole = alone([1, 2, 3], max_new_tokens=30)
     wrong = next(token for token in range(VOCAB) if token not in whole)
     engine.drafter = Noise(1, draft=[wrong] * 3)
@@ -210,7 +212,7 @@ def test_ties_are_broken_alike():
     assert 0 in whole
     assert len(set(whole)) > 1
     for speculation in (KINDS["n-grams"], Speculation(tokens=3, model=model), Speculation(tokens=3, model=OTHER)):
-        engine = Engine(model, block_size=4, seats=2, speculation=speculation)
+        engine = Engine(model, block_size=4, max_num_seqs=2, speculation=speculation)
         made = [engine.add([1, 2, 3], {"max_new_tokens": 20}) for _ in range(2)]
         engine.run()
         assert [request.new_tokens for request in made] == [whole, whole]
@@ -219,7 +221,7 @@ def test_ties_are_broken_alike():
 def test_a_stop_token_among_accepted_drafts_is_the_last_token():
     whole = alone([1, 2, 3], max_new_tokens=20)
     for stop in dict.fromkeys(whole):
-        engine = Engine(MODEL, block_size=4, seats=1, speculation=Speculation(tokens=4, model=MODEL))
+        engine = Engine(MODEL, block_size=4, max_num_seqs=1, speculation=Speculation(tokens=4, model=MODEL))
         request = engine.add([1, 2, 3], {"max_new_tokens": 20, "stop_tokens": [stop]})
         engine.run()
         assert request.new_tokens == whole[: whole.index(stop) + 1]
@@ -243,7 +245,7 @@ def test_what_was_computed_for_refused_drafts_is_no_prefix(right):
     whole = alone(prompt, max_new_tokens=24)
     drafts_of = partial(beginning_right, whole, right)
     for stop in dict.fromkeys(whole):
-        engine = Engine(MODEL, block_size=1, seats=1, speculation=Speculation(tokens=3))
+        engine = Engine(MODEL, block_size=1, max_num_seqs=1, speculation=Speculation(tokens=3))
         engine.drafter = Noise(1)
         engine.drafter.guess = lambda wanted: {r: drafts_of(r, count) for r, count in wanted.items()}
         first = engine.add(prompt, {"max_new_tokens": 24, "stop_tokens": [stop]})
@@ -256,7 +258,7 @@ def test_what_was_computed_for_refused_drafts_is_no_prefix(right):
 
 
 def test_drafts_take_no_block_that_a_next_token_needs():
-    engine = Engine(MODEL, blocks=5, block_size=2, seats=3, budget=20, prefix_cache=False)
+    engine = Engine(MODEL, blocks=5, block_size=2, max_num_seqs=3, budget=20, prefix_cache=False)
     made = [engine.add([i, 2, 3], {"max_new_tokens": 4}) for i in range(2)]
     engine.step()
     first, second = made
@@ -276,7 +278,7 @@ def total_variation(counts, exact):
 
 def second_tokens(count, **options):
     """How often each token comes second, after a prompt, over ``count`` seeds."""
-    engine = Engine(MODEL, blocks=400, block_size=4, seats=64, budget=512, **options)
+    engine = Engine(MODEL, blocks=400, block_size=4, max_num_seqs=64, budget=512, **options)
     if "speculation" in options and options["speculation"].model is None:
         engine.drafter = Noise(3, draft=[5, 9])
     rules = {"temperature": 0.9, "max_new_tokens": 3}
@@ -304,7 +306,7 @@ def test_sampling_with_drafts_keeps_the_distribution(model, monkeypatch):
     if model is not MODEL:  # believing every draft is another distribution, and this test sees it
         monkeypatch.setattr(engine_module, "accepted", lambda drafts, chosen: len(drafts))
         believed = Counter()
-        engine = Engine(MODEL, blocks=400, block_size=4, seats=64, budget=512, **options)
+        engine = Engine(MODEL, blocks=400, block_size=4, max_num_seqs=64, budget=512, **options)
         engine.drafter = Noise(3, draft=[5, 9])
         monkeypatch.setattr(
             engine, "_accept_row", lambda row, chosen, reports, pieces: believed.update([*row.drafts, *chosen][:1])
@@ -317,7 +319,7 @@ def test_sampling_with_drafts_keeps_the_distribution(model, monkeypatch):
 
 
 def test_log_probabilities_come_with_accepted_drafts():
-    engine = Engine(MODEL, block_size=4, seats=2, speculation=Speculation(tokens=3, model=OTHER))
+    engine = Engine(MODEL, block_size=4, max_num_seqs=2, speculation=Speculation(tokens=3, model=OTHER))
     made = [engine.add([1, 2, 3 + i], {"max_new_tokens": 12, "logprobs": 2, "temperature": 0.7}) for i in range(2)]
     engine.run()
     for request in made:
@@ -329,16 +331,16 @@ def test_log_probabilities_come_with_accepted_drafts():
 
 @pytest.mark.parametrize("broken", ["the model", "the draft model"])
 def test_logits_that_are_no_numbers(broken):
-    engine = Engine(MODEL, blocks=24, block_size=4, seats=2, speculation=Speculation(tokens=3, model=MODEL))
+    engine = Engine(MODEL, blocks=24, block_size=4, max_num_seqs=2, speculation=Speculation(tokens=3, model=MODEL))
     good, bad = (engine.add([i, 2, 3], {"max_new_tokens": 9}) for i in (1, 2))
     runner = engine.runner if broken == "the model" else engine.drafter.runner
     choose = runner.choose
 
-    def breaking(logits, requests, seats):
+    def breaking(logits, requests, batch_slots):
         for place, request in enumerate(requests):
             if getattr(request, "request", request) is bad and len(request.tokens) > 4:
                 logits[place] = math.nan
-        return choose(logits, requests, seats)
+        return choose(logits, requests, batch_slots)
 
     runner.choose = breaking
     engine.run()
@@ -356,7 +358,7 @@ def test_logits_that_are_no_numbers(broken):
 
 def test_a_draft_model_reads_long_texts_in_pieces_and_takes_turns_for_its_blocks():
     speculation = Speculation(tokens=3, model=MODEL)
-    engine = Engine(MODEL, blocks=16, block_size=4, seats=3, budget=5, ahead=1, speculation=speculation)
+    engine = Engine(MODEL, blocks=16, block_size=4, max_num_seqs=3, budget=5, ahead=1, speculation=speculation)
     engine.drafter.allocator.take(8)  # half of its blocks are gone: not all texts fit
     made = [engine.add([i] * 18, {"max_new_tokens": 12}) for i in range(3)]
     engine.run()
@@ -367,7 +369,7 @@ def test_a_draft_model_reads_long_texts_in_pieces_and_takes_turns_for_its_blocks
 
 def test_a_draft_model_whose_weights_change_reads_again():
     model, draft = make_model(), make_model()
-    engine = Engine(model, block_size=4, seats=1, speculation=Speculation(tokens=2, model=draft))
+    engine = Engine(model, block_size=4, max_num_seqs=1, speculation=Speculation(tokens=2, model=draft))
     request = engine.add([1, 2, 3], {"max_new_tokens": 16})
     for _ in range(3):
         engine.step()
@@ -380,7 +382,7 @@ def test_a_draft_model_whose_weights_change_reads_again():
 
 
 def test_a_failed_step_leaves_no_shadow():
-    engine = Engine(MODEL, block_size=4, seats=2, speculation=Speculation(tokens=2, model=OTHER))
+    engine = Engine(MODEL, block_size=4, max_num_seqs=2, speculation=Speculation(tokens=2, model=OTHER))
     broken, waiting = (engine.add([i, 2], {"max_new_tokens": 8}) for i in range(2))
     engine.step()
     launch, engine.drafter.runner.launch = engine.drafter.runner.launch, None
@@ -412,7 +414,7 @@ class Recorded:
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_a_recorded_step_checks_drafts_in_lanes(kind):
-    engine = engine_with(kind, blocks=30, block_size=4, seats=3, budget=9, ahead=1)
+    engine = engine_with(kind, blocks=30, block_size=4, max_num_seqs=3, budget=9, ahead=1)
     graphs = {size: Recorded(engine.runner, size) for size in (2, 5, 9)}
     engine.runner.graphs = {size: (graph, graph.logits) for size, graph in graphs.items()}
     made = [engine.add([i, 1, 2, 3, 1, 2], {"max_new_tokens": 14, "seed": i, "temperature": i % 2}) for i in range(5)]
@@ -514,7 +516,7 @@ def test_on_a_gpu_drafts_change_no_text(kind, cuda_graphs):
     engine = Engine(
         model,
         blocks=40,
-        seats=8,
+        max_num_seqs=8,
         budget=64,
         cuda_graphs=cuda_graphs,
         speculation=Speculation(tokens=3, model=draft, ngram_min=1),

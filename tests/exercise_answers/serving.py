@@ -17,37 +17,39 @@ def decode_bound_one_past(rows, context, per_token, weights, bandwidth):
     return rows * bandwidth / (weights + context * per_token)
 
 
-def admit(waiting, running, seats, free, block_size, spare):
+def admit(waiting, running, max_num_seqs, free, block_size, spare):
     joined = 0
     for tokens in waiting:
         needed = -(-tokens // block_size)
-        if running + joined == seats or needed > free - spare * (running + joined):
+        if running + joined == max_num_seqs or needed > free - spare * (running + joined):
             break
         free -= needed
         joined += 1
     return joined
 
 
-def admit_passes_the_first(waiting, running, seats, free, block_size, spare):
+def admit_passes_the_first(waiting, running, max_num_seqs, free, block_size, spare):
     joined = 0
     for tokens in waiting:
         needed = -(-tokens // block_size)
-        if running + joined < seats and needed <= free - spare * (running + joined):
+        if running + joined < max_num_seqs and needed <= free - spare * (running + joined):
             free -= needed
             joined += 1
     return joined
 
 
-def admit_rounds_down(waiting, running, seats, free, block_size, spare):
-    return admit([tokens // block_size * block_size for tokens in waiting], running, seats, free, block_size, spare)
+def admit_rounds_down(waiting, running, max_num_seqs, free, block_size, spare):
+    return admit(
+        [tokens // block_size * block_size for tokens in waiting], running, max_num_seqs, free, block_size, spare
+    )
 
 
-def admit_without_seats(waiting, running, seats, free, block_size, spare):
+def admit_without_max_num_seqs(waiting, running, max_num_seqs, free, block_size, spare):
     return admit(waiting, running, len(waiting) + running, free, block_size, spare)
 
 
-def admit_without_spare(waiting, running, seats, free, block_size, spare):
-    return admit(waiting, running, seats, free, block_size, 0)
+def admit_without_spare(waiting, running, max_num_seqs, free, block_size, spare):
+    return admit(waiting, running, max_num_seqs, free, block_size, 0)
 
 
 def chunk(writing, lacking, budget):
@@ -121,7 +123,7 @@ RIGHT = {
 }
 WRONG = {
     "serving.decode_bound": [decode_bound_steps, decode_bound_weights_for_each_row, decode_bound_one_past],
-    "serving.admit": [admit_passes_the_first, admit_rounds_down, admit_without_seats, admit_without_spare],
+    "serving.admit": [admit_passes_the_first, admit_rounds_down, admit_without_max_num_seqs, admit_without_spare],
     "serving.chunk": [chunk_ignores_writers, chunk_whole_prompts, chunk_each_alone],
     "serving.certain": [certain_all, certain_holds_too_much, certain_shortest],
     "serving.next_request": [next_starves, next_first_come, next_latest_of_equals],

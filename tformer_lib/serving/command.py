@@ -38,7 +38,7 @@ class EngineOptions:
     """Where to run."""
     memory: int = DEFAULT_MEMORY
     """Bytes of keys and values."""
-    seats: int = 64
+    max_num_seqs: int = 64
     """Requests that run at once."""
     budget: int = 512
     """Tokens computed in a step."""
@@ -57,7 +57,7 @@ class EngineOptions:
         blocks = blocks_that_fit(model, self.memory)
         if blocks < 1:
             raise ValueError(f"memory is {self.memory:,} bytes, less than a block of keys and values takes")
-        options = {"seats": self.seats, "budget": self.budget, "max_context": self.max_context}
+        options = {"max_num_seqs": self.max_num_seqs, "budget": self.budget, "max_context": self.max_context}
         options["compile"] = self.compile
         return LLM(model, encoding, blocks=blocks, speculation=self.speculation(), **options)
 
@@ -126,7 +126,7 @@ class Serve(EngineOptions):
     max_body: int = 2**20
     """Bytes of a request's body."""
     max_queue: int = 256
-    """Texts that may wait for a seat; more are refused."""
+    """Texts that may wait for a batch slot; more are refused."""
     timeout: float = 300.0
     """Seconds that a request may take."""
     grace: int = 30

@@ -115,9 +115,9 @@ class Engine:
         blocks: how many blocks of keys and values there are; if not given, as many as DEFAULT_MEMORY holds
             (``num_gpu_blocks_override``).
         block_size: tokens in a block.
-        seats: the most requests that run at once (``max_num_seqs``).
+        max_num_seqs: the most requests that run at once; each of them has a batch slot.
         budget: the most tokens that a step computes (``max_num_batched_tokens``); a smaller one bounds how long those
-            that write must wait for a prompt to be read, a larger one reads prompts faster. At least one a seat.
+            that write must wait for a prompt to be read, a larger one reads prompts faster. At least ``max_num_seqs``.
         max_context: the longest text, prompt and new tokens (``max_model_len``); the model's ``max_length`` if not
             given.
         prefix_cache: whether blocks of earlier prompts are used again where a prompt begins as they did
@@ -135,7 +135,7 @@ class Engine:
         kv_scales: what keys and values are divided by on their way to float8, see :func:`calibrate`.
         deterministic: let no bit of a request's logits depend on the other requests, see below
             (``VLLM_BATCH_INVARIANT``).
-        window_rings: give each seat a ring for window layers, of a window and a step's tokens, instead of blocks for
+        window_rings: give each batch slot a ring for window layers, of a window and a step's tokens, and not blocks for
             all that it has read: far less memory where texts are long. Beginnings that others wrote cannot be used
             again then (``prefix_cache``).
 
@@ -156,7 +156,7 @@ class Engine:
         *,
         blocks: int | None = None,
         block_size: int = BLOCK_SIZE,
-        seats: int = 64,
+        max_num_seqs: int = 64,
         budget: int = 512,
         max_context: int | None = None,
         prefix_cache: bool = True,
@@ -179,10 +179,10 @@ class Engine:
         if window_rings and "window" not in model.config.types_of_layers:
             raise ValueError("window_rings are for window layers, of which this model has none")
         prefix_cache = prefix_cache and not window_rings and model.config.linear is None
-        check_counts(1, block_size=block_size, seats=seats, budget=budget)
+        check_counts(1, block_size=block_size, max_num_seqs=max_num_seqs, budget=budget)
         self.max_context = model.config.max_length if max_context is None else max_context
         if blocks is None:
-            rings = {"window_rings": window_rings, "most": seats * blocks_for(self.max_context, block_size)}
+            rings = {"window_rings": window_rings, "most": max_num_seqs * blocks_for(self.max_context, block_size)}
             blocks = blocks_that_fit(model, DEFAULT_MEMORY, block_size, kv_dtype, **rings)
         ahead = int(next(model.parameters()).is_cuda) if ahead is None else ahead
         check_counts(1, blocks=blocks)
@@ -195,10 +195,10 @@ class Engine:
         check_scales(kv_dtype, kv_scales)
         if kv_dtype == "float8" or deterministic:
             check_kernels_serve(model)
-        rows = max(budget, lanes * seats) if deterministic else lanes * seats
+        rows = max(budget, lanes * max_num_seqs) if deterministic else lanes * max_num_seqs
         check_room(model, blocks * block_size, rows, budget, max_blocks, kv_dtype, window_rings)
         self.allocator = BlockAllocator(blocks, block_size)
-        sizes = {"seats": seats, "budget": budget, "max_blocks": max_blocks}
+        sizes = {"max_num_seqs": max_num_seqs, "budget": budget, "max_blocks": max_blocks}
         rules = {"prefix_cache": prefix_cache, "spare_blocks": spare_blocks, "policy": policy}
         self.scheduler = Scheduler(self.allocator, **rules, **sizes)
         with torch.inference_mode(False):  # steps outside of it will write to the pools
@@ -215,9 +215,9 @@ class Engine:
         self.is_stepping, self.is_stale, self.leaving = False, False, deque()
         if self.runner.device.type == "cuda" if cuda_graphs is None else cuda_graphs:
             with self.runner.as_current():
-                self.runner.capture([budget] if deterministic else graph_sizes(most_lanes(seats, speculation)))
+                self.runner.capture([budget] if deterministic else graph_sizes(most_lanes(max_num_seqs, speculation)))
                 if isinstance(self.drafter, ModelDrafter):
-                    self.drafter.runner.capture(graph_sizes(2 * min(seats, speculation.most_rows)))
+                    self.drafter.runner.capture(graph_sizes(2 * min(max_num_seqs, speculation.most_rows)))
 
     def add(
         self,
@@ -405,7 +405,7 @@ class Engine:
 
     def _end(self, request: Request, reason: str, token: int | None = None, text: str = "", error=None) -> Piece:
         """Its last piece; its blocks are free."""
-        if self.scheduler.prefix_cache and request.seat >= 0 and error is None:
+        if self.scheduler.prefix_cache and request.batch_slot >= 0 and error is None:
             request.table.publish(request.tokens)
         request.finish_reason, request.error = reason, error
         self.scheduler.remove(request)
@@ -484,15 +484,17 @@ def reported(row: list[float], count: int) -> LogProbabilities:
     return LogProbabilities(row[0], [(int(row[1 + k + i]), row[1 + i]) for i in range(min(count, k))])
 
 
-def graph_sizes(seats: int) -> list[int]:
-    """The numbers of rows that steps are padded to: 1, 2, 4, 8, then every 8 up to 64, every 16 up to the seats."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, seats + 16, 16)]
-    return [*(size for size in sizes if size < seats), seats]
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """The numbers of rows that steps are padded to: 1, 2, 4, 8, then every 8 up to 64, every 16 up to the most."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, max_num_seqs + 16, 16)]
+    return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
 
 
-def most_lanes(seats: int, speculation: Speculation | None) -> int:
+def most_lanes(max_num_seqs: int, speculation: Speculation | None) -> int:
     """The most tokens of a step in which all rows write: one a row, and the drafts."""
-    return seats if speculation is None else max(seats, min(seats, speculation.most_rows) * (1 + speculation.tokens))
+    if speculation is None:
+        return max_num_seqs
+    return max(max_num_seqs, min(max_num_seqs, speculation.most_rows) * (1 + speculation.tokens))
 
 
 def shape_of(model: nn.Module, kv_dtype: str = "auto", window_rings: bool = False) -> CacheShape:
@@ -541,7 +543,7 @@ def check_scales(kv_dtype: str, kv_scales: tuple[float, float]) -> None:
 def check_room(
     model: nn.Module,
     tokens: int,
-    seats: int,
+    max_num_seqs: int,
     budget: int,
     max_blocks: int,
     kv_dtype: str = "auto",
@@ -550,8 +552,8 @@ def check_room(
     """Refuse sizes that no memory holds, before any of it is asked for."""
     shape = shape_of(model, kv_dtype, window_rings)
     check_memory(f"a pool of {tokens} tokens' keys and values", shape.bytes_per_token * tokens, shape.device)
-    step = 3 * Inputs.bytes_for(budget, seats, max_blocks)
-    check_memory(f"a step of {budget} tokens in {seats} seats of {max_blocks} blocks", step, "cpu")
+    step = 3 * Inputs.bytes_for(budget, max_num_seqs, max_blocks)
+    check_memory(f"a step of {budget} tokens in {max_num_seqs} batch slots of {max_blocks} blocks", step, "cpu")
 
 
 def check_servable(model: nn.Module, max_context: int | None) -> None:

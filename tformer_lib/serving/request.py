@@ -104,7 +104,7 @@ class Request:
         self.logprobs: list[LogProbabilities] = []
         self.table: BlockTable | None = None
         self.stream: TextStream | None = None
-        self.seat, self.pending, self.reused, self.preemptions = -1, 0, 0, 0
+        self.batch_slot, self.pending, self.reused, self.preemptions = -1, 0, 0, 0
         self.end = self.prompt_length + params.max_new_tokens
         self.stop_tokens = frozenset(params.stop_tokens)
         self.drafted, self.accepted = 0, 0

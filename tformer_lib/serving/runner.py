@@ -34,11 +34,11 @@ from tformer_lib.paged_attention import (
 from tformer_lib.serving.fused import FusedPass, refusal, refusal_of_weights
 from tformer_lib.serving.request import Request
 from tformer_lib.serving.scheduler import Row
-from tformer_lib.serving.states import SeatLayer, SeatStates
+from tformer_lib.serving.states import BatchSlotLayer, BatchSlotStates
 from tformer_lib.transformer import FeedForward, evaluating
 
 SAMPLED = -1
-"""Stands in a step's input for a token that only the device knows yet: the one that this seat sampled last."""
+"""Stands in a step's input for a token that only the device knows yet: the one that this batch slot sampled last."""
 
 NONE = -1
 """Comes back in place of a token where the logits were not finite, and there is none to choose."""
@@ -58,7 +58,7 @@ class PackedPass:
         max_queries: the most tokens that a row brings.
         scales: what keys and values are divided by on their way into pools of float8; None elsewhere.
         batch_invariant: whether a row's attention must not depend on the other rows, in any bit.
-        states: of the linear layers, whose pools are None; and the seat of each token, (total,) int64.
+        states: of the linear layers, whose pools are None; and the batch slot of each token, (total,) int64.
         rings: where window layers keep what they can still see, if not in the blocks of the others.
     """
 
@@ -74,7 +74,7 @@ class PackedPass:
         *,
         scales: tuple[float, float] | None = None,
         batch_invariant: bool = False,
-        states: tuple[SeatStates, Tensor] | None = None,
+        states: tuple[BatchSlotStates, Tensor] | None = None,
         rings: "Rings | None" = None,
     ):
         self.states, self.rings = states, rings
@@ -90,11 +90,11 @@ class PackedPass:
         """(1, T) int64."""
         return self.places[None]
 
-    def layer(self, index: int) -> "PackedLayer | SeatLayer":
+    def layer(self, index: int) -> "PackedLayer | BatchSlotLayer":
         """The part of layer ``index``."""
         if self.pools[index] is None:
-            states, seats = self.states
-            return states.layer(index, seats, self.places, self.options["query_starts"])
+            states, batch_slots = self.states
+            return states.layer(index, batch_slots, self.places, self.options["query_starts"])
         if self.rings is not None and self.rings.layers[index]:
             return PackedLayer(self, *self.pools[index], rings=self.rings)
         return PackedLayer(self, *self.pools[index])
@@ -167,7 +167,7 @@ class PackedLayer:
 
 
 class Rings(NamedTuple):
-    """Where window layers keep keys and values: each seat has a few blocks of its own, which its tokens go round.
+    """Where window layers keep keys and values: each batch slot has a few blocks of its own, which its tokens go round.
 
     A block comes round again when what it held has left every window, so that no allocator is asked.
     """
@@ -175,27 +175,27 @@ class Rings(NamedTuple):
     layers: Sequence[bool]
     """Whether each layer of the model is one of them."""
     tables: Tensor
-    """(rows, max_blocks) int32: the blocks of each row's seat, over and over."""
+    """(rows, max_blocks) int32: the blocks of each row's batch slot, over and over."""
     slots: Tensor
     """(total,) int64, where each token goes; -1 for none."""
 
     @staticmethod
     def blocks(window: int, tokens: int, block_size: int) -> int:
-        """Blocks of a seat: a window, the tokens of a step, and one because a window may begin anywhere in a block."""
+        """Blocks of a batch slot: a window, a step's tokens, and one because a window may begin anywhere in a block."""
         return blocks_for(window + tokens, block_size) + 1
 
 
 class Inputs:
     """The numbers that a step needs on the device, in one buffer, so that they get there in one copy.
 
-    Fields, (tokens,) int64: ``given`` (SAMPLED where the device knows the token), ``token_seats``, ``positions``,
-    ``slots``; (samples,) int64: ``places`` of the tokens whose logits are wanted, ``seats`` of their rows; int32:
+    Fields, (tokens,) int64: ``given`` (SAMPLED where the device knows the token), ``token_batch_slots``, ``positions``,
+    ``slots``; (samples,) int64: ``places`` of the tokens whose logits are wanted, ``batch_slots`` of their rows; int32:
     ``lengths`` (rows,), ``starts`` (rows + 1,), ``tables`` (rows, max_blocks).
     """
 
     def __init__(self, buffer: Tensor, tokens: int, rows: int, samples: int, max_blocks: int):
-        wide = [("given", tokens), ("token_seats", tokens), ("positions", tokens), ("slots", tokens)]
-        wide += [("places", samples), ("seats", samples)]
+        wide = [("given", tokens), ("token_batch_slots", tokens), ("positions", tokens), ("slots", tokens)]
+        wide += [("places", samples), ("batch_slots", samples)]
         narrow = [("lengths", rows), ("starts", rows + 1), ("tables", rows * max_blocks)]
         self.size = 0
         for dtype, sizes in ((torch.int64, wide), (torch.int32, narrow)):
@@ -215,33 +215,33 @@ class Inputs:
 
         Args:
             rows: the scheduler's.
-            tables: (seats + 1, max_blocks) int32, by seat; the last seat is nobody's.
+            tables: (max_num_seqs + 1, max_blocks) int32, by batch slot; the last batch slot is nobody's.
             block_size: tokens in a block.
             lanes: whether each token stands in a row of its own, whose table is that of all the tokens of its request:
                 a row then has one query, as a recorded step has it.
         """
         counts = np.array([row.count for row in rows], dtype=np.int64)
         first = np.array([row.start for row in rows], dtype=np.int64)
-        seats = np.array([row.request.seat for row in rows], dtype=np.int64)
+        batch_slots = np.array([row.request.batch_slot for row in rows], dtype=np.int64)
         starts = np.concatenate(([0], counts.cumsum()))  # (rows + 1,)
         row_of = np.repeat(np.arange(len(rows)), counts)  # (tokens,)
         positions = np.arange(starts[-1]) - starts[row_of] + first[row_of]
-        blocks = tables[seats[row_of], positions // block_size].astype(np.int64)
+        blocks = tables[batch_slots[row_of], positions // block_size].astype(np.int64)
         asked = np.array([row.asks for row in rows], dtype=np.int64)
         asking = np.repeat(np.arange(len(rows)), asked)  # (samples,)
         places = np.arange(len(asking)) + (starts[1:] - asked.cumsum())[asking]  # the last ones of each row
         nobody = len(tables) - 1
         put(self.given, np.array(known_tokens(rows), dtype=np.int64), 0)
-        put(self.token_seats, seats[row_of], nobody)
+        put(self.token_batch_slots, batch_slots[row_of], nobody)
         put(self.positions, positions, 0)
         put(self.slots, blocks * block_size + positions % block_size, -1)
         put(self.places, places, 0)
-        put(self.seats, seats[asking], nobody)
+        put(self.batch_slots, batch_slots[asking], nobody)
         if lanes:
-            seats, first, counts, starts = seats[row_of], positions, 1, np.arange(len(self.starts))
+            batch_slots, first, counts, starts = batch_slots[row_of], positions, 1, np.arange(len(self.starts))
         put(self.lengths, first + counts, 0)
         put(self.starts, starts, starts[-1])
-        put(self.tables, tables[seats], 0)
+        put(self.tables, tables[batch_slots], 0)
 
 
 def put(field: Tensor, values: np.ndarray, padding: int) -> None:
@@ -282,7 +282,7 @@ class Runner:
     Args:
         model: a ``Decoder``.
         allocator: how many blocks there are, of what size.
-        seats: the most rows of a step.
+        max_num_seqs: the most rows of a step.
         budget: the most tokens of a step.
         max_blocks: the most blocks of a row.
         compile: join and fuse each block's kernels: a Llama-like model's on Hopper by :class:`FusedPass`, others with
@@ -302,7 +302,7 @@ class Runner:
         model: nn.Module,
         allocator: BlockAllocator,
         *,
-        seats: int,
+        max_num_seqs: int,
         budget: int,
         max_blocks: int,
         compile: bool = False,
@@ -313,7 +313,7 @@ class Runner:
         deterministic: bool = False,
         window_rings: bool = False,
     ):
-        shape = CacheShape.of(model, seats)
+        shape = CacheShape.of(model, max_num_seqs)
         self.model, self.block_size, self.max_blocks = model, allocator.block_size, max_blocks
         self.lanes, self.budget, self.deterministic = lanes, budget, deterministic
         kv_dtype = shape.dtype if kv_dtype is None else kv_dtype
@@ -326,20 +326,21 @@ class Runner:
         has_values = shape.size_of_value > 0  # else they are made from the keys, whose pool then serves as both
         self.pools: list[tuple[Tensor, Tensor] | None] = []  # memory of their own: see PackedPass
         for kind, in_ring in zip(kinds, self.in_ring, strict=True):
-            blocks = self.ring * (seats + 1) if in_ring else allocator.blocks
+            blocks = self.ring * (max_num_seqs + 1) if in_ring else allocator.blocks
             new_pool = partial(torch.zeros, blocks, *size, dtype=kv_dtype, device=self.device)
             pool = None if kind == "linear" else new_pool()
             self.pools.append(None if pool is None else (pool, new_pool() if has_values else pool))
         self.states = None
         if model.config.linear is not None:
-            self.states = SeatStates(model.config, seats + 1, shape.dtype, self.device)
-        self.last_tokens = torch.zeros(seats + 1, dtype=torch.int64, device=self.device)
+            self.states = BatchSlotStates(model.config, max_num_seqs + 1, shape.dtype, self.device)
+        self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
         self.seen: Tensor | None = None
         on_gpu = self.device.type == "cuda"
-        rows = max(budget, lanes * seats) if deterministic else lanes * seats
-        room = Inputs.bytes_for(max(budget, lanes * seats), rows, max_blocks)
+        rows = max(budget, lanes * max_num_seqs) if deterministic else lanes * max_num_seqs
+        room = Inputs.bytes_for(max(budget, lanes * max_num_seqs), rows, max_blocks)
         self.staging = deque(torch.zeros(room, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(depth))
-        self.returned = deque(torch.zeros(lanes * seats, dtype=torch.int64, pin_memory=on_gpu) for _ in range(depth))
+        most = lanes * max_num_seqs
+        self.returned = deque(torch.zeros(most, dtype=torch.int64, pin_memory=on_gpu) for _ in range(depth))
         self.buffer = torch.zeros(room, dtype=torch.uint8, device=self.device)
         self.graphs: dict[int, tuple] = {}  # by the number of lanes: a CUDA graph, its logits, and the likeliest tokens
         self.fused: FusedPass | None = None
@@ -360,7 +361,7 @@ class Runner:
 
         Args:
             rows: what it computes.
-            tables: the blocks of each seat, (seats + 1, max_blocks) int32.
+            tables: the blocks of each batch slot, (max_num_seqs + 1, max_blocks) int32.
             send_back: whether the host asks for the tokens; else they stay on the device.
         """
         self.staging.rotate()  # the device may still be reading the others
@@ -370,14 +371,14 @@ class Runner:
         size = self._recorded_size(rows)
         best: tuple[Tensor, ...] = ()
         if size is not None:
-            logits, seats, *best = self._replay(size, rows, tables, len(requests))
+            logits, batch_slots, *best = self._replay(size, rows, tables, len(requests))
         else:
-            logits, seats = self._run(rows, tables, len(requests))
+            logits, batch_slots = self._run(rows, tables, len(requests))
         if not requests:
             return Launched([], self.returned[0][:0], None)
         with profiling.range("sampling"):
-            tokens = self.choose(logits, requests, seats, *best)
-        self.last_tokens[seats] = tokens.clamp_min(0)  # a step ahead reads it before anybody has looked
+            tokens = self.choose(logits, requests, batch_slots, *best)
+        self.last_tokens[batch_slots] = tokens.clamp_min(0)  # a step ahead reads it before anybody has looked
         if not send_back:
             return Launched(sampling, tokens, None)
         logprobs = self._log_probabilities(logits, tokens, requests)
@@ -397,15 +398,15 @@ class Runner:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _run(self, rows: list[Row], tables: np.ndarray, samples: int) -> tuple[Tensor, Tensor]:
-        """Any rows: the logits (samples, vocab_size) and the seats (samples,) of those that sample."""
+        """Any rows: the logits (samples, vocab_size) and the batch slots (samples,) of those that sample."""
         if self.deterministic:
             inputs = self._upload(rows, tables, self.budget, self.budget, self.budget, lanes=True)
-            return self._forward(inputs)[inputs.places[:samples]], inputs.seats[:samples]
+            return self._forward(inputs)[inputs.places[:samples]], inputs.batch_slots[:samples]
         tokens, most = sum(row.count for row in rows), max(row.count for row in rows)
         inputs = self._upload(rows, tables, tokens, len(rows), samples)
         with self._as_it_stands(tokens):
             logits = self._forward(inputs, starts=inputs.starts, max_queries=most, only=inputs.places)
-        return logits, inputs.seats
+        return logits, inputs.batch_slots
 
     @contextmanager
     def _as_it_stands(self, tokens: int) -> Iterator[None]:
@@ -436,7 +437,7 @@ class Runner:
         all_sample = samples == sum(row.count for row in rows)
         places = slice(samples) if all_sample else inputs.places[:samples]
         logits, *best = (x[places] for x in found)
-        return logits, inputs.seats[:samples], *best
+        return logits, inputs.batch_slots[:samples], *best
 
     def _upload(self, rows: list[Row], tables: np.ndarray, *sizes: int, lanes: bool = False) -> Inputs:
         host = Inputs(self.staging[0], *sizes, self.max_blocks)
@@ -448,14 +449,15 @@ class Runner:
         self, inputs: Inputs, *, starts=None, max_queries=None, only=None, own: tuple[str, ...] = ()
     ) -> Tensor:
         """(tokens that are looked at, vocab_size)."""
-        tokens = torch.where(inputs.given == SAMPLED, self.last_tokens[inputs.token_seats], inputs.given)  # (total,)
+        sampled = self.last_tokens[inputs.token_batch_slots]  # (total,)
+        tokens = torch.where(inputs.given == SAMPLED, sampled, inputs.given)
         if self.deterministic:
             starts, max_queries = inputs.starts, 1
         rows = Rows(inputs.tables, inputs.lengths, starts, max_queries)
         if self.fused is not None:
             options = {"only": only, "batch_invariant": self.deterministic, "own": own}
             return self.fused(tokens, inputs.positions, inputs.slots, rows, **options)
-        states = None if self.states is None else (self.states, inputs.token_seats)
+        states = None if self.states is None else (self.states, inputs.token_batch_slots)
         options = {"scales": self.scales, "batch_invariant": self.deterministic, "states": states}
         options["rings"] = self._rings(inputs) if self.ring else None
         cache = PackedPass(self.pools, inputs.positions, inputs.slots, *rows, **options)
@@ -464,11 +466,11 @@ class Runner:
 
     def _rings(self, inputs: Inputs) -> Rings:
         """Where this step's tokens go and find their rows in window layers, worked out on the device."""
-        size, seats, positions = self.block_size, inputs.token_seats, inputs.positions
-        first = inputs.starts[:-1].long().clamp_max(len(seats) - 1)  # the first token of each row
+        size, batch_slots, positions = self.block_size, inputs.token_batch_slots, inputs.positions
+        first = inputs.starts[:-1].long().clamp_max(len(batch_slots) - 1)  # the first token of each row
         laps = torch.arange(self.max_blocks, device=self.device) % self.ring
-        tables = (seats[first, None] * self.ring + laps).int()  # (rows, max_blocks)
-        slots = (seats * self.ring + positions // size % self.ring) * size + positions % size
+        tables = (batch_slots[first, None] * self.ring + laps).int()  # (rows, max_blocks)
+        slots = (batch_slots * self.ring + positions // size % self.ring) * size + positions % size
         return Rings(self.in_ring, tables, slots.masked_fill(inputs.slots < 0, -1))
 
     def _send_back(self, tokens: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
@@ -544,13 +546,13 @@ class Runner:
 
     # choosing tokens
 
-    def choose(self, logits: Tensor, requests: list[Request], seats: Tensor, *best: Tensor) -> Tensor:
+    def choose(self, logits: Tensor, requests: list[Request], batch_slots: Tensor, *best: Tensor) -> Tensor:
         """The next token of each row, (rows,) int64, by the rules of its own request; NONE where logits are not finite.
 
         Args:
             logits: (rows, vocab_size).
             requests: one a row; where it is the same in several rows, they are for the places one after another.
-            seats: (rows,) int64, on the device.
+            batch_slots: (rows,) int64, on the device.
             best: what :func:`likeliest` has found in the logits, if it was asked already.
         """
         tokens, finite = best or likeliest(logits)
@@ -562,13 +564,13 @@ class Runner:
         for (rules, _), places in groups.items():
             index = torch.tensor(places).to(self.device, non_blocking=True)
             asked = [(requests[i], earlier[i]) for i in places]
-            tokens[index] = self._sample(logits[index], rules, asked, seats[index])
+            tokens[index] = self._sample(logits[index], rules, asked, batch_slots[index])
         return tokens.masked_fill(~finite, NONE)
 
-    def _sample(self, logits: Tensor, rules: Sampling, asked: list[tuple[Request, int]], seats: Tensor) -> Tensor:
+    def _sample(self, logits: Tensor, rules: Sampling, asked: list[tuple[Request, int]], batch_slots: Tensor) -> Tensor:
         """Tokens for rows of equal rules; ``asked`` has each row's request, and how many rows of its came before."""
         if rules.repetition_penalty != 1:
-            seen = self._seen_by([request for request, _ in asked], seats, logits.shape[1])
+            seen = self._seen_by([request for request, _ in asked], batch_slots, logits.shape[1])
             logits = penalise_repetition(logits, seen, rules.repetition_penalty)
         if rules.temperature == 0:
             tokens = logits.argmax(-1)
@@ -576,7 +578,7 @@ class Runner:
             uniforms = torch.tensor(uniforms_of(asked), dtype=torch.float64)
             tokens = draw(distribution(logits, rules), uniforms.to(self.device, non_blocking=True))
         if rules.repetition_penalty != 1:
-            self.seen[seats, tokens] = True
+            self.seen[batch_slots, tokens] = True
         return tokens
 
     def _log_probabilities(self, logits: Tensor, tokens: Tensor, requests: list[Request]) -> Tensor | None:
@@ -593,15 +595,15 @@ class Runner:
         host = torch.empty(reported.shape, dtype=reported.dtype, pin_memory=self.device.type == "cuda")
         return host.copy_(reported, non_blocking=True)
 
-    def _seen_by(self, requests: list[Request], seats: Tensor, vocab_size: int) -> Tensor:
-        """(rows, vocab_size) boolean: the tokens of each row so far. Those that just sat down bring theirs along."""
+    def _seen_by(self, requests: list[Request], batch_slots: Tensor, vocab_size: int) -> Tensor:
+        """(rows, vocab_size) boolean: the tokens of each row so far. A new request brings its own along."""
         if self.seen is None:
             self.seen = torch.zeros(len(self.last_tokens), vocab_size, dtype=torch.bool, device=self.device)
         for request in requests:
             if request.pending == 1 and request.table.length == len(request.tokens):  # all its tokens are known here
-                self.seen[request.seat] = False
-                self.seen[request.seat, torch.tensor(request.tokens, device=self.device)] = True
-        return self.seen[seats]
+                self.seen[request.batch_slot] = False
+                self.seen[request.batch_slot, torch.tensor(request.tokens, device=self.device)] = True
+        return self.seen[batch_slots]
 
 
 def rows_before(requests: list[Request]) -> list[int]:

@@ -45,7 +45,7 @@ class Scheduler:
 
     Args:
         allocator: the blocks.
-        seats: the most requests that run at once.
+        max_num_seqs: the most requests that run at once.
         budget: the most tokens that a step computes.
         max_blocks: the most blocks that a request may hold.
         prefix_cache: whether a prompt's beginning is looked for among the blocks that were computed before.
@@ -61,7 +61,7 @@ class Scheduler:
         self,
         allocator: BlockAllocator,
         *,
-        seats: int,
+        max_num_seqs: int,
         budget: int,
         max_blocks: int,
         prefix_cache: bool = True,
@@ -70,14 +70,15 @@ class Scheduler:
     ):
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
-        if seats < 1 or budget < seats:
-            raise ValueError(f"budget must be at least 1 token for each of {seats} seats, got {budget}")
+        if max_num_seqs < 1 or budget < max_num_seqs:
+            raise ValueError(f"budget must be at least 1 token for each of {max_num_seqs} batch slots, got {budget}")
         self.allocator, self.budget, self.spare_blocks = allocator, budget, spare_blocks
         self.prefix_cache, self.policy = prefix_cache, policy
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.free_seats = list(range(seats - 1, -1, -1))
-        self.tables = np.zeros((seats + 1, max_blocks), dtype=np.int32)  # by seat; the last one is nobody's
+        self.free_batch_slots = list(range(max_num_seqs - 1, -1, -1))
+        # by batch slot; the last one is nobody's
+        self.tables = np.zeros((max_num_seqs + 1, max_blocks), dtype=np.int32)
         self.preemptions = 0
 
     def add(self, request: Request) -> None:
@@ -121,8 +122,8 @@ class Scheduler:
         return rows
 
     def _let_in(self, left: int, rows: list[Row]) -> None:
-        """Let those that wait run, in their order, while there is budget, a seat and room for the next one."""
-        while left and self.waiting and self.free_seats and self._admit(self.waiting[0]):
+        """Let those that wait run, in their order, while there is budget, a batch slot and room for the next one."""
+        while left and self.waiting and self.free_batch_slots and self._admit(self.waiting[0]):
             left -= self._take(self.running[-1], left, rows)
 
     def _room_for_drafts(self, place: int, left: int) -> int:
@@ -153,7 +154,7 @@ class Scheduler:
     def _reserve(self, request: Request, count: int) -> None:
         held = len(request.table.blocks)
         request.table.reserve(count)
-        self.tables[request.seat, held : len(request.table.blocks)] = request.table.blocks[held:]
+        self.tables[request.batch_slot, held : len(request.table.blocks)] = request.table.blocks[held:]
 
     def _admit(self, request: Request) -> bool:
         """Let the first that waits run, if its text so far would fit; with what a prefix cache has of it."""
@@ -165,10 +166,10 @@ class Scheduler:
             return False
         self.waiting.popleft()
         self.running.append(request)
-        request.seat = self.free_seats.pop()
+        request.batch_slot = self.free_batch_slots.pop()
         if found:
             request.reused += table.reuse(request.tokens)
-            self.tables[request.seat, : len(table.blocks)] = table.blocks
+            self.tables[request.batch_slot, : len(table.blocks)] = table.blocks
         return True
 
     def preempt(self) -> None:
@@ -181,7 +182,7 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """Forget a request that has ended, wherever it stands."""
-        if request.seat < 0:
+        if request.batch_slot < 0:
             self.waiting.remove(request)
         else:
             self._leave(request)
@@ -189,5 +190,5 @@ class Scheduler:
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
         request.table.free()
-        self.free_seats.append(request.seat)
-        request.seat = -1
+        self.free_batch_slots.append(request.batch_slot)
+        request.batch_slot = -1

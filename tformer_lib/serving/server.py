@@ -44,7 +44,7 @@ class Limits:
     body: int = 2**20
     """Bytes of a request's body."""
     queue: int = 256
-    """Texts that may wait for a seat."""
+    """Texts that may wait for a batch slot."""
     seconds: float = 300.0
     """How long a request may take, from its first byte to its last piece."""
 
@@ -117,7 +117,7 @@ class Metrics:
         scheduler, allocator = engine.scheduler, engine.allocator
         for name, help, value in (
             ("running", "Texts being written", lambda: len(scheduler.running)),
-            ("waiting", "Texts that wait for a seat", lambda: len(scheduler.waiting)),
+            ("waiting", "Texts that wait for a batch slot", lambda: len(scheduler.waiting)),
             ("blocks", "Blocks of keys and values", lambda: allocator.blocks),
             ("blocks_held", "Blocks that running texts hold", lambda: allocator.held),
             ("preemptions", "Texts that had to give their blocks back", lambda: scheduler.preemptions),

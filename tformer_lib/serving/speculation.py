@@ -132,7 +132,7 @@ class Drafter(ABC):
 
     def propose(self, candidates: Iterable[Request]) -> dict[Request, list[int]]:
         """Drafts of what follows each text, for those of which no token is on its way."""
-        ready = [request for request in candidates if request.seat >= 0 and self._may_draft(request)]
+        ready = [request for request in candidates if request.batch_slot >= 0 and self._may_draft(request)]
         found = self.guess({request: min(self.options.tokens, request.end - request.known - 1) for request in ready})
         for request in ready:
             if not found.get(request):
@@ -243,9 +243,9 @@ class Shadow:
         self.after = 0
 
     @property
-    def seat(self) -> int:
+    def batch_slot(self) -> int:
         """The request's own."""
-        return self.request.seat
+        return self.request.batch_slot
 
     def roll_back(self) -> None:
         """Forget the keys and values of drafts that the text did not take."""
@@ -265,7 +265,7 @@ class ModelDrafter(Drafter):
     Args:
         options: with the draft model.
         model: the one that checks.
-        blocks, block_size, seats, budget, max_blocks: as the engine's.
+        blocks, block_size, max_num_seqs, budget, max_blocks: as the engine's.
         max_context: the longest text.
         compile: see :class:`Runner`.
 
@@ -282,7 +282,7 @@ class ModelDrafter(Drafter):
         *,
         blocks: int,
         block_size: int,
-        seats: int,
+        max_num_seqs: int,
         budget: int,
         max_blocks: int,
         max_context: int,
@@ -296,9 +296,9 @@ class ModelDrafter(Drafter):
         if ours.positions == "learned" and ours.max_length < max_context:
             raise ValueError(f"the draft model has learned {ours.max_length} positions, texts may have {max_context}")
         self.budget, self.allocator = budget, BlockAllocator(blocks, block_size)
-        sizes = {"seats": seats, "budget": budget, "max_blocks": max_blocks, "compile": compile}
+        sizes = {"max_num_seqs": max_num_seqs, "budget": budget, "max_blocks": max_blocks, "compile": compile}
         self.runner = Runner(options.model, self.allocator, lanes=2, depth=options.tokens + 2, **sizes)
-        self.tables = np.zeros((seats + 1, max_blocks), dtype=np.int32)
+        self.tables = np.zeros((max_num_seqs + 1, max_blocks), dtype=np.int32)
         self.shadows: dict[Request, Shadow] = {}
 
     def is_promising(self, request: Request) -> bool:
@@ -337,7 +337,7 @@ class ModelDrafter(Drafter):
             self._drop(request)
             return None
         blocks = shadow.table.blocks
-        self.tables[request.seat, : len(blocks)] = blocks
+        self.tables[request.batch_slot, : len(blocks)] = blocks
         return shadow
 
     def _read(self, shadows: list[Shadow]) -> None:

@@ -36,7 +36,7 @@ def check_decode_bound(fn):
     hints=(
         "Go through those that wait in their order. How many blocks does a prompt of n tokens take?",
         "-(-n // block_size), rounded up. Stop at the first that does not fit: who came later must not pass it.",
-        "And stop when seats run out. Keep `spare` blocks free for each request that runs, the new ones included.",
+        "Stop when `max_num_seqs` run. Keep `spare` blocks free for each request that runs, the new ones included.",
     ),
 )
 def check_admit(fn):
@@ -52,33 +52,36 @@ def check_admit(fn):
         for spare in (0, 1, 2)
         for _ in range(20)
     ]
-    for waiting, running, seats, free, block_size, spare in fixed + drawn:
-        found, expected = fn(list(waiting), running, seats, free, block_size, spare), 0
-        while expected < len(waiting) and running + expected < seats:
+    for waiting, running, max_num_seqs, free, block_size, spare in fixed + drawn:
+        found, expected = fn(list(waiting), running, max_num_seqs, free, block_size, spare), 0
+        while expected < len(waiting) and running + expected < max_num_seqs:
             needed = -(-waiting[expected] // block_size)
             left = free - sum(-(-n // block_size) for n in waiting[:expected])
             if needed > left - spare * (running + expected):
                 break
             expected += 1
-        case = f"prompts {waiting}, {running} of {seats} seats taken, {free} free blocks of {block_size}, spare {spare}"
+        case = f"prompts {waiting}, {running} of {max_num_seqs} batch slots taken, "
+        case += f"{free} free blocks of {block_size}, spare {spare}"
         found = require_integer(found, "how many of those that wait may join")
         require(found <= len(waiting), f"{case}: {found} join, but only {len(waiting)} wait")
-        if found > expected and running + found > seats:
-            require(False, f"{case}: {found} join, and {running + found - seats} of them have no seat")
+        if found > expected and running + found > max_num_seqs:
+            require(False, f"{case}: {found} join, and {running + found - max_num_seqs} of them have no batch slot")
         needed = [-(-tokens // block_size) for tokens in waiting]
         require(
-            found <= expected or expected + 1 == len(waiting) or found != passing(needed, running, seats, free, spare),
+            found <= expected
+            or expected + 1 == len(waiting)
+            or found != passing(needed, running, max_num_seqs, free, spare),
             f"{case}: prompt {expected} does not fit, and nobody passes it: {expected} join, and you let in {found}",
         )
         require(found <= expected, f"{case}: {found} join, the blocks suffice for {expected}: they take {needed}")
         require(found == expected, f"{case}: {found} join, and there was room for {expected}")
 
 
-def passing(needed: list[int], running: int, seats: int, free: int, spare: int) -> int:
+def passing(needed: list[int], running: int, max_num_seqs: int, free: int, spare: int) -> int:
     """How many join if small prompts pass those that do not fit."""
     joined = 0
     for blocks in needed:
-        if running + joined < seats and blocks <= free - spare * (running + joined):
+        if running + joined < max_num_seqs and blocks <= free - spare * (running + joined):
             free, joined = free - blocks, joined + 1
     return joined
 

@@ -12,17 +12,17 @@ from tformer_lib.teaching import style
 READING, WRITING, IDLE = style.ORANGE, style.BLUE, "#FFFFFF"
 
 
-def static_lanes(writes: Sequence[int], seats: int) -> list[list[tuple[int, int, str]]]:
+def static_lanes(writes: Sequence[int], max_num_seqs: int) -> list[list[tuple[int, int, str]]]:
     """What each request does under static batching: (first step, steps, "reading" | "writing" | "idle").
 
     Args:
         writes: tokens that each request writes, in the order of arrival; a batch reads its prompts in one step, which
             writes the first token of each.
-        seats: requests in a batch.
+        max_num_seqs: requests in a batch.
     """
     lanes, start = [], 0
-    for first in range(0, len(writes), seats):
-        batch = writes[first : first + seats]
+    for first in range(0, len(writes), max_num_seqs):
+        batch = writes[first : first + max_num_seqs]
         for new in batch:
             rest = (start + new, max(batch) - new, "idle")
             lanes.append([(start, 1, "reading"), (start + 1, new - 1, "writing"), rest])

@@ -17,16 +17,16 @@ class SchedulerStepper(Interactive):
 
 
 def stepper(
-    requests: Sequence[tuple[int, int, int]] = REQUESTS, *, seats: int = 3, budget: int = 8, block_size: int = 4
+    requests: Sequence[tuple[int, int, int]] = REQUESTS, *, max_num_seqs: int = 3, budget: int = 8, block_size: int = 4
 ) -> SchedulerStepper:
     """The stepper: the library's scheduler at work on these requests, with plenty of blocks and with few, and a static
     batch beside it."""
     longest = max(prompt + new for _, prompt, new in requests)
     plenty, few = 12, 7
     runs = {
-        "static batches": static_run(requests, seats, blocks_for(longest, block_size), block_size),
-        f"continuous, {plenty} blocks": engine_run(requests, seats, budget, plenty, block_size),
-        f"continuous, {few} blocks": engine_run(requests, seats, budget, few, block_size),
+        "static batches": static_run(requests, max_num_seqs, blocks_for(longest, block_size), block_size),
+        f"continuous, {plenty} blocks": engine_run(requests, max_num_seqs, budget, plenty, block_size),
+        f"continuous, {few} blocks": engine_run(requests, max_num_seqs, budget, few, block_size),
     }
     return SchedulerStepper(
         label="Scheduler stepper: six requests, three batch slots",
@@ -34,10 +34,12 @@ def stepper(
     )
 
 
-def engine_run(requests: Sequence[tuple[int, int, int]], seats: int, budget: int, blocks: int, block_size: int) -> dict:
+def engine_run(
+    requests: Sequence[tuple[int, int, int]], max_num_seqs: int, budget: int, blocks: int, block_size: int
+) -> dict:
     """The steps of the library's scheduler, without a model: every sampled token comes back at once."""
     allocator = BlockAllocator(blocks, block_size)
-    scheduler = Scheduler(allocator, seats=seats, budget=budget, max_blocks=blocks, prefix_cache=False)
+    scheduler = Scheduler(allocator, max_num_seqs=max_num_seqs, budget=budget, max_blocks=blocks, prefix_cache=False)
     made = [Request(i, [0] * prompt, Params(max_new_tokens=new)) for i, (_, prompt, new) in enumerate(requests)]
     steps: list[dict] = []
     while any(request.finish_reason is None for request in made):
@@ -79,16 +81,16 @@ def take_token(request: Request, scheduler: Scheduler) -> None:
         scheduler.remove(request)
 
 
-def static_run(requests: Sequence[tuple[int, int, int]], seats: int, reserved: int, block_size: int) -> dict:
+def static_run(requests: Sequence[tuple[int, int, int]], max_num_seqs: int, reserved: int, block_size: int) -> dict:
     """The same requests in batches: a batch starts when the one before has ended and its requests are there, reserves
     for each what the longest might need, and goes on until its last request has ended."""
     steps: list[dict] = []
-    for first in range(0, len(requests), seats):
-        batch = range(first, min(first + seats, len(requests)))
+    for first in range(0, len(requests), max_num_seqs):
+        batch = range(first, min(first + max_num_seqs, len(requests)))
         while len(steps) < max(requests[i][0] for i in batch):
-            steps.append(static_step(requests, batch, None, len(steps), seats * reserved, reserved))
+            steps.append(static_step(requests, batch, None, len(steps), max_num_seqs * reserved, reserved))
         for done in range(max(requests[i][2] for i in batch)):
-            steps.append(static_step(requests, batch, done, len(steps), seats * reserved, reserved))
+            steps.append(static_step(requests, batch, done, len(steps), max_num_seqs * reserved, reserved))
     return {"steps": steps, "budget": None}
 
 
