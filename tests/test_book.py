@@ -19,7 +19,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from pybtex.database import parse_file
 
 from tformer_lib import flash_attention
-from tools import record_figure
+from tools import page_picture, record_figure
 from tools.chapters import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -358,6 +358,11 @@ def test_the_table_of_names_has_names_that_are_there():
     taken |= {*signature(flash_attention.flash_attention_varlen).parameters, "flash_attention_varlen"}
     assert len(words) > 8
     assert words <= taken
+
+
+def test_the_picture_of_a_page_shows_the_figure_as_it_is_now():
+    noted = f"figure\0{page_picture.checksum()}".encode()
+    assert noted in page_picture.PICTURE.read_bytes(), "make book, then: python -m tools.page_picture"
 
 
 @pytest.fixture
