@@ -233,7 +233,7 @@ def write_values(ax: Axes, matrix: np.ndarray, form: str, image: ScalarMappable)
         if np.isfinite(value):
             lightness = np.dot(image.to_rgba(value)[:3], (0.299, 0.587, 0.114))
             colour = "white" if lightness < 0.5 else INK
-            ax.text(column, row, format(value, form), ha="center", va="center", color=colour, fontsize=8.5)
+            ax.text(column, row, format(value, form), ha="center", va="center", color=colour, fontsize=9.5)
 
 
 def log2_axis(

@@ -86,14 +86,16 @@ def losses(curves: dict[str, Sequence[float]], floor: float) -> None:
     steps = range(len(next(iter(curves.values()))))
     style.lines(ax, steps, curves, markers=False)
     ax.axhline(floor, color=style.GREY, linewidth=1.2)
-    ax.text(len(steps) - 1, floor * 1.02, "entropy of the tokens", ha="right", va="bottom", color=style.INK, fontsize=9)
+    ax.text(
+        len(steps) - 1, floor * 1.02, "entropy of the tokens", ha="right", va="bottom", color=style.INK, fontsize=9.5
+    )
     ax.set(xlabel="training step", ylabel="loss (nats per token)", ylim=(0, 1.25 * floor))
     style.show()
 
 
 def note(fig: plt.Figure, text: str) -> None:
     """A line of small print under the figure."""
-    fig.supxlabel(text, fontsize=9, color=style.INK)
+    fig.supxlabel(text, fontsize=9.5, color=style.INK)
 
 
 def verdicts(results: dict[str, dict[str, bool]]) -> None:

@@ -39,9 +39,9 @@ def ring_turns(size: int = 4) -> None:
     ax.set(xlim=(-0.9, 1.25 * size - 0.2), ylim=(turns + 0.9, -0.75))
     ax.axis("off")
     for rank in range(size):
-        ax.text(1.25 * rank + 0.5, -0.25, f"process {rank}", ha="center", fontsize=9)
+        ax.text(1.25 * rank + 0.5, -0.25, f"process {rank}", ha="center", fontsize=9.5)
     for turn in range(turns + 1):
-        ax.text(-0.15, turn + 0.3, "start" if turn == 0 else f"after {turn}", ha="right", va="center", fontsize=9)
+        ax.text(-0.15, turn + 0.3, "start" if turn == 0 else f"after {turn}", ha="right", va="center", fontsize=9.5)
     style.show()
 
 
@@ -52,7 +52,7 @@ def draw_chunk(ax, rank: int, turn: int, chunk: int, count: int, size: int, is_s
     frame = {"edgecolor": style.VERMILION, "linewidth": 2.0, "zorder": 3} if is_sent else {"edgecolor": style.GREY}
     ax.add_patch(Rectangle((left + 0.01, turn + 0.05), width - 0.02, 0.5, facecolor=shade, **frame))
     colour = "white" if count > size / 2 else style.INK
-    ax.text(left + width / 2, turn + 0.3, str(count), ha="center", va="center", fontsize=8.5, color=colour, zorder=4)
+    ax.text(left + width / 2, turn + 0.3, str(count), ha="center", va="center", fontsize=9.5, color=colour, zorder=4)
 
 
 def ring_of_keys(words: Sequence[Sequence[str]]) -> None:
@@ -65,11 +65,11 @@ def ring_of_keys(words: Sequence[Sequence[str]]) -> None:
     for rank, held in enumerate(words):
         ax.add_patch(Rectangle((0.5, rank), 3.4, 0.6, facecolor="#EAF3F9", edgecolor=style.BLUE))
         text = " ".join(word.strip() for word in held)
-        ax.text(0.6, rank + 0.3, f"{rank}:  {text}", va="center", fontsize=9)
+        ax.text(0.6, rank + 0.3, f"{rank}:  {text}", va="center", fontsize=9.5)
         if rank + 1 < len(words):
             ax.add_patch(arrow((2.2, rank + 0.62), (2.2, rank + 0.98)))
     ax.add_patch(arrow((0.48, len(words) - 0.7), (0.48, 0.3), rad=-0.35))
-    ax.text(2.3, 0.8, "keys, values", fontsize=8.5, va="center")
+    ax.text(2.3, 0.8, "keys, values", fontsize=9.5, va="center")
     ax.set(xlim=(-0.6, 4.0), ylim=(len(words) - 0.2, -0.2))
     ax.axis("off")
     style.show()
@@ -96,7 +96,7 @@ def held_bars(costs: dict[str, Cost], memory: float) -> None:
             ax.barh(row, size, left=left, color=colour, height=0.6, label=part if row == 0 else None)
             left += size
     ax.axvline(memory / 1e9, color=style.INK, linestyle="--", linewidth=1.2)
-    ax.text(memory / 1e9, -0.75, f"{memory / 1e9:.0f} GB", ha="center", fontsize=9)
+    ax.text(memory / 1e9, -0.75, f"{memory / 1e9:.0f} GB", ha="center", fontsize=9.5)
     ax.set_yticks(range(len(costs)), list(costs))
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)

@@ -59,7 +59,7 @@ def draw_stack(ax: Axes, x: float, name: str, parts: Sequence[str], *, top: bool
 def draw_box(ax: Axes, x: float, y: float, name: str, colour: str) -> None:
     """A box of height 1 around ``x``, its foot at ``y``."""
     ax.add_patch(FancyBboxPatch((x - 3.2, y), 6.4, 1.0, boxstyle="round,pad=0.05", fc=colour, ec=style.INK))
-    ax.text(x, y + 0.5, name, ha="center", va="center", fontsize=9)
+    ax.text(x, y + 0.5, name, ha="center", va="center", fontsize=9.5)
 
 
 def block_diagram() -> None:

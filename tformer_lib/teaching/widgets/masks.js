@@ -1,9 +1,10 @@
 // The mask builder. data: tokens, and masks as rows of "0" and "1": everyone, causal, documents, and lists by size - 1:
 // window, prefix, padding.
 
-const CELL = 30;
-const LEFT = 78; // room for the queries' names
-const TOP = 62; // room for the keys' names
+const CELL = 20; // so that a phone shows all columns, and their names large enough to read
+const LEFT = 92; // room for the queries' names
+const TOP = 68; // room for the keys' names
+const FONT = 14.5;
 
 const BASES = [
   ["everyone", "everyone"],
@@ -95,12 +96,12 @@ function picture(rows, first, chosen, tokens, pick, kit) {
   const [T, S] = [rows.length, tokens.length];
   const keys = tokens.map((token, j) =>
     kit.svg("text", {
-      transform: `translate(${LEFT + CELL * (j + 0.5) + 4} ${TOP - 8}) rotate(-50)`, "font-size": 13,
+      transform: `translate(${LEFT + CELL * (j + 0.5) + 4} ${TOP - 8}) rotate(-50)`, "font-size": FONT,
     }, token),
   );
   const queries = rows.map((_, i) =>
     kit.svg("text", {
-      x: LEFT - 8, y: TOP + CELL * (i + 0.5) + 5, "text-anchor": "end", "font-size": 13,
+      x: LEFT - 8, y: TOP + CELL * (i + 0.5) + 5, "text-anchor": "end", "font-size": FONT,
       "font-weight": i === chosen ? 700 : 400, style: "cursor:pointer", onclick: () => pick(i),
     }, `${first + i} ${tokens[first + i]}`),
   );
@@ -121,10 +122,10 @@ function cell(seen, i, j, position, pick, kit) {
     x: x + 1, y: y + 1, width: CELL - 2, height: CELL - 2, rx: 3, style: `fill:${fill};stroke:var(--tf-line)`,
   });
   const cross = future && kit.svg("path", {
-    d: `M${x + 9} ${y + 9}l12 12m0 -12l-12 12`, style: "stroke:var(--tf-surface);stroke-width:2.5;fill:none",
+    d: `M${x + 6} ${y + 6}l8 8m0 -8l-8 8`, style: "stroke:var(--tf-surface);stroke-width:2.5;fill:none",
   });
   const itself = j === position && kit.svg("circle", {
-    cx: x + CELL / 2, cy: y + CELL / 2, r: 4, style: `fill:${seen ? "var(--tf-surface)" : "var(--tf-muted)"}`,
+    cx: x + CELL / 2, cy: y + CELL / 2, r: 3, style: `fill:${seen ? "var(--tf-surface)" : "var(--tf-muted)"}`,
   });
   return kit.svg("g", { style: "cursor:pointer", onclick: () => pick(i) }, square, ...[cross, itself].filter(Boolean));
 }
