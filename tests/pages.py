@@ -19,6 +19,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 ALONE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 DESKTOP, PHONE = 1280, 390
+READABLE = 10
+"""Pixels: the least height of a label's letters, capitals and descenders together."""
 
 
 def executable() -> str | None:
@@ -86,6 +88,9 @@ class Visit:
         missing: images that cannot be shown.
         raw: mathematics that is not typeset.
         too_wide: formulas in a text that are cut off, and what stands out of the screen if the page can be moved.
+        small: labels of figures that are less than ``READABLE`` pixels high, before and after the controls are moved.
+        cut_tables: tables that are wider than their place. On a phone they scroll; a desktop shows them whole.
+        nameless: images that a screen reader cannot describe.
         figures: how many interactive figures the page has.
         drawn: how many of them drew themselves.
         still: those that stay the same when their controls are moved, counted from 0.
@@ -99,6 +104,9 @@ class Visit:
     missing: list[str]
     raw: list[str]
     too_wide: list[str]
+    small: list[str]
+    cut_tables: list[str]
+    nameless: list[str]
     figures: int
     drawn: int
     still: list[int]
@@ -121,7 +129,8 @@ def visit(tab: Tab, url: str, *, patience: float = 10.0) -> Visit:
     figures = evaluate(FIGURES)
     drawn = evaluate(f"({DRAWN})({1000 * patience})") if figures else 0
     missing, raw = evaluate(MISSING_IMAGES), evaluate(RAW_MATHEMATICS)
-    too_wide = evaluate(f"({TOO_WIDE})({width})") if width < 600 else []
+    too_wide = evaluate(f"({TOO_WIDE})({width})")
+    small = evaluate(f"({SMALL})({READABLE})")
     still = [i for i in range(drawn) if not evaluate(f"({MOVE})({i})")]
     return Visit(
         errors=list(tab.messages),
@@ -129,6 +138,9 @@ def visit(tab: Tab, url: str, *, patience: float = 10.0) -> Visit:
         missing=missing,
         raw=raw,
         too_wide=too_wide,
+        small=[*small, *(evaluate(f"({SMALL})({READABLE})") if drawn else [])],
+        cut_tables=evaluate(CUT_TABLES),
+        nameless=evaluate(NAMELESS),
         figures=figures,
         drawn=drawn,
         still=still,
@@ -209,6 +221,49 @@ TOO_WIDE = """
     .slice(0, 5).map((e) => `${e.tagName}.${e.className}: ${e.textContent.trim().slice(0, 60)}`),
     `the page is ${document.documentElement.scrollWidth} wide`);
 }
+"""
+
+UNFOLDED = """
+  const folded = [...document.querySelectorAll('article details:not([open])')];
+  folded.forEach((one) => { one.open = true; });
+"""
+
+SMALL = f"""
+(least) => {{
+  {UNFOLDED}
+  const scale = ({{ a, b }}) => Math.hypot(a, b);
+  const found = [...document.querySelectorAll('article svg text')]
+    .filter((label) => label.getBoundingClientRect().width > 0)
+    .map((label) => [label, parseFloat(getComputedStyle(label).fontSize) * scale(label.getScreenCTM())])
+    .concat([...document.querySelectorAll('article .cell_output img')].map((image) => {{
+      const perInch = /svg/.test(image.currentSrc.slice(-4)) ? 96 : 200; // how matplotlib's two formats count
+      const [look, inches] = [getComputedStyle(image), image.naturalWidth / perInch];
+      const drawn = image.clientWidth - parseFloat(look.paddingLeft) - parseFloat(look.paddingRight);
+      return [image, inches && drawn > 0 ? 9.5 * drawn / (72 * inches) : least]; // 9.5 points: the smallest label
+    }}))
+    .filter(([, size]) => size < least - 0.05)
+    .map(([label, size]) => `${{size.toFixed(1)}} px: ${{(label.textContent || label.src).slice(-40)}}`);
+  folded.forEach((one) => {{ one.open = false; }});
+  return [...new Set(found)];
+}}
+"""
+
+CUT_TABLES = f"""
+(() => {{
+  {UNFOLDED}
+  const more = (table) => table.scrollWidth - table.parentElement.clientWidth;
+  const found = [...document.querySelectorAll('article table')]
+    .filter((table) => more(table) > 1 && table.parentElement.clientWidth)
+    .map((table) => `${{more(table)}} px: ${{table.textContent.trim().slice(0, 60)}}`);
+  folded.forEach((one) => {{ one.open = false; }});
+  return found;
+}})()
+"""
+
+NAMELESS = r"""
+[...document.querySelectorAll('article img')]
+  .filter((image) => image.alt.trim().length < 10 || /\.(png|svg)$|^image$/.test(image.alt))
+  .map((image) => `${image.src.slice(-40)}: ${image.alt}`)
 """
 
 DRAWN = """

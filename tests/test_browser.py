@@ -141,6 +141,24 @@ def test_page_fits_a_phone(seen, page):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_a_desktop_shows_all_of_a_page(seen, page):
+    found = seen(page, DESKTOP)
+    assert found.too_wide == []
+    assert found.cut_tables == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("width", [DESKTOP, PHONE])
+def test_labels_of_figures_can_be_read(seen, page, width):
+    assert seen(page, width).small == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_images_say_what_they_show(seen, page):
+    assert seen(page, DESKTOP).nameless == []
+
+
+@pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("width", [DESKTOP, PHONE])
 def test_interactive_figures_move(seen, page, width):
     found = seen(page, width)

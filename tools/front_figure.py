@@ -15,7 +15,7 @@ PANEL = (176, 168)  # width and height of a panel
 GAP = 14
 INK, DIM, LINE = "currentColor", "var(--pst-color-text-muted)", "var(--pst-color-border)"
 ACCENT, SECOND = "var(--tf-accent)", "var(--tf-second)"
-WORDS = ("the", "fox", "ran", "to", "the", "hill")
+WORDS = ("I", "have", "lost", "my", "red", "ball")
 
 
 def box(x, y, width, height, fill="none", stroke="none", radius=3, opacity=1.0) -> str:
@@ -68,10 +68,10 @@ def positions() -> str:
 def weights() -> str:
     """Causal attention weights under an ALiBi bias."""
     bias = alibi(4, 6, 6)[1].float() * 3
-    pulls = torch.tensor([0.0, 1.5, 0.2, 0.0, 0.3, 0.8])
+    pulls = torch.tensor([0.0, 0.2, 1.5, 0.0, 0.8, 0.3])
     scores = (bias + pulls).masked_fill(~masks.causal(6), -torch.inf)
     parts = [grid(scores.softmax(-1) ** 0.7, 56, 40, 15)]
-    return "".join(parts) + "".join(text(50, 52 + 15 * i, word, 11, "end", DIM) for i, word in enumerate(WORDS))
+    return "".join(parts) + "".join(text(50, 52 + 15 * i, word, 13, "end", DIM) for i, word in enumerate(WORDS))
 
 
 def blocks() -> str:
@@ -81,7 +81,7 @@ def blocks() -> str:
         y = 42 + 24 * i
         parts += [
             box(66, y, 96, 19, ACCENT if i % 2 else SECOND, opacity=0.25, radius=5),
-            text(114, y + 14, name, 11.5),
+            text(114, y + 14, name, 13),
         ]
         parts.append(line(66, y + 9.5, 46, y + 9.5, DIM, arrow=True))
     return "".join(parts)
@@ -90,9 +90,9 @@ def blocks() -> str:
 def next_token() -> str:
     """A distribution over the next token."""
     parts = []
-    for i, (word, share) in enumerate((("hill", 0.62), ("river", 0.21), ("barn", 0.12), ("cloud", 0.03))):
+    for i, (word, share) in enumerate((("Lily", 0.62), ("Ben", 0.21), ("Tom", 0.12), ("she", 0.03))):
         y = 44 + 23 * i
-        parts += [text(56, y + 12, word, 12, "end"), box(64, y, 150 * share, 16, ACCENT, opacity=0.85 - 0.15 * i)]
+        parts += [text(56, y + 13, word, 13, "end"), box(64, y, 150 * share, 16, ACCENT, opacity=0.85 - 0.15 * i)]
     return "".join(parts)
 
 
@@ -105,9 +105,7 @@ def cache() -> str:
         for j in range(8):
             new = j == 7
             parts.append(box(28 + 17 * j, y, 14, 22, SECOND if new else ACCENT, opacity=0.95 if new else 0.35))
-    return "".join(
-        [*parts, line(154, 130, 154, 114, SECOND, arrow=True), text(146, 132, "new token", 11.5, "end", DIM)]
-    )
+    return "".join([*parts, line(154, 130, 154, 114, SECOND, arrow=True), text(146, 132, "new token", 13, "end", DIM)])
 
 
 def groups() -> str:
@@ -118,7 +116,7 @@ def groups() -> str:
         parts += [line(x, 64, 53 + 72 * (i // 4), 106, LINE), box(x - 6, 50, 12, 14, ACCENT, opacity=0.7)]
     for j in range(2):
         parts += [box(45 + 72 * j, 106, 17, 22, SECOND, opacity=0.8)]
-    return "".join([*parts, text(88, 44, "queries", 11, fill=DIM), text(88, 122, "k, v", 11, fill=DIM)])
+    return "".join([*parts, text(88, 44, "queries", 13, fill=DIM), text(88, 122, "k, v", 13, fill=DIM)])
 
 
 def tiles() -> str:
@@ -142,7 +140,7 @@ def pages() -> str:
             parts.append(box(94 + 18 * i, 44 + 28 * j, 15, 22, ACCENT if used else LINE, opacity=0.8 if used else 0.35))
     for row, (i, j) in enumerate(places):
         y = 52 + 24 * row
-        parts += [box(20, y, 26, 20, SECOND, opacity=0.45), text(33, y + 14, str(3 * i + j), 11.5)]
+        parts += [box(20, y, 26, 20, SECOND, opacity=0.45), text(33, y + 15, str(3 * i + j), 13)]
         parts.append(line(48, y + 10, 92 + 18 * i, 55 + 28 * j, DIM))
     return "".join(parts)
 
