@@ -70,7 +70,7 @@ def ring(visible: Tensor, slots: Sequence[Sequence[int]], steps: Sequence[int]) 
     for (row, column), position in zip(
         torch.cartesian_prod(*map(torch.arange, table.shape)).tolist(), table.flatten(), strict=True
     ):
-        low.text(column, row, str(int(position)) if position >= 0 else "", ha="center", va="center", fontsize=9)
+        low.text(column, row, str(int(position)) if position >= 0 else "", ha="center", va="center", fontsize=9.5)
     low.set(title="The position in each slot", xlabel="slot")
     style.show()
 

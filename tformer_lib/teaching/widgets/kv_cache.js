@@ -35,14 +35,14 @@ function rows(states, step, kit) {
   const left = 52;
   const columns = Math.max(...states.map((state) => state.slots[0].length));
   const boxes = slots.flatMap((row, b) => [
-    kit.svg("text", { x: 0, y: 40 + 50 * b + 22, "font-size": 14 }, `row ${b}`),
+    kit.svg("text", { x: 0, y: 40 + 50 * b + 22, "font-size": 15 }, `row ${b}`),
     ...row.map((position, slot) => box(position, position >= before[b], left + size * slot, 40 + 50 * b, size, kit)),
   ]);
   const heads = slots[0].map((_, slot) =>
-    kit.svg("text", { x: left + size * (slot + 0.5), y: 28, "text-anchor": "middle", "font-size": 14 }, slot),
+    kit.svg("text", { x: left + size * (slot + 0.5), y: 28, "text-anchor": "middle", "font-size": 15 }, slot),
   );
   const words = slots.map((row, b) => `row ${b}: ${row.map((p) => (p < 0 ? "empty" : p)).join(", ")}`).join("; ");
-  const title = kit.svg("text", { x: 0, y: 28, "font-size": 14 }, "slot");
+  const title = kit.svg("text", { x: 0, y: 28, "font-size": 15 }, "slot");
   return kit.picture(left + size * columns + 4, 46 + 50 * slots.length, `Position in each slot. ${words}`, title, heads, boxes);
 }
 
