@@ -447,6 +447,11 @@ class Row:
         return f"{self.rate / 1e12:.3f} {'TFLOP/s' if self.flops is not None else 'TB/s'}"
 
 
+def results_folder(out: Path | str | None, name: str) -> Path:
+    """Where files go: ``out``, else what ``TFORMER_RESULTS`` names, else ``benchmarks/results/`` and a name."""
+    return Path(out or os.environ.get("TFORMER_RESULTS") or RESULTS / name)
+
+
 class Report:
     """The rows of one benchmark, written as one JSON that says where, when and how they were made.
 
@@ -456,6 +461,7 @@ class Report:
         out: another folder to write to, instead of ``benchmarks/results/<device>/``.
         peers: contestants to compare with, those that say most first. A row that names no peer of its own is compared
             with the first of them that did its case, other than itself.
+        folder: another name under ``benchmarks/results/`` than the device's.
     """
 
     def __init__(
@@ -464,10 +470,11 @@ class Report:
         device: torch.device | str = "cpu",
         out: Path | str | None = None,
         peers: Sequence[str] = (),
+        folder: str | None = None,
     ):
         self.topic, self.peers = topic, list(peers)
         self.device = torch.device(device)
-        self.out = Path(out or os.environ.get("TFORMER_RESULTS") or RESULTS / device_name(self.device))
+        self.out = results_folder(out, folder or device_name(self.device))
         self.rows: list[Row] = []
         self.facts: dict = {}
 

@@ -26,7 +26,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from random import Random
 from typing import Annotated, Literal
 
@@ -34,7 +33,7 @@ import torch
 from tyro.conf import Positional
 
 from benchmarks import doors
-from benchmarks.harness import RESULTS, command, device_name, edited_kernel, environment
+from benchmarks.harness import command, device_name, edited_kernel, environment, results_folder
 from tformer_lib import command_line as commands
 from tformer_lib import flash_attention as flash
 from tformer_lib import jit
@@ -578,7 +577,7 @@ def sanitize(options: SanitizeOptions) -> int:
 
 def save(topic: str, device: torch.device, results: list[dict]) -> None:
     """Write what is known so far to ``<results>/<topic>-sanitizer.json``."""
-    folder = Path(os.environ.get("TFORMER_RESULTS") or RESULTS / device_name(device))
+    folder = results_folder(None, device_name(device))
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"topic": topic, **environment(device), "command": command(), "results": results}
     write_atomically(folder / f"{topic}-sanitizer.json", (json.dumps(facts, indent=1) + "\n").encode())

@@ -28,7 +28,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -36,7 +35,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from benchmarks.harness import RESULTS, Options, Report, Timing, command_line, device_name
+from benchmarks.harness import Options, Report, Timing, command_line, device_name, results_folder
 from benchmarks.serving import LLAMA_1B
 from benchmarks.training import GPT2_SMALL
 from tformer_lib import distributed, training
@@ -161,8 +160,7 @@ class Bench:
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
         size = self.world.size
         folder = "cpu" if not self.on_gpu else f"{device_name(self.device)}-x{size}"
-        out = asked.out or os.environ.get("TFORMER_RESULTS") or RESULTS / folder
-        self.out = Path(out)
+        self.out = results_folder(asked.out, folder)
         self.machine = costs.Machine(per_host=size)
         self.limit = float("nan")
         self.report = self.new_report("links")

@@ -27,7 +27,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.harness import RESULTS, Options, Report, Timing, command_line, device_name
+from benchmarks.harness import Options, Report, Timing, command_line, device_name
 
 ALONE = "one process"
 DENSE = {
@@ -75,7 +75,7 @@ def run(asked: CommandOptions) -> int:
         print("there is one GPU here, and so nothing to compare")
         return 0
     folder = f"{device_name(torch.device(asked.device))}-x{processes}" if on_gpu else "cpu"
-    report = Report("scaling-command", asked.device, asked.out or RESULTS / folder, peers=[ALONE])
+    report = Report("scaling-command", asked.device, asked.out, peers=[ALONE], folder=folder)
     report.note(processes=processes, backend="NCCL" if on_gpu else "gloo", **SIZES[asked.device])
     with TemporaryDirectory() as place:
         bench = Bench(asked, processes, Path(place), report)

@@ -42,6 +42,7 @@ from benchmarks.harness import (
 )
 from tformer_lib import training
 from tformer_lib.training import Run, TrainingConfig
+from tformer_lib.training.captured import CapturedStep
 from tformer_lib.training.loss import is_chunked
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
 
@@ -123,6 +124,8 @@ def run(asked: TrainingOptions) -> None:
 NANOGPT, PLAIN = "nanoGPT's model", "sdpa, all logits at once"
 OWN = "flash attention, logits in chunks"
 FUSED = OWN + ", norms fused with sums"
+GRAPH = FUSED + ", one CUDA graph"
+NARROW = GRAPH + ", residual stream in bfloat16"
 
 
 def measure_steps(asked: TrainingOptions) -> None:
@@ -189,8 +192,12 @@ def contestants(name: str, config: TrainingConfig, device: torch.device, nanogpt
     if device.type == "cpu" or not name.startswith("GPT-2"):
         return {f"a step of {config.batch * config.context:,} tokens": partial(make_step, config, device)}
     flash = replace(config, model=replace(config.model, attention="flash_attention"))
+    fused = replace(flash, fused_norms=True)
+    graph = replace(fused, cuda_graph=True)
     found = {
-        FUSED: partial(make_step, replace(flash, fused_norms=True), device),
+        NARROW: partial(make_step, replace(graph, residual_in_fp32=False), device),
+        GRAPH: partial(make_step, graph, device),
+        FUSED: partial(make_step, fused, device),
         OWN: partial(make_step, flash, device),
     }
     if config.model == GPT2_SMALL.model:
@@ -226,12 +233,13 @@ def make_step(config: TrainingConfig, device: torch.device, *, chunked: bool | N
     """A function of (inputs, targets) that does one whole step, and the number of parameters."""
     torch.manual_seed(0)
     model = Decoder(config.model).to(device)
-    model.stack.fused_norms = config.fused_norms
+    model.stack.fused_norms, model.stack.residual_in_fp32 = config.fused_norms, config.residual_in_fp32
     optimizer = training.make_optimizer(model, config)
     chunked = is_chunked(chunked, config.batch * config.context, config.model.vocab_size)
     loss_of = partial(training.next_token_loss, chunked=chunked)
     loss_of = torch.compile(loss_of) if device.type == "cuda" else loss_of
-    return whole_step(partial(loss_of, model), model, optimizer, config, device), count_parameters(model)
+    step = whole_step(partial(loss_of, model), model, optimizer, config, device)
+    return CapturedStep(step, device) if config.cuda_graph else step, count_parameters(model)
 
 
 def make_nanogpt_step(file: Path, config: TrainingConfig, device: torch.device) -> tuple[Callable, int]:
@@ -253,24 +261,29 @@ def make_nanogpt_step(file: Path, config: TrainingConfig, device: torch.device) 
 def whole_step(
     loss_of: Callable, model: nn.Module, optimizer, config: TrainingConfig, device: torch.device
 ) -> Callable:
-    """Forward, backward, clipping and the optimizer, as a function of (inputs, targets)."""
+    """Forward, backward, clipping and the optimizer, as a function of (inputs, targets) that returns the loss."""
     parameters = list(model.parameters())
 
-    def step(inputs: torch.Tensor, targets: torch.Tensor) -> None:
+    def step(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = loss_of(inputs, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return (loss.detach(),)
 
     return step
 
 
 def peak_memory(step: Callable, window: tuple, device: torch.device) -> int | None:
-    """Bytes that a step holds at most beside what was there before it; None on a CPU."""
+    """Bytes that a step holds at most beside what was there before it; None on a CPU.
+
+    Of a captured step, the step that was captured: a replay takes no memory, since the graph keeps it.
+    """
     if device.type == "cpu":
         return None
+    step = step.step if isinstance(step, CapturedStep) else step
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -83,6 +83,20 @@ def test_a_record_says_what_was_measured_and_not_where_it_was_put(out, monkeypat
         assert harness.command() == "python bench.py --device cpu --part 'a b'"
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda file: file.stem)
+def test_one_place_says_where_records_go(file):
+    if file.stem != "harness":
+        assert not re.search(r"TFORMER_RESULTS\W|RESULTS /", file.read_text(encoding="utf-8"))
+
+
+def test_a_record_goes_where_it_is_told_to(tmp_path, monkeypatch):
+    monkeypatch.delenv("TFORMER_RESULTS", raising=False)
+    assert harness.Report("x", folder="two").out == harness.RESULTS / "two"
+    monkeypatch.setenv("TFORMER_RESULTS", str(tmp_path / "told"))
+    assert harness.Report("x", folder="two").out == harness.Report("x").out == tmp_path / "told"
+    assert harness.Report("x", out=tmp_path / "asked", folder="two").out == tmp_path / "asked"
+
+
 def test_compare_calls_in_turns():
     calls = []
     found = harness.compare(lambda: calls.append("a"), lambda: calls.append("b"), pairs=5)

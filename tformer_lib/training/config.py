@@ -79,6 +79,11 @@ class TrainingConfig:
     fused_norms: bool = False
     """Whether a residual sum and the norm after it are one operator, on a GPU a Triton kernel. It serves models without
     dropout and biases, in one process or by ddp; others train as without it."""
+    residual_in_fp32: bool = True
+    """Whether the residual stream of a pre-norm model is in float32 where the matrix products are in bfloat16. Without
+    it the stream is in bfloat16 too, which halves its bytes and rounds every sum."""
+    cuda_graph: bool = False
+    """Whether a step is captured as a CUDA graph, which the host starts by one call: AdamW, one process, no experts."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Where torchrun starts several processes: 'ddp' keeps the whole model in each of them, 'fsdp' a part in each."""
     tensor_parallel: int = 1
@@ -107,6 +112,8 @@ class TrainingConfig:
             raise ValueError(f"parallel must be ddp or fsdp, got {self.parallel!r}")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be adamw or muon, got {self.optimizer!r}")
+        if self.cuda_graph and (self.optimizer != "adamw" or self.model.experts):
+            raise ValueError("cuda_graph captures the steps of AdamW, of models without experts")
         if not 0 < self.muon_factor < math.inf:
             raise ValueError(f"muon_factor must be positive and finite, got {self.muon_factor}")
         if not 0 < self.timeout < math.inf:

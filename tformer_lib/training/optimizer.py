@@ -61,12 +61,24 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
         AdamW over the model's decay groups, or :class:`MuonAndAdamW`. The learning rate of the schedule is multiplied
         by a group's ``factor``, where it has one.
     """
-    fused = next(model.parameters()).device.type == "cuda"
-    options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "fused": fused}
+    device = next(model.parameters()).device
+    options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "fused": device.type == "cuda"}
     groups = [part for group in parameter_groups(model, config.weight_decay) for part in parted_by_mesh(group)]
+    if config.cuda_graph:  # which reads the rate anew at each replay, so it is a number on the GPU
+        options |= {"lr": torch.tensor(config.learning_rate, device=device), "capturable": True}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options)
     return MuonAndAdamW(matrices(model), groups, factor=config.muon_factor, decay=config.weight_decay, **options)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group the schedule's rate, times its ``factor`` if it has one; a rate that is a tensor stays it."""
+    for group in optimizer.param_groups:
+        own = rate * group.get("factor", 1.0)
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(own)
+        else:
+            group["lr"] = own
 
 
 def matrices(model: nn.Module) -> list[nn.Parameter]:

@@ -33,6 +33,7 @@ from tformer_lib.checkpoint import (
 from tformer_lib.generation import generate
 from tformer_lib.mixture_of_experts import mixtures, update_selection_biases
 from tformer_lib.tokens import END_OF_TEXT, Corpus, Encoding, save_encoding
+from tformer_lib.training.captured import CapturedStep
 from tformer_lib.training.config import TrainingConfig, config_from_dict, difference
 from tformer_lib.training.data import (
     IGNORED,
@@ -48,7 +49,7 @@ from tformer_lib.training.data import (
 )
 from tformer_lib.training.loss import accumulate_gradient, evaluate, is_chunked, mean_cross_entropy, training_loss
 from tformer_lib.training.machine import interrupts, random_states, restore_random_states, seed_all
-from tformer_lib.training.optimizer import learning_rate, make_optimizer, state_names
+from tformer_lib.training.optimizer import learning_rate, make_optimizer, set_learning_rate, state_names
 from tformer_lib.transformer import Decoder
 
 
@@ -116,9 +117,13 @@ class Run:
         self.share = self.layout.share(config.batch, "a batch")
         self.layout.share(config.batch // config.accumulation, "a micro-batch")
         self.device = distributed.own_device(command_line.pick_device(config.device))
+        if config.cuda_graph and (self.device.type != "cuda" or self.world.size > 1):
+            where = f"{self.world.size} x {self.device.type}"
+            raise ValueError(f"cuda_graph captures the steps of one process on a GPU, this run is on {where}")
         seed_all(config.seed)
         self.model = Decoder(config.model).to(self.device)
         self.model.stack.fused_norms = config.fused_norms
+        self.model.stack.residual_in_fp32 = config.residual_in_fp32
         self.network = self.layout.spread(self.model, config.context)
         self.optimizer = make_optimizer(self.model, config)
         if config.model.experts:
@@ -138,6 +143,7 @@ class Run:
         self.loss = partial(training_loss, chunked=self.chunked)
         if compiled:
             self.loss = distributed.compile_loss(self.network, self.loss, mean_cross_entropy)
+        self.update = CapturedStep(self.update_weights, self.device) if config.cuda_graph else self.update_weights
         self.saver = distributed.Saver(self.out) if self.world.size > 1 else None
         if self.world.size > 1:  # dropout differs from process to process
             self.seed_anew()
@@ -163,17 +169,20 @@ class Run:
 
     def take_step(self) -> tuple[Tensor, Tensor]:
         """One step of the optimizer; returns the loss of this process's share, and the norm before clipping."""
-        config = self.config
         inputs, targets = self.next_batch()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, config) * group.get("factor", 1.0)
-        loss = accumulate_gradient(self.batch_loss, inputs, targets, config.accumulation, self.announce)
-        norm = self.layout.clip_gradients(self.model, config.clip or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        set_learning_rate(self.optimizer, learning_rate(self.step, self.config))
+        loss, norm = self.update(inputs, targets)
         self.step += 1
         self.last_loss = loss
         self.update_average()
+        return loss, norm
+
+    def update_weights(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward, backward, clipping and the optimizer: all that a step does on the device."""
+        loss = accumulate_gradient(self.batch_loss, inputs, targets, self.config.accumulation, self.announce)
+        norm = self.layout.clip_gradients(self.model, self.config.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
     def announce(self, last: bool) -> None:

@@ -103,7 +103,10 @@ def add_norm_backward_op(
     centred: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, of the branch (the same, in ``dtype``) and of the gains."""
+    """The gradients of x, of the branch (the same, in ``dtype``) and of the gains.
+
+    Where x has that dtype too, the branch's is empty: x's serves for both.
+    """
     check_operands(total, d_total, weight)
     check_operands(total, d_normed, weight)
     if runs_in_triton(total):
@@ -115,7 +118,8 @@ def add_norm_backward_op(
     rest = g - apart * (g * apart).mean(-1, keepdim=True) - (g.mean(-1, keepdim=True) if centred else 0)
     dx = (rest * scale[..., None] + d_total.to(wide)).to(total.dtype)
     d_weight = (given * apart).flatten(0, -2).sum(0).to(weight.dtype)
-    return dx.contiguous(), dx.to(dtype, copy=True).contiguous(), d_weight
+    d_branch = dx.new_empty(0) if dtype == dx.dtype else dx.to(dtype).contiguous()
+    return dx.contiguous(), d_branch, d_weight
 
 
 @add_norm_backward_op.register_fake
@@ -130,7 +134,8 @@ def add_norm_backward_fake(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The shapes and dtypes of the gradients."""
-    return total.new_empty(total.shape), total.new_empty(total.shape, dtype=dtype), torch.empty_like(weight)
+    shape = (0,) if dtype == total.dtype else total.shape
+    return total.new_empty(total.shape), total.new_empty(shape, dtype=dtype), torch.empty_like(weight)
 
 
 def check_operands(x: Tensor, other: Tensor, weight: Tensor) -> None:
@@ -154,7 +159,8 @@ def backward(ctx, d_total: Tensor, d_normed: Tensor, *_) -> tuple:
     """The gradients of x, branch and weight."""
     total, weight, mean, scale = ctx.saved_tensors
     given = d_total, d_normed, total, weight, mean, scale, ctx.centred, ctx.branch_dtype
-    return *torch.ops.tformer_lab.add_norm_backward(*given), None, None, None
+    dx, d_branch, d_weight = torch.ops.tformer_lab.add_norm_backward(*given)
+    return dx, dx if ctx.branch_dtype == total.dtype else d_branch, d_weight, None, None, None
 
 
 add_norm_op.register_autograd(backward, setup_context=save_for_backward)
@@ -188,7 +194,7 @@ def sum_and_norm_kernel(
 
 def gradients_kernel(
     d_total, d_normed, total, weight, means, scales, dx, d_branch, d_weights, rows, programs,
-    W: constexpr, BLOCK: constexpr, CENTRED: constexpr,
+    W: constexpr, BLOCK: constexpr, CENTRED: constexpr, TWO_TYPES: constexpr,
 ):  # fmt: skip
     """Every ``programs``-th row; their part of the gains' gradient, (programs, W), at the end."""
     program = tl.program_id(0).to(tl.int64)
@@ -209,7 +215,8 @@ def gradients_kernel(
             rest -= tl.sum(g, 0) / W
         d = (rest * scale + above).to(dx.dtype.element_ty)
         tl.store(dx + here, d, mask=inside)
-        tl.store(d_branch + here, d.to(d_branch.dtype.element_ty), mask=inside)
+        if TWO_TYPES:
+            tl.store(d_branch + here, d.to(d_branch.dtype.element_ty), mask=inside)
         d_gains += given * apart
     tl.store(d_weights + program * W + columns, d_gains, mask=inside)
 
@@ -246,12 +253,13 @@ def add_norm_backward_in_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients that the operator returns."""
     given = [y.contiguous() for y in (d_total, d_normed, total, weight, mean, scale)]
-    width, dx, d_branch = total.shape[-1], total.new_empty(total.shape), total.new_empty(total.shape, dtype=dtype)
+    width, dx, two_types = total.shape[-1], total.new_empty(total.shape), dtype != total.dtype
+    d_branch = total.new_empty(total.shape if two_types else 0, dtype=dtype)
     rows, programs = total.numel() // width, min(total.numel() // width, programs_of(total.device))
     parts = total.new_empty(programs, width, dtype=torch.float32)
-    options = {"W": width, "BLOCK": 1 << (width - 1).bit_length(), "CENTRED": centred, "num_warps": WARPS}
+    options = {"W": width, "BLOCK": 1 << (width - 1).bit_length(), "CENTRED": centred, "TWO_TYPES": two_types}
     with torch.cuda.device_of(total):
-        BACKWARD[(programs,)](*given, dx, d_branch, parts, rows, programs, **options)
+        BACKWARD[(programs,)](*given, dx, d_branch, parts, rows, programs, num_warps=WARPS, **options)
     return dx, d_branch, parts.sum(0).to(weight.dtype)
 
 

@@ -227,7 +227,7 @@ class Block(nn.Module):
     def _add(self, x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """The residual connection: pre-norm keeps the sum untouched, post-norm normalises it."""
         if self.norm_first:
-            return x + self.dropout(sublayer(norm(x)))
+            return (x + self.dropout(sublayer(norm(x)))).to(x.dtype)
         return norm(x + self.dropout(sublayer(x)))
 
 
@@ -244,6 +244,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i, cross=cross, attend=attend) for i in range(config.layers))
         self.final_norm = make_norm(config) if config.has_final_norm else nn.Identity()
         self.fused_norms = False  # whether a sum and the norm after it are one operator, where they can be
+        self.residual_in_fp32 = True  # or in the narrower type of the products, under autocast
 
     def forward(self, x: Tensor, *, cache=None, rotate=None, **options) -> Tensor:
         """Run the blocks.
@@ -254,6 +255,8 @@ class Stack(nn.Module):
             rotate: RoPE's rotation, or one for each kind of layer, by its name.
             options: the other arguments of each :class:`Block`.
         """
+        if not self.residual_in_fp32 and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.fused_norms and cache is None and options.get("memory") is None and self.can_fuse_norms():
             return self.forward_fused(x, rotate, **options)
         for i, block in enumerate(self.blocks):
