@@ -14,6 +14,7 @@ are timed in turns, and on a GPU the profiler says how long each kind of kernel 
 
 import importlib.util
 import json
+import math
 import multiprocessing
 import re
 import sys
@@ -172,8 +173,13 @@ def measure_shape(report: Report, name: str, config: TrainingConfig, device: tor
         )
     report.save()
     if device.type == "cuda" and len(steps) > 1:
-        spent = {contestant: where_time_goes(step, windows) for contestant, step in steps.items()}
-        bounds = least_seconds(config, limit, copy_rate(device, size=2**30))
+        copy = copy_rate(device, size=2**30)
+        least = least_by_kernel(config, limit, copy)
+        spent = {contestant: where_time_goes(step, windows, least) for contestant, step in steps.items()}
+        for contestant, step in steps.items():
+            if not isinstance(step, CapturedStep):  # a replay has kernels, but no operators with shapes
+                spent[contestant]["products"] = product_times(step, windows[0], limit)
+        bounds = least_seconds(config, limit, copy)
         report.attach(**{f"kernels of {name}": {"bounds": bounds, "milliseconds": spent}})
         for contestant, found in spent.items():
             print(
@@ -304,8 +310,16 @@ KINDS = {
 """What a kernel is for, by a part of its name; the first that fits. What is left is "other"."""
 
 
-def where_time_goes(step: Callable, windows: list, *, calls: int = 3, kept: int = 40) -> dict:
-    """The milliseconds of a step by kind of kernel, with the gaps between kernels, and the longest kernels."""
+def where_time_goes(step: Callable, windows: list, least: dict[str, float], *, calls: int = 3, kept: int = 40) -> dict:
+    """The milliseconds of a step by kind of kernel, with the gaps between kernels, and the longest kernels.
+
+    Args:
+        step: takes a window.
+        windows: what the steps read in turn.
+        least: what :func:`least_by_kernel` says; it stands beside the kernels whose names it knows.
+        calls: the steps that are profiled.
+        kept: how many kernels are listed: name, calls in a step, milliseconds, and the least milliseconds or None.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         for i in range(calls):
@@ -322,14 +336,75 @@ def where_time_goes(step: Callable, windows: list, *, calls: int = 3, kept: int 
         kinds[kind_of(name)] += ms
     span = (max(e.time_range.end for e in events) - min(e.time_range.start for e in events)) / 1e3 / calls
     kinds["nothing runs"] = max(0.0, span - sum(kernels.values()))
-    longest = [[name[:120], round(counts[name], 2), round(ms, 4)] for name, ms in kernels.most_common(kept)]
+    longest = [
+        [name[:120], round(counts[name], 2), round(ms, 4), least_of(name, least)]
+        for name, ms in kernels.most_common(kept)
+    ]
     return {"kinds": {kind: round(ms, 3) for kind, ms in kinds.most_common()}, "longest": longest}
+
+
+def least_of(kernel: str, least: dict[str, float]) -> float | None:
+    """The least milliseconds of a kernel, if a pattern fits its name."""
+    return next((ms for pattern, ms in least.items() if re.search(pattern, kernel)), None)
 
 
 def kind_of(kernel: str) -> str:
     """What a kernel is for, by its name."""
     lower = kernel.lower()
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, lower)), "other")
+
+
+def product_times(step: Callable, window: tuple, matmul: float) -> list[list]:
+    """The matrix products of a step: [shape, calls, milliseconds, least milliseconds], those that take longest first.
+
+    Args:
+        step: takes a window; its operators are seen only if it is not captured.
+        window: what it reads.
+        matmul: the device's matrix products, FLOP/s.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+        step(*window)
+        torch.cuda.synchronize()
+    spent, calls = Counter(), Counter()
+    for event in profile.events():
+        if event.name in ("aten::mm", "aten::addmm") and event.kernels:
+            (m, k), (_, n) = [shape for shape in event.input_shapes if len(shape) == 2][-2:]
+            spent[m, k, n] += sum(kernel.duration for kernel in event.kernels) / 1e3
+            calls[m, k, n] += 1
+    least = lambda shape: 2e3 * calls[shape] * math.prod(shape) / matmul  # noqa: E731
+    return [
+        [" x ".join(f"{size:,}" for size in shape), calls[shape], round(ms, 4), round(least(shape), 4)]
+        for shape, ms in spent.most_common()
+    ]
+
+
+def least_by_kernel(config: TrainingConfig, matmul: float, copy: float) -> dict[str, float]:
+    """Milliseconds that the device's rates allow the kernels of a step whose names fit a pattern.
+
+    Args:
+        config: the run's, of a GPT-2 model in bfloat16 with a residual stream in float32.
+        matmul: the device's matrix products, FLOP/s.
+        copy: its memory, bytes/s read plus written.
+    """
+    m, tokens = config.model, config.batch * config.context
+    stream, hidden = tokens * m.width, tokens * m.size_of_feed_forward  # numbers of one layer
+    sums = (2 * m.layers - 1) * stream
+    product = 2 * m.layers * stream * config.context / 2  # FLOPs of one of causal attention's, over all layers
+    bytes_of = {
+        "sum_and_norm_kernel": 12 * sums,  # reads the stream and the branch, writes the sum and the norm
+        "gradients_kernel": 16 * sums,
+        "rows_kernel": 4 * tokens * m.vocab_size,  # a logit is read once, its gradient written
+        "sigmoid_backward": 6 * m.layers * hidden,  # GELU's input and two gradients
+        "sigmoid": 4 * m.layers * hidden,
+        "prepare_kernel": 4 * m.layers * stream,  # attention's output and its gradient
+        "round_dq_kernel": 6 * m.layers * stream,
+        "FusedOptimizer": 28 * count_parameters(Decoder(m).to("meta")),
+    }
+    flops_of = {"flash.*forward_kernel": 2 * product, "flash.*backward_kernel": 5 * product}
+    least = {name: count / copy for name, count in bytes_of.items()}
+    least |= {name: count / matmul for name, count in flops_of.items()}
+    return {name: round(1e3 * seconds, 4) for name, seconds in least.items()}
 
 
 def least_seconds(config: TrainingConfig, matmul: float, copy: float) -> dict[str, float]:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 
 from benchmarks import flash_attention, harness, paged_attention, ratios
 from benchmarks import tokens as tokens_benchmark
+from benchmarks import training as training_benchmark
 from tformer_lib import jit, profiling, stories, teaching, tokens
 from tformer_lib.attention import attend, attend_sdpa
 
@@ -327,6 +329,39 @@ def test_runs_are_compared_line_by_line():
     ]
     assert difference(one, one) == 0
     assert difference(one, other) == 0.25
+
+
+def test_kernels_of_a_training_step_stand_beside_their_bounds():
+    file = RESULTS / "nvidia-h200" / "training-nanogpt.json"
+    facts = json.loads(file.read_text())["facts"]
+    parts, copy = facts["kernels of GPT-2 small, 124M"], 4.2e12
+    least = training_benchmark.least_by_kernel(training_benchmark.GPT2_SMALL, facts["matmul_rate"], copy)
+    found = Counter()
+    for name, _, ms, *_ in parts["milliseconds"][training_benchmark.FUSED]["longest"]:
+        pattern = next((pattern for pattern in least if re.search(pattern, name)), None)
+        found[pattern] += ms
+        assert training_benchmark.least_of(name, least) == least.get(pattern)
+    for pattern, ms in least.items():  # each is in the record, and none was faster than the device allows
+        assert ms <= 1.1 * found[pattern] <= 4 * ms
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_products_of_a_step_are_listed_with_their_flops():
+    a, b, c = (torch.randn(shape, device="cuda") for shape in ((256, 512), (512, 1024), (256, 1024)))
+
+    def step(x):
+        for _ in range(3):
+            torch.mm(x, b)
+        torch.addmm(c, x, b)
+        torch.mm(x.t(), c)
+
+    step(a)
+    found = training_benchmark.product_times(step, (a,), 1e12)
+    assert {(shape, calls, least) for shape, calls, _, least in found} == {
+        ("256 x 512 x 1,024", 4, round(4 * 2e3 * 256 * 512 * 1024 / 1e12, 4)),
+        ("512 x 256 x 1,024", 1, round(2e3 * 256 * 512 * 1024 / 1e12, 4)),
+    }
+    assert all(ms > 0 for *_, ms, _ in found)
 
 
 @pytest.mark.parametrize("topic", COMMANDS)
