@@ -45,6 +45,7 @@ from tformer_lib import training
 from tformer_lib.training import Run, TrainingConfig
 from tformer_lib.training.captured import CapturedStep
 from tformer_lib.training.loss import is_chunked
+from tformer_lib.training.run import choose_forms
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
 
 GPT2_SMALL = TrainingConfig(
@@ -239,7 +240,7 @@ def make_step(config: TrainingConfig, device: torch.device, *, chunked: bool | N
     """A function of (inputs, targets) that does one whole step, and the number of parameters."""
     torch.manual_seed(0)
     model = Decoder(config.model).to(device)
-    model.stack.fused_norms, model.stack.residual_in_fp32 = config.fused_norms, config.residual_in_fp32
+    choose_forms(model, config)
     optimizer = training.make_optimizer(model, config)
     chunked = is_chunked(chunked, config.batch * config.context, config.model.vocab_size)
     loss_of = partial(training.next_token_loss, chunked=chunked)

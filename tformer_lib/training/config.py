@@ -79,6 +79,9 @@ class TrainingConfig:
     fused_norms: bool = False
     """Whether a residual sum and the norm after it are one operator, on a GPU a Triton kernel. It serves models without
     dropout and biases, in one process or by ddp; others train as without it."""
+    fused_gelu: bool = False
+    """Whether a feed-forward layer like GPT-2's (gelu_tanh, no biases) takes GELU inside its matrix products, on a GPU
+    those of cuBLASLt; others train as without it."""
     residual_in_fp32: bool = True
     """Whether the residual stream of a pre-norm model is in float32 where the matrix products are in bfloat16. Without
     it the stream is in bfloat16 too, which halves its bytes and rounds every sum."""

@@ -78,6 +78,14 @@ def sample_text(model: Decoder, encoding: Encoding, prompt: list[int], count: in
 # A run
 
 
+def choose_forms(model: Decoder, config: TrainingConfig) -> None:
+    """Let the model compute as the config asks: the same function, by other kernels or in another type."""
+    model.stack.fused_norms = config.fused_norms
+    model.stack.residual_in_fp32 = config.residual_in_fp32
+    for block in model.stack.blocks:
+        block.feed_forward.fused_gelu = config.fused_gelu
+
+
 class Run:
     """A training run in progress: the model, its optimizer, and how far it has come.
 
@@ -122,8 +130,7 @@ class Run:
             raise ValueError(f"cuda_graph captures the steps of one process on a GPU, this run is on {where}")
         seed_all(config.seed)
         self.model = Decoder(config.model).to(self.device)
-        self.model.stack.fused_norms = config.fused_norms
-        self.model.stack.residual_in_fp32 = config.residual_in_fp32
+        choose_forms(self.model, config)
         self.network = self.layout.spread(self.model, config.context)
         self.optimizer = make_optimizer(self.model, config)
         if config.model.experts:

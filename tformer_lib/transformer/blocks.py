@@ -15,7 +15,8 @@ from tformer_lib.grouped_query_attention import MultiHeadLatentAttention
 from tformer_lib.linear_attention import GatedDeltaLayer
 from tformer_lib.mixture_of_experts import MixtureOfExperts
 from tformer_lib.transformer.add_norm import add_norm, can_fuse
-from tformer_lib.transformer.config import ACTIVATIONS, ModelConfig, attention_form
+from tformer_lib.transformer.config import ACTIVATIONS, ModelConfig, attention_form, gelu_tanh
+from tformer_lib.transformer.gelu_feed_forward import gelu_feed_forward
 
 
 def make_norm(config: ModelConfig, size: int | None = None) -> nn.Module:
@@ -56,12 +57,22 @@ class FeedForward(nn.Module):
         self.gate = nn.Linear(config.width, inner, bias=config.bias) if gated else None
         self.down = nn.Linear(inner, config.width, bias=config.bias)
         self.activation = ACTIVATIONS[config.feed_forward]
+        self.fused_gelu = False  # whether GELU is taken inside the products, where it can be
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, T, width)."""
+        if self.fused_gelu and self.can_fuse_gelu():
+            return gelu_feed_forward(x, self.up.weight, self.down.weight)
         hidden = self.up(x)  # (batch, T, feed_forward_width)
         hidden = self.activation(hidden) if self.gate is None else self.activation(self.gate(x)) * hidden
         return self.down(hidden)  # (batch, T, width)
+
+    def can_fuse_gelu(self) -> bool:
+        """Whether it is GPT-2's: GELU by tanh between two plain linear maps, without biases and without hooks."""
+        maps = (self.up, self.down)
+        plain = all(type(x) is nn.Linear and x.bias is None for x in maps)
+        hooked = any(x._forward_hooks or x._forward_pre_hooks for x in maps)
+        return self.activation is gelu_tanh and self.gate is None and plain and not hooked
 
 
 def make_feed_forward(config: ModelConfig, layer: int = 0) -> nn.Module:
