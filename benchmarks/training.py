@@ -126,7 +126,8 @@ def run(asked: TrainingOptions) -> None:
 NANOGPT, PLAIN = "nanoGPT's model", "sdpa, all logits at once"
 OWN = "flash attention, logits in chunks"
 FUSED = OWN + ", norms fused with sums"
-GRAPH = FUSED + ", one CUDA graph"
+GELU = FUSED + ", GELU in the products"
+GRAPH = GELU + ", one CUDA graph"
 NARROW = GRAPH + ", residual stream in bfloat16"
 
 
@@ -175,8 +176,10 @@ def measure_shape(report: Report, name: str, config: TrainingConfig, device: tor
     report.save()
     if device.type == "cuda" and len(steps) > 1:
         copy = copy_rate(device, size=2**30)
-        least = least_by_kernel(config, limit, copy)
-        spent = {contestant: where_time_goes(step, windows, least) for contestant, step in steps.items()}
+        spent = {}
+        for contestant, step in steps.items():
+            least = least_by_kernel(replace(config, residual_in_fp32=contestant != NARROW), limit, copy)
+            spent[contestant] = where_time_goes(step, windows, least)
         for contestant, step in steps.items():
             if not isinstance(step, CapturedStep):  # a replay has kernels, but no operators with shapes
                 spent[contestant]["products"] = product_times(step, windows[0], limit)
@@ -198,17 +201,19 @@ def contestants(name: str, config: TrainingConfig, device: torch.device, nanogpt
     """Who makes a step: functions that return it and the number of parameters. GPT-2's shapes have several."""
     if device.type == "cpu" or not name.startswith("GPT-2"):
         return {f"a step of {config.batch * config.context:,} tokens": partial(make_step, config, device)}
-    flash = replace(config, model=replace(config.model, attention="flash_attention"))
-    fused = replace(flash, fused_norms=True)
-    graph = replace(fused, cuda_graph=True)
-    found = {
-        NARROW: partial(make_step, replace(graph, residual_in_fp32=False), device),
-        GRAPH: partial(make_step, graph, device),
-        FUSED: partial(make_step, fused, device),
-        OWN: partial(make_step, flash, device),
-    }
+    rungs = {OWN: replace(config, model=replace(config.model, attention="flash_attention"))}
+    for rung, change in (
+        (FUSED, {"fused_norms": True}),
+        (GELU, {"fused_gelu": True}),
+        (GRAPH, {"cuda_graph": True}),
+        (NARROW, {"residual_in_fp32": False}),
+    ):
+        rungs[rung] = replace(list(rungs.values())[-1], **change)
+    found = {name: partial(make_step, rung, device) for name, rung in reversed(rungs.items())}
     if config.model == GPT2_SMALL.model:
         found[PLAIN] = partial(make_step, config, device, chunked=False)
+    else:  # fewer, for each compiles anew and a graph keeps its memory
+        found = {name: found[name] for name in (NARROW, GRAPH, FUSED)}
     return found if nanogpt is None else {NANOGPT: partial(make_nanogpt_step, nanogpt, config, device), **found}
 
 
@@ -384,17 +389,17 @@ def least_by_kernel(config: TrainingConfig, matmul: float, copy: float) -> dict[
     """Milliseconds that the device's rates allow the kernels of a step whose names fit a pattern.
 
     Args:
-        config: the run's, of a GPT-2 model in bfloat16 with a residual stream in float32.
+        config: the run's, of a GPT-2 model in bfloat16.
         matmul: the device's matrix products, FLOP/s.
         copy: its memory, bytes/s read plus written.
     """
-    m, tokens = config.model, config.batch * config.context
+    m, tokens, wide = config.model, config.batch * config.context, 4 if config.residual_in_fp32 else 2
     stream, hidden = tokens * m.width, tokens * m.size_of_feed_forward  # numbers of one layer
     sums = (2 * m.layers - 1) * stream
     product = 2 * m.layers * stream * config.context / 2  # FLOPs of one of causal attention's, over all layers
     bytes_of = {
-        "sum_and_norm_kernel": 12 * sums,  # reads the stream and the branch, writes the sum and the norm
-        "gradients_kernel": 16 * sums,
+        "sum_and_norm_kernel": (2 * wide + 4) * sums,  # reads the stream and the branch, writes the sum and the norm
+        "gradients_kernel": (16 if wide == 4 else 8) * sums,  # in float32 the branch's gradient is a copy in 16 bits
         "rows_kernel": 4 * tokens * m.vocab_size,  # a logit is read once, its gradient written
         "sigmoid_backward": 6 * m.layers * hidden,  # GELU's input and two gradients
         "sigmoid": 4 * m.layers * hidden,
