@@ -166,3 +166,22 @@ def test_the_products_are_cublaslts_on_a_gpu(monkeypatch):
     out.sum().backward()
     assert calls == [cublas_lt.GELU_AND_INPUT, cublas_lt.GELU_GRADIENT]
     assert all(x.grad.dtype == torch.float32 for x in operands)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_fastest_algorithm_is_taken_and_every_candidate_is_right():
+    torch.manual_seed(0)
+    a, b = (torch.randn(s, device="cuda").bfloat16() for s in ((264, 136), (136, 520)))
+    before = torch.empty(264, 520, device="cuda", dtype=torch.bfloat16)
+    exact = a.double() @ b.double()
+    cublas_lt.matmul(a, b, before, cublas_lt.GELU_AND_INPUT)
+    shapes = cublas_lt.as_columns(a), cublas_lt.as_columns(b)
+    plan = cublas_lt.plan(a.device.index, a.dtype, *shapes, cublas_lt.GELU_AND_INPUT, cublas_lt.ALIGNMENT)
+    assert plan.best in plan.candidates
+    chosen = plan.best
+    for candidate in plan.candidates:
+        plan.best = candidate
+        out = cublas_lt.matmul(a, b, before.zero_(), cublas_lt.GELU_AND_INPUT)
+        assert error(out, F.gelu(exact, approximate="tanh")) <= 4e-3
+        assert error(before, exact) <= 4e-3
+    plan.best = chosen

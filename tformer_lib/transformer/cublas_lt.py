@@ -12,8 +12,10 @@ Source: https://docs.nvidia.com/cuda/cublas/#using-the-cublaslt-api, whose names
 
 import ctypes
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ COMPUTE_FLOAT32, REAL_FLOAT32 = 68, 0  # CUBLAS_COMPUTE_32F, CUDA_R_32F: sums an
 TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, AUX_POINTER, AUX_STRIDE = 3, 4, 7, 11, 12  # CUBLASLT_MATMUL_DESC_*
 MOST_WORKSPACE = 1  # CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
 WORKSPACE = 32 * 2**20
+CANDIDATES = 8
+"""Algorithms that are timed for a shape. cuBLASLt lists those first that it takes for the fastest."""
 ALIGNMENT = 256  # bytes that cuBLASLt takes for granted when it chooses an algorithm
 LIBRARIES = ("libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so")
 
@@ -84,7 +88,8 @@ class Plan:
     b: ctypes.c_void_p
     a: ctypes.c_void_p
     out: ctypes.c_void_p
-    choice: Choice
+    candidates: list[Choice]
+    best: Choice | None  # the fastest, once they have been timed
     lock: threading.Lock  # the pointer of aux is written into the operation before each call
 
 
@@ -132,20 +137,22 @@ def plan(device: int, dtype: torch.dtype, a: tuple, b: tuple, epilogue: int, aux
     set_attribute(operation, AUX_STRIDE, ctypes.c_int64(columns))
     layouts = make_layout(dtype, *b[1:]), make_layout(dtype, *a[1:]), make_layout(dtype, columns, rows, columns)
     call("cublasLtMatmulPreferenceCreate", ctypes.byref(wish))
-    room, choice = ctypes.c_size_t(WORKSPACE), Choice()
+    room, choices = ctypes.c_size_t(WORKSPACE), (Choice * CANDIDATES)()
     size = ctypes.c_size_t(ctypes.sizeof(room))
     call("cublasLtMatmulPreferenceSetAttribute", wish, MOST_WORKSPACE, ctypes.byref(room), size)
     with torch.cuda.device(device):
-        given = (handle(device), operation, *layouts, layouts[2], wish, 1, ctypes.byref(choice), ctypes.byref(found))
+        given = handle(device), operation, *layouts, layouts[2], wish, CANDIDATES, choices, ctypes.byref(found)
         call("cublasLtMatmulAlgoGetHeuristic", *given)
     call("cublasLtMatmulPreferenceDestroy", wish)
     if found.value == 0:
         raise RuntimeError(f"cuBLASLt has no algorithm for {rows} x {columns} in {dtype} with epilogue {epilogue}")
-    return Plan(operation, *layouts, choice, threading.Lock())
+    return Plan(operation, *layouts, list(choices)[: found.value], None, threading.Lock())
 
 
 def matmul(a: Tensor, b: Tensor, aux: Tensor, epilogue: int) -> Tensor:
     """The product with an epilogue, on the current stream.
+
+    The first product of a shape times the algorithms, unless a CUDA graph is being captured.
 
     Args:
         a: (m, k), on a GPU, in bfloat16 or float16; contiguous, or its transpose is.
@@ -174,6 +181,24 @@ def matmul(a: Tensor, b: Tensor, aux: Tensor, epilogue: int) -> Tensor:
         set_attribute(found.operation, AUX_POINTER, ctypes.c_void_p(aux.data_ptr()))
         factors = ctypes.byref(one), pointers[1], found.b, pointers[0], found.a
         result = ctypes.byref(zero), pointers[2], found.out, pointers[2], found.out
-        how = ctypes.byref(found.choice.algorithm), pointers[3], ctypes.c_size_t(WORKSPACE), stream
-        call("cublasLtMatmul", handle(a.device.index), found.operation, *factors, *result, *how)
+
+        def run(choice: Choice) -> None:
+            how = ctypes.byref(choice.algorithm), pointers[3], ctypes.c_size_t(WORKSPACE), stream
+            call("cublasLtMatmul", handle(a.device.index), found.operation, *factors, *result, *how)
+
+        if found.best is None and not torch.cuda.is_current_stream_capturing():
+            found.best = min(found.candidates, key=lambda choice: milliseconds(run, choice))
+        run(found.best or found.candidates[0])
     return out
+
+
+def milliseconds(run: Callable[[Choice], None], choice: Choice, *, calls: int = 5) -> float:
+    """The least time of some calls on the current stream, after one that is not timed."""
+    run(choice)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run(choice)
+        event.record()
+    events[-1].synchronize()
+    return min(a.elapsed_time(b) for a, b in pairwise(events))
