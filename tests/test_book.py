@@ -169,6 +169,14 @@ def test_chapter_begins_with_what_it_teaches_the_time_and_what_it_needs(notebook
     assert re.search(r"^\*\*Time:\*\* .*minutes.*\*\*You need:\*\* \S", box[1], re.MULTILINE)
 
 
+def test_the_time_that_the_whole_takes_is_the_sum_of_the_chapters():
+    texts = ["".join("".join(c["source"]) for c in json.loads(n.read_text())["cells"]) for n in NOTEBOOKS]
+    minutes = [int(re.search(r"\*\*Time:\*\* (\d+) minutes", text)[1]) for text in texts]
+    for page in (BOOK / "index.md", ROOT / "README.md"):
+        told = re.search(r"All (\d+) chapters together take about (\d+) hours to read", page.read_text())
+        assert (int(told[1]), int(told[2])) == (len(minutes), round(sum(minutes) / 60))
+
+
 def test_status_page_says_what_made_the_outputs():
     record = json.loads((BOOK / "status.json").read_text())
     assert {"Processor", "System", "Python", "torch", "matplotlib"} <= set(record)
