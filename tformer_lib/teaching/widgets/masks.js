@@ -111,7 +111,7 @@ function picture(rows, first, chosen, tokens, pick, kit) {
     style: "stroke:var(--tf-ink);stroke-width:2.5;pointer-events:none",
   });
   const label = `Grid of ${T} queries by ${S} keys; filled cells may be looked at.`;
-  return kit.picture(LEFT + CELL * S + 14, TOP + CELL * T + 6, label, ...keys, ...queries, ...cells, frame);
+  return kit.picture(LEFT + CELL * S + 24, TOP + CELL * T + 6, label, ...keys, ...queries, ...cells, frame);
 }
 
 function cell(seen, i, j, position, pick, kit) {
