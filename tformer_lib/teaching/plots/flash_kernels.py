@@ -287,7 +287,7 @@ def ladder(
         most = max(rate for rate, *_ in rows.values())
         ax.set_yticks(range(len(rows)), list(rows))
         ax.set(xlim=(0, most * 1.5), ylim=(len(rows) - 0.4, -0.6), xlabel="TFLOP/s; right: share of the peak")
-        ax.set_title(textwrap.fill(title, 53 - longest), fontsize=10)
+        ax.set_title(textwrap.fill(title, 50 - longest), fontsize=10)
         ax.grid(axis="y", visible=False)
         if marks:
             ax.plot([], [], "D", color=style.VERMILION, label="on this machine")
