@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing
 import re
+import subprocess
 import sys
 import tarfile
 import time
@@ -26,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import nn
@@ -184,11 +186,13 @@ def measure_shape(report: Report, name: str, config: TrainingConfig, device: tor
             if not isinstance(step, CapturedStep):  # a replay has kernels, but no operators with shapes
                 spent[contestant]["products"] = product_times(step, windows[0], limit)
         bounds = least_seconds(config, limit, copy)
-        report.attach(**{f"kernels of {name}": {"bounds": bounds, "milliseconds": spent}})
+        load = {contestant: clock_and_power(step, windows, device) for contestant, step in steps.items()}
+        report.attach(**{f"kernels of {name}": {"bounds": bounds, "milliseconds": spent, "under load": load}})
         for contestant, found in spent.items():
             print(
                 f"  {contestant}: " + ", ".join(f"{kind} {ms:.2f}" for kind, ms in found["kinds"].items()), flush=True
             )
+            print(f"    {load[contestant]}", flush=True)
         print("  least: " + ", ".join(f"{kind} {ms:.2f}" for kind, ms in bounds.items()), flush=True)
 
 
@@ -358,6 +362,39 @@ def kind_of(kernel: str) -> str:
     """What a kernel is for, by its name."""
     lower = kernel.lower()
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, lower)), "other")
+
+
+def clock_and_power(step: Callable, windows: list, device: torch.device, *, seconds: float = 2.0) -> dict | None:
+    """The clock and the power of a GPU that does nothing but these steps: medians of the second half of the time.
+
+    A GPU at its limit of power lowers its clock, and then a step takes as long as its energy needs.
+    """
+    asked = ["nvidia-smi", f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"]
+    asked += ["--query-gpu=clocks.sm,power.draw,power.limit", "--format=csv,noheader,nounits", "--loop-ms=100"]
+    try:
+        watch = subprocess.Popen(asked, stdout=subprocess.PIPE, text=True)
+    except OSError:
+        return None
+    begin, ends = time.perf_counter(), []
+    while time.perf_counter() - begin < seconds:
+        step(*windows[len(ends) % len(windows)])
+        ends.append(torch.cuda.Event())
+        ends[-1].record()
+        ends[max(0, len(ends) - 3)].synchronize()  # the host stays two steps ahead: the GPU does not wait for it
+    torch.cuda.synchronize()
+    watch.terminate()
+    return medians_of_samples(watch.communicate()[0])
+
+
+def medians_of_samples(text: str) -> dict | None:
+    """The medians of the later half of lines "clock, power, limit"; None if there is none, or the GPU does not tell."""
+    samples = [line.split(", ") for line in text.splitlines()]
+    samples = [sample for sample in samples[len(samples) // 2 :] if len(sample) == 3]
+    try:
+        clock, power, limit = (median(map(float, column)) for column in zip(*samples, strict=True))
+    except ValueError:
+        return None
+    return {"clock in MHz": clock, "power in W": power, "limit in W": limit}
 
 
 def product_times(step: Callable, window: tuple, matmul: float) -> list[list]:

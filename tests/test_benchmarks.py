@@ -345,6 +345,17 @@ def test_kernels_of_a_training_step_stand_beside_their_bounds():
         assert ms <= 1.1 * found[pattern] <= 4 * ms
 
 
+def test_clock_and_power_are_those_of_the_later_half():
+    text = "345, 80.1, 700.00\n400, 90.0, 700.00\n1500, 699.5, 700.00\n1530, 701.5, 700.00\n14"
+    assert training_benchmark.medians_of_samples(text) == {
+        "clock in MHz": 1515,
+        "power in W": 700.5,
+        "limit in W": 700,
+    }
+    for silent in ("", "No devices were found\n", "1500, [N/A], 700.00\n"):
+        assert training_benchmark.medians_of_samples(silent) is None
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_products_of_a_step_are_listed_with_their_flops():
     a, b, c = (torch.randn(shape, device="cuda") for shape in ((256, 512), (512, 1024), (256, 1024)))
