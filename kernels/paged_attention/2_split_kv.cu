@@ -39,8 +39,8 @@
 //   float8      3.86 TB/s at 64 x 8,192 (FlashAttention-3 2.86). Steps of 16 keys, four of them, in place of two of 32: predicted
 //               4.1, measured 3.56, since what a step costs comes twice as often. Three blocks of such steps, three in a ring: 3.75.
 //               Three blocks with two steps of 32 keys, whose registers spill: predicted 4.05, measured 3.82 beside 3.96 with two
-//               blocks, so it has two again. Of the rest, zeros that the compiler does not know (load_queries) gained 3 %. The
-//               float8 rows of the record, 3.77 and 3.79, are those of three blocks
+//               blocks, so it has two again: 3.90 in the record. Of the rest, zeros that the compiler does not know (load_queries)
+//               gained 3 %
 #include <algorithm>
 #include <numeric>
 
