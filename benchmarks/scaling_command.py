@@ -15,6 +15,7 @@ taken. Nothing is compiled, since the ring of context parallel cannot be.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -37,10 +38,11 @@ DENSE = {
     "context parallel": ("--context-parallel", "{processes}"),
 }
 EXPERTS = ("model.experts:experts-config", "--model.experts.count", "8", "--model.experts.per-token", "2")
+"""Each is made as wide as the model, so that all eight fit where several runs keep their checkpoints."""
 SHARED = {"expert parallel": ("--expert-parallel",)}
 
 SIZES = {
-    "cuda": {"width": 2048, "layers": 8, "heads": 16, "batch": 32, "context": 1024, "steps": 20, "line": 4},
+    "cuda": {"width": 2048, "layers": 4, "heads": 16, "batch": 32, "context": 1024, "steps": 20, "line": 4},
     "cpu": {"width": 64, "layers": 2, "heads": 4, "batch": 4, "context": 64, "steps": 4, "line": 2},
 }
 """``line`` is how many steps one line of the log stands for."""
@@ -101,7 +103,8 @@ class Bench:
 
     def compare(self, dtype: str) -> None:
         """One process, dense and with experts, each on a device of its own; then all processes, a scheme at a time."""
-        cases = {"dense": ((), DENSE), "experts": (EXPERTS, SHARED)}
+        narrow = ("--model.feed-forward-width", str(self.sizes["width"]), *EXPERTS)
+        cases = {"experts": (narrow, SHARED), "dense": ((), DENSE)}
         with ThreadPoolExecutor(len(cases)) as pool:  # the two that stand alone run side by side
             jobs = {
                 name: pool.submit(self.train, f"{name}, {dtype}", dtype, (), model, device=i)
@@ -114,6 +117,7 @@ class Bench:
                 flags = tuple(flag.format(processes=self.processes) for flag in flags)
                 lines = self.train(f"{name}, {dtype}, {scheme}", dtype, flags, model)
                 self.add(f"{name}, {dtype}", scheme, lines, alone[name])
+                shutil.rmtree(self.folder(f"{name}, {dtype}, {scheme}"), ignore_errors=True)  # gigabytes of checkpoints
 
     def stop_and_go_on(self, dtype: str) -> None:
         """All processes take half of the steps and save; fewer take the other half, beside a run of all to the end."""
