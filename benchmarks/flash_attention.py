@@ -149,14 +149,13 @@ def time_forward(report: Report, limit: float) -> None:
 
 def time_rungs(report: Report, limit: float) -> None:
     """The rungs that lead to steps 3 and 4."""
-    for rung in [*flash.RUNGS["3"], *flash.RUNGS["4"]]:
-        for d in (64, 128):
-            for causal in (False, True):
-                inputs = [random_inputs(d, 16384, "cuda", torch.bfloat16)]
-                timing = measure(own(rung, causal), inputs, device="cuda", seconds=SECONDS)
-                work = flops(1, WIDTH // d, 16384, 16384, d, causal)
-                name = f"forward, {label(d, 16384, causal)}: step {rung}"
-                report.add(name, timing, flops=work, limit=limit, d=d, length=16384, causal=causal)
+    for d, causal in itertools.product((64, 128), (False, True)):
+        inputs = [random_inputs(d, 16384, "cuda", torch.bfloat16)]
+        contestants = {rung: (own(rung, causal), inputs) for rung in (*flash.RUNGS["3"], *flash.RUNGS["4"])}
+        for rung, timing in measure_in_turns(contestants).items():
+            work = flops(1, WIDTH // d, 16384, 16384, d, causal)
+            name = f"forward, {label(d, 16384, causal)}: step {rung}"
+            report.add(name, timing, flops=work, limit=limit, d=d, length=16384, causal=causal)
 
 
 def time_backward(report: Report, limit: float) -> None:
@@ -186,12 +185,11 @@ def time_gradients(
     q, k, v, dout = random_inputs(d, length, "cuda", dtype, 4)
     for x in (q, k, v):
         x.requires_grad_()
-    for name, attend in contestants.items():
-        out = attend(q, k, v)
-        run = lambda out=out: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)  # noqa: E731
-        timing = measure(run, device="cuda", seconds=SECONDS)
-        work = flops(TOKENS // length, WIDTH // d, length, length, d, causal, products=5)
-        precision = "float32, " if dtype == torch.float32 else ""
+    outs = {name: attend(q, k, v) for name, attend in contestants.items()}
+    gradients = lambda out: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)  # noqa: E731
+    work = flops(TOKENS // length, WIDTH // d, length, length, d, causal, products=5)
+    precision = "float32, " if dtype == torch.float32 else ""
+    for name, timing in measure_in_turns({name: (gradients, [(out,)]) for name, out in outs.items()}).items():
         name = f"backward, {precision}{label(d, length, causal)}: {name}"
         report.add(name, timing, flops=work, limit=limit, d=d, length=length, causal=causal)
 
@@ -208,9 +206,8 @@ def time_packed(report: Report, limit: float) -> None:
         for step in (3, 4):
             attend = partial(flash.flash_attention_varlen, q, k, v, starts, starts, max(lengths), max(lengths))
             contestants[f"step {step}"] = partial(attend, causal=True, step=step)
-        for name, attend in contestants.items():
-            timing = measure(attend, device="cuda", seconds=SECONDS)
-            work = sum(flops(1, WIDTH // d, n, n, d, True) for n in lengths)
+        work = sum(flops(1, WIDTH // d, n, n, d, True) for n in lengths)
+        for name, timing in measure_in_turns({x: (run, [()]) for x, run in contestants.items()}).items():
             name = f"packed, 1,383 to 7,001 tokens, causal, d {d}: {name}"
             dense = f"forward, {label(d, 4096, True)}: step 4"
             report.add(name, timing, flops=work, limit=limit, d=d, lengths=lengths, causal=True, dense=dense)

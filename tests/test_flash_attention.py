@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
+from benchmarks.harness import edited_kernel
 from tformer_lib import jit, masks, profiling
 from tformer_lib.flash_attention import (
     GRADIENTS,
@@ -103,9 +104,9 @@ def assert_close(got, exact, low, *, factor):
     assert error <= factor * allowed + rounding
 
 
-def check_against_plain(shape, dtype, device, step, *, backward=False, **options):
+def check_against_plain(shape, dtype, device, step, *, backward=False, deterministic=False, **options):
     q, k, v = inputs(shape, dtype, device, grad=backward)
-    out, lse = flash_attention(q, k, v, step=step, return_lse=True, **options)
+    out, lse = flash_attention(q, k, v, step=step, return_lse=True, deterministic=deterministic, **options)
     exact_inputs = doubles(q, k, v)
     exact, exact_lse = plain(*exact_inputs, **options)
     low, _ = plain(q, k, v, **options)
@@ -140,6 +141,37 @@ def test_lengths(step, device, dtype, lengths, causal):
 def test_head_dims(step, device, dtype, head_dim):
     check_against_plain((1, 2, 2, 150, 190, head_dim), dtype, device, step, backward=True, causal=True)
     check_against_plain((1, 2, 1, 200, 190, head_dim), dtype, device, step)
+
+
+@every_backend
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("lengths", [(300, 40), (140, 300)], ids=str)
+def test_more_tiles_than_multiprocessors(step, device, dtype, lengths, head_dim):
+    """Blocks go from tile to tile, some of which see no key, and others one tile of keys alone."""
+    check_against_plain((25, 8, 2, *lengths, head_dim), dtype, device, step, causal=True)
+    q, k, v = inputs((1, 4, 2, 40 * lengths[0], 40 * lengths[1], head_dim), dtype, device)
+    cu_q, cu_k = (torch.arange(41, dtype=torch.int32, device=device) * n for n in lengths)
+    for cu in (cu_q, cu_k):
+        cu[10:20] = cu[10]  # ten sequences without queries or keys, and a long one behind them
+    packed = (x[0].transpose(0, 1) for x in (q, k, v))
+    longest = [11 * n for n in lengths]
+    out = flash_attention_varlen(*packed, cu_q, cu_k, *longest, causal=True, step=step).transpose(0, 1)
+    for i in (0, 9, 12, 19, 20, 39):
+        (a, b), (c, d) = cu_q[i : i + 2], cu_k[i : i + 2]
+        exact, _ = plain(*doubles(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d]), causal=True)
+        low, _ = plain(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], causal=True)
+        assert_close(out[None, :, a:b], exact, low, factor=2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("room", [100, 164], ids=["sm_89", "sm_80"])
+def test_gradients_where_shared_memory_is_small(room):
+    """Tiles and buffers for a GPU with that many KB of shared memory a multiprocessor."""
+    edit = [("(Sh::SHARED_BYTES + 1024) <= bytes", f"(Sh::SHARED_BYTES + 1024) <= {room} * 1024")]
+    with edited_kernel("flash_attention/backward_tensor_core.cuh", edit):
+        for d, repeats in itertools.product((40, 64, 120, 128, 256), (False, True)):
+            shape, options = (2, 4, 2, 150, 190, d), {"causal": True, "deterministic": repeats}
+            check_against_plain(shape, torch.bfloat16, "cuda", 3, backward=True, **options)
 
 
 @needs_cpu_twin

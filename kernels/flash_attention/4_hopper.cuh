@@ -61,6 +61,12 @@
 //   to short    and V. The L2 cache asked for the next tile of rows: 463 to 432, causal 316 to 259. Five buffers of 64 keys: 463
 //   rows        to 470, causal 316 to 314; four of 80 keys: 417, 245. At d 64, five buffers of 128: 241 to 242. So they wait for
 //               something else
+//   answers     At the begin of each tile of rows of up to four tiles of keys, the producer waited some 1,000 cycles for the
+//               counter's answer, which ptxas wants at once, before it asked for K; and it asked for Q and K of the next tile of
+//               rows behind the last V of this one, a step later than there was room. Without writes of O 458 became 476 on 512
+//               tokens at d 128, with one kv head in the L2 cache 477, with both 495 (cuDNN 503). In the order in which they are
+//               needed: predicted 447 to 490, causal 308 to 330, 538 to 560 on 1,024 tokens; at d 64, causal, 238 to 255 and
+//               324 to 335
 //   no gain     a maximum that may lag behind by 2^8 (0 to -2 %); K and V sent to two blocks at once, by multicast (-25 %); a
 //               quarter of the exponentials as polynomials (0 at d 64, -25 % at d 128); half of a diagonal tile left out by
 //               one of the warpgroups (-20 %); Q in registers (0); three warpgroups and 80 keys at d 128 (-12 %)
@@ -173,31 +179,45 @@ struct Producer {
                 int(sequence.k_begin)};
     }
 
-    // Q, then K(i) and V(i - 1), from the last tile of keys to the first. Returns the next tile of rows. It is asked for when
-    // LEFT tiles of keys remain: early enough to be known in time, and no earlier, since another block may be free first.
-    __device__ int load(const Task& task) {
-        const int count = task.count, head = task.head, batch = task.batch, kv = head / int(a.heads / a.kv_heads);
-        const int q_row = task.q_begin + task.top, k_row = task.k_begin + task.begin;
+    // The tiles of keys of one kv head, and of which of them V is still to be asked for.
+    struct Values {
+        int row, kv, batch;
+        bool is_due;
+    };
+
+    __device__ void load_keys(int row, int kv, int batch) {
+        wait(&shared.barriers.k_empty[k.stage], k.parity ^ 1);
+        load_tile<Sh::KEYS>(buffers.K + k.stage * Sh::TILE_BYTES, &plan.k, &shared.barriers.k_full[k.stage], row, kv, batch);
+        k.next();
+    }
+
+    __device__ void load_values(Values& due) {
+        if (!due.is_due) return;
+        wait(&shared.barriers.v_empty[v.stage], v.parity ^ 1);
+        load_tile<Sh::KEYS, Sh::V_BOXES>(buffers.V + v.stage * Sh::V_BYTES, &plan.v, &shared.barriers.v_full[v.stage], due.row,
+                                         due.kv, due.batch);
+        v.next();
+        due.is_due = false;
+    }
+
+    // Q, then tiles of keys from the last to the first: K of each, and then V of the one before it, which for the first is
+    // `due` from the tile of rows before: so are they needed. (With one buffer of Q, that V does not wait for it.) Returns
+    // which tile of rows is next. That is asked for when LEFT tiles of keys remain: early enough to be known in time, and no
+    // earlier, since another block may be free first; and once there is nothing else to ask for without a wait.
+    __device__ int load(const Task& task, Values& due) {
+        const int count = task.count, kv = task.head / int(a.heads / a.kv_heads);
         int next = 0;
+        if constexpr (Sh::Q_STAGES == 1) load_values(due);
         wait(&shared.barriers.q_empty[q.stage], q.parity ^ 1);
-        load_tile<Sh::ROWS>(buffers.Q + q.stage * Sh::Q_BYTES, &plan.q, &shared.barriers.q_full[q.stage], q_row, head,
-                            batch);
+        load_tile<Sh::ROWS>(buffers.Q + q.stage * Sh::Q_BYTES, &plan.q, &shared.barriers.q_full[q.stage],
+                            task.q_begin + task.top, task.head, task.batch);
         q.next();
-        for (int i = 0; i <= count; ++i) {
-            const int row = k_row + (count - 1 - i) * Sh::KEYS;
-            if (i == max(0, count - LEFT)) next = deal();
-            if (i < count) {
-                wait(&shared.barriers.k_empty[k.stage], k.parity ^ 1);
-                load_tile<Sh::KEYS>(buffers.K + k.stage * Sh::TILE_BYTES, &plan.k, &shared.barriers.k_full[k.stage], row,
-                                    kv, batch);
-                k.next();
-            }
-            if (i > 0) {
-                wait(&shared.barriers.v_empty[v.stage], v.parity ^ 1);
-                load_tile<Sh::KEYS, Sh::V_BOXES>(buffers.V + v.stage * Sh::V_BYTES, &plan.v,
-                                                 &shared.barriers.v_full[v.stage], row + Sh::KEYS, kv, batch);
-                v.next();
-            }
+        for (int i = 0; i < count; ++i) {
+            const int row = task.k_begin + task.begin + (count - 1 - i) * Sh::KEYS;
+            load_keys(row, kv, task.batch);
+            load_values(due);
+            due = {row, kv, task.batch, true};
+            if (i == max(min(1, count - 1), count - LEFT)) next = deal();
         }
         return next;
     }
@@ -209,12 +229,15 @@ struct Producer {
 
     // The last block leaves the counter zero.
     __device__ void run_all() {
+        Values due = {};
         for (int index = blockIdx.x; index < plan.tiles_in_all;) {
             const Task task = task_at(index);
-            const bool is_there = task.top < task.T;
+            const bool is_there = task.top < task.T, sees_keys = is_there && task.count > 0;
+            if (!sees_keys) load_values(due);  // whoever is handed rows without keys has done with those before
             if (is_there) hand_out(task);
-            index = is_there && task.count > 0 ? load(task) : deal();
+            index = sees_keys ? load(task, due) : deal();
         }
+        load_values(due);
         hand_out({.count = -1});
         if (Sh::RUNG == PERSISTENT && atomicAdd(a.dealt + 1, 1) == int(gridDim.x) - 1) a.dealt[0] = a.dealt[1] = 0;
     }

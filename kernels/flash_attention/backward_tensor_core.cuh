@@ -12,8 +12,9 @@
 //     | 0  1 |                    |  0   1  |               |  0   1  |
 //     | 2  3 |                    |  2   3  |               |  2   3  |              32 x 32 and 32 x 64 a warp
 //
-// So P and dS change hands through shared memory. There is one buffer each of Q and dO: Q(i + 1) is loaded during the last
-// two products of tile i, dO(i + 1) during the last, and the other blocks of the multiprocessor fill what waits remain.
+// So P and dS change hands through shared memory. A tile has two phases with a barrier behind each: S, dP and the softmax;
+// then the last three products. Where shared memory has room, there are two buffers of Q, dO, lse and delta, and the next tile
+// is loaded during both phases; else during dQ alone. The other blocks of the multiprocessor fill what waits remain.
 //
 // Ledger (H200, bfloat16, 16,384 tokens, figures in benchmarks/results/nvidia-h200/flash_attention.json)
 //   hypothesis  with every operand in shared memory, one plan fits every head_dim; two or three blocks a multiprocessor
@@ -23,7 +24,10 @@
 //   queues      Of 7 cycles that a warp waits for an instruction, 0.3 were for the queue of global memory and 0.4 for answers
 //               from it. lse and delta in shared memory a tile ahead, and four floats of dQ added by one instruction: predicted
 //               5 to 8 %, measured 270 to 279 at d 64 (SDPA's flash 286), causal 265 to 275 (272), but 295 to 294 at d 128
-//               (309) and 239 to 231 at d 256 (247), where registers are full. So d 64 alone has both
+//               (309) and 239 to 231 at d 256 (247), where registers are full
+//   two         There were four barriers a tile, behind each of which a warp waited for its first fragments, and dO was asked
+//   buffers     for one product before it was needed. Two buffers need two barriers, and without the addresses of single loads
+//               no register spills. Predicted 281 to 310 at d 128 (308), 265 to 285 at d 64 (288), 240 to 255 at d 256 (246)
 //   limit       shared memory, nearly: at d 128 a tile's fragments take it 4,350 cycles, the products 5,120
 //   tried       one block of 128 keys and eight warps at d 128: 284 instead of 288. At d 64, tiles of 128 queries: 263
 //               instead of 270; two blocks instead of three: 251. The small tiles at d 256: 187 instead of 229
@@ -44,17 +48,17 @@ namespace {
 using namespace mma_tiles;
 
 // BLOCKS on a multiprocessor, as far as registers go: 255 a thread for two blocks of four warps.
-template <int D_, int KEYS_, int ROWS_, int WARPS_, int BLOCKS_>
+template <int D_, int KEYS_, int ROWS_, int WARPS_, int BLOCKS_, int STAGES_>
 struct Shape {
     static constexpr bool IN_TURN = false, MODIFIED = false;
-    static constexpr bool STAGED = D_ == 64;  // lse and delta come to shared memory, a tile ahead
-    static constexpr bool JOINED = D_ == 64;  // on Hopper, dQ is added four floats at a time
+    static constexpr int STAGES = STAGES_;  // buffers of Q, dO, lse and delta
     static constexpr int D = D_, KEYS = KEYS_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_, THREADS = WARPS * WARP;
     static constexpr int WARP_ROWS = ROWS / 2, WARP_KEYS = KEYS / 2;                     // of S and dQ; of dK and dV
     static constexpr int SCORE_COLUMNS = KEYS / (WARPS / 2), COLUMNS = D / (WARPS / 2);  // of S; of dQ, dK and dV
     static constexpr int KEY_BYTES = KEYS * D * 2, ROW_BYTES = ROWS * D * 2, SCORE_BYTES = ROWS * KEYS * 2;
     static constexpr int STATISTICS = 2 * ROWS, DQ_FLOATS = ROWS * D;
-    static constexpr int SHARED_BYTES = 2 * (KEY_BYTES + ROW_BYTES + SCORE_BYTES) + (STAGED ? STATISTICS * 4 : 0);
+    static constexpr int STAGE_BYTES = 2 * ROW_BYTES + STATISTICS * 4;
+    static constexpr int SHARED_BYTES = 2 * (KEY_BYTES + SCORE_BYTES) + STAGES * STAGE_BYTES;
 };
 
 // The same bits in every run, and scores that are capped or biased: compiled apart, since registers are full.
@@ -73,7 +77,7 @@ struct Modified : Shape {
 template <class Sh>
 struct Four {
 #if __CUDA_ARCH__ >= 900
-    static constexpr bool TOGETHER = Sh::JOINED;
+    static constexpr bool TOGETHER = true;
 #else
     static constexpr bool TOGETHER = false;
 #endif
@@ -106,26 +110,52 @@ struct Block {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int row = warp / (Sh::WARPS / 2) * Sh::WARP_ROWS, key_row = warp / (Sh::WARPS / 2) * Sh::WARP_KEYS;
     const int score_column = warp % (Sh::WARPS / 2) * Sh::SCORE_COLUMNS, column = warp % (Sh::WARPS / 2) * Sh::COLUMNS;
-    const Tile<Sh::D> K{shared_address(shared)}, V{K.address + Sh::KEY_BYTES}, Q{V.address + Sh::KEY_BYTES},
-        dO{Q.address + Sh::ROW_BYTES};
-    uint8_t *const P_bytes = shared + 2 * (Sh::KEY_BYTES + Sh::ROW_BYTES), *const dS_bytes = P_bytes + Sh::SCORE_BYTES;
+    uint8_t *const P_bytes = shared + 2 * Sh::KEY_BYTES, *const dS_bytes = P_bytes + Sh::SCORE_BYTES;
+    uint8_t* const stages = dS_bytes + Sh::SCORE_BYTES;
+    const Tile<Sh::D> K{shared_address(shared)}, V{K.address + Sh::KEY_BYTES};
     const Tile<Sh::KEYS> P{shared_address(P_bytes)}, dS{shared_address(dS_bytes)};
-    float* const statistics = reinterpret_cast<float*>(dS_bytes + Sh::SCORE_BYTES);  // of a tile of queries: lse, delta
     const float to_base_2 = unit_of<Sh::MODIFIED>(a) * LOG2E;
 
     using Scores = float[Sh::WARP_ROWS / 16][Sh::SCORE_COLUMNS / 8][4];
     using Gradient = float[Sh::WARP_KEYS / 16][Sh::COLUMNS / 8][4];
     using RowGradient = float[Sh::WARP_ROWS / 16][Sh::COLUMNS / 8][4];
 
-    __device__ void start_rows(Tile<Sh::D> target, const Matrix& x, int64_t head, int top, int64_t columns) const {
-        start_copy<Sh::THREADS, Sh::ROWS>(target, row_of<Half>(x, sequence.b, head, sequence.q_begin + top), x.row, sight.T - top,
-                                 int(columns));
-        commit_copies();
+    // A tile of queries of one head: its number, where its scratch lies, and the buffer that it comes to.
+    struct Rows {
+        int64_t head, index;
+        int tile, stage;
+
+        __device__ int top() const { return tile * Sh::ROWS; }
+    };
+
+    __device__ Tile<Sh::D> Q_of(const Rows& rows) const { return {shared_address(stages) + rows.stage * Sh::STAGE_BYTES}; }
+    __device__ Tile<Sh::D> dO_of(const Rows& rows) const { return {Q_of(rows).address + Sh::ROW_BYTES}; }
+    __device__ float* statistics_of(const Rows& rows) const {  // lse, then delta
+        return reinterpret_cast<float*>(stages + rows.stage * Sh::STAGE_BYTES + 2 * Sh::ROW_BYTES);
     }
 
-    __device__ void start_statistics(int64_t tile) const {
-        if (Sh::STAGED && threadIdx.x * 4 < Sh::STATISTICS)
-            copy_async(shared_address(statistics + threadIdx.x * 4), a.delta + tile * Sh::STATISTICS + threadIdx.x * 4, true);
+    // What comes after it, where the tiles first .. end - 1 of every head do.
+    __device__ Rows next(Rows rows, int first, int end) const {
+        rows.stage = rows.stage + 1 == Sh::STAGES ? 0 : rows.stage + 1;
+        ++rows.index;
+        if (++rows.tile == end) {
+            rows.tile = first, ++rows.head;
+            rows.index += tiles_in_all<Sh>(a) - (end - first);
+        }
+        return rows;
+    }
+
+    __device__ void start_matrix(Tile<Sh::D> target, const Matrix& x, const Rows& rows, int64_t columns) const {
+        start_copy<Sh::THREADS, Sh::ROWS>(target, row_of<Half>(x, sequence.b, rows.head, sequence.q_begin + rows.top()), x.row,
+                                          sight.T - rows.top(), int(columns));
+    }
+
+    __device__ void start_rows(const Rows& rows) const {
+        if (const int i = threadIdx.x * 4; i < Sh::STATISTICS)
+            copy_async(shared_address(statistics_of(rows) + i), a.delta + rows.index * Sh::STATISTICS + i, true);
+        start_matrix(Q_of(rows), a.q, rows, a.head_dim);
+        start_matrix(dO_of(rows), a.dout, rows, a.value_dim);
+        commit_copies();
     }
 
     __device__ void start_keys(Tile<Sh::D> target, const Matrix& x, int64_t columns) const {
@@ -205,50 +235,47 @@ struct Block {
         if (Sh::IN_TURN && tile >= 0 && threadIdx.x == 0) atomicAdd(a.turn + tile, 1);
     }
 
+    __device__ void write_scores(const Rows& rows) const {
+        Scores S = {}, dP = {};
+        multiply<Half, Sh::D, false, false>(S, Q_of(rows), row, K, score_column);
+        multiply<Half, Sh::D, false, false>(dP, dO_of(rows), row, V, score_column);
+        probabilities(S, dP, statistics_of(rows), rows.head, rows.top());
+    }
+
     __device__ void run() {
         const int last_key = min(key + Sh::KEYS, sight.S) - 1;
-        const int first = sight.first_query(key) / Sh::ROWS, end = min(sight.T, sight.last_query(last_key));
-        const int tiles = max(0, (end + Sh::ROWS - 1) / Sh::ROWS - first), heads = int(a.heads / a.kv_heads);
+        const int first = sight.first_query(key) / Sh::ROWS, last_row = min(sight.T, sight.last_query(last_key));
+        const int end = max(first, (last_row + Sh::ROWS - 1) / Sh::ROWS), heads = int(a.heads / a.kv_heads);
         Gradient dK = {}, dV = {};
+        Rows rows = {kv * heads, tile_index<Sh>(a, sequence, b, kv * heads, first), first, 0};
         int64_t last = -1;  // the tile whose turn is to be handed on
         start_keys(K, a.k, a.head_dim);
         start_keys(V, a.v, a.value_dim);
-        if (tiles > 0) {
-            start_statistics(tile_index<Sh>(a, sequence, b, kv * heads, first));
-            start_rows(Q, a.q, kv * heads, first * Sh::ROWS, a.head_dim);
-            start_rows(dO, a.dout, kv * heads, first * Sh::ROWS, a.value_dim);
-        }
-        for (int i = 0; i < tiles * heads; ++i) {
-            const int top = (first + i % tiles) * Sh::ROWS, next_top = (first + (i + 1) % tiles) * Sh::ROWS;
-            const int64_t head = kv * heads + i / tiles, next_head = kv * heads + (i + 1) / tiles;
-            const bool more = i + 1 < tiles * heads;
-            const int64_t index = tile_index<Sh>(a, sequence, b, head, top / Sh::ROWS);
-            const int seen = Sh::IN_TURN ? *static_cast<volatile int32_t*>(a.turn + index) : 0;
+        const int count = (end - first) * heads;
+        if (count > 0) start_rows(rows);
+        for (int i = 0; i < count; ++i) {
+            const Rows after = next(rows, first, end);
+            const bool more = i + 1 < count;
+            const int seen = Sh::IN_TURN ? *static_cast<volatile int32_t*>(a.turn + rows.index) : 0;
             wait_copies<0>();
-            __syncthreads();  // all have arrived, for all; P and dS of the last tile have been read
-            {
-                Scores S = {}, dP = {};
-                multiply<Half, Sh::D, false, false>(S, Q, row, K, score_column);
-                multiply<Half, Sh::D, false, false>(dP, dO, row, V, score_column);
-                probabilities(S, dP, Sh::STAGED ? statistics : a.delta + index * Sh::STATISTICS, head, top);
-            }
             sums_are_done();
-            __syncthreads();  // P and dS are written
+            __syncthreads();  // all have arrived, for all; the tile before has been done with
+            if (Sh::STAGES > 1 && more) start_rows(after);
             pass_turn(last);
-            multiply<Half, Sh::ROWS, true, true>(dK, dS, key_row, Q, column);
-            __syncthreads();  // Q has been read
-            if (more) {
-                start_statistics(tile_index<Sh>(a, sequence, b, next_head, next_top / Sh::ROWS));
-                start_rows(Q, a.q, next_head, next_top, a.head_dim);
+            write_scores(rows);
+            wait_turn(rows.index, rows.top(), seen);
+            __syncthreads();  // P and dS are written
+            multiply<Half, Sh::ROWS, true, true>(dV, P, key_row, dO_of(rows), column);
+            multiply<Half, Sh::ROWS, true, true>(dK, dS, key_row, Q_of(rows), column);
+            if constexpr (Sh::STAGES == 1) {
+                __syncthreads();  // Q and dO have been read
+                if (more) start_rows(after);
             }
-            multiply<Half, Sh::ROWS, true, true>(dV, P, key_row, dO, column);
-            wait_turn(index, top, seen);
-            __syncthreads();  // dO has been read
-            if (more) start_rows(dO, a.dout, next_head, next_top, a.value_dim);
             RowGradient dQ = {};
             multiply<Half, Sh::KEYS, false, true>(dQ, dS, row, K, column);
-            add_dq(dQ, index);
-            last = index;
+            add_dq(dQ, rows.index);
+            last = rows.index;
+            rows = after;
         }
         if constexpr (Sh::IN_TURN) {
             sums_are_done();
@@ -321,26 +348,32 @@ const char* run_backward(const Arguments& a, void* stream) {
     return launch(round_dq_kernel<Half, Sh>, row_tiles, Sh::THREADS, 0, stream, a);
 }
 
-int most_shared_bytes() {
+// Whether a multiprocessor has room for as many blocks as the shape was made for. Each takes 1 KB besides its own.
+template <class Sh>
+bool fits() {
     int device = 0, bytes = 0;
     cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    return bytes;
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    return Sh::BLOCKS * (Sh::SHARED_BYTES + 1024) <= bytes;
 }
 
-// Call `run` with the element type and the tiles. A GPU with 100 KB a block (sm_86, sm_89) gets small ones at a D of 256.
+// Call `run` with the element type and the first tiles that fit: two buffers on a GPU with 228 KB a multiprocessor (sm_90), one
+// with 164 KB (sm_80) and, at D up to 128, with 100 KB (sm_86, sm_89), which get small tiles at a D of 256.
 template <bool MODIFIED, class Half, class Run>
 const char* with_shape(const Arguments& a, const Run& run) {
-    using Wide = Shape<256, 64, 64, 8, 1>;
     const auto run_as = [&]<class Sh>(Sh) {
         if constexpr (MODIFIED) return run.template operator()<Half, Modified<Sh>>();
         else return run.template operator()<Half, Sh>();
     };
     const auto run_with = [&]<class Sh>(Sh shape) { return a.turn != nullptr ? run_as(InTurn<Sh>{}) : run_as(shape); };
+    const auto run_first = [&]<class Sh, class Next>(Sh shape, Next next) {
+        return fits<Sh>() ? run_with(shape) : run_with(next);
+    };
     const int64_t widest = std::max(a.head_dim, a.value_dim);
-    if (widest <= 64) return run_with(Shape<64, 64, 64, 4, 3>{});
-    if (widest <= 128) return run_with(Shape<128, 64, 64, 4, 2>{});
-    return Wide::SHARED_BYTES <= most_shared_bytes() ? run_with(Wide{}) : run_with(Shape<256, 32, 32, 4, 1>{});
+    if (widest <= 64) return run_first(Shape<64, 64, 64, 4, 3, 2>{}, Shape<64, 64, 64, 4, 3, 1>{});
+    if (widest <= 128) return run_first(Shape<128, 64, 64, 4, 2, 2>{}, Shape<128, 64, 64, 4, 2, 1>{});
+    using Wide = Shape<256, 64, 64, 8, 1, 2>;
+    return fits<Wide>() ? run_with(Wide{}) : run_first(Shape<256, 64, 64, 8, 1, 1>{}, Shape<256, 32, 32, 4, 1, 1>{});
 }
 
 template <bool MODIFIED, class Run>

@@ -138,13 +138,13 @@ struct Producer {
         q.next();
         for (int i = task.count - 1; i >= 0; --i) {
             const int key = task.begin + i * KEYS;
-            if (i == 0) next = deal();
             wait(&shared.k_empty[k.stage], k.parity ^ 1);
             load_tile(buffers.K + k.stage * TILE_BYTES, &plan.k, &shared.k_full[k.stage], KEYS, key, kv, task.b);
             k.next();
             wait(&shared.v_empty[v.stage], v.parity ^ 1);
             load_tile(buffers.V + v.stage * TILE_BYTES, &plan.v, &shared.v_full[v.stage], KEYS, key, kv, task.b);
             v.next();
+            if (i == min(1, task.count - 1)) next = deal();  // while the last tiles of keys have no room yet
         }
         return next;
     }
