@@ -53,7 +53,7 @@ TOKENS, WIDTH = 16384, 2048  # tokens of a batch, and heads x head_dim
 SHAPES = [(d, length, causal) for d in (64, 128) for length in (4096, 16384) for causal in (False, True)]
 LENGTHS = {64: (512, 1024, 2048, 4096, 8192, 16384), 128: (512, 1024, 2048, 4096, 8192, 16384), 256: (4096, 16384)}
 PEERS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
-BUILDS = (1, 2, 3, 4, "float8", "backward", "backward_wide", "backward_tensor_core", "backward_tiled")
+BUILDS = (1, 2, 3, 4, "float8", "backward_4_hopper", "backward_4_wide", "backward_3_tensor_core", "backward_2_tiled")
 SECONDS = 0.1  # of each measurement, after as long a warm-up
 
 HOPPER, TENSOR_CORE = "4_hopper.cuh", "3_tensor_core.cuh"
@@ -162,13 +162,13 @@ def time_backward(report: Report, limit: float) -> None:
     """The gradients of all three inputs, with and without the deterministic order."""
     for d, length, causal in SHAPES:
         contestants = {name: peer(backend, causal) for name, backend in PEERS.items()}
-        contestants["backward.cu"] = own(4, causal)
-        contestants["backward.cu, deterministic"] = own(4, causal, deterministic=True)
-        contestants["backward_tensor_core.cu"] = own(3, causal)
+        contestants["backward_4_hopper.cu"] = own(4, causal)
+        contestants["backward_4_hopper.cu, deterministic"] = own(4, causal, deterministic=True)
+        contestants["backward_3_tensor_core.cu"] = own(3, causal)
         time_gradients(report, limit, contestants, d, length, causal)
     for causal in (False, True):
-        contestants = {"sdpa flash": peer(PEERS["sdpa flash"], causal), "backward_wide.cu": own(4, causal)}
-        contestants["backward_tensor_core.cu"] = own(3, causal)
+        contestants = {"sdpa flash": peer(PEERS["sdpa flash"], causal), "backward_4_wide.cu": own(4, causal)}
+        contestants["backward_3_tensor_core.cu"] = own(3, causal)
         time_gradients(report, limit, contestants, 256, 4096, causal)
 
 
@@ -330,7 +330,7 @@ def time_float32(report: Report) -> None:
             work = flops(TOKENS // 4096, WIDTH // d, 4096, 4096, d, False)
             name = f"forward, float32, {label(d, 4096, False)}: {name}"
             report.add(name, timing, flops=work, limit=limit, d=d, length=4096, causal=False)
-        gradients = {"sdpa efficient": contestants["sdpa efficient"], "backward_tiled.cu": contestants["step 2"]}
+        gradients = {"sdpa efficient": contestants["sdpa efficient"], "backward_2_tiled.cu": contestants["step 2"]}
         time_gradients(report, limit, gradients, d, 4096, False, torch.float32)
 
 
@@ -401,12 +401,13 @@ def note_resources(report: Report) -> None:
             report.note(**{f"resources, step {step}, d {d}": flash.resources(step, q, q)})
     for step, dtype in (
         ("float8", torch.bfloat16),
-        ("backward", torch.bfloat16),
-        ("backward_wide", torch.bfloat16),
-        ("backward_tensor_core", torch.bfloat16),
-        ("backward_tiled", torch.float32),
+        ("backward_4_hopper", torch.bfloat16),
+        ("backward_4_wide", torch.bfloat16),
+        ("backward_3_tensor_core", torch.bfloat16),
+        ("backward_2_tiled", torch.float32),
     ):
-        for d in {"float8": (128,), "backward": (64, 128), "backward_wide": (256,)}.get(step, (64, 128, 256)):
+        widths = {"float8": (128,), "backward_4_hopper": (64, 128), "backward_4_wide": (256,)}
+        for d in widths.get(step, (64, 128, 256)):
             q = torch.empty(1, 1, 4096, d, device="cuda", dtype=dtype)
             report.note(**{f"resources, {step}, d {d}": flash.resources(step, q, q)})
 

@@ -43,10 +43,10 @@ from tformer_lib.flash_attention import kernels, reference
 TOOLS = ("memcheck", "racecheck", "synccheck")
 FOUND = 9  # exit status of a tool that found something
 GRADIENT_WIDTHS = {
-    "backward": (40, 64, 128),
-    "backward_wide": (136, 256),
-    "backward_tensor_core": (40, 128, 256),
-    "backward_tiled": (40, 256),
+    "backward_4_hopper": (40, 64, 128),
+    "backward_4_wide": (136, 256),
+    "backward_3_tensor_core": (40, 128, 256),
+    "backward_2_tiled": (40, 256),
 }
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?).*")
 ADDRESS = re.compile(r"ERROR: AddressSanitizer: [\w-]+|\d[\d,]* calls: .*")
@@ -73,7 +73,7 @@ def flash_cases() -> dict[str, Callable]:
 
 def flash_dtype(step: int | str) -> torch.dtype:
     """What a step computes with."""
-    return torch.float32 if step in (1, 2, "backward_tiled") else torch.bfloat16
+    return torch.float32 if step in (1, 2, "backward_2_tiled") else torch.bfloat16
 
 
 def run_flash_forward(step: int | str) -> None:
@@ -140,7 +140,8 @@ def run_flash_form_gradients() -> None:
 def run_flash_backward(name: str) -> None:
     """The gradients at odd lengths: both orders of dq, two heads to a kv head, packed sequences."""
     dtype, starts = flash_dtype(name), torch.tensor([0, 70, 70, 203], dtype=torch.int32).cuda()
-    orders = (False,) if name in ("backward_tiled", "backward_wide") else (False, True)  # these have one order alone
+    has_one_order = name in ("backward_2_tiled", "backward_4_wide")
+    orders = (False,) if has_one_order else (False, True)
     for d, (T, S), deterministic, packed in itertools.product(
         GRADIENT_WIDTHS[name], ((70, 203), (203, 70)), orders, (False, True)
     ):

@@ -168,7 +168,7 @@ def test_more_tiles_than_multiprocessors(step, device, dtype, lengths, head_dim)
 def test_gradients_where_shared_memory_is_small(room):
     """Tiles and buffers for a GPU with that many KB of shared memory a multiprocessor."""
     edit = [("(Sh::SHARED_BYTES + 1024) <= bytes", f"(Sh::SHARED_BYTES + 1024) <= {room} * 1024")]
-    with edited_kernel("flash_attention/backward_tensor_core.cuh", edit):
+    with edited_kernel("flash_attention/backward_3_tensor_core.cuh", edit):
         for d, repeats in itertools.product((40, 64, 120, 128, 256), (False, True)):
             shape, options = (2, 4, 2, 150, 190, d), {"causal": True, "deterministic": repeats}
             check_against_plain(shape, torch.bfloat16, "cuda", 3, backward=True, **options)

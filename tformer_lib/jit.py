@@ -46,7 +46,7 @@ def load(topic: str, step: int | str, *, device: torch.device | None = None) -> 
     Args:
         topic: the folder under ``kernels/``.
         step: the file's number (``3`` or ``"3"`` for ``3_tensor_core.cu``) or its whole name without the suffix
-            (``"backward"``, ``"3_tensor_core"``); nothing is guessed from a part of a name.
+            (``"backward_4_hopper"``, ``"3_tensor_core"``); nothing is guessed from a part of a name.
         device: the GPU to build a ``.cu`` file for; the current one if not given.
 
     Returns:

@@ -19,7 +19,7 @@ struct Arguments {
     float* lse;                    // (batch, heads, queries), log-sum-exp of each row's scores, natural logarithm
     float* dlse;                   // (batch, heads, queries) or null: the gradient that reached lse
     float* delta;                  // scratch: rowsum(dout * out) - dlse of every row (on a GPU beside its lse, in tiles)
-    float* dq_sum;                 // scratch of zeros: dq in float32, in the order that backward.cu likes
+    float* dq_sum;                 // scratch of zeros: dq in float32, in the order that backward_4_hopper.cu likes
     int32_t* turn;                 // scratch of zeros, or null: who may add to a tile of dq_sum next
     int32_t* dealt;                // step 4: two zeros that it leaves zero; tiles of rows handed out, blocks that are done
     const int32_t* cu_seqlens_q;   // (batch + 1) or null

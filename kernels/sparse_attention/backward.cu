@@ -1,4 +1,4 @@
-// The gradients on Hopper (sm_90a): the flash kernel's plan (kernels/flash_attention/backward.cu) over lists of blocks. A
+// The gradients on Hopper (sm_90a): the flash kernel's plan (kernels/flash_attention/backward_4_hopper.cu) over lists of blocks. A
 // block of threads owns 128 keys, keeps their dK and dV in registers, and lets the blocks of queries on its list pass by.
 // Scores are transposed: a key is a row, a query a column.
 //

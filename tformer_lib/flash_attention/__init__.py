@@ -22,9 +22,9 @@ The last two have rungs, steps "3a" to "3d" and "4a" to "4d": the same kernel wi
 and none of those that come after it.
 
 ``step=None`` takes the top one that can do what is asked. Gradients come from ``cpu.cpp`` on a CPU, from
-``backward.cu`` and, where head_dim is over 128, ``backward_wide.cu`` on a Hopper GPU (step 4; bf16 and f16), from
-``backward_tensor_core.cu`` on any GPU from sm_80 on (step 3; bf16 and f16), from ``backward_tiled.cu`` in float32, and
-from step 0 otherwise.
+``backward_4_hopper.cu`` and, where head_dim is over 128, ``backward_4_wide.cu`` on a Hopper GPU (step 4; bf16 and
+f16), from ``backward_3_tensor_core.cu`` on any GPU from sm_80 on (step 3; bf16 and f16), from ``backward_2_tiled.cu``
+in float32, and from step 0 otherwise.
 
 Scores may be capped by tanh and biased by distance (ALiBi), windows may be open to the right, and values may have a
 width of their own: steps 0, "cpu", 3 and 4 do that, the last two by files of their own where scores are more than

@@ -35,19 +35,20 @@ LADDER = Ladder(
 GRADIENTS = {
     "0": ("0",),
     "cpu": ("cpu", "0"),
-    "1": ("backward_tiled", "0"),
-    "2": ("backward_tiled", "0"),
-    "3": ("backward_tensor_core", "0"),
-    "4": ("backward", "backward_wide", "backward_tensor_core", "backward_tiled", "0"),
+    "1": ("backward_2_tiled", "0"),
+    "2": ("backward_2_tiled", "0"),
+    "3": ("backward_3_tensor_core", "0"),
+    "4": ("backward_4_hopper", "backward_4_wide", "backward_3_tensor_core", "backward_2_tiled", "0"),
 }
 GRADIENTS |= {rung: GRADIENTS[step] for step, rungs in RUNGS.items() for rung in rungs}
 
-FORMS = ("3", "4", "backward", "backward_tensor_core")  # can cap scores, add ALiBi, and take another width of values
+# These can cap scores, add ALiBi, and take another width of values.
+FORMS = ("3", "4", "backward_4_hopper", "backward_3_tensor_core")
 MODIFIED = {
     "3": "3_tensor_core_scores",
     "4": "4_hopper_scores",
-    "backward": "backward_scores",
-    "backward_tensor_core": "backward_tensor_core_scores",
+    "backward_4_hopper": "backward_4_hopper_scores",
+    "backward_3_tensor_core": "backward_3_tensor_core_scores",
 }
 
 
@@ -71,7 +72,7 @@ def refusal(step: str, q: Tensor, v: Tensor, mask: Tensor | None, options: Optio
         return refusal_of_dtype(q)
     if reason := refusal_of_form(step, q, v, options):
         return reason
-    if step in ("1", "2", "backward_tiled"):
+    if step in ("1", "2", "backward_2_tiled"):
         return refusal_of_dtype(q, (torch.float32,))
     return refusal_of_16_bits(step, q, v)
 
@@ -80,13 +81,13 @@ def refusal_of_form(step: str, q: Tensor, v: Tensor, options: Options) -> str | 
     """Why a CUDA step cannot do what goes beyond plain scores and one head_dim."""
     if step in FORMS:
         return None
-    if step == "backward_wide" and options.deterministic:
+    if step == "backward_4_wide" and options.deterministic:
         return "the order of its additions to dq changes from run to run"
     if options.softcap:
         return "it does not cap scores (softcap)"
     if options.alibi_slopes is not None or options.bias is not None:
         return "it adds no bias to scores (alibi_slopes, bias)"
-    if v.shape[-1] != q.shape[-1] and step != "backward_wide":
+    if v.shape[-1] != q.shape[-1] and step != "backward_4_wide":
         return f"it takes values of head_dim {q.shape[-1]} alone, got {v.shape[-1]}"
     return None
 
@@ -99,11 +100,11 @@ def refusal_of_16_bits(step: str, q: Tensor, v: Tensor) -> str | None:
     for name, width in (("head_dim", q.shape[-1]), ("value_dim", v.shape[-1])):
         if width % 8:
             return f"16-byte loads need a {name} that is a multiple of 8, got {width}"
-    if (step[0] == "4" or step in ("backward", "backward_wide")) and (reason := refusal_of_hopper(q.device)):
+    if (step[0] == "4" or step in ("backward_4_hopper", "backward_4_wide")) and (reason := refusal_of_hopper(q.device)):
         return reason
-    if step == "backward" and widest > 128:
-        return f"a head_dim over 128 does not fit the registers of backward.cu, got {widest}"
-    if step == "backward_wide" and widest <= 128:
+    if step == "backward_4_hopper" and widest > 128:
+        return f"a head_dim over 128 does not fit the registers of backward_4_hopper.cu, got {widest}"
+    if step == "backward_4_wide" and widest <= 128:
         return f"it is made for a head_dim over 128, got {widest}"
     return None
 

@@ -1,5 +1,5 @@
-// The gradients on Hopper by wgmma: see backward.cuh.
-#include "backward.cuh"
+// The gradients by mma.sync: see backward_3_tensor_core.cuh.
+#include "backward_3_tensor_core.cuh"
 
 extern "C" const char* scratch(const flash::Arguments* a, int64_t* sizes) { return flash::find_scratch(*a, sizes); }
 

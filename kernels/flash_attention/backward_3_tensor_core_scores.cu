@@ -1,5 +1,5 @@
 // The gradients by mma.sync, for scores that are capped or biased: scores.cuh says how. Compiled apart, as registers are full.
-#include "backward_tensor_core.cuh"
+#include "backward_3_tensor_core.cuh"
 
 extern "C" const char* scratch(const flash::Arguments* a, int64_t* sizes) { return flash::find_scratch<true>(*a, sizes); }
 

@@ -1,5 +1,5 @@
-// The gradients by mma.sync: see backward_tensor_core.cuh.
-#include "backward_tensor_core.cuh"
+// The gradients on Hopper by wgmma: see backward_4_hopper.cuh.
+#include "backward_4_hopper.cuh"
 
 extern "C" const char* scratch(const flash::Arguments* a, int64_t* sizes) { return flash::find_scratch(*a, sizes); }
 

@@ -1,5 +1,5 @@
 // The gradients by mma.sync (sm_80 and later), any head_dim up to 256: what a GPU before Hopper runs, and what Hopper runs
-// where head_dim is too wide for the registers of backward.cu. The plan is FlashAttention-2's (arXiv:2307.08691).
+// where head_dim is too wide for the registers of backward_4_hopper.cu. The plan is FlashAttention-2's (arXiv:2307.08691).
 //
 // A block owns KEYS keys: their K and V stay in shared memory, their dK and dV in registers. Tiles of queries pass by.
 //

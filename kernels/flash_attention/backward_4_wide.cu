@@ -1,7 +1,7 @@
-// The gradients on Hopper (sm_90a) where a head_dim over 128 leaves no room for backward.cuh: dK and dV of 64 keys and 256
-// columns are 256 registers of a thread if one warpgroup holds them, 128 if two share them by columns.
+// The gradients on Hopper (sm_90a) where a head_dim over 128 leaves no room for backward_4_hopper.cuh: dK and dV of 64 keys
+// and 256 columns are 256 registers of a thread if one warpgroup holds them, 128 if two share them by columns.
 //
-//   producer warp             as in backward.cuh: K and V once, then Q(i), lse(i), delta(i) and dO(i), two buffers deep
+//   producer warp             as in backward_4_hopper.cuh: K and V once, then Q(i), lse(i), delta(i) and dO(i), two buffers deep
 //   consumer warpgroup 0      S^T = K Q^T      P^T = exp2(S^T - lse)        -> shared memory
 //   consumer warpgroup 1      dP^T = V dO^T    dS^T = P^T (dP^T - delta)    -> shared memory
 //   both, 128 columns each    dV += P^T dO     dK += dS^T Q     dQ = dS K, added to float32 in global memory
@@ -16,13 +16,13 @@
 //               more: 450 TFLOP/s, where mma.sync has 238
 //   measured    390, causal 364 (mma.sync 235 and 217, SDPA's flash 243 and 219). Where the rest of the time goes has not been
 //               measured
-#include "backward.cuh"
+#include "backward_4_hopper.cuh"
 
 namespace flash {
 namespace {
 
 constexpr int HALF_D = 128;                // columns of dK, dV and dQ that a warpgroup holds
-constexpr int P_READY = 1, DS_READY_WIDE = 5;  // hardware barriers, besides those of backward.cuh
+constexpr int P_READY = 1, DS_READY_WIDE = 5;  // hardware barriers, besides those of backward_4_hopper.cuh
 
 struct WideShape {
     static constexpr bool PACKED = false, IN_TURN = false, MODIFIED = false;

@@ -1,6 +1,6 @@
 // The gradients on Hopper by wgmma, for scores that are capped or biased: scores.cuh says how. Compiled apart, as registers
 // are full.
-#include "backward.cuh"
+#include "backward_4_hopper.cuh"
 
 extern "C" const char* scratch(const flash::Arguments* a, int64_t* sizes) { return flash::find_scratch<true>(*a, sizes); }
 
