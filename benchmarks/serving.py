@@ -96,7 +96,16 @@ from tformer_lib import pretrained
 from tformer_lib.generation import changing_shapes, generate, prefill
 from tformer_lib.kv_cache import CacheShape, GrowingCache
 from tformer_lib.ladder import FP8
-from tformer_lib.serving import Engine, PackedPass, Request, Speculation, Step, blocks_that_fit, calibrate
+from tformer_lib.serving import (
+    Engine,
+    PackedPass,
+    Request,
+    Speculation,
+    Step,
+    blocks_that_fit,
+    calibrate,
+    freeze_heap,
+)
 from tformer_lib.stories import stories
 from tformer_lib.tokens import Encoding
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
@@ -255,6 +264,7 @@ def make_engine(model: Decoder, *, max_num_seqs: int, memory: int = MEMORY, **op
         engine.add(list(range(length // 2)), {"max_new_tokens": 4})
         engine.run()
     engine.log.clear()
+    freeze_heap()
     print(f"engine ready after {time.perf_counter() - begin:.1f} s", flush=True)
     return engine
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import math
 import os
@@ -565,6 +566,20 @@ def test_a_shutdown_finishes_what_has_begun():
             assert process.stderr.read() == ""
         finally:
             process.kill()
+
+
+def test_a_server_does_not_stop_to_look_through_what_it_began_with(monkeypatch):
+    """A full collection of garbage looks at some 350,000 objects, and holds up whoever waits for a token."""
+    from tformer_lib.serving.command import main
+
+    seen = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: seen.append(len(gc.get_objects())))
+    before = len(gc.get_objects())
+    try:
+        assert main(["serve", "--port", "0"]) == 0
+    finally:
+        gc.unfreeze()
+    assert seen[0] < before / 20
 
 
 @pytest.mark.parametrize(
