@@ -11,6 +11,8 @@ Variants, on the same requests (prompts and outputs of 100 to 1,024 tokens, draw
 length as likely, and in the part "skewed" every order of magnitude as likely, which is nearer to real traffic):
 
 - engine: ``serving.Engine``.
+- longest first: the same engine under the policy of that name, which trusts the lengths that requests ask for. Here all
+  write as many as they ask for; where texts end earlier, it gains less.
 - static: the same engine and kernels, in the same process, given a batch at a time: as many requests as can be reserved
   at full length (2,048 tokens), all of which go on until the longest has ended.
 - contiguous: ``generation.generate`` on a preallocated cache with its recorded step, one such batch.
@@ -139,7 +141,7 @@ ROOMY, ROOMY_CASE = 64 * 2**30, "256 requests, 64 GiB"
 """Memory in which all requests fit at once."""
 
 PEERS = ("nano-vllm", "static", "sequential", "engine", "64 tokens a step", "1024 tokens a step", "no prefix cache")
-PEERS += ("no drafts", "bfloat16", "any order", "predicted by the bound")
+PEERS += ("no drafts", "bfloat16", "any order", "predicted by the bound", "predicted by its steps")
 MANY_STEPS = "a run of many steps; the bound of a step stands beside the decode steps"
 
 
@@ -225,7 +227,7 @@ def compare(report: Report) -> None:
 # the workload
 
 
-def workload(skewed: bool = False) -> list[tuple[list[int], int]]:
+def workload(skewed: bool = False, count: int = REQUESTS) -> list[tuple[list[int], int]]:
     """(prompt, number of tokens to write) of each request: every length as likely, or every order of magnitude."""
     random = Random(0)
 
@@ -234,7 +236,7 @@ def workload(skewed: bool = False) -> list[tuple[list[int], int]]:
             return round(math.exp(random.uniform(math.log(SHORTEST), math.log(LONGEST))))
         return random.randint(SHORTEST, LONGEST)
 
-    pairs = [(length(), length()) for _ in range(REQUESTS)]
+    pairs = [(length(), length()) for _ in range(count)]
     return [([random.randrange(LLAMA_1B.vocab_size) for _ in range(p)], new) for p, new in pairs]
 
 
@@ -276,15 +278,10 @@ def engine_part(device: str) -> dict:
     """All requests at once, and then in static batches, by the same engine."""
     model = llama(device)
     engine = make_engine(model, max_num_seqs=REQUESTS)
-    parts = [continuous(engine), static(engine)]
+    parts = [continuous(engine), longest_first(engine), static(engine)]
     rows = [row for part in parts for row in part.pop("rows")]
-    return {
-        "rows": rows,
-        "parameters": count_parameters(model),
-        "weight_bytes": weight_bytes(model),
-        **parts[0],
-        **parts[1],
-    }
+    facts = {"parameters": count_parameters(model), "weight_bytes": weight_bytes(model)}
+    return {"rows": rows, **facts, **parts[0], **parts[1], **parts[2]}
 
 
 def continuous(engine: Engine) -> dict:
@@ -314,16 +311,38 @@ def continuous(engine: Engine) -> dict:
     }
 
 
+def longest_first(engine: Engine) -> dict:
+    """All requests at once, twice, those with the longest answers let in first."""
+    seconds = time_longest_first(engine, workload())
+    steps, preemptions = len(engine.log), sum(step.preemptions for step in engine.log)
+    facts = {"longest_first_steps": steps, "longest_first_preemptions": preemptions}
+    return {"rows": [total_row("longest first", seconds, workload())], **facts}
+
+
+def time_longest_first(engine: Engine, requests: list[tuple[list[int], int]]) -> list[float]:
+    """Seconds for all requests, twice, those with the longest answers first; the log is that of the second time."""
+    seconds, policy = [], engine.scheduler.policy
+    engine.scheduler.policy = "longest first"
+    for _ in range(2):
+        engine.log.clear()
+        seconds.append(time_engine(engine, [requests]))
+    engine.scheduler.policy = policy
+    return seconds
+
+
 def roomy_part(device: str) -> dict:
     """All requests at once where all of them fit: 64 GiB of keys and values."""
     model, requests, seconds = llama(device), workload(), []
     engine = make_engine(model, max_num_seqs=REQUESTS, memory=ROOMY)
+    longest = time_longest_first(engine, requests)
     for _ in range(2):
         engine.log.clear()
         seconds.append(time_engine(engine, [requests]))
     written = sum(new for _, new in requests)
     why = {"alone": "all requests fit, and so they would into a static batch"}
-    rows = [run_row(ROOMY_CASE, "engine", seconds, written)]
+    rows = [
+        run_row(ROOMY_CASE, who, times, written) for who, times in (("engine", seconds), ("longest first", longest))
+    ]
     rows += [{**row, **why} for row in decode_rows("engine, 64 GiB", list(engine.log), model)]
     return {"rows": rows, "roomy_steps": len(engine.log)}
 
@@ -560,18 +579,19 @@ def stories_load(device: str) -> tuple[Load, Load, Load, tuple[int, ...]]:
 
 
 def llama_load(device: str) -> tuple[Load, Load, Load, tuple[int, ...]]:
-    """The 1B shape: 40 of the skewed requests, some with a shared beginning, some talks, and the budgets."""
-    model, pairs, random = llama(device), workload(skewed=True)[:40], Random(1)
-    engine = partial(make_engine, model, max_num_seqs=len(pairs))
+    """The 1B shape with a quarter of the slots that the requests need, so that a queue forms: 64 of the skewed
+    requests, with answers of half the length, some with a shared beginning, some talks, and the budgets."""
+    model, pairs, random = llama(device), workload(skewed=True)[:64], Random(1)
+    engine = partial(make_engine, model, max_num_seqs=16)
 
     def tokens(length: int) -> list[int]:
         return [random.randrange(LLAMA_1B.vocab_size) for _ in range(length)]
 
     beginning = tokens(1024)
     shared = Load([beginning + tokens(32) for _ in pairs], [64] * len(pairs), engine)
-    questions = [[tokens(48) for _ in range(3)] for _ in range(24)]
-    chats = Load([tokens(700) for _ in range(24)], [128] * 24, engine, questions)
-    return Load([p for p, _ in pairs], [new for _, new in pairs], engine), shared, chats, (256, 1024, 8192)
+    questions = [[tokens(48) for _ in range(3)] for _ in range(12)]
+    chats = Load([tokens(700) for _ in questions], [128] * len(questions), engine, questions)
+    return Load([p for p, _ in pairs], [new // 2 for _, new in pairs], engine), shared, chats, (256, 1024, 8192)
 
 
 PREFILL_RATE = 600e12
@@ -579,15 +599,15 @@ PREFILL_RATE = 600e12
 
 
 def knee_part(device: str) -> dict:
-    """The first 192 requests, one by one at rates from light load to past saturation, driven and predicted."""
-    model, requests = llama(device), workload()[:192]
+    """300 requests, one by one at rates from light load to past saturation, driven and predicted."""
+    model, requests = llama(device), workload(count=300)
     load = Load([prompt for prompt, _ in requests], [new for _, new in requests], partial(make_engine, model))
     weights, per_token = weight_bytes(model), CacheShape.of(model, 1).bytes_per_token
 
     def step_seconds(tokens: int, held: int) -> float:
         return max(weights * tokens / PREFILL_RATE, (weights + held * per_token) / BANDWIDTH)
 
-    return find_knee(load.engine(max_num_seqs=256, budget=512), load, (30, 50, 65, 80, 110), step_seconds)
+    return find_knee(load.engine(max_num_seqs=256, budget=512), load, (30, 60, 80, 100, 140), step_seconds)
 
 
 # nano-vllm

@@ -38,7 +38,7 @@ from tformer_lib.serving import (
     runner,
 )
 from tformer_lib.serving.command import main
-from tformer_lib.serving.runner import likeliest
+from tformer_lib.serving.fused import choose_likeliest
 from tformer_lib.serving.scheduler import POLICIES
 from tformer_lib.serving.turns import Turns
 from tformer_lib.tokens import characters
@@ -211,17 +211,19 @@ def serve_by(policy, news, **options):
 
 def test_the_longest_are_let_in_first_and_only_as_many_as_will_fit():
     news = [4, 30, 12, 25, 3, 18, 30, 9]
-    engine, begun = serve_by("mixed", news, blocks=21, seats=8)
+    engine, begun = serve_by("mixed", news, blocks=21, max_num_seqs=8)
     assert engine.scheduler.preemptions > 0
-    engine, begun = serve_by("longest first", news, blocks=21, seats=8)
+    engine, begun = serve_by("longest first", news, blocks=21, max_num_seqs=8)
     assert begun == sorted(news, reverse=True)
     assert engine.scheduler.preemptions == 0
-    steps = {policy: len(serve_by(policy, [4, 4, 4, 4, 20], seats=2)[0].log) for policy in ("mixed", "longest first")}
+    steps = {
+        policy: len(serve_by(policy, [4, 4, 4, 4, 20], max_num_seqs=2)[0].log) for policy in ("mixed", "longest first")
+    }
     assert steps["mixed"] - steps["longest first"] >= 7  # the two places before the long one are not waited for
 
 
 def test_what_will_be_held_at_most_is_foreseen():
-    scheduler = Scheduler(BlockAllocator(100, 4), seats=4, budget=64, max_blocks=20)
+    scheduler = Scheduler(BlockAllocator(100, 4), max_num_seqs=4, budget=64, max_blocks=20)
     for prompt, new in ((10, 8), (3, 20), (6, 1)):
         scheduler.add(Request(None, [0] * prompt, Params(max_new_tokens=new)))
     scheduler.plan()
@@ -369,10 +371,15 @@ def test_joined_projections_are_the_same_layer(bias):
 def test_the_likeliest_token_is_the_first_of_the_largest(device, dtype):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(5, (40, 96), generator=generator).to(dtype)  # many are equal
+    expected = logits.argmax(-1)
     logits[3, 50], logits[4, 7], logits[5, :] = math.nan, math.inf, -math.inf
-    tokens, finite = likeliest(logits.to(device))
-    assert tokens.tolist() == logits.argmax(-1).tolist()
-    assert (~finite).nonzero().flatten().tolist() == [3, 4, 5]
+    expected[3:6] = runner.NONE
+    batch_slots, chosen = torch.randperm(60, generator=generator)[:40], torch.full((60,), 77)
+    written = chosen.clone()
+    written[batch_slots] = expected.clamp_min(0)
+    chosen = chosen.to(device)
+    assert choose_likeliest(logits.to(device), batch_slots.to(device), chosen).tolist() == expected.tolist()
+    assert chosen.tolist() == written.tolist()
 
 
 def test_steps_that_are_not_recorded_leave_compiled_blocks_alone(monkeypatch):
@@ -749,15 +756,16 @@ def test_a_token_without_bytes_ends_its_own_request(ahead):
 def test_logits_that_are_no_numbers_end_their_own_request(number, ahead, wish):
     engine = Engine(MODEL, blocks=24, block_size=4, max_num_seqs=2, budget=8, ahead=ahead)
     good, bad = (engine.add([i, 2, 3], {"max_new_tokens": 6, **wish}) for i in (1, 2))
-    choose = engine.runner.choose
+    run = engine.runner._run
 
-    def broken(logits, requests, batch_slots):
-        for place, request in enumerate(requests):
-            if request is bad and len(request.tokens) + request.pending > 5:
+    def broken(rows, tables, samples):
+        logits, batch_slots = run(rows, tables, samples)
+        for place, row in enumerate(row for row in rows if row.samples):
+            if row.request is bad and len(bad.tokens) + bad.pending > 5:
                 logits[place] = number
-        return choose(logits, requests, batch_slots)
+        return logits, batch_slots
 
-    engine.runner.choose = broken
+    engine.runner._run = broken
     engine.run()
     assert (good.finish_reason, bad.finish_reason) == ("length", "error")
     assert bad.error == "the logits after its tokens are not finite"
