@@ -560,7 +560,7 @@ def latency_part(device: str) -> dict:
 def stories_load(device: str) -> tuple[Load, Load, Load, tuple[int, ...]]:
     """The pretrained model: requests, some with a shared beginning, some talks, and the budgets that are compared."""
     model, encoding = pretrained.load(device=device)
-    random, count = Random(0), 32
+    random, count = Random(0), 28
 
     def engine(**options) -> Engine:
         made = Engine(model, max_num_seqs=16, **{"prefix_cache": False, **options})
@@ -575,12 +575,12 @@ def stories_load(device: str) -> tuple[Load, Load, Load, tuple[int, ...]]:
     beginning = tokens(160)
     shared = Load([beginning + tokens(8) for _ in range(count)], [8] * count, engine)
     chats = Load([tokens(80) for _ in range(8)], [16] * 8, engine, [[tokens(12) for _ in range(3)] for _ in range(8)])
-    return Load(prompts, skewed_lengths(random, count, 6, 48), engine), shared, chats, (16, 64, 1024)
+    return Load(prompts, skewed_lengths(random, count, 6, 36), engine), shared, chats, (16, 64, 1024)
 
 
 def llama_load(device: str) -> tuple[Load, Load, Load, tuple[int, ...]]:
     """The 1B shape with a quarter of the slots that the requests need, so that a queue forms: 64 of the skewed
-    requests, with answers of half the length, some with a shared beginning, some talks, and the budgets."""
+    requests, with answers of a third of the length, some with a shared beginning, some talks, and the budgets."""
     model, pairs, random = llama(device), workload(skewed=True)[:64], Random(1)
     engine = partial(make_engine, model, max_num_seqs=16)
 
@@ -591,7 +591,7 @@ def llama_load(device: str) -> tuple[Load, Load, Load, tuple[int, ...]]:
     shared = Load([beginning + tokens(32) for _ in pairs], [64] * len(pairs), engine)
     questions = [[tokens(48) for _ in range(3)] for _ in range(12)]
     chats = Load([tokens(700) for _ in questions], [128] * len(questions), engine, questions)
-    return Load([p for p, _ in pairs], [new // 2 for _, new in pairs], engine), shared, chats, (256, 1024, 8192)
+    return Load([p for p, _ in pairs], [new // 3 for _, new in pairs], engine), shared, chats, (256, 1024, 8192)
 
 
 PREFILL_RATE = 600e12

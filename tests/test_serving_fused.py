@@ -234,22 +234,26 @@ def test_products_of_few_rows(tokens, sizes):
 @pytest.mark.parametrize("rows", [1, 33, 160, 256])
 @pytest.mark.parametrize("own", [("qkv",), ("out",), ("gate_up",), ("down",), PRODUCTS])
 def test_each_product_may_be_of_either_kind(rows, own):
+    """Sums are rounded at other places, so both are compared with float64, which a wrong product would leave far."""
     sizes = {"heads": 4, "kv_heads": 2, "width": 256, "feed_forward_width": 512}
-    model = make_model(torch.bfloat16, **sizes).cuda()
-    join_projections(model)
-    pools = empty_pools(model, rows, 16, torch.bfloat16, "cuda")
-    fused = FusedPass(model, pools, None)
-    assert fused.takes(rows) == PRODUCTS
-    assert fused.takes(257) == ()
-    tokens, lengths = torch.randint(96, (rows,), device="cuda"), torch.randint(1, 17, (rows,), device="cuda")
-    tables = torch.randperm(rows, device="cuda")[:, None].int()
-    where = (lengths - 1, tables[:, 0].long() * 16 + lengths - 1, Rows(tables, lengths.int()))
-    with torch.no_grad():
-        expected = fused(tokens, *where)
-        for pool in sum(pools, ()):
-            pool.fill_(9.0)
-        found = fused(tokens, *where, own=own)
-    torch.testing.assert_close(found.float(), expected.float(), rtol=0.02, atol=0.05)
+    tokens, lengths, tables = torch.randint(96, (rows,)), torch.randint(1, 17, (rows,)), torch.randperm(rows)[:, None]
+    where = (lengths - 1, tables[:, 0] * 16 + lengths - 1)
+
+    def logits(dtype, device, own):
+        model = make_model(torch.bfloat16, **sizes).to(device, dtype)
+        join_projections(model)
+        fused = FusedPass(model, empty_pools(model, rows, 16, dtype, device), None)
+        if device == "cuda":
+            assert fused.takes(rows) == PRODUCTS
+            assert fused.takes(257) == ()
+        numbers = [x.to(device) for x in (tokens, *where, tables.int(), lengths.int())]
+        with torch.no_grad():
+            return fused(*numbers[:3], Rows(*numbers[3:]), own=own).cpu().double()
+
+    exact = logits(torch.float64, "cpu", ())
+    theirs, ours = (logits(torch.bfloat16, "cuda", kind) - exact for kind in ((), own))
+    assert ours.std() <= 2 * theirs.std()
+    assert ours.abs().max() <= 3 * theirs.abs().max()
 
 
 @ON_GPU
