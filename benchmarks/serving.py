@@ -862,11 +862,12 @@ def soak_part(device: str) -> dict:
     """Twenty minutes of everything at once in pools that are too small: what is left over, and what memory grew by.
 
     Requests share beginnings, are greedy or sampled, ask for log-probabilities, stop early, and every fifth is
-    cancelled at some moment; one engine is plain, two draft, one has float8 pools. The texts of the first three are
-    compared with what the same request gets alone.
+    cancelled at some moment; one engine is plain, two draft, one has float8 pools and lets in the longest first. The
+    texts of the first three are compared with what the same request gets alone.
     """
     model, encoding = pretrained.load(device=device)
-    options = ({}, {"speculation": Speculation()}, {"speculation": Speculation(model=model)}, {"kv_dtype": "float8"})
+    options = ({}, {"speculation": Speculation()}, {"speculation": Speculation(model=model)})
+    options += ({"kv_dtype": "float8", "policy": "longest first"},)
     engines = [Engine(model, encoding, blocks=14, block_size=8, max_num_seqs=6, budget=24, **more) for more in options]
     random, begin, ends, memory, texts = Random(0), time.perf_counter(), Counter(), [], []
     for number in range(SOAK_REQUESTS):

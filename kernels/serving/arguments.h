@@ -66,18 +66,28 @@ struct BeginArguments {
     int32_t dtype;
 };
 
-// The end of a step: each row's likeliest token, from the largest logits of the parts of its vocabulary.
+// The end of a step: the largest logit of each part of the vocabulary, of so many columns.
+struct LargestArguments {
+    const void* logits;  // (rows, parts, columns)
+    void* most;          // (rows, parts): NaN if there is one
+    int64_t* places;     // (rows, parts): where it is in its part, the first of equal ones
+    int64_t rows, parts, columns;
+    int32_t dtype;
+};
+
+// And from them each row's likeliest token.
 struct ChooseArguments {
-    const void* most;       // (rows, parts): the largest logit of each part, NaN if there is one
-    const int64_t* places;  // (rows, parts): where it is in its part
+    const void* most;       // (rows, parts)
+    const int64_t* places;  // (rows, parts)
     const int64_t* batch_slots;   // (rows)
     int64_t* tokens;        // (rows): -1 where the largest is not finite
     int64_t* chosen;        // by batch slot: the token, 0 in place of -1
-    int64_t rows, parts, columns;  // 32 parts at most, of so many logits
+    int64_t rows, parts, columns;  // 32 parts at most
     int32_t dtype;
 };
 
 static_assert(sizeof(BeginArguments) == 112, "serving/fused.py packs it so");
+static_assert(sizeof(LargestArguments) == 56, "serving/fused.py packs it so");
 static_assert(sizeof(ChooseArguments) == 72, "serving/fused.py packs it so");
 static_assert(sizeof(ProductArguments) == 64, "serving/fused.py packs it so");
 static_assert(sizeof(AddNormArguments) == 64, "serving/fused.py packs it so");

@@ -27,6 +27,7 @@ TURN = struct.Struct("2P Pqqq Pqqq 3P 6q ff ii")
 GATE = struct.Struct("2P qq i 4x")
 PRODUCT = struct.Struct("3P 4q ii")
 BEGIN = struct.Struct("9P 3q ff i 4x")
+LARGEST = struct.Struct("3P 3q i 4x")
 CHOOSE = struct.Struct("5P 3q i 4x")
 """The structs of kernels/serving/arguments.h."""
 
@@ -77,7 +78,7 @@ class FusedPass:
         if self.on_gpu:
             kernel = partial(LADDER.kernel, "decode_step", device=weight.device)
             self.add_norm_kernel, self.turn_kernel, self.gate_kernel = map(kernel, ("add_norm", "turn", "gate"))
-            self.begin_kernel, self.choose_kernel = map(kernel, ("begin", "choose"))
+            self.begin_kernel, self.largest_kernel, self.choose_kernel = map(kernel, ("begin", "largest", "choose"))
             self.product_kernel = LADDER.kernel("few_rows", "product", weight.device)
             self.processors = torch.cuda.get_device_properties(weight.device).multi_processor_count
 
@@ -97,8 +98,8 @@ class FusedPass:
 
         Args:
             tokens, positions, slots: (total,) int64.
-            chosen: what each batch slot has chosen last, and each token's batch slot, (batch_slots,) and (total,) int64: where a token is
-                below 0, it is that one.
+            chosen: what each batch slot has chosen last, (batch_slots,) int64, and each token's batch slot, (total,)
+                int64: where a token is below 0, it is that one.
             rows: whose numbers no kernel of this pass may write: attention reads them early.
             only: (n,) int64, the places whose logits are wanted; all if not given.
             batch_invariant: see :func:`paged_attention`.
@@ -155,20 +156,24 @@ class FusedPass:
         return x, cos, sin
 
     def choose(self, logits: Tensor, batch_slots: Tensor, chosen: Tensor) -> Tensor:
-        """The likeliest token of each row, (rows,) int64, -1 where its logit is not finite; see :func:`largest`.
+        """The likeliest token of each row, (rows,) int64, -1 where its logit is not finite.
 
         Args:
-            logits: (rows, vocab_size).
+            logits: (rows, vocab_size), contiguous.
             batch_slots: (rows,) int64.
             chosen: (batch_slots,) int64, which gets each batch slot's token, 0 in place of -1.
         """
         if not self.on_gpu:
             return choose_likeliest(logits, batch_slots, chosen)
-        most, places = largest(logits)
-        tokens = torch.empty_like(batch_slots)
-        pointers = (most.data_ptr(), places.data_ptr(), batch_slots.data_ptr(), tokens.data_ptr(), chosen.data_ptr())
-        numbers = (*most.shape, logits.shape[1] // most.shape[1], DTYPE_CODES[logits.dtype])
-        self.choose_kernel.launch(CHOOSE.pack(*pointers, *numbers))
+        rows, vocab_size = logits.shape
+        parts, dtype = parts_of_vocabulary(vocab_size), DTYPE_CODES[logits.dtype]
+        most, places = logits.new_empty(rows, parts), batch_slots.new_empty(rows, parts)
+        tokens, numbers = torch.empty_like(batch_slots), (rows, parts, vocab_size // parts, dtype)
+        found = (most.data_ptr(), places.data_ptr())
+        self.largest_kernel.launch(LARGEST.pack(logits.data_ptr(), *found, *numbers))
+        self.choose_kernel.launch(
+            CHOOSE.pack(*found, batch_slots.data_ptr(), tokens.data_ptr(), chosen.data_ptr(), *numbers)
+        )
         return tokens
 
     # between the products
@@ -279,30 +284,21 @@ def whole(x: Tensor) -> Tensor:
 # choosing tokens
 
 
-def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest logit of each part of the vocabulary, and where it is in its part. NaN counts as the largest.
-
-    On a GPU there are 32 parts: a kernel that reduces a row in one block is slow where rows are few.
-
-    Args:
-        logits: (rows, vocab_size).
-
-    Returns:
-        (rows, parts), and (rows, parts) int64: the first place of those that are equal.
-    """
-    rows, vocab_size = logits.shape
-    parts = PARTS if logits.is_cuda and vocab_size % PARTS == 0 else 1
-    return logits.reshape(rows, parts, -1).max(-1)
-
-
 def choose_likeliest(logits: Tensor, batch_slots: Tensor, chosen: Tensor) -> Tensor:
-    """What :meth:`FusedPass.choose` returns and writes, in plain PyTorch."""
-    most, places = largest(logits)
+    """What :meth:`FusedPass.choose` returns and writes, in plain PyTorch. NaN counts as the largest."""
+    rows, vocab_size = logits.shape
+    parts = parts_of_vocabulary(vocab_size) if logits.is_cuda else 1
+    most, places = logits.reshape(rows, parts, -1).max(-1)  # (rows, parts)
     part = most.argmax(-1, keepdim=True)  # (rows, 1)
-    tokens = part * (logits.shape[1] // most.shape[1]) + places.gather(1, part)  # (rows, 1)
+    tokens = part * (vocab_size // parts) + places.gather(1, part)
     tokens = tokens[:, 0].masked_fill(~most.gather(1, part)[:, 0].isfinite(), -1)
     chosen[batch_slots] = tokens.clamp_min(0)  # a step ahead reads it before anybody has looked
     return tokens
+
+
+def parts_of_vocabulary(vocab_size: int) -> int:
+    """Into how many parts a GPU cuts a row of logits: a kernel that reduces a row in one block is slow for few rows."""
+    return PARTS if vocab_size % PARTS == 0 else 1
 
 
 # which models

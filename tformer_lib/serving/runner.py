@@ -444,7 +444,7 @@ class Runner:
         return logits[inputs.places[:samples]], batch_slots, tokens
 
     def _likeliest(self, logits: Tensor, batch_slots: Tensor) -> Tensor:
-        """The likeliest token of each row, (rows,) int64, NONE where logits are not finite; its batch slot's last token.
+        """The likeliest token of each row, (rows,) int64, NONE where logits are not finite: its batch slot's last one.
 
         Args:
             logits: (rows, vocab_size).
