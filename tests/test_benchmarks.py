@@ -605,7 +605,7 @@ def test_the_knee_is_driven_beside_two_predictions_of_the_same_arrivals():
     from tformer_lib.transformer import Decoder, ModelConfig
 
     model = Decoder(ModelConfig(vocab_size=11, max_length=32, width=8, layers=1, heads=1, positions="rope"))
-    engine = Engine(model, blocks=20, seats=2, budget=4, prefix_cache=False)
+    engine = Engine(model, blocks=20, max_num_seqs=2, budget=4, prefix_cache=False)
     load = Load([[1, 2, 3, i] for i in range(6)], [1, 2, 3, 4, 5, 6], lambda: engine)
     result = find_knee(engine, load, (100, 1000), lambda tokens, held: 1e-3)
     whos = ["driven", "predicted by the bound", "predicted by its steps"]
