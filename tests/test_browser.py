@@ -204,6 +204,17 @@ def test_chapter_links_its_terms_once(site, page):
     assert all(link.startswith("../glossary.html#term-") for link in linked)
 
 
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_what_is_printed_stands_where_the_notebook_has_it(site, page):
+    soup = BeautifulSoup((site / f"{page}.html").read_text(encoding="utf-8"), "html.parser")
+    shown = {" ".join(block.get_text().split()) for block in soup.select(".cell_output .stream pre")}
+    cells = json.loads((ROOT / f"{page}.ipynb").read_text(encoding="utf-8"))["cells"]
+    for cell in (cell for cell in cells if "remove-output" not in cell["metadata"].get("tags", [])):
+        printed = [part["text"] for part in cell.get("outputs", []) if part["output_type"] == "stream"]
+        if len(printed) > 1:  # between them stand tables or figures, which they introduce
+            assert {" ".join("".join(text).split()) for text in printed} <= shown
+
+
 def test_internal_links_and_anchors_resolve(site):
     assert broken_links(site) == []
 
