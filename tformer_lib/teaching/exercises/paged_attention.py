@@ -6,6 +6,7 @@ from collections import OrderedDict
 import torch
 
 from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_shape
+from tformer_lib.teaching.exercises.tokens import count_lines
 
 
 @exercise(
@@ -210,27 +211,36 @@ class Model:
 
 
 class Key(str):
-    """A key that counts how often it is compared with another."""
+    """A key that counts how often one is compared with another, or hashed to be looked up."""
 
-    compared = 0
+    compared = hashed = 0
 
     def __eq__(self, other):
         Key.compared += 1
         return super().__eq__(other)
 
-    __hash__ = str.__hash__
+    def __hash__(self):
+        Key.hashed += 1
+        return super().__hash__()
 
 
 def require_constant_time(fn) -> None:
-    """Fail if a key is looked for among all the others."""
+    """Fail if a key is looked for among all the others, or the oldest among all."""
     pool = fn(400)
-    for block in [pool.take() for _ in range(400)]:
+    blocks = [pool.take() for _ in range(400)]
+    for block in blocks:
         pool.free(block, Key(f"key {block}"))
+    oldest = next(block for block in blocks if block != 200)
     Key.compared = 0
     found = pool.find(Key("key 200"))
     require(found == 200, f"of 400 blocks cached under their numbers, find('key 200') gives {found}")
     words = f"find() compared a key with {Key.compared} others"
     require(Key.compared <= 10, f"{words}: in constant time, a dictionary finds it at once")
+    Key.hashed, taken = 0, []
+    lines = count_lines(lambda: taken.append(pool.take()))
+    require(taken == [oldest], f"of 399 cached blocks, take() gives {taken[0]}, which was not the oldest")
+    words = f"take() looked at {max(Key.hashed, lines)} keys or lines of code for the oldest of 399 cached blocks"
+    require(Key.hashed <= 10 and lines <= 100, f"{words}: keep them in the order in which they were freed")
 
 
 def draw_step(draw, model):
