@@ -972,6 +972,7 @@ def test_the_stream_yields_what_generate_returns_and_stops_when_nobody_listens()
         ([1], {"top_k": 2.5, "temperature": 1.0}, "top_k must be a whole number"),
         ([1], {"max_new_tokens": None}, "max_new_tokens must be a whole number"),
         ([1], {"stop": 5}, "stop must be a list of strings"),
+        ([1], {"stop": torch.tensor(0.5)}, "stop must be a list of strings"),
         ([1.5], {}, "a prompt must be a text or a list of tokens"),
         (["1"], {}, "a prompt must be a text or a list of tokens"),
         ([1], {"stop_tokens": 3}, "stop_tokens must be a list of tokens"),

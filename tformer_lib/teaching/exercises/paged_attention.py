@@ -5,7 +5,7 @@ from collections import OrderedDict
 
 import torch
 
-from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_shape
+from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_integer, require_shape
 from tformer_lib.teaching.exercises.tokens import count_lines
 
 
@@ -29,8 +29,9 @@ def check_slots(fn):
             for p, slot in zip(range(start, stop), found, strict=True):
                 expected = table[p // size] * size + p % size
                 place = f"position {p} of table {table} with blocks of {size}"
-                require(int(slot) != p or p == expected, f"{place}: slot {p} ignores the table")
-                require(int(slot) == expected, f"{place} is in slot {expected}, you say {slot}")
+                slot = require_integer(slot, f"{place}: the slot")
+                require(slot != p or p == expected, f"{place}: slot {p} ignores the table")
+                require(slot == expected, f"{place} is in slot {expected}, you say {slot}")
 
 
 @exercise(
@@ -48,7 +49,7 @@ def check_append(fn):
         blocks = [5, 2, 7][: -(-length // size)]
         holders = [0] * 8
         for block in blocks:
-            holders[block] = 2 if shared else 1
+            holders[block] = (3 if length == 6 else 2) if shared else 1
         empty = [b for b in range(8) if holders[b] == 0]
         before = list(blocks), list(holders), len(empty)
         copies = fn(blocks, length, holders, empty, size)
@@ -75,6 +76,7 @@ def judge_append(before, blocks, length, holders, empty, copies, shared, size) -
         require(len(copied) == 1, f"{state}: others read the last block, so it is copied first; your copies: {copied}")
         require(copied[0] == (old_blocks[-1], blocks[-1]), f"{state}: the copy goes from the old block to the new one")
         require(blocks[:-1] == old_blocks[:-1], f"{state}: only the last block is replaced, and they are {blocks}")
+        require(blocks[-1] != old_blocks[-1], f"{state}: the last block is still the one that others read")
         left = holders[old_blocks[-1]]
         require(
             left == old_holders[old_blocks[-1]] - 1, f"{state}: the old block has lost one holder, and counts {left}"
@@ -170,6 +172,7 @@ def check_combine(fn):
     require_close(out[1:4], wanted[1:4], "the output is not that of all keys at once", name="the output")
     require_close(out[[0, 4]], wanted[[0, 4]], "heads with large scores or with none go wrong", name="the output")
     require_close(lse[:4], wanted_lse[:4], "lse is not that of all keys at once", name="the log-sum-exp")
+    require(lse[4] < -1e9, f"head 4 sees no key: the logarithm of a sum of nothing is -inf, and yours is {lse[4]:.4g}")
 
 
 def partial_attention(scores, values):

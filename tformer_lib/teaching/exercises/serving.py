@@ -128,9 +128,9 @@ def check_chunk(fn):
     ),
 )
 def check_certain(fn):
-    cases = ["the end", "THE E", "a", "", "aaa", "abab", "THE THE EN", "x.\n", "\n\n"]
+    cases = ["the end", "THE E", "a", "", "aaa", "abab", "THE THE EN", "x.\n", "\n\n", "so: THE END OF"]
     for text in cases:
-        for stop in ("THE END", "abac", "\n\n", "aaaa", "x"):
+        for stop in ("THE END", "abac", "\n\n", "aaaa", "x", "THE END OF IT"):
             if stop in text:
                 continue
             found, expected = fn(text, stop), len(text) - overlap(text, stop)
