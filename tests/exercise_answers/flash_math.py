@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 
@@ -177,7 +178,7 @@ RIGHT = {
     "flash_math.backward": backward,
     "flash_math.tiles": tiles,
 }
-ALSO_RIGHT = {"flash_math.tiles": [lambda *shape: torch.tensor(tiles(*shape))]}
+ALSO_RIGHT = {"flash_math.tiles": [lambda *shape: torch.tensor(tiles(*shape)), lambda *shape: np.array(tiles(*shape))]}
 WRONG = {
     "flash_math.online": [
         online_without_maximum,

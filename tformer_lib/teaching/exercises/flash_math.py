@@ -185,7 +185,7 @@ def check_tiles(fn):
     shapes = ((8, 8, 4, 4), (8, 8, 4, 2), (8, 8, 2, 4), (10, 10, 4, 4), (4, 12, 4, 4), (1, 9, 4, 4), (7, 13, 3, 5))
     for T, S, rows, columns in shapes:
         result = fn(T, S, rows, columns)
-        three = isinstance(result, (tuple, list, Tensor)) and len(result) == 3
+        three = hasattr(result, "__len__") and len(result) == 3
         require(three, "return three counts: skipped, masked, whole")
         result = [require_integer(count, "a count") for count in result]
         expected = count_tiles(T, S, rows, columns)
