@@ -343,7 +343,7 @@ def steps_for(step: Callable[[], object], seconds: float) -> float:
 
 
 KINDS = {
-    "matrix products": ("gemm", "nvjet", "cutlass", "gemv", "splitk"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "gemv", "splitk", "product_kernel"),
     "copying the cache": ("catarray",),
     "attention": ("decode_kernel", "prefill_kernel", "fmha", "flash", "sdpa", "softmax"),
 }

@@ -11,6 +11,8 @@ Variants, on the same requests (prompts and outputs of 100 to 1,024 tokens, draw
 length as likely, and in the part "skewed" every order of magnitude as likely, which is nearer to real traffic):
 
 - engine: ``serving.Engine``.
+- longest first: the same engine under the policy of that name, which trusts the lengths that requests ask for. Here all
+  write as many as they ask for; where texts end earlier, it gains less.
 - static: the same engine and kernels, in the same process, given a batch at a time: as many requests as can be reserved
   at full length (2,048 tokens), all of which go on until the longest has ended.
 - contiguous: ``generation.generate`` on a preallocated cache with its recorded step, one such batch.
@@ -96,7 +98,16 @@ from tformer_lib import pretrained
 from tformer_lib.generation import changing_shapes, generate, prefill
 from tformer_lib.kv_cache import CacheShape, GrowingCache
 from tformer_lib.ladder import FP8
-from tformer_lib.serving import Engine, PackedPass, Request, Speculation, Step, blocks_that_fit, calibrate
+from tformer_lib.serving import (
+    Engine,
+    PackedPass,
+    Request,
+    Speculation,
+    Step,
+    blocks_that_fit,
+    calibrate,
+    freeze_heap,
+)
 from tformer_lib.stories import stories
 from tformer_lib.tokens import Encoding
 from tformer_lib.transformer import Decoder, ModelConfig, count_parameters
@@ -130,7 +141,7 @@ ROOMY, ROOMY_CASE = 64 * 2**30, "256 requests, 64 GiB"
 """Memory in which all requests fit at once."""
 
 PEERS = ("nano-vllm", "static", "sequential", "engine", "64 tokens a step", "1024 tokens a step", "no prefix cache")
-PEERS += ("no drafts", "bfloat16", "any order", "predicted by the bound")
+PEERS += ("no drafts", "bfloat16", "any order", "predicted by the bound", "predicted by its steps")
 MANY_STEPS = "a run of many steps; the bound of a step stands beside the decode steps"
 
 
@@ -216,7 +227,7 @@ def compare(report: Report) -> None:
 # the workload
 
 
-def workload(skewed: bool = False) -> list[tuple[list[int], int]]:
+def workload(skewed: bool = False, count: int = REQUESTS) -> list[tuple[list[int], int]]:
     """(prompt, number of tokens to write) of each request: every length as likely, or every order of magnitude."""
     random = Random(0)
 
@@ -225,7 +236,7 @@ def workload(skewed: bool = False) -> list[tuple[list[int], int]]:
             return round(math.exp(random.uniform(math.log(SHORTEST), math.log(LONGEST))))
         return random.randint(SHORTEST, LONGEST)
 
-    pairs = [(length(), length()) for _ in range(REQUESTS)]
+    pairs = [(length(), length()) for _ in range(count)]
     return [([random.randrange(LLAMA_1B.vocab_size) for _ in range(p)], new) for p, new in pairs]
 
 
@@ -255,6 +266,7 @@ def make_engine(model: Decoder, *, max_num_seqs: int, memory: int = MEMORY, **op
         engine.add(list(range(length // 2)), {"max_new_tokens": 4})
         engine.run()
     engine.log.clear()
+    freeze_heap()
     print(f"engine ready after {time.perf_counter() - begin:.1f} s", flush=True)
     return engine
 
@@ -266,15 +278,10 @@ def engine_part(device: str) -> dict:
     """All requests at once, and then in static batches, by the same engine."""
     model = llama(device)
     engine = make_engine(model, max_num_seqs=REQUESTS)
-    parts = [continuous(engine), static(engine)]
+    parts = [continuous(engine), longest_first(engine), static(engine)]
     rows = [row for part in parts for row in part.pop("rows")]
-    return {
-        "rows": rows,
-        "parameters": count_parameters(model),
-        "weight_bytes": weight_bytes(model),
-        **parts[0],
-        **parts[1],
-    }
+    facts = {"parameters": count_parameters(model), "weight_bytes": weight_bytes(model)}
+    return {"rows": rows, **facts, **parts[0], **parts[1], **parts[2]}
 
 
 def continuous(engine: Engine) -> dict:
@@ -304,16 +311,38 @@ def continuous(engine: Engine) -> dict:
     }
 
 
+def longest_first(engine: Engine) -> dict:
+    """All requests at once, twice, those with the longest answers let in first."""
+    seconds = time_longest_first(engine, workload())
+    steps, preemptions = len(engine.log), sum(step.preemptions for step in engine.log)
+    facts = {"longest_first_steps": steps, "longest_first_preemptions": preemptions}
+    return {"rows": [total_row("longest first", seconds, workload())], **facts}
+
+
+def time_longest_first(engine: Engine, requests: list[tuple[list[int], int]]) -> list[float]:
+    """Seconds for all requests, twice, those with the longest answers first; the log is that of the second time."""
+    seconds, policy = [], engine.scheduler.policy
+    engine.scheduler.policy = "longest first"
+    for _ in range(2):
+        engine.log.clear()
+        seconds.append(time_engine(engine, [requests]))
+    engine.scheduler.policy = policy
+    return seconds
+
+
 def roomy_part(device: str) -> dict:
     """All requests at once where all of them fit: 64 GiB of keys and values."""
     model, requests, seconds = llama(device), workload(), []
     engine = make_engine(model, max_num_seqs=REQUESTS, memory=ROOMY)
+    longest = time_longest_first(engine, requests)
     for _ in range(2):
         engine.log.clear()
         seconds.append(time_engine(engine, [requests]))
     written = sum(new for _, new in requests)
     why = {"alone": "all requests fit, and so they would into a static batch"}
-    rows = [run_row(ROOMY_CASE, "engine", seconds, written)]
+    rows = [
+        run_row(ROOMY_CASE, who, times, written) for who, times in (("engine", seconds), ("longest first", longest))
+    ]
     rows += [{**row, **why} for row in decode_rows("engine, 64 GiB", list(engine.log), model)]
     return {"rows": rows, "roomy_steps": len(engine.log)}
 
@@ -531,7 +560,7 @@ def latency_part(device: str) -> dict:
 def stories_load(device: str) -> tuple[Load, Load, Load, tuple[int, ...]]:
     """The pretrained model: requests, some with a shared beginning, some talks, and the budgets that are compared."""
     model, encoding = pretrained.load(device=device)
-    random, count = Random(0), 32
+    random, count = Random(0), 28
 
     def engine(**options) -> Engine:
         made = Engine(model, max_num_seqs=16, **{"prefix_cache": False, **options})
@@ -546,22 +575,23 @@ def stories_load(device: str) -> tuple[Load, Load, Load, tuple[int, ...]]:
     beginning = tokens(160)
     shared = Load([beginning + tokens(8) for _ in range(count)], [8] * count, engine)
     chats = Load([tokens(80) for _ in range(8)], [16] * 8, engine, [[tokens(12) for _ in range(3)] for _ in range(8)])
-    return Load(prompts, skewed_lengths(random, count, 6, 48), engine), shared, chats, (16, 64, 1024)
+    return Load(prompts, skewed_lengths(random, count, 6, 36), engine), shared, chats, (16, 64, 1024)
 
 
 def llama_load(device: str) -> tuple[Load, Load, Load, tuple[int, ...]]:
-    """The 1B shape: 40 of the skewed requests, some with a shared beginning, some talks, and the budgets."""
-    model, pairs, random = llama(device), workload(skewed=True)[:40], Random(1)
-    engine = partial(make_engine, model, max_num_seqs=len(pairs))
+    """The 1B shape with a quarter of the slots that the requests need, so that a queue forms: 64 of the skewed
+    requests, with answers of a third of the length, some with a shared beginning, some talks, and the budgets."""
+    model, pairs, random = llama(device), workload(skewed=True)[:64], Random(1)
+    engine = partial(make_engine, model, max_num_seqs=16)
 
     def tokens(length: int) -> list[int]:
         return [random.randrange(LLAMA_1B.vocab_size) for _ in range(length)]
 
     beginning = tokens(1024)
     shared = Load([beginning + tokens(32) for _ in pairs], [64] * len(pairs), engine)
-    questions = [[tokens(48) for _ in range(3)] for _ in range(24)]
-    chats = Load([tokens(700) for _ in range(24)], [128] * 24, engine, questions)
-    return Load([p for p, _ in pairs], [new for _, new in pairs], engine), shared, chats, (256, 1024, 8192)
+    questions = [[tokens(48) for _ in range(3)] for _ in range(12)]
+    chats = Load([tokens(700) for _ in questions], [128] * len(questions), engine, questions)
+    return Load([p for p, _ in pairs], [new // 3 for _, new in pairs], engine), shared, chats, (256, 1024, 8192)
 
 
 PREFILL_RATE = 600e12
@@ -569,15 +599,15 @@ PREFILL_RATE = 600e12
 
 
 def knee_part(device: str) -> dict:
-    """The first 192 requests, one by one at rates from light load to past saturation, driven and predicted."""
-    model, requests = llama(device), workload()[:192]
+    """300 requests, one by one at rates from light load to past saturation, driven and predicted."""
+    model, requests = llama(device), workload(count=300)
     load = Load([prompt for prompt, _ in requests], [new for _, new in requests], partial(make_engine, model))
     weights, per_token = weight_bytes(model), CacheShape.of(model, 1).bytes_per_token
 
     def step_seconds(tokens: int, held: int) -> float:
         return max(weights * tokens / PREFILL_RATE, (weights + held * per_token) / BANDWIDTH)
 
-    return find_knee(load.engine(max_num_seqs=256, budget=512), load, (30, 50, 65, 80, 110), step_seconds)
+    return find_knee(load.engine(max_num_seqs=256, budget=512), load, (30, 60, 80, 100, 140), step_seconds)
 
 
 # nano-vllm
@@ -601,7 +631,8 @@ KINDS = {
     "RoPE and writing keys and values": ("turn_kernel", "rope", "sin_kernel", "cos_kernel", "write_kernel"),
     "sums and norms": ("norm",),
     "gate": ("gate_kernel", "triton"),
-    "choosing tokens": ("argmax", "maxops", "maxnan", "reduce_kernel"),
+    "choosing tokens": ("argmax", "maxops", "maxnan", "reduce_kernel", "largest_kernel", "choose_kernel"),
+    "vectors and angles of the tokens": ("begin_kernel",),
 }
 """Kernels by a part of their names, lower case; the first kind that fits counts."""
 
@@ -832,11 +863,12 @@ def soak_part(device: str) -> dict:
     """Twenty minutes of everything at once in pools that are too small: what is left over, and what memory grew by.
 
     Requests share beginnings, are greedy or sampled, ask for log-probabilities, stop early, and every fifth is
-    cancelled at some moment; one engine is plain, two draft, one has float8 pools. The texts of the first three are
-    compared with what the same request gets alone.
+    cancelled at some moment; one engine is plain, two draft, one has float8 pools and lets in the longest first. The
+    texts of the first three are compared with what the same request gets alone.
     """
     model, encoding = pretrained.load(device=device)
-    options = ({}, {"speculation": Speculation()}, {"speculation": Speculation(model=model)}, {"kv_dtype": "float8"})
+    options = ({}, {"speculation": Speculation()}, {"speculation": Speculation(model=model)})
+    options += ({"kv_dtype": "float8", "policy": "longest first"},)
     engines = [Engine(model, encoding, blocks=14, block_size=8, max_num_seqs=6, budget=24, **more) for more in options]
     random, begin, ends, memory, texts = Random(0), time.perf_counter(), Counter(), [], []
     for number in range(SOAK_REQUESTS):

@@ -9,7 +9,8 @@ that write first, and both in one step under budgets of several sizes. The prefi
 prompts begin alike, and where people talk: each question then brings the whole dialogue so far.
 
 The part "knee" raises the rate of one kind of requests from light load to past saturation, beside the waits that the
-cost model of a step predicts for the same arrivals (:func:`predicted`).
+cost model of a step predicts for the same arrivals (:func:`predicted`): once with a step's bound, and once with the
+steps that were measured at the lightest load (:func:`fit_steps`).
 """
 
 import heapq
@@ -17,10 +18,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 from statistics import median
+from typing import NamedTuple
 
-from tformer_lib.serving import Engine, Params, Request, Scheduler
+import numpy as np
+
+from tformer_lib.serving import Engine, Params, Request, Scheduler, Step
 
 TTFT_SLACK, TPOT_SLACK = 10, 3
 """How many times as long as on an idle engine a request may wait for its first token, and for each one after it."""
@@ -216,16 +221,42 @@ def find_knee(engine: Engine, load: Load, rates: Sequence[float], step_seconds: 
         engine: whose scheduler the prediction copies.
         load: enough requests that a queue can grow.
         rates: requests a second, from light load to past saturation.
-        step_seconds: see :func:`predicted`.
+        step_seconds: see :func:`predicted`; the bound.
     """
-    rows, nothing = [], Wait(math.inf, math.inf, math.inf)
+    rows, nothing, models = [], Wait(math.inf, math.inf, math.inf), {"predicted by the bound": step_seconds}
     for rate in rates:
         times, case = arrivals(len(load.prompts), rate), f"{rate:g} requests a second"
+        engine.log.clear()
         rows.append(latency_row(case, "driven", drive(engine, load, times), nothing, rate=rate))
-        waits = predicted(load, times, scheduler_like(engine), step_seconds)
-        why = {"alone": "the cost model's clock", "rate": rate}
-        rows.append(latency_row(case, "predicted by the bound", waits, nothing, **why))
-    return {"rows": rows}
+        if rate == rates[0]:
+            models["predicted by its steps"] = fitted = fit_steps(list(engine.log))
+        for who, model in models.items():
+            waits = predicted(load, times, scheduler_like(engine), model)
+            why = {"alone": "the cost model's clock", "rate": rate}
+            rows.append(latency_row(case, who, waits, nothing, **why))
+    return {"rows": rows, "step_microseconds": {name: 1e6 * seconds for name, seconds in fitted._asdict().items()}}
+
+
+class StepCost(NamedTuple):
+    """What a step takes, in seconds."""
+
+    each: float
+    """In any case."""
+    token: float
+    """For each token that it computes."""
+    key: float
+    """For each key that its rows hold."""
+
+    def __call__(self, tokens: int, held: int) -> float:
+        return self.each + tokens * self.token + held * self.key
+
+
+def fit_steps(log: Sequence[Step]) -> StepCost:
+    """The cost of a step by least squares over an engine's log. A step begins when the one before it has ended."""
+    known = np.array([(1.0, step.tokens, step.live_tokens) for step in log[1:]])
+    seconds = np.array([now.finished - max(now.started, before.finished) for before, now in pairwise(log)])
+    found, *_ = np.linalg.lstsq(known, seconds, rcond=None)
+    return StepCost(*map(float, found))
 
 
 def scheduler_like(engine: Engine) -> Scheduler:

@@ -3,7 +3,9 @@
 :func:`mutants` parses the file of a right answer, follows it into its helpers, and yields each change as a label and a
 function that builds the changed answer. What changes: an operator, a comparison, a constant (an axis, a bound, a
 factor), an operand or a call that is left out, arguments in another order, a softmax without its maximum, a statement
-that is missing, a condition that always or never holds, and an argument that the answer ignores.
+that is missing, a condition that always or never holds, a loop that begins late or ends early, what is joined in
+another order, a size that is remembered from the first call, and an argument that the answer ignores or takes for
+another. Besides, the right answer's results are changed: flipped, shortened, rounded, remembered from an earlier call.
 """
 
 import ast
@@ -11,7 +13,8 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import combinations
 from types import ModuleType
 
 import torch
@@ -36,10 +39,17 @@ NAIVE = {"softmax": "_naive_softmax", "log_softmax": "_naive_log_softmax", "logs
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of a right answer: a label that stays the same from run to run, and the changed answer."""
+    """One change of a right answer.
+
+    Attributes:
+        label: stays the same from run to run.
+        build: makes the changed answer.
+        acts: not empty where the changed answer may give something else; a change of results notes when it did.
+    """
 
     label: str
     build: Callable[[], Callable]
+    acts: list = field(default_factory=lambda: [True])
 
 
 def mutants(name: str, module: ModuleType) -> Iterator[Mutant]:
@@ -61,6 +71,7 @@ def mutants(name: str, module: ModuleType) -> Iterator[Mutant]:
             Settled(definition).visit(definition)
     tree = reachable(ast.Module([*tree.body, root], []), ROOT)
     yield Mutant("its numbers are NaN", lambda: nan_of(answer))
+    yield from wrong_results(answer)
     seen = set()
     for definition in tree.body:
         if isinstance(definition, (ast.Import, ast.ImportFrom)):
@@ -189,12 +200,13 @@ def sites(definition: ast.AST, is_answer: bool) -> Iterator[Site]:
     first = definition.lineno
     if is_answer and isinstance(definition, (ast.FunctionDef, ast.ClassDef)):
         yield from ignored_arguments(definition)
+        yield from swapped_arguments(definition)
     defaults = {node for a in ast.walk(definition) if isinstance(a, ast.arguments) for node in defaults_of(a)}
     for owner in ast.walk(definition):
         if owner in defaults:  # the files of answers have options that the exercise does not know
             continue
-        for field, value in ast.iter_fields(owner):
-            if field in ("returns", "annotation", "decorator_list", "defaults", "kw_defaults"):
+        for part, value in ast.iter_fields(owner):
+            if part in ("returns", "annotation", "decorator_list", "defaults", "kw_defaults"):
                 continue
             for index, node in enumerate(value if isinstance(value, list) else [value]):
                 if not isinstance(node, ast.AST):
@@ -202,7 +214,7 @@ def sites(definition: ast.AST, is_answer: bool) -> Iterator[Site]:
                 at = index if isinstance(value, list) else None
                 for label, new in changes(node, owner):
                     where = f"line {getattr(node, 'lineno', first) - first + 1}: {label}"
-                    yield Site(owner, field, at, new if at is None else [new], where)
+                    yield Site(owner, part, at, new if at is None else [new], where)
 
 
 def defaults_of(arguments: ast.arguments) -> Iterator[ast.AST]:
@@ -218,7 +230,7 @@ def show(node: ast.AST) -> str:
 
 def changes(node: ast.AST, owner: ast.AST) -> Iterator[Change]:
     """What may stand in a node's place."""
-    for new in replacements(node, owner):
+    for new in (*replacements(node, owner), *cut_loops(node, owner), *first_sizes(node)):
         before, after = show(node), "nothing" if isinstance(new, ast.Pass) else show(new)
         if before != after:
             yield f"{before} -> {after}", new
@@ -268,6 +280,26 @@ def replacements(node: ast.AST, owner: ast.AST) -> Iterator[ast.AST]:
         yield ast.Break()
     elif isinstance(node, ast.Attribute) and node.attr in ("T", "mT"):
         yield node.value
+    elif isinstance(node, (ast.List, ast.Tuple)) and isinstance(node.ctx, ast.Load) and len(node.elts) > 1:
+        yield type(node)(node.elts[::-1], ast.Load())
+        yield type(node)([*node.elts[1:], node.elts[0]], ast.Load())
+
+
+def cut_loops(node: ast.AST, owner: ast.AST) -> Iterator[ast.AST]:
+    """What a loop goes over, without its first or its last."""
+    if isinstance(owner, (ast.For, ast.comprehension)) and node is owner.iter:
+        for part in (ast.Slice(lower=ast.Constant(1)), ast.Slice(upper=ast.UnaryOp(ast.USub(), ast.Constant(1)))):
+            yield ast.Subscript(ast.Call(ast.Name("list", ast.Load()), [node], []), part, ast.Load())
+
+
+def first_sizes(node: ast.AST) -> Iterator[ast.AST]:
+    """A size as it was at the first call: an answer that is right for inputs of one shape."""
+    is_shape = isinstance(node, ast.Subscript) and show(node.value).endswith(".shape")
+    is_size = isinstance(node, ast.Call) and (
+        show(node.func) == "len" or (getattr(node.func, "attr", "") == "size" and node.args)
+    )
+    if is_size or (is_shape and isinstance(node.ctx, ast.Load) and not isinstance(node.slice, ast.Slice)):
+        yield ast.Call(ast.Name("_at_first", ast.Load()), [node, ast.Constant(show(node))], [])
 
 
 def constants(node: ast.Constant, owner: ast.AST) -> Iterator[ast.AST]:
@@ -320,6 +352,110 @@ def ignored_arguments(definition: ast.AST) -> Iterator[Site]:
                 line = ast.parse(f"{name} = {how}({name}{memory})").body[0]
                 label = f"{function.name} ignores {name}" + (" after its first call" if memory else "")
                 yield Site(function, "body", 0, [line, head], label)
+
+
+def swapped_arguments(definition: ast.AST) -> Iterator[Site]:
+    """Two arguments that take each other's place."""
+    if isinstance(definition, ast.FunctionDef):
+        arguments, head = definition.args, definition.body[0]
+        names = [a.arg for a in arguments.args[: len(arguments.args) - len(arguments.defaults)]]
+        for one, other in combinations(names, 2):
+            line = ast.parse(f"{one}, {other} = {other}, {one}").body[0]
+            yield Site(definition, "body", 0, [line, head], f"{definition.name} swaps {one} and {other}")
+
+
+# Wrong results
+
+
+def wrong_results(answer: Callable) -> Iterator[Mutant]:
+    """The right answer, whose results are changed."""
+    for label, change in RESULTS.items():
+        acts = []
+        yield Mutant(f"its result {label}", lambda change=change, acts=acts: changed(answer, change, acts), acts)
+    acts = []
+    yield Mutant("it remembers what it said of these shapes", lambda: remembering(answer, acts), acts)
+
+
+def changed(answer: Callable, change: Callable, acts: list) -> Callable:
+    """The answer with another result; ``acts`` notes where it is another."""
+
+    def spoilt(*args, **options):
+        result = answer(*args, **options)
+        wrong = every(result, change)
+        acts.extend([] if wrong is result or same(result, wrong) else [True])
+        return wrong
+
+    return spoilt
+
+
+def remembering(answer: Callable, acts: list) -> Callable:
+    """The answer that tensors of the same shapes, and the same other arguments, got before."""
+    known = {}
+
+    def spoilt(*args, **options):
+        tensors = [x for x in (*args, *options.values()) if isinstance(x, torch.Tensor)]
+        others = [x for x in (*args, *options.values()) if not isinstance(x, torch.Tensor)]
+        if not tensors or not all(isinstance(x, (int, float, str)) for x in others):
+            raise TypeError("what is given is more than shapes")
+        key = (*(tuple(x.shape) for x in tensors), *others)
+        result = answer(*args, **options)
+        acts.extend([] if same(known.setdefault(key, result), result) else [True])
+        return known[key]
+
+    return spoilt
+
+
+def every(x, change: Callable):
+    """Change each part of a result; a list is changed as a whole too."""
+    if type(x) in (tuple, list):
+        parts = type(x)(every(y, change) for y in x)
+        return change(parts) if isinstance(x, list) else parts
+    return change(x)
+
+
+def same(x, y) -> bool:
+    """Whether two results cannot be told apart, NaN and dtypes included."""
+    if isinstance(x, torch.Tensor):
+        is_like = isinstance(y, torch.Tensor) and (x.dtype, x.shape) == (y.dtype, y.shape)
+        return is_like and torch.equal(x.nan_to_num(nan=-7.0), y.nan_to_num(nan=-7.0))
+    if type(x) in (tuple, list):
+        return type(x) is type(y) and len(x) == len(y) and all(map(same, x, y))
+    return type(x) is type(y) and bool(x == y)
+
+
+def of(kinds: type | tuple, change: Callable) -> Callable:
+    """A change of one kind of thing, which leaves all others."""
+    return lambda x: change(x) if isinstance(x, kinds) and not isinstance(x, bool) else x
+
+
+def of_floats(change: Callable) -> Callable:
+    """A change of tensors of floating-point numbers."""
+    return of(torch.Tensor, lambda x: change(x) if x.is_floating_point() and x.numel() else x)
+
+
+def along(axis: int, change: Callable) -> Callable:
+    """A change of tensors that have this axis and something along it."""
+    return of(torch.Tensor, lambda x: change(x, axis) if x.dim() > axis and x.shape[axis] > 1 else x)
+
+
+def first_for_all(x: torch.Tensor, axis: int) -> torch.Tensor:
+    return x.narrow(axis, 0, 1).expand_as(x).clone()
+
+
+RESULTS = {
+    **{f"is flipped along axis {n}": along(n, lambda x, axis: x.flip(axis)) for n in range(3)},
+    **{f"is the first along axis {n} for all": along(n, first_for_all) for n in range(3)},
+    "is 1 % larger": of_floats(lambda x: 1.01 * x),
+    "ends with a zero": of_floats(lambda x: torch.cat([x.flatten()[:-1], x.new_zeros(1)]).view_as(x)),
+    "was rounded to bfloat16": of_floats(lambda x: x.bfloat16().to(x.dtype)),
+    "is half a number more": of(int, lambda x: x + 0.5),
+    "is a number more": of(int, lambda x: x + 1),
+    "is 1 % more": of(float, lambda x: 1.01 * x),
+    "is in reverse": of(list, lambda x: x[::-1]),
+    "lacks its first": of(list, lambda x: x[1:]),
+    "lacks its last": of(list, lambda x: x[:-1]),
+}
+"""What is done to the parts of a right result."""
 
 
 # What mutants call

@@ -82,6 +82,19 @@ def pictures_have_words(notebook: dict) -> Iterator[str]:
             yield f"a picture needs mystnb.image.alt in the metadata of\n{source(cell)}"
 
 
+def figures_have_a_caption(notebook: dict) -> Iterator[str]:
+    """A figure in sight has a caption in italics below it. One that answers a prediction is explained by the answer."""
+    after = notebook["cells"]
+    for place, cell in enumerate(after):
+        folded = {"hide-output", "hide-cell", "solution"} & set(cell["metadata"].get("tags", []))
+        kinds = " ".join(kind for output in cell.get("outputs", []) for kind in output.get("data", {}))
+        if folded or not re.search(r"image/|widget-view", kinds):
+            continue
+        below = next((source(one) for one in after[place + 1 :] if one["cell_type"] == "markdown"), "")
+        if not re.search(r"^\*(?!\*)\S", below, flags=re.MULTILINE):
+            yield f"no caption (*in italics*) stands below the figure of\n{source(cell)}"
+
+
 def drawings_have_a_picture(notebook: dict) -> Iterator[str]:
     """Beside every SVG stands a PNG: JupyterLab draws no SVG of a notebook that is not trusted yet."""
     for cell in cells(notebook, "code"):
@@ -157,6 +170,7 @@ RULES = (
     no_error,
     no_absolute_path,
     pictures_have_words,
+    figures_have_a_caption,
     drawings_have_a_picture,
     solutions_are_folded,
     no_markdown_table_in_outputs,

@@ -87,7 +87,7 @@ class Visit:
         outside: addresses that the page asked for, beyond its own server.
         missing: images that cannot be shown.
         raw: mathematics that is not typeset.
-        too_wide: formulas in a text that are cut off, and what stands out of the screen if the page can be moved.
+        too_wide: formulas that are cut off or must be scrolled, and what stands out of a page that can be moved.
         small: labels of figures that are less than ``READABLE`` pixels high, before and after the controls are moved.
         cut_tables: tables that are wider than their place. On a phone they scroll; a desktop shows them whole.
         nameless: images that a screen reader cannot describe.
@@ -129,7 +129,7 @@ def visit(tab: Tab, url: str, *, patience: float = 10.0) -> Visit:
     figures = evaluate(FIGURES)
     drawn = evaluate(f"({DRAWN})({1000 * patience})") if figures else 0
     missing, raw = evaluate(MISSING_IMAGES), evaluate(RAW_MATHEMATICS)
-    too_wide = evaluate(f"({TOO_WIDE})({width})")
+    too_wide = evaluate(f"({TOO_WIDE})({width})") + evaluate(SCROLLED)
     small = evaluate(f"({SMALL})({READABLE})")
     still = [i for i in range(drawn) if not evaluate(f"({MOVE})({i})")]
     return Visit(
@@ -221,6 +221,19 @@ TOO_WIDE = """
     .slice(0, 5).map((e) => `${e.tagName}.${e.className}: ${e.textContent.trim().slice(0, 60)}`),
     `the page is ${document.documentElement.scrollWidth} wide`);
 }
+"""
+
+SCROLLED = """
+(async () => {
+  const folded = [...document.querySelectorAll('article details:not([open])')];
+  folded.forEach((one) => { one.open = true; });
+  await new Promise((fitted) => setTimeout(fitted, 100));
+  const found = [...document.querySelectorAll('article mjx-container[display="true"]')]
+    .filter((formula) => formula.scrollWidth > formula.clientWidth + 1)
+    .map((formula) => `a formula must be scrolled: ${formula.parentElement.textContent.trim().slice(0, 60)}`);
+  folded.forEach((one) => { one.open = false; });
+  return found;
+})()
 """
 
 UNFOLDED = """

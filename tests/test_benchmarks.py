@@ -584,6 +584,38 @@ def test_the_cost_model_predicts_waits_by_its_own_clock():
     assert waits[2].whole == pytest.approx(1.01 + 1.02)
 
 
+def test_what_a_step_takes_is_found_in_the_log():
+    from benchmarks.serving_latency import fit_steps
+    from tformer_lib.serving import Step
+
+    log, clock = [], 0.0
+    for i in range(40):
+        begun = clock - 0.001 if i % 10 else clock + 5.0  # every tenth begins when the one before has ended
+        tokens, live = 1 + 7 * i % 31, 100 + 13 * i % 57
+        clock = max(clock, begun) + 0.002 + 3e-6 * live + 5e-5 * tokens
+        counts = {"samples": 1, "waiting": 0, "preemptions": 0, "unused_slots": 0, "held_blocks": 9, "block_size": 16}
+        log.append(Step([(0, 0, tokens)], live_tokens=live, drafted=0, started=begun, finished=clock, **counts))
+    assert fit_steps(log) == pytest.approx((0.002, 5e-5, 3e-6))
+    assert fit_steps(log)(10, 1000) == pytest.approx(0.002 + 0.0005 + 0.003)
+
+
+def test_the_knee_is_driven_beside_two_predictions_of_the_same_arrivals():
+    from benchmarks.serving_latency import Load, find_knee
+    from tformer_lib.serving import Engine
+    from tformer_lib.transformer import Decoder, ModelConfig
+
+    model = Decoder(ModelConfig(vocab_size=11, max_length=32, width=8, layers=1, heads=1, positions="rope"))
+    engine = Engine(model, blocks=20, max_num_seqs=2, budget=4, prefix_cache=False)
+    load = Load([[1, 2, 3, i] for i in range(6)], [1, 2, 3, 4, 5, 6], lambda: engine)
+    result = find_knee(engine, load, (100, 1000), lambda tokens, held: 1e-3)
+    whos = ["driven", "predicted by the bound", "predicted by its steps"]
+    assert [(row["rate"], row["contestant"]) for row in result["rows"]] == [
+        (r, who) for r in (100, 1000) for who in whos
+    ]
+    slow = find_knee(engine, load, (1000,), lambda tokens, held: 1.0)["rows"]
+    assert slow[1]["ttft_ms"]["p50"] > 1000 > slow[2]["ttft_ms"]["p50"]
+
+
 # Edited kernels
 
 

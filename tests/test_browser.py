@@ -204,6 +204,17 @@ def test_chapter_links_its_terms_once(site, page):
     assert all(link.startswith("../glossary.html#term-") for link in linked)
 
 
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_what_is_printed_stands_where_the_notebook_has_it(site, page):
+    soup = BeautifulSoup((site / f"{page}.html").read_text(encoding="utf-8"), "html.parser")
+    shown = {" ".join(block.get_text().split()) for block in soup.select(".cell_output .stream pre")}
+    cells = json.loads((ROOT / f"{page}.ipynb").read_text(encoding="utf-8"))["cells"]
+    for cell in (cell for cell in cells if "remove-output" not in cell["metadata"].get("tags", [])):
+        printed = [part["text"] for part in cell.get("outputs", []) if part["output_type"] == "stream"]
+        if len(printed) > 1:  # between them stand tables or figures, which they introduce
+            assert {" ".join("".join(text).split()) for text in printed} <= shown
+
+
 def test_internal_links_and_anchors_resolve(site):
     assert broken_links(site) == []
 
@@ -440,6 +451,7 @@ FAULTS = r"""
 <img src="no-picture.png" alt=""> <img loading="lazy" style="margin-top:9000px" src="no-lazy-picture.png" alt="">
 <p>The score is $q \cdot k$.</p> <span class="math">\(\nosuchmacro\)</span> <span class="math">\(x^a^b\)</span>
 <div style="width:700px">too wide</div>
+<div class="math">\[111111111 + 222222222 + 333333333 + 444444444 + 555555555 + 666666666\]</div>
 <details><p>Long: <span class="math">\(111111111 + 222222222 + 333333333 + 444444444 + 55555555\)</span></p></details>
 <script>console.error('a message');</script> <script>throw new Error('an exception');</script>
 <script src="no-script.js"></script>
@@ -456,6 +468,7 @@ def test_faults_of_a_page_are_found(planted):
     assert any("Double exponent" in text for text in found.raw)
     assert any("too wide" in part for part in found.too_wide), found.too_wide
     assert any("a formula is cut off in: Long" in part for part in found.too_wide), found.too_wide
+    assert any("must be scrolled: 111111111" in part for part in found.too_wide), found.too_wide
     for words in ("a message", "an exception", "no-script.js"):
         assert any(words in message for message in found.errors)
 

@@ -18,16 +18,16 @@ KNOWN = st.dictionaries(
 )
 
 
-@given(KNOWN)
-def test_pieces_are_what_is_left(known):
-    cut = list(pieces(known))
+@given(KNOWN, st.sampled_from([1.0, 7.5, PIECE]))
+def test_pieces_are_what_is_left(known, length):
+    cut = list(pieces(known, length))
     drawn = {test: sum(piece.multiple for piece in cut if test in piece.tests) for test in known}
     assert drawn == {test: max(DEEP - one.multiple, 0) for test, one in known.items()}
     cost = {test: one.seconds / one.multiple for test, one in known.items()}
     for piece in cut:
         takes = sum(cost[test] * piece.multiple for test in piece.tests)
-        assert takes <= PIECE * 1.001 or len(piece.tests) == 1, "several are together only where they take little"
-        assert takes <= PIECE + cost[piece.tests[0]] * 1.001, "no piece is longer than its last multiple asks for"
+        assert takes <= length * 1.001 or len(piece.tests) == 1, "several are together only where they take little"
+        assert takes <= length + cost[piece.tests[0]] * 1.001, "no piece is longer than its last multiple asks for"
     whole = [cost[piece.tests[0]] * drawn[piece.tests[0]] for piece in cut]
     assert whole == pytest.approx(sorted(whole))
 

@@ -26,6 +26,7 @@ from tformer_lib.attention import attend
 from tformer_lib.distributed import Workers, costs, workers
 from tformer_lib.mixture_of_experts import ExpertsConfig
 from tformer_lib.training import Run, TrainingConfig
+from tformer_lib.training.run import choose_forms
 from tformer_lib.transformer import Decoder, count_parameters
 
 ROOT = Path(__file__).parent.parent
@@ -157,6 +158,27 @@ def test_gradients_are_those_of_one_process(pools, scheme, pieces, size):
         assert theirs.keys() == alone.keys()
         for name, gradient in alone.items():
             assert (theirs[name] - gradient).abs().max() <= 1e-6 * max(1.0, gradient.abs().max()), name
+
+
+def gpt2_gradients(fused: bool, kinds: dict) -> dict[str, torch.Tensor]:
+    """The gradients of a small GPT-2, with GELU inside its products or without."""
+    torch.manual_seed(0)
+    gpt2 = {"norm": "layernorm", "feed_forward": "gelu_tanh", "positions": "learned", "bias": False}
+    model = Decoder(dataclasses.replace(SMALL, **gpt2))
+    choose_forms(model, training.preset("quick", model=model.config, fused_gelu=fused))
+    rows = torch.randint(0, 48, (8, 13))
+    layout = distributed.Layout(distributed.world(), **kinds)
+    network, mine = layout.spread(model, 12), layout.share(8, "a batch")
+    training.next_token_loss(network, rows[mine, :-1], rows[mine, 1:]).backward()
+    return {name: distributed.whole(p.grad) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kinds", [{"scheme": "ddp"}, {"scheme": "fsdp"}, {"scheme": "fsdp", "tensor": 2}], ids=str)
+def test_gelu_inside_the_products_has_the_same_gradients(pools, kinds):
+    alone = gpt2_gradients(False, {"scheme": "ddp"})
+    for theirs in pools[2].run(gpt2_gradients, True, kinds):
+        for name, gradient in alone.items():
+            assert (theirs[name] - gradient).abs().max() <= 1e-5 * max(1.0, gradient.abs().max()), name
 
 
 @pytest.mark.parametrize("scheme", ["ddp", "fsdp"])

@@ -183,6 +183,22 @@ def test_no_other_operator_drops_a_forward_mode_derivative(name):
         dual(other_operators()[name], torch.ones_like(q), q)
 
 
+@needs_cpu_twin
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev])
+@pytest.mark.parametrize("name", ["flash attention", *other_operators()])
+def test_operators_refuse_gradients_of_torch_func_in_words(name, transform):
+    """A map over a batch alone has no gradient to give, and passes."""
+    k, v = torch.randn(2, 1, 2, 70, 8)
+    form = other_operators() | {"flash attention": lambda q: flash_attention(q, k, v, causal=True)}
+    q = torch.randn(1, 4, 70, 8)
+    with pytest.raises(NotImplementedError, match=f"{name} has no derivative for torch.func"):
+        transform(lambda x: form[name](x).sum())(q)
+    with pytest.raises(NotImplementedError, match=f"{name} has no derivative for torch.func"):
+        torch.func.vmap(transform(lambda x: form[name](x).sum()))(q[None])
+    if name != "RoPE in place":
+        torch.testing.assert_close(torch.func.vmap(form[name])(torch.stack((q, 2 * q)))[1], form[name](2 * q))
+
+
 def test_attend_which_the_refusal_names_has_one():
     q, k, v = (x.double() for x in operands())
     direction = torch.randn_like(q)

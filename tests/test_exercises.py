@@ -288,7 +288,12 @@ def test_endless_recursion_is_reported(toy):
     assert "your function raises RecursionError" in engine.examine(toy, deep).message
 
 
-@pytest.mark.parametrize("name", ["toy.nothing", "no-topic.x", "", ".", 3, "engine.check", "record.add"])
+def test_arguments_the_other_way_round_are_told(capsys):
+    exercises.check(stub, "masks.causal")
+    assert "its name comes first, as in check('masks.causal', my_causal)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["toy.nothing", "no-topic.x", "", ".", 3, [], stub, "engine.check", "record.add"])
 def test_unknown_name_is_told(name, capsys):
     exercises.check(name, stub)
     exercises.hint(name)

@@ -17,6 +17,7 @@ from tests.checkpoints import TURNS, save_chat_model
 from tformer_lib import pretrained
 from tformer_lib.generation import (
     Conversation,
+    Sampler,
     Sampling,
     StaticStep,
     cut,
@@ -447,6 +448,21 @@ def test_penalty_makes_a_greedy_text_stop_repeating():
 def test_senseless_options_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         generate(MODEL, PROMPTS, **{"max_new_tokens": 2, **options})
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("rules", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9, "top_k": 3}], ids=str)
+def test_logits_that_are_no_numbers_are_refused_on_a_cpu(wrong, rules):
+    """They would be written on as if they were text: always the last token of the vocabulary, or the wrong one."""
+    model = make_model()
+    with torch.no_grad():
+        model.embedding.tokens.weight[PROMPTS[1][-1]] = wrong
+    with pytest.raises(ValueError, match=r"the logits of row [01] are not finite after 0 new tokens"):
+        generate(model, PROMPTS, max_new_tokens=2, **rules)
+    found = Sampler(Sampling(**rules), [[0]] * 2, 2, 3, torch.device("cpu"))
+    found(torch.tensor([[0.0, -math.inf, 1.0]] * 2))
+    with pytest.raises(ValueError, match="the logits of row 1 are not finite after 1 new tokens"):
+        found(torch.tensor([[0.0, 1.0, 2.0], [0.0, wrong, 0.0]]))
 
 
 def test_a_cache_that_holds_something_is_refused():

@@ -116,6 +116,35 @@ def rounds(x, gain, epsilon):
     return norm(x, gain * (1 + 1e-6), epsilon)
 
 
+def norm_in_float32(x, gain, epsilon):
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + epsilon)).type_as(x) * gain
+
+
+def attend_in_float32(q, k, v, mask):
+    return book.attend(q.float(), k.float(), v.float(), mask)
+
+
+def attend_with_an_added_mask(q, k, v, mask):
+    added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    return (q @ k.mT / q.shape[-1] ** 0.5 + added).softmax(-1).nan_to_num() @ v
+
+
+def test_a_constant_in_float32_rounds_nothing(learner, capsys):
+    assert teaching.capstone(RIGHT | {"attention.attend": attend_with_an_added_mask}) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"), [("transformer.rms_norm", norm_in_float32), ("attention.attend", attend_in_float32)]
+)
+def test_an_answer_that_rounds_to_float32_is_told_so(name, answer, learner, capsys):
+    """It passes its check, which gives float32; Llama's own RMSNorm is written like the first."""
+    assert teaching.capstone(RIGHT | {name: answer}) is None
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"not yet: chapter {PARTS[name].chapter}, exercise {name}: with your answer the logits")
+    assert last.endswith("it computes in float32 what it gets in float64; keep to the type of its input")
+
+
 def norm(x, gain, epsilon):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * gain
 

@@ -123,6 +123,7 @@ FAULTY = {
         code("open(path)", {"output_type": "stream", "name": "stdout", "text": ["in /tmp/x/y.py"]}, count=2),
     ],
     "pictures_have_words": [code("draw()", PICTURE, count=2)],
+    "figures_have_a_caption": [code("draw()", PICTURE, count=2), code("explore()", FIGURE, count=2)],
     "drawings_have_a_picture": [code("draw()", DRAWN, count=2)],
     "solutions_are_folded": [
         {

@@ -1,11 +1,14 @@
 """Public models against transformers: random weights that it saved, read by us, in every way that we run a model."""
 
 import contextlib
+import copy
 import functools
 import itertools
 import json
 import os
+import pickle
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -587,6 +590,43 @@ def test_a_tokenizer_is_that_of_transformers_and_its_tokens_are_bytes(kind, tmp_
         ours.encode_single_token("<|nothing|>")
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     assert pretrained.load_tokenizer(tmp_path).stop_tokens == [7, 9]
+
+
+def test_threads_may_read_one_text_both_ways_at_once(tmp_path):
+    """The library's tokenizer holds the switch for special tokens: here one thread waits between switch and text."""
+    train_tokenizer(tmp_path, "bytes")
+    ours = pretrained.load_tokenizer(tmp_path)
+    end, library = ours.encode_single_token("<|im_end|>"), ours.tokenizer
+    waits, other_is_done = threading.Event(), threading.Event()
+
+    class Slow:
+        """Its first text waits until another thread has had time to read its own."""
+
+        def __setattr__(self, name, value):
+            setattr(library, name, value)
+
+        def encode(self, *args, **options):
+            if not waits.is_set():
+                waits.set()
+                other_is_done.wait(0.5)
+            return library.encode(*args, **options)
+
+    ours.tokenizer = Slow()
+    found = []
+    plain = threading.Thread(target=lambda: found.append(ours.encode_ordinary("a<|im_end|>")))
+    plain.start()
+    waits.wait()
+    assert end in ours.encode("a<|im_end|>")
+    other_is_done.set()
+    plain.join()
+    assert end not in found[0]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_a_tokenizer_can_be_copied(tmp_path, copied):
+    train_tokenizer(tmp_path, "bytes")
+    ours = pretrained.load_tokenizer(tmp_path)
+    assert copied(ours).encode("a<|im_end|>") == ours.encode("a<|im_end|>")
 
 
 def test_a_conversation_is_written_as_transformers_writes_it(tmp_path):

@@ -28,6 +28,7 @@ from tformer_lib.serving import (
     JoinedFeedForward,
     JoinedProjections,
     Params,
+    Request,
     Scheduler,
     Speculation,
     TextStream,
@@ -37,7 +38,7 @@ from tformer_lib.serving import (
     runner,
 )
 from tformer_lib.serving.command import main
-from tformer_lib.serving.runner import likeliest
+from tformer_lib.serving.fused import choose_likeliest
 from tformer_lib.serving.scheduler import POLICIES
 from tformer_lib.serving.turns import Turns
 from tformer_lib.tokens import characters
@@ -184,7 +185,7 @@ def test_a_policy_says_who_waits_while_a_prompt_is_read(policy):
     prompts = [step for step in engine.log if any(arrival == 1 and count > 1 for arrival, _, count in step.rows)]
     writers = [{arrival for arrival, _, _ in step.rows} - {1} for step in prompts]
     first = next(place for place, step in enumerate(engine.log) if step is prompts[0])
-    if policy == "mixed":
+    if policy in ("mixed", "longest first"):
         assert (len(prompts), writers, first) == (3, [{0}] * 3, 2)
     elif policy == "prefill first":
         assert (len(prompts), writers, first) == (3, [set()] * 3, 2)
@@ -193,8 +194,47 @@ def test_a_policy_says_who_waits_while_a_prompt_is_read(policy):
     assert late.new_tokens == alone(list(range(20)), max_new_tokens=2)
 
 
+def serve_by(policy, news, **options):
+    """An engine that has served them all, and the requests in the order in which they were let in."""
+    prompts = [[i, 2, 3, 4, 5, 6] for i in range(len(news))]
+    engine = Engine(MODEL, block_size=4, budget=32, prefix_cache=False, policy=policy, **options)
+    made = [engine.add(prompt, {"max_new_tokens": new}) for prompt, new in zip(prompts, news, strict=True)]
+    begun = []
+    while engine.busy:
+        engine.step()
+        begun += [request for request in engine.scheduler.running if request not in begun]
+    for request, prompt, new in zip(made, prompts, news, strict=True):
+        assert request.new_tokens == alone(prompt, max_new_tokens=new)
+    check_all_blocks_are_back(engine)
+    return engine, [request.params.max_new_tokens for request in begun]
+
+
+def test_the_longest_are_let_in_first_and_only_as_many_as_will_fit():
+    news = [4, 30, 12, 25, 3, 18, 30, 9]
+    engine, begun = serve_by("mixed", news, blocks=21, max_num_seqs=8)
+    assert engine.scheduler.preemptions > 0
+    engine, begun = serve_by("longest first", news, blocks=21, max_num_seqs=8)
+    assert begun == sorted(news, reverse=True)
+    assert engine.scheduler.preemptions == 0
+    steps = {
+        policy: len(serve_by(policy, [4, 4, 4, 4, 20], max_num_seqs=2)[0].log) for policy in ("mixed", "longest first")
+    }
+    assert steps["mixed"] - steps["longest first"] >= 7  # the two places before the long one are not waited for
+
+
+def test_what_will_be_held_at_most_is_foreseen():
+    scheduler = Scheduler(BlockAllocator(100, 4), max_num_seqs=4, budget=64, max_blocks=20)
+    for prompt, new in ((10, 8), (3, 20), (6, 1)):
+        scheduler.add(Request(None, [0] * prompt, Params(max_new_tokens=new)))
+    scheduler.plan()
+    # One token of each is on its way. The rows that run may then write 7, 19 and 0 more beyond 11, 4 and 7 tokens. When
+    # the first has written its 7, it holds 18, the second 11 and a fourth of 5 tokens 12: 41, and 3 places in each.
+    fourth = Request(None, [0] * 5, Params(max_new_tokens=15))
+    assert scheduler._peak(fourth) == (41 + 3 * 3) / 4
+
+
 def test_an_unknown_policy_is_refused():
-    with pytest.raises(ValueError, match="policy must be one of mixed, prefill first, decode first, got 'any'"):
+    with pytest.raises(ValueError, match="policy must be one of mixed, prefill first"):
         Engine(MODEL, policy="any")
 
 
@@ -331,10 +371,15 @@ def test_joined_projections_are_the_same_layer(bias):
 def test_the_likeliest_token_is_the_first_of_the_largest(device, dtype):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(5, (40, 96), generator=generator).to(dtype)  # many are equal
+    expected = logits.argmax(-1)
     logits[3, 50], logits[4, 7], logits[5, :] = math.nan, math.inf, -math.inf
-    tokens, finite = likeliest(logits.to(device))
-    assert tokens.tolist() == logits.argmax(-1).tolist()
-    assert (~finite).nonzero().flatten().tolist() == [3, 4, 5]
+    expected[3:6] = runner.NONE
+    batch_slots, chosen = torch.randperm(60, generator=generator)[:40], torch.full((60,), 77)
+    written = chosen.clone()
+    written[batch_slots] = expected.clamp_min(0)
+    chosen = chosen.to(device)
+    assert choose_likeliest(logits.to(device), batch_slots.to(device), chosen).tolist() == expected.tolist()
+    assert chosen.tolist() == written.tolist()
 
 
 def test_steps_that_are_not_recorded_leave_compiled_blocks_alone(monkeypatch):
@@ -711,15 +756,16 @@ def test_a_token_without_bytes_ends_its_own_request(ahead):
 def test_logits_that_are_no_numbers_end_their_own_request(number, ahead, wish):
     engine = Engine(MODEL, blocks=24, block_size=4, max_num_seqs=2, budget=8, ahead=ahead)
     good, bad = (engine.add([i, 2, 3], {"max_new_tokens": 6, **wish}) for i in (1, 2))
-    choose = engine.runner.choose
+    run = engine.runner._run
 
-    def broken(logits, requests, batch_slots):
-        for place, request in enumerate(requests):
-            if request is bad and len(request.tokens) + request.pending > 5:
+    def broken(rows, tables, samples):
+        logits, batch_slots = run(rows, tables, samples)
+        for place, row in enumerate(row for row in rows if row.samples):
+            if row.request is bad and len(bad.tokens) + bad.pending > 5:
                 logits[place] = number
-        return choose(logits, requests, batch_slots)
+        return logits, batch_slots
 
-    engine.runner.choose = broken
+    engine.runner._run = broken
     engine.run()
     assert (good.finish_reason, bad.finish_reason) == ("length", "error")
     assert bad.error == "the logits after its tokens are not finite"
@@ -926,6 +972,7 @@ def test_the_stream_yields_what_generate_returns_and_stops_when_nobody_listens()
         ([1], {"top_k": 2.5, "temperature": 1.0}, "top_k must be a whole number"),
         ([1], {"max_new_tokens": None}, "max_new_tokens must be a whole number"),
         ([1], {"stop": 5}, "stop must be a list of strings"),
+        ([1], {"stop": torch.tensor(0.5)}, "stop must be a list of strings"),
         ([1.5], {}, "a prompt must be a text or a list of tokens"),
         (["1"], {}, "a prompt must be a text or a list of tokens"),
         ([1], {"stop_tokens": 3}, "stop_tokens must be a list of tokens"),

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import math
 import os
@@ -207,6 +208,30 @@ def test_log_probabilities_are_the_models(running):
     torch.testing.assert_close(torch.tensor(values).double(), chosen, rtol=1e-4, atol=1e-4)
 
 
+def name_of_byte(byte: int) -> str:
+    return chr(byte) if byte < 128 else f"bytes:\\x{byte:02x}"
+
+
+@pytest.mark.parametrize("prompt", ["\x00", "zz", "é"])
+def test_reports_name_tokens_that_are_parts_of_characters_by_their_bytes(running, prompt):
+    """The tiny model's tokens are bytes, half of them no characters alone."""
+    tokens = alone(prompt, 6)
+    assert any(token > 127 for token in tokens)
+    answer = running.client().completions.create(**ASK | {"prompt": prompt, "logprobs": 20}).choices[0]
+    assert answer.logprobs.tokens == [name_of_byte(token) for token in tokens]
+    assert all(len(top) == 20 for top in answer.logprobs.top_logprobs), "of tokens with one name, one is told"
+    ends = [*answer.logprobs.text_offset[1:], len(answer.text)]
+    for token, start, end in zip(tokens, answer.logprobs.text_offset, ends, strict=True):
+        assert token > 127 or answer.text[start:end] == chr(token)
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": prompt}], "max_tokens": 6, "temperature": 0}
+    answer = running.client().chat.completions.create(**chat, logprobs=True, top_logprobs=20).choices[0]
+    together = bytes(byte for entry in answer.logprobs.content for byte in entry.bytes)
+    assert together.decode("utf-8", "replace") == answer.message.content
+    for entry in answer.logprobs.content:
+        assert len({tuple(top.bytes) for top in entry.top_logprobs}) == 20
+        assert all(top.token == name_of_byte(*top.bytes) for top in entry.top_logprobs)
+
+
 def test_models_health_and_metrics(running):
     assert [model.id for model in running.client().models.list()] == ["tiny"]
     assert running.client().models.retrieve("tiny").id == "tiny"
@@ -316,6 +341,7 @@ def test_clients_that_vanish_take_nothing_with_them(running):
         ({"presence_penalty": 0.5}, 400, "presence_penalty is not supported"),
         ({"echo": True}, 400, "echo is not supported"),
         ({"tempo": 1}, 400, "unknown field: tempo"),
+        ({"stream_options": {"include_usage": True, "continuous_usage_stats": True}}, 400, "in stream_options: 'cont"),
         ({"model": "other"}, 404, "there is no model 'other', this is 'tiny'"),
         ({"model": None}, 400, "model is missing"),
         ({"model": 5}, 400, "model must be of type str"),
@@ -343,6 +369,8 @@ def test_absurd_parameters_are_refused_and_the_next_request_is_served(running, c
         ([{"role": "wizard", "content": "x"}], "needs a role and a content"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "content must be text"),
         ([[]], "needs a role and a content"),
+        ([{"role": "user", "content": "x", "name": "Lily"}], "unknown field in messages: 'name'"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}], "in messages: 'tool_calls'"),
         ([{"role": "user", "content": "x" * 100}], "the engine takes 96 a request"),
     ],
 )
@@ -538,6 +566,20 @@ def test_a_shutdown_finishes_what_has_begun():
             assert process.stderr.read() == ""
         finally:
             process.kill()
+
+
+def test_a_server_does_not_stop_to_look_through_what_it_began_with(monkeypatch):
+    """A full collection of garbage looks at some 350,000 objects, and holds up whoever waits for a token."""
+    from tformer_lib.serving.command import main
+
+    seen = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: seen.append(len(gc.get_objects())))
+    before = len(gc.get_objects())
+    try:
+        assert main(["serve", "--port", "0"]) == 0
+    finally:
+        gc.unfreeze()
+    assert seen[0] < before / 20
 
 
 @pytest.mark.parametrize(

@@ -806,3 +806,9 @@ def test_shapes_drawn_afresh_are_the_float64_formula(seed):
     for name, a, b, c in zip("qkvs", found, truth_grads, rough_grads, strict=False):
         floor = torch.finfo(dtype).eps * 4 if S == 1 or window == 1 else 2e-5  # one key: the true dq and dk are zero
         assert relative_error(a, b) <= 3 * relative_error(c, b) + floor, f"d{name} {case}"
+
+
+@pytest.mark.parametrize("step", [None, 0])
+def test_tensors_without_numbers_have_a_shape(step):
+    q, k = torch.empty(2, 4, 50, 8, device="meta"), torch.empty(2, 2, 70, 8, device="meta")
+    assert sp.attend(q, k, k, pattern=sp.sliding_window(9), step=step).shape == q.shape

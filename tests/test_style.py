@@ -2,10 +2,16 @@
 
 import ast
 import importlib
+import io
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+from notebook_rules import load
 
 from tformer_lib.teaching import style
 
@@ -48,3 +54,83 @@ def test_an_axis_in_powers_of_two_has_the_ticks_that_are_asked_for(log_y):
     style.log2_axis(ax, [512], ["half"], log_y=log_y)
     assert [label.get_text() for label in ax.get_xticklabels()] == ["half"]
     plt.close(fig)
+
+
+# --- legends
+
+SVG = "{http://www.w3.org/2000/svg}"
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom, in points."""
+
+
+def drawings(notebook: dict) -> Iterator[str]:
+    """The SVG figures of a notebook."""
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            if "image/svg+xml" in output.get("data", {}):
+                yield "".join(output["data"]["image/svg+xml"])
+
+
+def groups(parent: ET.Element, name: str) -> list[ET.Element]:
+    """The groups inside an element that matplotlib has named so and numbered."""
+    return [child for child in parent if child.tag == f"{SVG}g" and child.get("id", "").startswith(name)]
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", text)]
+
+
+def legend_rows(axes: ET.Element) -> Iterator[Box]:
+    """Where each row of a legend is drawn, its sample of the line included."""
+    for legend in groups(axes, "legend_"):
+        for text in groups(legend, "text_"):
+            drawn = text.find(f"{SVG}g")
+            x, y, size = numbers(drawn.get("transform"))[:3]  # size: points of a hundredth of the font
+            last = max((numbers(use.get("transform", "0"))[0] for use in drawn.iter(f"{SVG}use")), default=0.0)
+            yield x - 280 * size, y - 95 * size, x + (last + 60) * size, y + 30 * size
+
+
+def curves(axes: ET.Element) -> Iterator[list[tuple[float, float]]]:
+    """The corners of each line that shows data."""
+    for line in groups(axes, "line2d_"):
+        path = line.find(f"{SVG}path")
+        if path is not None and "clip-path" in path.attrib:
+            found = numbers(path.get("d"))
+            yield list(zip(found[::2], found[1::2], strict=True))
+
+
+def meets(box: Box, start: tuple[float, float], end: tuple[float, float], steps: int = 200) -> bool:
+    """Whether a stroke passes through a box."""
+    left, top, right, bottom = box
+    shares = (step / steps for step in range(steps + 1))
+    places = ((start[0] + t * (end[0] - start[0]), start[1] + t * (end[1] - start[1])) for t in shares)
+    return any(left <= x <= right and top <= y <= bottom for x, y in places)
+
+
+def covered(svg: str) -> int:
+    """How many rows of legends lie over a line of their own axes."""
+    every = [group for group in ET.fromstring(svg).iter(f"{SVG}g") if group.get("id", "").startswith("axes_")]
+    return sum(
+        any(meets(row, *stroke) for curve in curves(axes) for stroke in pairwise(curve))
+        for axes in every
+        for row in legend_rows(axes)
+    )
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_legend_lies_over_a_line(path):
+    assert [covered(svg) for svg in drawings(load(path)) if covered(svg)] == []
+
+
+@pytest.mark.parametrize(("place", "rows"), [("upper left", 0), ("lower left", 1)])
+def test_a_legend_over_a_line_is_found(place, rows):
+    fig, ax = plt.subplots()
+    ax.plot([0, 1, 2], [0.05, 0.05, 0.05], label="a low line")
+    ax.set(ylim=(0, 1))
+    ax.legend(loc=place)
+    file = io.BytesIO()
+    fig.savefig(file, format="svg")
+    plt.close(fig)
+    assert covered(file.getvalue().decode()) == rows

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tformer_lib import positional_encoding
 from tformer_lib.attention import attend
@@ -315,6 +316,37 @@ def test_models_compile_as_one_graph(kind):
     with torch.no_grad():
         compiled = torch.compile(run, fullgraph=True, backend="eager")(*inputs)
         torch.testing.assert_close(compiled, run(*inputs), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "hybrid"])
+def test_gradients_of_each_text_by_one_map_over_the_batch(kind):
+    """What differential privacy and influence functions ask for: ``torch.func.vmap`` of ``torch.func.grad``."""
+    hybrid = {"linear": LINEAR, "layer_types": ("linear", "full")}
+    model = decoder("llama", **hybrid) if kind == "hybrid" else decoder(kind)
+    texts = torch.randint(61, (3, 9))
+
+    def loss(parameters, text):
+        logits = torch.func.functional_call(model, parameters, (text[None, :-1],))
+        return nn.functional.cross_entropy(logits[0], text[1:])
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(dict(model.named_parameters()), texts)
+    for i, text in enumerate(texts):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(text[None, :-1])[0], text[1:]).backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(found[name][i], p.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "hybrid"])
+def test_models_are_built_and_run_without_any_memory(kind):
+    """Under a FakeTensorMode, and on the meta device: shapes alone."""
+    hybrid = {**LLAMA_LIKE, "linear": LINEAR, "layer_types": ("linear", "full")}
+    options = hybrid if kind == "hybrid" else KINDS[kind]
+    with FakeTensorMode():
+        assert Decoder(config(**options))(torch.randint(61, (2, 9))).shape == (2, 9, 61)
+    with torch.device("meta"):
+        model = Decoder(config(**options))
+    assert model(torch.zeros(2, 9, dtype=torch.int64, device="meta")).shape == (2, 9, 61)
 
 
 def test_the_logits_of_some_places_are_those_of_all():

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from tformer_lib import masks
 from tformer_lib.contract import check_bias, check_heads, check_inputs, in_named_dtypes, score_scale
@@ -368,6 +369,8 @@ OPTIONS: dict[Attend, frozenset[str]] = {}
 @torch.compiler.assume_constant_result
 def slopes_on(heads: int, device: torch.device) -> Tensor:
     """ALiBi's slopes, (heads,) float32, kept on the device: a CUDA graph must find them there."""
+    if is_fake(torch.empty(0)):  # a shape alone, which must not be kept for later
+        return alibi_slopes(heads).to(device)
     if (heads, device) not in SLOPES:
         with torch.inference_mode(False):
             SLOPES[heads, device] = alibi_slopes(heads).to(device)

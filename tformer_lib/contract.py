@@ -15,6 +15,8 @@ from functools import wraps
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._subclasses.fake_tensor import is_fake
 
 ATTENTION_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -127,8 +129,19 @@ def in_named_dtypes(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether a check may read the values of ``x``: not while a graph is compiled or captured, which it would break."""
-    return not (torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
+    """Whether a check may read the values of ``x``.
+
+    Not while a graph is compiled or captured, which it would break, and not where there are none: in the tensors of
+    ``torch.func.vmap``, which stand for many, and of a ``FakeTensorMode``, which have a shape alone.
+    """
+    if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    return not (functorch.is_functorch_wrapped_tensor(x) or has_no_numbers(x))
+
+
+def has_no_numbers(x: Tensor) -> bool:
+    """Whether ``x`` is a shape alone: on the meta device, or of a ``FakeTensorMode``."""
+    return x.is_meta or is_fake(x)
 
 
 def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:

@@ -42,6 +42,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 from tformer_lib import jit
@@ -195,21 +196,40 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     return is_on and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def is_followed(x: Tensor | None) -> bool:
+    """Whether ``torch.func.grad``, ``vjp`` or ``jacrev`` wants a gradient of x."""
+    while x is not None and functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
 def check_no_tangent(operator: str, *tensors: Tensor | None, instead: str) -> None:
-    """Refuse a forward-mode derivative, which an operator of ``torch.library`` would drop without a word.
+    """Refuse derivatives that an operator of ``torch.library`` lacks.
+
+    A forward-mode derivative it would drop without a word; to those of ``torch.func`` it answers with words about a
+    class that the caller has never seen.
 
     Args:
         operator: what is refused, in words.
         tensors: its inputs.
-        instead: plain PyTorch that has such a derivative.
+        instead: plain PyTorch that has such derivatives.
 
     Raises:
-        NotImplementedError: one of the tensors has a tangent.
+        NotImplementedError: one of the tensors has a tangent, or is followed by a transform of ``torch.func``.
     """
-    if not torch.compiler.is_compiling() and has_tangent(*tensors):
+    if torch.compiler.is_compiling():
+        return
+    if has_tangent(*tensors):
         raise NotImplementedError(
             f"{operator} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): use the backward "
             f"mode, or plain PyTorch, which has both: {instead}"
+        )
+    if functorch.peek_interpreter_stack() is not None and any(map(is_followed, tensors)):
+        raise NotImplementedError(
+            f"{operator} has no derivative for torch.func (grad, vjp, jacrev): use backward() or torch.autograd.grad, "
+            f"or plain PyTorch: {instead}"
         )
 
 

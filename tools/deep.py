@@ -46,12 +46,15 @@ class Asked:
         processes: how many pieces run at a time, each with one thread.
         seconds: when to stop; what runs then is ended and does not count.
         out: the file of what was drawn, read first.
+        piece: seconds that a piece takes, about, on the machine that the costs were measured on; what runs when the
+            time is up is lost, so a busy machine wants short ones.
     """
 
     tests: Annotated[tuple[str, ...], tyro.conf.Positional] = ("tests",)
     processes: int = 2
     seconds: float = 3600.0
     out: Path = Path("deep.jsonl")
+    piece: float = PIECE
 
 
 @dataclass(frozen=True)
@@ -92,21 +95,21 @@ def draw(arguments: list[str] | None) -> int:
     new = [test for test in tests if test not in known]
     run([Piece(tuple(new[i : i + FEW]), 1) for i in range(0, len(new), FEW)], asked, deadline)
     known = read(asked.out)
-    run(list(pieces({test: known[test] for test in tests if test in known})), asked, deadline)
+    run(list(pieces({test: known[test] for test in tests if test in known}, asked.piece)), asked, deadline)
     known = read(asked.out)
     print(table({test: known[test] for test in tests}))
     return int(any(known[test].failures for test in tests))
 
 
-def pieces(known: dict[str, Drawn]) -> Iterator[Piece]:
-    """What is left to draw, the cheapest tests first and several of them in one piece."""
+def pieces(known: dict[str, Drawn], piece: float = PIECE) -> Iterator[Piece]:
+    """What is left to draw, the cheapest tests first and several of them in one piece of so many seconds."""
     cost = {test: drawn.seconds / drawn.multiple for test, drawn in known.items()}
     left = {test: DEEP - drawn.multiple for test, drawn in known.items() if drawn.multiple < DEEP}
     together, seconds = [], 0.0
     for test in sorted(left, key=lambda test: cost[test] * left[test]):
-        parts = ceil(cost[test] * left[test] / PIECE) or 1
+        parts = ceil(cost[test] * left[test] / piece) or 1
         multiple = ceil(left[test] / parts)
-        if together and (parts > 1 or seconds + cost[test] * multiple > PIECE or left[together[0]] != multiple):
+        if together and (parts > 1 or seconds + cost[test] * multiple > piece or left[together[0]] != multiple):
             yield Piece(tuple(together), left[together[0]])
             together, seconds = [], 0.0
         if parts > 1:

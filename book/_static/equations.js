@@ -30,4 +30,5 @@
   };
   window.addEventListener("load", () => window.MathJax?.startup?.promise?.then(typeset));
   window.addEventListener("resize", fit);
+  document.addEventListener("toggle", fit, true); // what was folded had no width before
 })();

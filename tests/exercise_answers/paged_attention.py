@@ -201,6 +201,27 @@ class FindsButLeaves(LRU):
         return self.cached.get(key)
 
 
+class LooksForTheOldest(LRU):
+    def __init__(self, blocks):
+        super().__init__(blocks)
+        self.freed, self.cached = 0, {}
+
+    def take(self):
+        if self.empty:
+            return self.empty.pop()
+        return self.cached.pop(min(self.cached, key=self.cached.get))[1] if self.cached else None
+
+    def free(self, block, key=None):
+        self.freed += 1
+        if key is None:
+            self.empty.append(block)
+        else:
+            self.cached[key] = self.freed, block
+
+    def find(self, key):
+        return self.cached.pop(key, (0, None))[1]
+
+
 RIGHT = {
     "paged_attention.slots": slots,
     "paged_attention.append": append,
@@ -225,5 +246,5 @@ WRONG = {
         match_compares_and_stops_by_the_block_alone,
     ],
     "paged_attention.combine": [combine_mean, combine_overflows, combine_blind, combine_forgets_the_lse],
-    "paged_attention.lru": [LatestFirst, CachedFirst, NeverEvicts, FindsButLeaves],
+    "paged_attention.lru": [LooksForTheOldest, LatestFirst, CachedFirst, NeverEvicts, FindsButLeaves],
 }

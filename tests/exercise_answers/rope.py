@@ -101,6 +101,10 @@ def interpolates_every_pair(head_dim, base, factor, length, beta_fast, beta_slow
     return base ** (-torch.arange(0, head_dim, 2) / head_dim) / factor, 1 + 0.1 * math.log(factor)
 
 
+def positions_as_floats(lengths):
+    return torch.cat([torch.arange(n) for n in lengths]).float()
+
+
 RIGHT = {
     "rope.rotate": rotate,
     "rope.positions": lambda lengths: torch.cat([torch.arange(n) for n in lengths]),
@@ -121,6 +125,7 @@ WRONG = {
         reflects,
     ],
     "rope.positions": [
+        positions_as_floats,
         lambda lengths: torch.arange(sum(lengths)),
         lambda lengths: torch.cat([torch.arange(1, n + 1) for n in lengths]),
         lambda lengths: torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)]),

@@ -114,6 +114,13 @@ def next_latest_of_equals(waiting, now, patience):
     return max(range(len(waiting)), key=lambda i: (waiting[i][1] + (now - waiting[i][0]) // patience, waiting[i][0]))
 
 
+def next_request_as_soon_as_patience_ends(waiting, now, patience):
+    late = [i for i in range(len(waiting)) if now - waiting[i][0] >= patience]
+    if late:
+        return min(late, key=lambda i: waiting[i][0])
+    return max(range(len(waiting)), key=lambda i: (waiting[i][1], -waiting[i][0]))
+
+
 RIGHT = {
     "serving.decode_bound": decode_bound,
     "serving.admit": admit,
@@ -126,5 +133,10 @@ WRONG = {
     "serving.admit": [admit_passes_the_first, admit_rounds_down, admit_without_max_num_seqs, admit_without_spare],
     "serving.chunk": [chunk_ignores_writers, chunk_whole_prompts, chunk_each_alone],
     "serving.certain": [certain_all, certain_holds_too_much, certain_shortest],
-    "serving.next_request": [next_starves, next_first_come, next_latest_of_equals],
+    "serving.next_request": [
+        next_request_as_soon_as_patience_ends,
+        next_starves,
+        next_first_come,
+        next_latest_of_equals,
+    ],
 }

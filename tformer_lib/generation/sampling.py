@@ -178,17 +178,36 @@ class Sampler:
             self.uniforms = torch.tensor(numbers, dtype=torch.float64).to(device)  # (batch, steps)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Logits (batch, vocab_size) -> tokens (batch,) int64. Nothing here waits for a GPU."""
+        """Logits (batch, vocab_size) -> tokens (batch,) int64.
+
+        Raises:
+            ValueError: a row's logits hold NaN, infinity, or nothing but -inf. This is looked at on a CPU alone:
+                nothing here waits for a GPU.
+        """
         if self.seen is not None:
             logits = penalise_repetition(logits, self.seen, self.sampling.repetition_penalty)
         if self.sampling.temperature > 0:
-            tokens = draw(distribution(logits, self.sampling), self.uniforms[:, self.step])
+            chances = distribution(logits, self.sampling)
+            tokens = draw(chances, self.uniforms[:, self.step])
         else:
+            chances = logits
             tokens = logits.argmax(-1)
+        if logits.device.type == "cpu":
+            check_chosen(chances, tokens, self.step)
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
         self.step += 1
         return tokens
+
+
+def check_chosen(chances: Tensor, tokens: Tensor, step: int) -> None:
+    """Refuse tokens that were chosen by numbers that are none: one NaN among the logits makes all chances NaN."""
+    finite = chances.gather(1, tokens[:, None])[:, 0].isfinite()
+    if not finite.all():
+        raise ValueError(
+            f"the logits of row {finite.int().argmin()} are not finite after {step} new tokens: "
+            f"the model's weights, or its numbers in their dtype, are NaN or too large"
+        )
 
 
 def seen_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The tokenizer of a public model: its tokenizer.json, and how it writes a conversation."""
 
 import json
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +43,14 @@ class HubEncoding:
         except Exception as error:  # the library raises Exception itself
             raise ValueError(f"{path} is damaged or of an unknown kind: {error}") from error
         self.settings = read_json(self.folder / "tokenizer_config.json")
+        self.switch = threading.Lock()  # of how special tokens are read: the library keeps that in the tokenizer
+
+    def __getstate__(self) -> dict:
+        """What is copied and pickled: all but the lock."""
+        return {name: value for name, value in self.__dict__.items() if name != "switch"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, switch=threading.Lock())
 
     def files(self) -> dict[str, bytes]:
         """The files that say all of this, by name: for another folder with the same tokenizer."""
@@ -102,13 +111,15 @@ class HubEncoding:
             text: any text.
             specials: whether the tokens are added that the tokenizer puts around every text.
         """
-        self.tokenizer.encode_special_tokens = False
-        return self.tokenizer.encode(text, add_special_tokens=specials).ids
+        with self.switch:
+            self.tokenizer.encode_special_tokens = False
+            return self.tokenizer.encode(text, add_special_tokens=specials).ids
 
     def encode_ordinary(self, text: str) -> list[int]:
         """A text to tokens, nothing added; ``<|im_end|>`` in it is that text, not a token that ends a turn."""
-        self.tokenizer.encode_special_tokens = True
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        with self.switch:
+            self.tokenizer.encode_special_tokens = True
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_single_token(self, token: str) -> int:
         """The number of a token that is known by its text.

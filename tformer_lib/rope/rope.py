@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tformer_lib.contract import readable
 from tformer_lib.positional_encoding import check_positions
 from tformer_lib.rope.kernels import rotate, rotate_both
 from tformer_lib.rope.pairs import check_layout, check_rotary_dim
@@ -60,7 +61,9 @@ class Rope:
         lengths = (self.max_length, 4 * self.max_length) if self.scaling.needs_length else (None,)
         try:
             found = torch.cat([self.frequencies(length) for length in lengths]) * self.attention_factor
-            is_finite = bool(found.isfinite().all()) and abs(self.attention_factor) < torch.finfo(found.dtype).max
+            finite = found.isfinite().all()
+            fits = abs(self.attention_factor) < torch.finfo(found.dtype).max
+            is_finite = fits and (not readable(finite) or bool(finite))
         except ArithmeticError:  # Python's own numbers overflow with an error
             is_finite = False
         if not is_finite:

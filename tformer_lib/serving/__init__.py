@@ -38,6 +38,7 @@ from tformer_lib.serving.engine import (
     Step,
     blocks_that_fit,
     check_servable,
+    freeze_heap,
     graph_sizes,
 )
 from tformer_lib.serving.fused import FusedPass
@@ -86,6 +87,7 @@ __all__ = [
     "check_servable",
     "compile_blocks",
     "expected_tokens",
+    "freeze_heap",
     "graph_sizes",
     "join_projections",
     "overlap",

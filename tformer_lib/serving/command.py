@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 from tformer_lib import command_line, pretrained
-from tformer_lib.serving.engine import DEFAULT_MEMORY, LLM, blocks_that_fit
+from tformer_lib.serving.engine import DEFAULT_MEMORY, LLM, blocks_that_fit, freeze_heap
 from tformer_lib.serving.request import Params, Request, check_counts
 from tformer_lib.serving.speculation import Speculation
 from tformer_lib.tokens import Encoding
@@ -158,6 +158,7 @@ def serve(command: Serve) -> int:
             print(
                 "warning: anybody who reaches this address may use the model; --api-key asks for a key", file=sys.stderr
             )
+        freeze_heap()
         print(f"serving {name} on http://{address}:{listening.getsockname()[1]}/v1", flush=True)
         uvicorn.Server(config).run(sockets=[listening])
     return 0

@@ -4,6 +4,7 @@ The fields are those of the completions and chat completions of OpenAI's API ref
 (top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos). A field that is not served is refused, never ignored.
 """
 
+import codecs
 import secrets
 import time
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ def read(body: Any, *, chat: bool, encoding: Encoding) -> Ask:
     if not 1 <= n * len(prompts) <= MOST_CHOICES:
         raise Refused(400, f"1 to {MOST_CHOICES} texts may be asked for at once, got {n * len(prompts)}", param="n")
     options = take(fields, "stream_options", dict, {})
+    refuse_unknown(options, {"include_usage"}, "stream_options")
     return Ask(
         chat=chat,
         model=take(fields, "model", str),
@@ -121,6 +123,13 @@ def read(body: Any, *, chat: bool, encoding: Encoding) -> Ask:
         stream=take(fields, "stream", bool, False),
         include_usage=take(options, "include_usage", bool, False),
     )
+
+
+def refuse_unknown(fields: dict, known: set[str], place: str) -> None:
+    """Refuse a field inside another that is not served, unless it says nothing: null, an empty list, false."""
+    for name in fields.keys() - known:
+        if fields[name]:
+            raise Refused(400, f"unknown field in {place}: {shortened(name)}", "unknown_parameter", place)
 
 
 REQUIRED = object()
@@ -200,6 +209,7 @@ def render(messages: list) -> str:
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "developer", "user", "assistant"):
             raise Refused(400, f"a message needs a role and a content, got {shortened(message)}", param="messages")
+        refuse_unknown(message, {"role", "content"}, "messages")
         lines.append(f"{role}: {content_of(message)}\n")
     return "".join(lines) + "assistant:"
 
@@ -230,6 +240,7 @@ class Reply:
         self.ask, self.encoding, self.created = ask, encoding, int(time.time())
         self.id = ("chatcmpl-" if ask.chat else "cmpl-") + secrets.token_hex(12)
         self.lengths = [0] * ask.choices  # of the text that the tokens so far make, for the offsets of the next
+        self.decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(ask.choices)]
         self.begun = [False] * ask.choices
 
     def whole(self, requests: list[Request]) -> dict:
@@ -273,34 +284,42 @@ class Reply:
 
     def _logprobs(self, index: int, tokens: list[int], logprobs: list) -> dict:
         """The report of some tokens, in the form of the endpoint."""
-        texts = [self._text_of(token) for token in tokens]
-        tops = [[(self._text_of(token), value) for token, value in entry.top] for entry in logprobs]
+        written = [self._bytes_of(token) for token in tokens]
+        tops = [[(self._bytes_of(token), value) for token, value in entry.top] for entry in logprobs]
         if self.ask.chat:
             return {
                 "content": [
-                    {**told(text, entry.chosen), "top_logprobs": [told(*pair) for pair in top]}
-                    for text, entry, top in zip(texts, logprobs, tops, strict=True)
+                    {**told(token, entry.chosen), "top_logprobs": [told(*pair) for pair in top]}
+                    for token, entry, top in zip(written, logprobs, tops, strict=True)
                 ]
             }
         offsets = []
-        for text in texts:
+        for token in written:
             offsets.append(self.lengths[index])
-            self.lengths[index] += len(text)
+            self.lengths[index] += len(self.decoders[index].decode(token))
         return {
-            "tokens": texts,
+            "tokens": list(map(name_of, written)),
             "token_logprobs": [entry.chosen for entry in logprobs],
-            "top_logprobs": list(map(dict, tops)),
+            "top_logprobs": [{name_of(token): value for token, value in top} for top in tops],
             "text_offset": offsets,
         }
 
-    def _text_of(self, token: int) -> str:
+    def _bytes_of(self, token: int) -> bytes:
         known = token < self.encoding.n_vocab
-        return self.encoding.decode_single_token_bytes(token).decode("utf-8", "replace") if known else ""
+        return self.encoding.decode_single_token_bytes(token) if known else b""
 
 
-def told(text: str, logprob: float) -> dict:
-    """A token of a chat's report."""
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def name_of(token: bytes) -> str:
+    """A token as a report names it: its text, or, where it holds a part of a character, its bytes in OpenAI's form."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+
+def told(token: bytes, logprob: float) -> dict:
+    """A token of a chat's report. The bytes of several make the characters of which each has a part."""
+    return {"token": name_of(token), "logprob": logprob, "bytes": list(token)}
 
 
 def usage(requests: list[Request], n: int) -> dict:

@@ -1,7 +1,7 @@
 """What is asked and what is answered: parameters, requests, and pieces of text."""
 
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -33,7 +33,10 @@ class Params(Sampling):
         new = check_number("max_new_tokens", self.max_new_tokens, numbers.Integral)
         if new < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {new}")
-        stop = tuple(self.stop) if isinstance(self.stop, Iterable) and not isinstance(self.stop, str) else ("",)
+        try:
+            stop = ("",) if isinstance(self.stop, str) else tuple(self.stop)
+        except TypeError:  # a number, a tensor without dimensions
+            stop = ("",)
         if not all(map(is_text, stop)):
             raise ValueError(f"stop must be a list of strings, none of them empty, got {self.stop!r}")
         if self.logprobs is not None and check_number("logprobs", self.logprobs, numbers.Integral) < 0:

@@ -1,5 +1,6 @@
 """Who computes what in the next step: blocks and counts, no tensors."""
 
+from bisect import insort
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -27,8 +28,8 @@ class Row(NamedTuple):
         return 1 + len(self.drafts) if self.samples else 0
 
 
-POLICIES = ("mixed", "prefill first", "decode first")
-"""What a step does where some rows write and others have a prompt to read, see :class:`Scheduler`."""
+POLICIES = ("mixed", "prefill first", "decode first", "longest first")
+"""Who is let in, and what a step does where some rows write and others read a prompt, see :class:`Scheduler`."""
 
 
 class Scheduler:
@@ -42,6 +43,11 @@ class Scheduler:
     Two older policies are there to be compared (their names: Agrawal et al. 2024, arXiv:2403.02310). With "prefill
     first" a step reads prompts alone as long as there is one to read, and those that write pause. With "decode first"
     nobody is let in before all who write have ended, so that a batch is one from its beginning to its end.
+
+    "longest first" is for a file of requests that are all there, where only the end of the last one matters (SGLang's
+    ``--schedule-policy lof``, longest output first). It trusts ``max_new_tokens``: who may write most is let in first,
+    so that few rows are left over at the end, and only as many are let in as will fit until they have ended, so that
+    hardly anybody is preempted. Where requests keep coming, one that asks for little may wait for ever.
 
     Args:
         allocator: the blocks.
@@ -84,7 +90,10 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Let a request wait for its turn."""
         request.table = BlockTable(self.allocator)
-        self.waiting.append(request)
+        if self.policy == "longest first":
+            insort(self.waiting, request, key=left_to_write)
+        else:
+            self.waiting.append(request)
 
     def is_short(self) -> bool:
         """Whether those that write need more blocks for their next token than there are."""
@@ -164,6 +173,8 @@ class Scheduler:
         needed = blocks_for(request.known, allocator.block_size) - alive
         if needed > allocator.available - int(self.spare_blocks * len(self.running)):
             return False
+        if self.policy == "longest first" and self.running and self._peak(request) > allocator.blocks:
+            return False
         self.waiting.popleft()
         self.running.append(request)
         request.batch_slot = self.free_batch_slots.pop()
@@ -172,13 +183,28 @@ class Scheduler:
             self.tables[request.batch_slot, : len(table.blocks)] = table.blocks
         return True
 
+    def _peak(self, request: Request) -> float:
+        """The most blocks, at least, that all who run and this one will ever hold, if each writes all that it may.
+
+        All write one token a step, so the peak is at the end of one of them: those that end later still hold theirs. A
+        row's last block counts as full.
+        """
+        rows = sorted([*self.running, request], key=left_to_write)  # who ends last comes first
+        left, known = (np.array(numbers) for numbers in zip(*((-left_to_write(r), r.known) for r in rows), strict=True))
+        places = np.arange(1, len(rows) + 1)  # how many are left when each one ends
+        tokens = known.cumsum() + left * places
+        return (tokens + places * (self.allocator.block_size - 1)).max() / self.allocator.block_size
+
     def preempt(self) -> None:
         """The latest to arrive gives its blocks back and waits; its tokens stay, their keys are computed again."""
         request = self.running[-1]
         self._leave(request)
         request.preemptions += 1
         self.preemptions += 1
-        self.waiting.appendleft(request)
+        if self.policy == "longest first":
+            insort(self.waiting, request, key=left_to_write)
+        else:
+            self.waiting.appendleft(request)
 
     def remove(self, request: Request) -> None:
         """Forget a request that has ended, wherever it stands."""
@@ -192,3 +218,8 @@ class Scheduler:
         request.table.free()
         self.free_batch_slots.append(request.batch_slot)
         request.batch_slot = -1
+
+
+def left_to_write(request: Request) -> int:
+    """How many tokens a request may still write, negative: the order of those that wait if the longest is first."""
+    return request.known - request.end

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tformer_lib.contract import check_inputs, score_scale
+from tformer_lib.contract import check_inputs, has_no_numbers, score_scale
 from tformer_lib.ladder import AUTO, HALVES, check_no_tangent
 from tformer_lib.sparse_attention.blocks import attend_blocks, in_blocks
 from tformer_lib.sparse_attention.checks import check_chosen, check_sinks
@@ -56,7 +56,8 @@ def attend(
     scale = float(score_scale(scale, q.shape[-1]))
     if mask is not None and name not in (AUTO, "0"):
         raise ValueError(f"step {name} cannot do this: a mask beside the pattern needs step 0")
-    traced = torch.compiler.is_compiling()  # step 0 makes its plan from the pattern: no graph can hold that
+    # Step 0 makes its plan from the pattern: no graph can hold that, and where there are no numbers there is no plan.
+    traced = torch.compiler.is_compiling() or has_no_numbers(q)
     if mask is not None or (not traced and (name == "0" or (name == AUTO and not has_kernel(q, v)))):
         pattern = pattern & Band(None, 0) if causal else pattern
         return attend_blocks(q, k, v, pattern, mask, scale, block, sinks)

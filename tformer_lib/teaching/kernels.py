@@ -51,7 +51,7 @@ GUARD = 64
 """Rows of NaN before and after each of q, k and v, and of a mark around out: what lies outside is noticed."""
 
 MARK = -12345.0
-DEFINED = r"^(?!return|if|for|else|using|struct)[A-Za-z_][\w:<>,&* ]*[ &*](\w+)\("
+DEFINED = r"^(?!return|if|for|else|using|struct)[A-Za-z_][\w:<>,&* ]*[ &*\n](\w+)\("
 SECONDS = 10.0
 
 
@@ -103,6 +103,8 @@ def span(text: str, name: str) -> tuple[int, int]:
         if opening < 0 or 0 <= semicolon < opening:
             continue  # a declaration or a call
         begin = match.start()
+        if match.group().lstrip().startswith(f"{name}("):  # its type stands on the line above
+            begin -= len(re.search(r"(?:[A-Za-z_][\w:<>,&* ]*\n)?\Z", text[:begin]).group())
         while above := re.search(r"(?<![^\n])[ ]{0,4}(?://|template|__global__).*\n\Z", text[:begin]):
             begin = above.start()
         return begin, closing(text, opening)
@@ -200,6 +202,7 @@ def replace_functions(text: str, edited: str) -> str:
 
     The compiler counts the lines of the edited functions from the first line of ``edited``.
     """
+    edited = dedent(edited)
     names = re.findall(DEFINED, edited, flags=re.MULTILINE)
     if not names:
         raise KernelError("there is no function in your text: it should define those that it replaces")

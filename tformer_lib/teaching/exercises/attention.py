@@ -122,6 +122,9 @@ def check_attend(fn):
     found, expected = fn(300 * q, k, v, window), attention.attend(300 * q, k, v, mask=window)
     require_finite(found, "with scores in the thousands, whose exponentials overflow, the result")
     require_close(found, expected, "with scores in the thousands, the result differs", tolerance=1e-3)
+    q, k, v = torch.randn(1, 2, 3, 9), torch.randn(1, 2, 5, 9), torch.randn(1, 2, 5, 4)
+    mask, sizes = masks.causal(3, 5), "with heads of 9 numbers and values of 4,"
+    require_close(fn(q, k, v, mask), attention.attend(q, k, v, mask=mask), f"{sizes} the result differs", name=sizes)
 
 
 def diagnose(found, q, k, v) -> None:

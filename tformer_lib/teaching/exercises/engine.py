@@ -104,7 +104,9 @@ def find(name: str) -> Exercise:
     Raises:
         NotYet: there is none; the message lists the chapter's.
     """
-    topic = str(name).partition(".")[0]
+    if not isinstance(name, str):
+        raise NotYet(f"there is no exercise {name!r:.60}: its name comes first, as in check('masks.causal', my_causal)")
+    topic = name.partition(".")[0]
     if topic.isidentifier() and topic in topics():
         importlib.import_module(f"{PACKAGE}.{topic}")
     if name in REGISTRY:
@@ -237,7 +239,7 @@ def check(name: str, answer: Callable) -> None:
     """
     outcome = examine(name, answer)
     own = callable(answer) and not getattr(answer, "__name__", "").startswith("solution")
-    if own and name in REGISTRY and outcome.message != UNWRITTEN:
+    if own and isinstance(name, str) and name in REGISTRY and outcome.message != UNWRITTEN:
         record.add(name, answer=mark(answer), right=outcome.passed)
         if outcome.passed:
             with contextlib.suppress(Unportable):  # the capstone says why it has none

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import dedent
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ def check_row_max(fn):
         result = fn(held.clone(), shuffle)
         what = f"16 rows in {fragments} fragment{'s' if fragments > 1 else ''}"
         require(isinstance(result, Tensor) and result.shape == (32, 2), f"{what}: return a tensor of shape (32, 2)")
+        result = result.detach()
         rows = torch.arange(32) // 4
         wanted = torch.stack((S.amax(1)[rows], S.amax(1)[rows + 8]), 1)
         require(len(used) <= 2, f"{what}: you shuffle {len(used)} times, with offsets {used}; two are enough")
@@ -266,6 +268,7 @@ def compiled(fn: Callable, more: str = "") -> Path:
     """The library of a learner's function that returns C++, with some more functions replaced."""
     text = fn()
     require(isinstance(text, str), f"return the C++ as a string; yours is a {type(text).__name__}")
+    text = dedent(text)
     require(re.search(kernels.DEFINED, text, re.MULTILINE), "there is no C++ function in the string")
     try:
         return kernels.compile_small(f"{text}\n{more}" if more else text)

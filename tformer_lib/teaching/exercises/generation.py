@@ -250,6 +250,10 @@ def check_penalty(fn):
     result = fn(logits.clone(), torch.tensor([], dtype=torch.int64), 0.5, 0.25)
     require_shape(result, (5,), "the result for an empty text")
     require_close(result, logits, "an empty text should change nothing")
+    result = fn(torch.zeros(8), torch.tensor([6, 6, 5]), 1.0, 0.25)
+    require_close(
+        result, torch.tensor([0.0] * 5 + [-1.25, -1.5, 0.0]), "with a vocabulary of 8 tokens the logits are wrong"
+    )
 
 
 @exercise(
@@ -276,6 +280,7 @@ def check_shown(fn):
         ("Lily.\n", ("\n\nUser", "."), 4, "a whole stop string goes before a part of another"),
         ("Lily\n", ("END", "\n\nUser"), 4, "each of the stop strings may have begun"),
         ("Lily\nU", ("User", "\nUs"), 4, "the longest of the ends is held back"),
+        ("Lily went to the park. EN", ("END",), 23, "the end may be the beginning of a stop string"),
         ("EN", ("END",), 0, "the whole text may be the beginning of a stop string"),
     )
     for text, stops, wanted, why in cases:

@@ -28,8 +28,8 @@ def check_kv_head(fn):
     for heads, kv_heads in ((8, 2), (8, 8), (8, 1), (12, 4), (32, 8)):
         group = heads // kv_heads
         for head in range(heads):
-            found = require_integer(fn(head, heads, kv_heads), "the kv head")
             place = f"with {heads} heads and {kv_heads} kv heads, query head {head}"
+            found = require_integer(fn(head, heads, kv_heads), f"{place}: the kv head")
             require(0 <= found < kv_heads, f"{place} reads kv head {found}, which does not exist")
             require(found == head // group, f"{place} reads kv head {found}, expected {head // group}")
 
@@ -59,8 +59,8 @@ class Sizes(TorchDispatchMode):
     ),
 )
 def check_scores(fn):
-    for heads, kv_heads, T in ((8, 2, 1), (8, 1, 3), (4, 4, 2), (6, 3, 1)):
-        q, k = torch.randn(2, heads, T, 16), torch.randn(2, kv_heads, 40, 16)
+    for heads, kv_heads, T, S, d in ((8, 2, 1, 40, 16), (8, 1, 3, 40, 16), (4, 4, 2, 33, 16), (6, 3, 1, 50, 12)):
+        q, k = torch.randn(2, heads, T, d), torch.randn(2, kv_heads, S, d)
         with Sizes(q, k) as sizes:
             found = fn(q, k)
         wanted = torch.einsum("bhtd,bhsd->bhts", q, k.repeat_interleave(heads // kv_heads, 1))

@@ -29,6 +29,7 @@ def check_tokens_that_fit(fn):
     cases = (
         ((80 * 2**30, 32, 32, 32, 128, 2), 163_840, "Llama 2 7B"),
         ((80 * 2**30, 32, 32, 8, 128, 2), 655_360, "Llama 3 8B, whose 32 query heads share 8 kv heads"),
+        ((80 * 2**30, 80, 64, 8, 128, 2), 262_144, "Llama 3 70B, which has 80 layers"),
         ((1_000_000, 12, 12, 12, 64, 2), 27, "GPT-2 with a megabyte"),
         ((36_863, 12, 12, 12, 64, 2), 0, "a memory that is one byte short of a token"),
     )
@@ -145,7 +146,7 @@ def explain(b: int, t: int, length: int, seen: list[int]) -> str:
     ),
 )
 def check_slot(fn):
-    for window, sinks in ((4, 2), (3, 0), (1, 1), (5, 4)):
+    for window, sinks in ((4, 2), (3, 0), (1, 1), (5, 4), (2, 5)):
         ring = RingCache(CacheShape(1, 1, 1, 2), window, sinks)
         place = f"window = {window}, sinks = {sinks}"
         for position in range(4 * (window + sinks)):
@@ -263,7 +264,7 @@ def check_speculate(fn):
         written = fn(model, model, draft, text, count, n)
         require(written is not None, "your function returns None: is a return missing?")
         require(text == prompt, "your function changes the caller's text: work on a copy")
-        written, wanted = [int(token) for token in written], greedy(prompt, count)
+        written, wanted = [require_integer(token, "a new token") for token in written], greedy(prompt, count)
         name = f"a prompt of {len(prompt)} tokens, {count} to write, {n} guesses at a time"
         require(written[: len(prompt)] != prompt or written == wanted, f"{name}: return the new tokens alone")
         explain_cache(model, prompt + written, name)

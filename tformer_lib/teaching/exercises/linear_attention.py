@@ -107,10 +107,10 @@ def check_step(fn):
     ),
 )
 def check_chunked(fn):
-    for T, chunk in ((8, 4), (8, 8), (8, 1), (10, 4), (3, 16)):
-        phi_q, phi_k, v = draw(T, features=5)
+    for T, chunk, width in ((8, 4, 3), (8, 8, 3), (8, 1, 3), (10, 4, 7), (3, 16, 3)):
+        phi_q, phi_k, v = draw(T, features=5, width=width)
         found = fn(phi_q, phi_k, v, chunk)
-        require_shape(found, (T, 3), f"the output for {T} tokens in chunks of {chunk}")
+        require_shape(found, (T, width), f"the output for {T} tokens in chunks of {chunk}")
         expected = by_weights(phi_q, phi_k, v, True)
         wrong = ~((found - expected).abs().amax(1) <= 1e-4)  # NaN is wrong too
         for t in wrong.nonzero()[:, 0].tolist()[:1]:
@@ -259,8 +259,10 @@ def check_delta(fn):
         future = [x.clone() for x in inputs]
         for x in future[:4]:
             x[-1] = torch.rand_like(x[-1])
-        leaks = not is_close(run_delta(fn, future, chunk)[0][:-1], found[:-1])
+        other = run_delta(fn, future, chunk)[0]
+        leaks = not is_close(other[:-1], found[:-1])
         require(not leaks, f"{place}, earlier outputs change with the last token: the future leaks")
+        require_close(other, delta_by_steps(*future)[0], f"{place}, the output is wrong when the last token is another")
         require_close(found, expected, f"{place}, the output differs from the loop over tokens")
         require_close(state, last, f"{place}, the outputs are right and the new state is not")
     inputs, counts = draw_delta(96), []

@@ -5,7 +5,8 @@ from collections import OrderedDict
 
 import torch
 
-from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_shape
+from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_integer, require_shape
+from tformer_lib.teaching.exercises.tokens import count_lines
 
 
 @exercise(
@@ -28,8 +29,9 @@ def check_slots(fn):
             for p, slot in zip(range(start, stop), found, strict=True):
                 expected = table[p // size] * size + p % size
                 place = f"position {p} of table {table} with blocks of {size}"
-                require(int(slot) != p or p == expected, f"{place}: slot {p} ignores the table")
-                require(int(slot) == expected, f"{place} is in slot {expected}, you say {slot}")
+                slot = require_integer(slot, f"{place}: the slot")
+                require(slot != p or p == expected, f"{place}: slot {p} ignores the table")
+                require(slot == expected, f"{place} is in slot {expected}, you say {slot}")
 
 
 @exercise(
@@ -47,7 +49,7 @@ def check_append(fn):
         blocks = [5, 2, 7][: -(-length // size)]
         holders = [0] * 8
         for block in blocks:
-            holders[block] = 2 if shared else 1
+            holders[block] = (3 if length == 6 else 2) if shared else 1
         empty = [b for b in range(8) if holders[b] == 0]
         before = list(blocks), list(holders), len(empty)
         copies = fn(blocks, length, holders, empty, size)
@@ -74,6 +76,7 @@ def judge_append(before, blocks, length, holders, empty, copies, shared, size) -
         require(len(copied) == 1, f"{state}: others read the last block, so it is copied first; your copies: {copied}")
         require(copied[0] == (old_blocks[-1], blocks[-1]), f"{state}: the copy goes from the old block to the new one")
         require(blocks[:-1] == old_blocks[:-1], f"{state}: only the last block is replaced, and they are {blocks}")
+        require(blocks[-1] != old_blocks[-1], f"{state}: the last block is still the one that others read")
         left = holders[old_blocks[-1]]
         require(
             left == old_holders[old_blocks[-1]] - 1, f"{state}: the old block has lost one holder, and counts {left}"
@@ -169,6 +172,7 @@ def check_combine(fn):
     require_close(out[1:4], wanted[1:4], "the output is not that of all keys at once", name="the output")
     require_close(out[[0, 4]], wanted[[0, 4]], "heads with large scores or with none go wrong", name="the output")
     require_close(lse[:4], wanted_lse[:4], "lse is not that of all keys at once", name="the log-sum-exp")
+    require(lse[4] < -1e9, f"head 4 sees no key: the logarithm of a sum of nothing is -inf, and yours is {lse[4]:.4g}")
 
 
 def partial_attention(scores, values):
@@ -210,27 +214,36 @@ class Model:
 
 
 class Key(str):
-    """A key that counts how often it is compared with another."""
+    """A key that counts how often one is compared with another, or hashed to be looked up."""
 
-    compared = 0
+    compared = hashed = 0
 
     def __eq__(self, other):
         Key.compared += 1
         return super().__eq__(other)
 
-    __hash__ = str.__hash__
+    def __hash__(self):
+        Key.hashed += 1
+        return super().__hash__()
 
 
 def require_constant_time(fn) -> None:
-    """Fail if a key is looked for among all the others."""
+    """Fail if a key is looked for among all the others, or the oldest among all."""
     pool = fn(400)
-    for block in [pool.take() for _ in range(400)]:
+    blocks = [pool.take() for _ in range(400)]
+    for block in blocks:
         pool.free(block, Key(f"key {block}"))
+    oldest = next(block for block in blocks if block != 200)
     Key.compared = 0
     found = pool.find(Key("key 200"))
     require(found == 200, f"of 400 blocks cached under their numbers, find('key 200') gives {found}")
     words = f"find() compared a key with {Key.compared} others"
     require(Key.compared <= 10, f"{words}: in constant time, a dictionary finds it at once")
+    Key.hashed, taken = 0, []
+    lines = count_lines(lambda: taken.append(pool.take()))
+    require(taken == [oldest], f"of 399 cached blocks, take() gives {taken[0]}, which was not the oldest")
+    words = f"take() looked at {max(Key.hashed, lines)} keys or lines of code for the oldest of 399 cached blocks"
+    require(Key.hashed <= 10 and lines <= 100, f"{words}: keep them in the order in which they were freed")
 
 
 def draw_step(draw, model):

@@ -98,6 +98,7 @@ def check_busy(fn: Callable) -> None:
         (make((0, 4, 0), (9, 20, 0)), 2, 10, 0.375, "kernels that begin before the window and end after it"),
         (make((6, 8, 0), (0, 4, 0)), 0, 10, 0.6, "intervals that are not in order"),
         (make((1, 5, 0)), 0, 8, 0.5, "a window of another length"),
+        (make((100, 108, 0), (102, 104, 1), (103, 109, 1)), 100, 110, 0.9, "overlaps in a window that begins late"),
         ([], 0, 10, 0.0, "an idle device"),
     )
     for intervals, start, end, expected, name in cases:
@@ -157,6 +158,8 @@ def check_slower(fn: Callable) -> None:
         ([t * b for t, b in zip(peers, busy, strict=True)], [float(b) for b in busy], False, "the machine became busy"),
         (disturbed, peers, False, "one single call was disturbed"),
         (double(peers), [*peers[:-1], 40.0], True, "our kernel is slower, and one call of the peer was disturbed"),
+        ([1.0, 2.0, 2.0], [1.0, 1.0, 1.0], True, "two calls of three, the last among them, took twice as long"),
+        ([2.0, 2.0, 1.0], [1.0, 1.0, 1.0], True, "two calls of three, the first among them, took twice as long"),
     )
     cases = [(*case, 1.0, 1.5) for case in cases]
     cases += [
@@ -251,6 +254,7 @@ def check_own_time(fn: Callable) -> None:
             "two threads",
             "what another thread does meanwhile is no child",
         ),
+        ([("main", 0, 9, 1), ("worker", 2, 5, 2)], "two threads of one range each", "neither has a gap"),
         (
             [("a", 1, 2, 0), ("long", 4, 20, 0), ("b", 5, 6, 0), ("c", 22, 23, 0)],
             "a gap after a nest",

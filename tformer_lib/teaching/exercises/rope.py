@@ -54,6 +54,8 @@ def check_positions(fn):
         positions = fn(lengths)
         total = sum(lengths)
         require_shape(positions, (total,), f"the positions of documents of {lengths} tokens")
+        whole = not positions.is_floating_point() and positions.dtype != torch.bool
+        require(whole, f"positions are whole numbers, and yours are {positions.dtype}")
         require(int(positions[0]) == 0, f"the first token stands at {int(positions[0])}; RoPE counts from 0")
         start = 0
         for number, length in enumerate(lengths):

@@ -128,9 +128,9 @@ def check_chunk(fn):
     ),
 )
 def check_certain(fn):
-    cases = ["the end", "THE E", "a", "", "aaa", "abab", "THE THE EN", "x.\n", "\n\n"]
+    cases = ["the end", "THE E", "a", "", "aaa", "abab", "THE THE EN", "x.\n", "\n\n", "so: THE END OF"]
     for text in cases:
-        for stop in ("THE END", "abac", "\n\n", "aaaa", "x"):
+        for stop in ("THE END", "abac", "\n\n", "aaaa", "x", "THE END OF IT"):
             if stop in text:
                 continue
             found, expected = fn(text, stop), len(text) - overlap(text, stop)
@@ -163,6 +163,30 @@ def check_next_request(fn):
         require(found == expected, f"waiting (arrival, priority) {waiting}: place {found} was taken, {why}: {expected}")
     for patience in (10, 5):
         check_patience(fn, patience)
+    draw = random.Random(2)
+    for _ in range(60):
+        now, patience = 100, draw.choice((5, 10, 20))
+        waiting = [(draw.randint(0, now), draw.randint(0, 6)) for _ in range(draw.randint(1, 6))]
+        check_choice(fn, waiting, now, patience)
+
+
+def check_choice(fn, waiting: list[tuple[int, int]], now: int, patience: int) -> None:
+    """Fail unless the most important goes first, where each ``patience`` steps of waiting count as one priority.
+
+    Whether a part of them counts for a part is left open, and so is the order of those who come level by it.
+    """
+    by_step = [(priority + (now - arrival) // patience, -arrival) for arrival, priority in waiting]
+    by_part = [(priority + (now - arrival) / patience, -arrival) for arrival, priority in waiting]
+    right = {max(range(len(waiting)), key=worth.__getitem__) for worth in (by_step, by_part)}
+    found = fn(list(waiting), now, patience)
+    require(found in range(len(waiting)), f"return a place in the list, 0 to {len(waiting) - 1}, got {found!r}")
+    taken, worth = waiting[found], [round(worth, 2) for worth, _ in by_part]
+    same = any(waiting[place] == taken for place in right)
+    require(
+        same,
+        f"at step {now} with a patience of {patience}, of (arrival, priority) {waiting} place {found} was taken; with "
+        f"the waiting, the priorities are {worth}",
+    )
 
 
 def check_patience(fn, patience: int) -> None:

@@ -97,9 +97,10 @@ def check_window(fn):
     from tformer_lib.teaching.exercises.linear_attention import LargestTensor
 
     for T, window, loud in ((12, 4, 1), (10, 4, 1), (7, 1, 1), (5, 9, 1), (16, 3, 1), (12, 4, 1000)):
-        q, k, v = loud * torch.randn(T, 6), torch.randn(T, 6), torch.randn(T, 6)
+        d, value_dim = (6, 6) if T == 12 else (9, 4)
+        q, k, v = loud * torch.randn(T, d), torch.randn(T, d), torch.randn(T, value_dim)
         found = fn(q, k, v, window)
-        require_shape(found, (T, 6), f"the output for T = {T}, window = {window}")
+        require_shape(found, (T, value_dim), f"the output for T = {T}, window = {window}")
         require(loud == 1 or found.isfinite().all(), "with scores in the thousands, whose exponentials overflow: NaN")
         mask = sp.sliding_window(window).mask(T)
         expected = attend(q[None, None], k[None, None], v[None, None], mask=mask)[0, 0]
@@ -128,6 +129,7 @@ def check_layers(fn):
         (sp.strided(4).mask(16), 2),
         (sp.documents(torch.tensor([0, 0, 1, 1])).mask(4) & sp.causal().mask(4), None),
         (sp.sliding_window(1).mask(3), None),
+        (sp.documents(torch.tensor([0, 0, 0, 1, 1])).mask(5) & sp.sliding_window(2).mask(5), None),
     )
     for mask, expected in cases:
         found = fn(mask)

@@ -41,11 +41,12 @@ def frame(ax) -> None:
 
 def reach(curves: dict[str, Sequence[float]]) -> None:
     """Share of its past that the last token can know of, over the number of layers."""
-    _, ax = style.figure(width=style.NARROW, height=3.4)
+    _, ax = style.figure(width=style.NARROW, height=4.0)
     layers = range(1, len(next(iter(curves.values()))) + 1)
     style.lines(ax, list(layers), curves)
     ax.set(xlabel="layers", ylabel="share of the past in reach", ylim=(0, 1.05))
     ax.set_xticks(list(layers))
+    ax.legend(fontsize=9.5, loc="upper center", bbox_to_anchor=(0.45, -0.18), ncols=2, frameon=False)
     style.show()
 
 
