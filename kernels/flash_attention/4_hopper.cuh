@@ -64,9 +64,9 @@
 //   answers     At the begin of each tile of rows of up to four tiles of keys, the producer waited some 1,000 cycles for the
 //               counter's answer, which ptxas wants at once, before it asked for K; and it asked for Q and K of the next tile of
 //               rows behind the last V of this one, a step later than there was room. Without writes of O 458 became 476 on 512
-//               tokens at d 128, with one kv head in the L2 cache 477, with both 495 (cuDNN 503). In the order in which they are
-//               needed: predicted 447 to 490, causal 308 to 330, 538 to 560 on 1,024 tokens; at d 64, causal, 238 to 255 and
-//               324 to 335
+//               tokens at d 128, with one kv head in the L2 cache 477, with both 495 (cuDNN 503). Asked in the order of need:
+//               predicted 447 to 490, causal 308 to 330, 538 to 560 on 1,024 tokens; at d 64, causal, 238 to 255 and 324 to 335.
+//               Measured in another run: 494 (cuDNN 498), 321 (333), 579 (579), causal 427 to 456 on 1,024; at d 64 no change
 //   no gain     a maximum that may lag behind by 2^8 (0 to -2 %); K and V sent to two blocks at once, by multicast (-25 %); a
 //               quarter of the exponentials as polynomials (0 at d 64, -25 % at d 128); half of a diagonal tile left out by
 //               one of the warpgroups (-20 %); Q in registers (0); three warpgroups and 80 keys at d 128 (-12 %)

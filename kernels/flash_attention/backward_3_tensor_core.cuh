@@ -27,7 +27,8 @@
 //               (309) and 239 to 231 at d 256 (247), where registers are full
 //   two         There were four barriers a tile, behind each of which a warp waited for its first fragments, and dO was asked
 //   buffers     for one product before it was needed. Two buffers need two barriers, and without the addresses of single loads
-//               no register spills. Predicted 281 to 310 at d 128 (308), 265 to 285 at d 64 (288), 240 to 255 at d 256 (246)
+//               no register spills. Predicted 281 to 310 at d 128 (308), 265 to 285 at d 64 (288), 240 to 255 at d 256 (246).
+//               Measured 298 (306), 284 (286), 243 (245), causal 269 to 301 (309), 241 to 277 (272), 222 to 225 (217)
 //   limit       shared memory, nearly: at d 128 a tile's fragments take it 4,350 cycles, the products 5,120
 //   tried       one block of 128 keys and eight warps at d 128: 284 instead of 288. At d 64, tiles of 128 queries: 263
 //               instead of 270; two blocks instead of three: 251. The small tiles at d 256: 187 instead of 229
