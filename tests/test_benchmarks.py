@@ -640,6 +640,18 @@ def test_an_edit_of_what_is_no_longer_there_is_refused():
         pass
 
 
+@pytest.mark.skipif(not jit.can_build_cpp(), reason="needs a C++ compiler and ninja")
+def test_an_edited_kernel_that_another_process_built_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    edits = [("int first_key(const Problem&, int) { return 0; }", "int first_key(const Problem&, int) { return 1; }")]
+    with harness.edited_kernel("flash_attention/small.cpp", edits):
+        assert not jit.is_built("flash_attention", "small")
+    flash_attention.build_edited("small", "small.cpp", edits)
+    assert not jit.is_built("flash_attention", "small")
+    with harness.edited_kernel("flash_attention/small.cpp", edits):
+        assert jit.is_built("flash_attention", "small")
+
+
 def test_contestants_take_turns_and_each_is_first_in_one():
     calls = []
     run = {name: partial(lambda name: calls.append(name) or len(calls), name) for name in "abc"}
