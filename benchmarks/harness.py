@@ -70,6 +70,7 @@ def command_line(
 
     def run() -> int:
         asked = commands.parse(options, arguments, program=f"python -m benchmarks.{topic}", description=description)
+        commands.pick_device(asked.device)  # refuses one that is not here, before anything is made
         torch.manual_seed(0)
         status = benchmark(asked)
         return status if isinstance(status, int) else 0

@@ -444,10 +444,7 @@ def run_fused_pass(own: Sequence[str] | None = None) -> None:
         slots = torch.where(lengths > 0, 16 * torch.arange(rows) + lengths - 1, -1).cuda()
         where = (lengths.sub(1).clamp_min(0).cuda(), slots, Rows(tables.cuda(), lengths.int().cuda()))
         with torch.no_grad():
-            batch_slots, chosen = torch.arange(rows).cuda(), torch.zeros(rows, dtype=torch.int64).cuda()
-            options = {"chosen": (chosen, batch_slots), "own": PRODUCTS if own is None else own}
-            logits = fused(torch.where(lengths % 2 > 0, -1, lengths).cuda(), *where, **options)
-            fused.choose(logits, batch_slots, chosen)
+            fused(torch.zeros(rows, dtype=torch.int64).cuda(), *where, own=PRODUCTS if own is None else own)
     torch.cuda.synchronize()
 
 

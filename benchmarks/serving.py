@@ -631,8 +631,7 @@ KINDS = {
     "RoPE and writing keys and values": ("turn_kernel", "rope", "sin_kernel", "cos_kernel", "write_kernel"),
     "sums and norms": ("norm",),
     "gate": ("gate_kernel", "triton"),
-    "choosing tokens": ("argmax", "maxops", "maxnan", "reduce_kernel", "largest_kernel", "choose_kernel"),
-    "vectors and angles of the tokens": ("begin_kernel",),
+    "choosing tokens": ("argmax", "maxops", "maxnan", "reduce_kernel"),
 }
 """Kernels by a part of their names, lower case; the first kind that fits counts."""
 

@@ -378,7 +378,8 @@ def test_products_of_a_step_are_listed_with_their_flops():
 @pytest.mark.parametrize("topic", COMMANDS)
 def test_benchmarks_refuse_in_one_line(topic, capsys):
     module = importlib.import_module(f"benchmarks.{topic}")
-    for arguments in (["--nonsense"], ["--device", "tpu"]):
+    missing = [] if torch.cuda.is_available() else [["--device", "cuda"]]
+    for arguments in (["--nonsense"], ["--device", "tpu"], *missing):
         assert module.main(arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")

@@ -1,6 +1,7 @@
 """The loader: builds what is asked for, once, says so, heals, and explains what is missing."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,6 +209,37 @@ def test_a_missing_nvcc_is_named(kernels, monkeypatch):
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     with pytest.raises(jit.BuildError, match="needs nvcc: install the CUDA toolkit"):
         jit.check_tools(kernels / "2_second.cu")
+
+
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+SOURCES = sorted((jit.kernels_folder()).glob("*/*.cu"))
+
+
+def compiles(source, out):
+    """Whether nvcc takes a source for Hopper under the flags of our loader and of PyTorch, and what it said; without
+    optimisation, which would take most of the time."""
+    flags = [flag for flag in jit.compile_flags(source, "90a") if flag != "-O3"]
+    command = [NVCC, *cpp_extension.COMMON_NVCC_FLAGS, *flags, f"-I{jit.kernels_folder()}", "-Xcicc", "-O0", "-ptx"]
+    done = subprocess.run([*command, str(source), "-o", str(out)], capture_output=True, text=True)
+    return done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: f"{source.parent.name}/{source.stem}")
+def test_every_kernel_is_one_that_nvcc_takes_under_pytorchs_flags(source, tmp_path):
+    """They are built on a machine with a GPU alone, but may be broken on any."""
+    taken, said = compiles(source, tmp_path / "out.ptx")
+    assert taken, said
+
+
+@needs_nvcc
+def test_what_pytorchs_flags_forbid_is_refused_by_that_test(tmp_path):
+    source = tmp_path / "half.cu"
+    source.write_text("#include <cuda_fp16.h>\n__global__ void kernel(__half* x, float y) { *x = __half(y); }\n")
+    taken, said = compiles(source, tmp_path / "out.ptx")
+    assert not taken
+    assert "__half" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

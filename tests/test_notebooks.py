@@ -1,5 +1,6 @@
 """What every notebook keeps, beside the outputs that ``pytest --nbval`` compares; the rules: ``notebook_rules.py``."""
 
+import ast
 import copy
 import importlib
 import re
@@ -10,6 +11,7 @@ import pytest
 from notebook_rules import cells, load, source, texts
 from pictures import same_picture
 
+from tformer_lib.teaching import display, kernels
 from tools import chapters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +77,39 @@ def test_interactive_figures_are_the_library_s(notebook):
         told = f"{name} has changed since: make notebooks NB=notebooks/{notebook.name}"
         assert figure["_esm"] == drawn._esm, told
         assert figure["_css"] == drawn._css, told
+
+
+def stale_listings(notebook: dict, monkeypatch) -> list[str]:
+    """The calls whose listing on the page is not what the library's source says today."""
+    names, now, stale = {}, [], []
+    for module in (display, kernels):
+        monkeypatch.setattr(module, "show_markdown", now.append)
+    for cell in cells(notebook, "code"):
+        page = ["".join(o["data"]["text/markdown"]) for o in cell["outputs"] if "text/markdown" in o.get("data", {})]
+        for statement in ast.parse(source(cell)).body:
+            text = ast.unparse(statement)
+            if isinstance(statement, ast.Import | ast.ImportFrom):
+                exec(text, names)
+            elif re.match(r"(teaching\.)?show_(source|kernel)\(", text):
+                now.clear()
+                try:
+                    exec(text, names)
+                except NameError:
+                    continue  # it shows what a cell before has defined
+                if not set(now) <= set(page):
+                    stale.append(text)
+    return stale
+
+
+def test_listings_are_the_library_s(notebook, monkeypatch):
+    """What nbval finds in half an hour is found here in seconds, whenever a function that is shown has changed."""
+    assert stale_listings(load(notebook), monkeypatch) == [], f"make notebooks NB=notebooks/{notebook.name}"
+
+
+def test_a_stale_listing_is_found(monkeypatch):
+    shown = {"output_type": "display_data", "data": {"text/markdown": ["From `tformer_lib/masks.py`:", "as it was"]}}
+    cell = code("from tformer_lib import masks, teaching\nteaching.show_source(masks.causal)", shown)
+    assert stale_listings({"cells": [cell]}, monkeypatch) == ["teaching.show_source(masks.causal)"]
 
 
 # The rules themselves: each finds the fault that it is there for.

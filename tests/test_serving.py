@@ -38,7 +38,7 @@ from tformer_lib.serving import (
     runner,
 )
 from tformer_lib.serving.command import main
-from tformer_lib.serving.fused import choose_likeliest
+from tformer_lib.serving.runner import likeliest
 from tformer_lib.serving.scheduler import POLICIES
 from tformer_lib.serving.turns import Turns
 from tformer_lib.tokens import characters
@@ -371,15 +371,10 @@ def test_joined_projections_are_the_same_layer(bias):
 def test_the_likeliest_token_is_the_first_of_the_largest(device, dtype):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(5, (40, 96), generator=generator).to(dtype)  # many are equal
-    expected = logits.argmax(-1)
     logits[3, 50], logits[4, 7], logits[5, :] = math.nan, math.inf, -math.inf
-    expected[3:6] = runner.NONE
-    batch_slots, chosen = torch.randperm(60, generator=generator)[:40], torch.full((60,), 77)
-    written = chosen.clone()
-    written[batch_slots] = expected.clamp_min(0)
-    chosen = chosen.to(device)
-    assert choose_likeliest(logits.to(device), batch_slots.to(device), chosen).tolist() == expected.tolist()
-    assert chosen.tolist() == written.tolist()
+    tokens, finite = likeliest(logits.to(device))
+    assert tokens.tolist() == logits.argmax(-1).tolist()
+    assert (~finite).nonzero().flatten().tolist() == [3, 4, 5]
 
 
 def test_steps_that_are_not_recorded_leave_compiled_blocks_alone(monkeypatch):
@@ -756,16 +751,15 @@ def test_a_token_without_bytes_ends_its_own_request(ahead):
 def test_logits_that_are_no_numbers_end_their_own_request(number, ahead, wish):
     engine = Engine(MODEL, blocks=24, block_size=4, max_num_seqs=2, budget=8, ahead=ahead)
     good, bad = (engine.add([i, 2, 3], {"max_new_tokens": 6, **wish}) for i in (1, 2))
-    run = engine.runner._run
+    choose = engine.runner.choose
 
-    def broken(rows, tables, samples):
-        logits, batch_slots = run(rows, tables, samples)
-        for place, row in enumerate(row for row in rows if row.samples):
-            if row.request is bad and len(bad.tokens) + bad.pending > 5:
+    def broken(logits, requests, batch_slots):
+        for place, request in enumerate(requests):
+            if request is bad and len(request.tokens) + request.pending > 5:
                 logits[place] = number
-        return logits, batch_slots
+        return choose(logits, requests, batch_slots)
 
-    engine.runner._run = broken
+    engine.runner.choose = broken
     engine.run()
     assert (good.finish_reason, bad.finish_reason) == ("length", "error")
     assert bad.error == "the logits after its tokens are not finite"

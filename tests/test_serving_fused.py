@@ -7,16 +7,14 @@ import torch.nn.functional as F
 from tformer_lib.ladder import FP8
 from tformer_lib.paged_attention import Rows, plan_attention
 from tformer_lib.rope import turn_pairs
-from tformer_lib.serving import SAMPLED, Engine, FusedPass, PackedPass, join_projections
+from tformer_lib.serving import Engine, FusedPass, PackedPass, join_projections
 from tformer_lib.serving import runner as runner_module
 from tformer_lib.serving.fused import PRODUCTS, refusal
-from tformer_lib.serving.runner import NONE
 from tformer_lib.transformer import Decoder, ModelConfig
 
 ON_GPU = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a GPU of Hopper's kind"
 )
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA = {"norm": "rmsnorm", "feed_forward": "swiglu", "positions": "rope", "bias": False}
 
 
@@ -59,14 +57,8 @@ def test_it_is_the_models_pass_for_prompts_and_for_single_tokens():
             expected = model(tokens[None], cache=PackedPass(theirs, places, slots, *where))[0]
             found = fused(tokens, places, slots, where)
             some = fused(tokens, places, slots, where, only=torch.tensor([0]))
-            known, batch_slots = tokens.clone(), torch.randperm(len(tokens), generator=generator)
-            known[::2] = SAMPLED  # these are known to the device alone, by their batch slots
-            chosen = torch.zeros_like(tokens).index_copy(0, batch_slots, tokens)
-            chosen[batch_slots[1::2]] = 95
-            again = fused(known, places, slots, where, chosen=(chosen, batch_slots))
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(some, expected[:1], rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(again, expected, rtol=1e-9, atol=1e-9)
         for left, right in zip(sum(theirs, ()), sum(ours, ()), strict=True):
             torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
 
@@ -107,43 +99,6 @@ def fused(request):
 
 def tolerance(dtype):
     return {"rtol": 2**-7 if dtype == torch.bfloat16 else 2**-10, "atol": 2e-2 if dtype == torch.bfloat16 else 3e-3}
-
-
-@ON_GPU
-@pytest.mark.parametrize("rows", [1, 7, 300])
-@pytest.mark.parametrize("options", [{}, {"width": 2056, "scale_embeddings": True}, {"rope_scaling": YARN}])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_step_begins_with_its_tokens_vectors_and_angles(rows, options, dtype):
-    model = make_model(dtype, **options).cuda()
-    join_projections(model)
-    tokens, positions = torch.randint(96, (rows,), device="cuda"), torch.randint(130_000, (rows,), device="cuda")
-    batch_slots = torch.randperm(400, device="cuda")[:rows]
-    chosen = torch.full((400,), 10**9, device="cuda")  # a batch slot that nobody asks for may hold anything
-    given, unknown = tokens.clone(), torch.arange(rows, device="cuda") % 3 == 0
-    given[unknown], chosen[batch_slots[unknown]] = SAMPLED, tokens[unknown]
-    for more in ((tokens,), (given, (chosen, batch_slots))):
-        x, cos, sin = FusedPass(model, [], None).begin(more[0], positions, *more[1:])
-        table = model.embedding.tokens.weight.double() * model.embedding.scale
-        torch.testing.assert_close(x, table[tokens].to(dtype), rtol=0, atol=0)
-        for found, exact in zip((cos, sin), model.rope(positions), strict=True):
-            torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
-
-
-@ON_GPU
-@pytest.mark.parametrize("rows", [1, 9, 300])
-@pytest.mark.parametrize("vocab_size", [96, 97, 128256])
-def test_a_step_ends_with_the_first_of_the_largest_logits(fused, rows, vocab_size):
-    dtype = fused.model.embedding.tokens.weight.dtype
-    logits = torch.randint(50, (rows, vocab_size), device="cuda").to(dtype)  # many are equal
-    if rows > 8:
-        logits[2, -1], logits[3, 0], logits[4, :], logits[5, 1:] = torch.nan, torch.inf, -torch.inf, torch.nan
-        logits[6, :], logits[7, :] = 1.0, -torch.inf
-        logits[7, vocab_size // 2] = -1.0
-    batch_slots, chosen = torch.randperm(400, device="cuda")[:rows], torch.full((400,), 77, device="cuda")
-    expected = logits.argmax(-1).masked_fill(~logits.max(-1).values.isfinite(), NONE)
-    written = chosen.index_copy(0, batch_slots, expected.clamp_min(0))
-    assert fused.choose(logits, batch_slots, chosen).tolist() == expected.tolist()
-    assert chosen.tolist() == written.tolist()
 
 
 @ON_GPU

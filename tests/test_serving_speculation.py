@@ -334,17 +334,15 @@ def test_logits_that_are_no_numbers(broken):
     engine = Engine(MODEL, blocks=24, block_size=4, max_num_seqs=2, speculation=Speculation(tokens=3, model=MODEL))
     good, bad = (engine.add([i, 2, 3], {"max_new_tokens": 9}) for i in (1, 2))
     runner = engine.runner if broken == "the model" else engine.drafter.runner
-    run = runner._run
+    choose = runner.choose
 
-    def breaking(rows, tables, samples):
-        logits, batch_slots = run(rows, tables, samples)
-        asking = [row.request for row in rows for _ in range(row.asks)]
-        for place, request in enumerate(asking):
+    def breaking(logits, requests, batch_slots):
+        for place, request in enumerate(requests):
             if getattr(request, "request", request) is bad and len(request.tokens) > 4:
                 logits[place] = math.nan
-        return logits, batch_slots
+        return choose(logits, requests, batch_slots)
 
-    runner._run = breaking
+    runner.choose = breaking
     engine.run()
     assert good.new_tokens == alone([1, 2, 3], max_new_tokens=9)
     if broken == "the model":
@@ -402,25 +400,23 @@ def test_a_failed_step_leaves_no_shadow():
 
 
 class Recorded:
-    """What a CUDA graph does, on a CPU: it computes from the buffer's numbers and leaves what it found in one place."""
+    """What a CUDA graph does, on a CPU: it computes from the buffer's numbers and leaves the logits in one place."""
 
     def __init__(self, runner, size):
         from tformer_lib.serving import Inputs
 
         self.inputs = Inputs(runner.buffer, size, size, size, runner.max_blocks)
         self.runner, self.logits = runner, torch.zeros(size, VOCAB, dtype=torch.float64)
-        self.tokens = torch.zeros(size, dtype=torch.int64)
 
     def replay(self):
         self.logits.copy_(self.runner._forward(self.inputs))
-        self.tokens.copy_(self.runner._likeliest(self.logits, self.inputs.batch_slots))
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_a_recorded_step_checks_drafts_in_lanes(kind):
     engine = engine_with(kind, blocks=30, block_size=4, max_num_seqs=3, budget=9, ahead=1)
     graphs = {size: Recorded(engine.runner, size) for size in (2, 5, 9)}
-    engine.runner.graphs = {size: (graph, graph.logits, graph.tokens) for size, graph in graphs.items()}
+    engine.runner.graphs = {size: (graph, graph.logits) for size, graph in graphs.items()}
     made = [engine.add([i, 1, 2, 3, 1, 2], {"max_new_tokens": 14, "seed": i, "temperature": i % 2}) for i in range(5)]
     engine.run()
     for i, request in enumerate(made):

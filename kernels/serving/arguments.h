@@ -51,44 +51,6 @@ struct ProductArguments {
     int32_t gated, cluster;  // blocks of a cluster: 2 or 4, which divides columns / 128
 };
 
-// The beginning of a step: each row's token, its vector, and the angles of its position.
-struct BeginArguments {
-    const int64_t* given;        // (rows): tokens; below 0, the one that its batch slot has chosen last
-    const int64_t* token_batch_slots;  // (rows)
-    const int64_t* chosen;       // by batch slot
-    const int64_t* positions;    // (rows)
-    const void* table;           // (vocab_size, width)
-    const float* frequencies;    // (half): radians per position
-    void* x;                     // (rows, width): the token's row of the table, times scale
-    float *cos, *sin;            // (rows, half), times factor
-    int64_t rows, width, half;
-    float scale, factor;
-    int32_t dtype;
-};
-
-// The end of a step: the largest logit of each part of the vocabulary, of so many columns.
-struct LargestArguments {
-    const void* logits;  // (rows, parts, columns)
-    void* most;          // (rows, parts): NaN if there is one
-    int64_t* places;     // (rows, parts): where it is in its part, the first of equal ones
-    int64_t rows, parts, columns;
-    int32_t dtype;
-};
-
-// And from them each row's likeliest token.
-struct ChooseArguments {
-    const void* most;       // (rows, parts)
-    const int64_t* places;  // (rows, parts)
-    const int64_t* batch_slots;   // (rows)
-    int64_t* tokens;        // (rows): -1 where the largest is not finite
-    int64_t* chosen;        // by batch slot: the token, 0 in place of -1
-    int64_t rows, parts, columns;  // 32 parts at most
-    int32_t dtype;
-};
-
-static_assert(sizeof(BeginArguments) == 112, "serving/fused.py packs it so");
-static_assert(sizeof(LargestArguments) == 56, "serving/fused.py packs it so");
-static_assert(sizeof(ChooseArguments) == 72, "serving/fused.py packs it so");
 static_assert(sizeof(ProductArguments) == 64, "serving/fused.py packs it so");
 static_assert(sizeof(AddNormArguments) == 64, "serving/fused.py packs it so");
 static_assert(sizeof(TurnArguments) == 168, "serving/fused.py packs it so");

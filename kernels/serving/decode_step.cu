@@ -1,5 +1,4 @@
-// What stands between the matrix products of a decode step: three kernels a layer, where a compiler makes five or six, and
-// one kernel before all layers and two behind them.
+// What stands between the matrix products of a decode step: three kernels a layer, where a compiler makes five or six.
 //
 //   x --add_norm--> [q k v] --turn--> attention --> [out] --add_norm--> [gate up] --gate--> [down] --> x of the next layer
 //        ^ + what the layer before added
@@ -12,9 +11,6 @@
 //   predicted   four kernels that start early: 8 us less a layer
 //   measured    four kernels, 11.0 us (add and norm 2.6 twice, turn and store 2.7, gate 3.1), and 6.4 us less a layer in the
 //               step: 2.67 ms, not 2.77. One row: 1.24, not 1.34; 64 rows: 1.81, not 1.93
-//   before      27 kernels of PyTorch before the layers and behind them: 116 us from the last product to the first one of the
-//               next step at 142 rows, 28 of which are the search for the largest logits
-//   predicted   begin, largest and choose in their place: 30 us, so 0.08 ms less a step
 //   tried       fetching the weights of the next product into the L2 cache (cp.async.bulk.prefetch) while memory rests. 11 us
 //               less a layer were predicted. The products became 1 to 2 us shorter, but asking takes as long as it saves and
 //               more: 16 MB ahead of the product down, 8 us. 2.82 ms with all of them; with the 8 MB of out alone, asked for
@@ -210,94 +206,6 @@ __global__ void __launch_bounds__(THREADS) gate_kernel(const GateArguments a) {
     store(static_cast<Number*>(a.out) + row * a.width + column, up);
 }
 
-// --- the beginning of a step: a block a row --------------------------------------------------------------------------
-
-template <class Number>
-__global__ void __launch_bounds__(THREADS) begin_kernel(const BeginArguments a) {
-    let_next_start();
-    const int64_t row = blockIdx.x, given = a.given[row];
-    const int64_t token = given < 0 ? a.chosen[a.token_batch_slots[row]] : given;
-    const Number* const from = static_cast<const Number*>(a.table) + token * a.width;
-    Number* const to = static_cast<Number*>(a.x) + row * a.width;
-    for (int64_t column = threadIdx.x * N; column < a.width; column += THREADS * N) {
-        float x[N];
-        load(x, from + column);
-#pragma unroll
-        for (int i = 0; i < N; ++i) x[i] *= a.scale;
-        store(to + column, x);
-    }
-    const float position = float(a.positions[row]);
-    for (int64_t i = threadIdx.x; i < a.half; i += THREADS) {
-        const float angle = position * a.frequencies[i];
-        a.cos[row * a.half + i] = cosf(angle) * a.factor;
-        a.sin[row * a.half + i] = sinf(angle) * a.factor;
-    }
-}
-
-// --- its end: a block a part of a row's vocabulary, then a warp a row and a lane a part ------------------------------
-
-// A logit and where it stands.
-struct Place {
-    float logit;
-    int at;
-
-    // Whether it comes before another: NaN is the largest, and of equal ones the first counts.
-    __device__ bool comes_before(const Place& other) const {
-        if (isnan(logit) || isnan(other.logit)) return isnan(logit) && (!isnan(other.logit) || at < other.at);
-        return logit > other.logit || (logit == other.logit && at < other.at);
-    }
-    __device__ void meet(const Place& other) {
-        if (other.comes_before(*this)) *this = other;
-    }
-    // The first among the lanes of a warp.
-    __device__ void meet_warp() {
-        for (int offset = WARP / 2; offset > 0; offset /= 2)
-            meet({__shfl_xor_sync(0xffffffff, logit, offset), __shfl_xor_sync(0xffffffff, at, offset)});
-    }
-};
-
-// VECTOR: logits of a load.
-template <class Number, int VECTOR>
-__global__ void __launch_bounds__(THREADS) largest_kernel(const LargestArguments a) {
-    wait_for_previous();
-    let_next_start();
-    const Number* const from = static_cast<const Number*>(a.logits) + blockIdx.x * a.columns;
-    Place first = {-INFINITY, int(a.columns)};
-    for (int column = threadIdx.x * VECTOR; column < a.columns; column += THREADS * VECTOR) {
-        float x[N];
-        if constexpr (VECTOR == N) load(x, from + column);
-        else x[0] = widen(from[column]);
-#pragma unroll
-        for (int i = 0; i < VECTOR; ++i) first.meet({x[i], column + i});
-    }
-    __shared__ Place firsts[THREADS / WARP];
-    first.meet_warp();
-    if (threadIdx.x % WARP == 0) firsts[threadIdx.x / WARP] = first;
-    __syncthreads();
-    if (threadIdx.x > 0) return;
-#pragma unroll
-    for (int warp = 1; warp < THREADS / WARP; ++warp) first.meet(firsts[warp]);
-    static_cast<Number*>(a.most)[blockIdx.x] = Number(first.logit);
-    a.places[blockIdx.x] = first.at;
-}
-
-template <class Number>
-__global__ void __launch_bounds__(THREADS) choose_kernel(const ChooseArguments a) {
-    wait_for_previous();
-    let_next_start();
-    const int64_t row = blockIdx.x * int64_t(THREADS / WARP) + threadIdx.x / WARP;
-    if (row >= a.rows) return;
-    const int lane = threadIdx.x % WARP;
-    const int part = lane < a.parts ? lane : 0;  // lanes without a part ask for the first one again
-    Place first = {widen(static_cast<const Number*>(a.most)[row * a.parts + part]), part};
-    first.meet_warp();
-    if (lane > 0) return;
-    const bool is_finite = isfinite(first.logit);
-    const int64_t token = first.at * a.columns + a.places[row * a.parts + first.at];
-    a.tokens[row] = is_finite ? token : -1;
-    a.chosen[a.batch_slots[row]] = is_finite ? token : 0;
-}
-
 // --- host ------------------------------------------------------------------------------------------------------------
 
 template <class Number>
@@ -322,26 +230,6 @@ const char* start(const GateArguments& a, void* stream) {
     return launch_early(gate_kernel<Number>, blocks, THREADS, 0, stream, 1, a);
 }
 
-template <class Number>
-const char* start(const BeginArguments& a, void* stream) {
-    return launch(begin_kernel<Number>, a.rows, THREADS, 0, stream, a);  // what is before it is a copy
-}
-
-template <class Number>
-const char* start(const LargestArguments& a, void* stream) {
-    if (a.columns > 0x7fffffff) return "2^31 - 1 columns at most";
-    const bool is_wide = a.columns % N == 0 && reinterpret_cast<uintptr_t>(a.logits) % 16 == 0;
-    auto* const kernel = is_wide ? largest_kernel<Number, N> : largest_kernel<Number, 1>;
-    return launch_early(kernel, a.rows * a.parts, THREADS, 0, stream, 1, a);
-}
-
-template <class Number>
-const char* start(const ChooseArguments& a, void* stream) {
-    if (a.parts > WARP) return "32 parts at most";
-    constexpr int WARPS = THREADS / WARP;
-    return launch_early(choose_kernel<Number>, (a.rows + WARPS - 1) / WARPS, THREADS, 0, stream, 1, a);
-}
-
 template <class Arguments>
 const char* with_type(const Arguments& a, void* stream) {
     return a.dtype == BFLOAT16 ? start<Bf16>(a, stream) : start<Fp16>(a, stream);
@@ -351,9 +239,6 @@ const char* with_type(const Arguments& a, void* stream) {
 
 extern "C" const char* add_norm(const AddNormArguments* a, void* stream) { return with_type(*a, stream); }
 extern "C" const char* turn(const TurnArguments* a, void* stream) { return with_type(*a, stream); }
-extern "C" const char* begin(const BeginArguments* a, void* stream) { return with_type(*a, stream); }
-extern "C" const char* largest(const LargestArguments* a, void* stream) { return with_type(*a, stream); }
-extern "C" const char* choose(const ChooseArguments* a, void* stream) { return with_type(*a, stream); }
 extern "C" const char* gate(const GateArguments* a, void* stream) { return with_type(*a, stream); }
 
 }  // namespace serving

@@ -1,8 +1,8 @@
 """A step of a Llama-like model with few kernels: what a GPU runs in place of ``Decoder.forward``.
 
 A layer is nine kernels: four matrix products, attention, and four small ones of kernels/serving/decode_step.cu between
-them, each of which starts while the kernel before it still runs. One kernel stands before all layers and two behind
-them. Where a prompt is read, the host has less to do as well: it launches nine kernels a layer instead of some twenty.
+them, each of which starts while the kernel before it still runs. Where a prompt is read, the host has less to do as
+well: it launches nine kernels a layer instead of some twenty.
 """
 
 import struct
@@ -26,9 +26,6 @@ ADD_NORM = struct.Struct("4P 3q fi")
 TURN = struct.Struct("2P Pqqq Pqqq 3P 6q ff ii")
 GATE = struct.Struct("2P qq i 4x")
 PRODUCT = struct.Struct("3P 4q ii")
-BEGIN = struct.Struct("9P 3q ff i 4x")
-LARGEST = struct.Struct("3P 3q i 4x")
-CHOOSE = struct.Struct("5P 3q i 4x")
 """The structs of kernels/serving/arguments.h."""
 
 PRODUCTS = ("qkv", "out", "gate_up", "down")
@@ -36,9 +33,6 @@ PRODUCTS = ("qkv", "out", "gate_up", "down")
 MOST_TOKENS, TILE, STEP, MOST_SPLITS, CLUSTER = 256, 128, 64, 8, 2
 """Of few_rows.cu: tokens, rows of W in a block, columns of a step; into how many parts a sum is cut; blocks that share
 tokens."""
-
-PARTS = 32
-"""Parts of a vocabulary whose largest logits are found side by side."""
 
 
 class Layer(NamedTuple):
@@ -78,7 +72,6 @@ class FusedPass:
         if self.on_gpu:
             kernel = partial(LADDER.kernel, "decode_step", device=weight.device)
             self.add_norm_kernel, self.turn_kernel, self.gate_kernel = map(kernel, ("add_norm", "turn", "gate"))
-            self.begin_kernel, self.largest_kernel, self.choose_kernel = map(kernel, ("begin", "largest", "choose"))
             self.product_kernel = LADDER.kernel("few_rows", "product", weight.device)
             self.processors = torch.cuda.get_device_properties(weight.device).multi_processor_count
 
@@ -89,7 +82,6 @@ class FusedPass:
         slots: Tensor,
         rows: Rows,
         *,
-        chosen: tuple[Tensor, Tensor] | None = None,
         only: Tensor | None = None,
         batch_invariant: bool = False,
         own: Collection[str] = (),
@@ -98,15 +90,15 @@ class FusedPass:
 
         Args:
             tokens, positions, slots: (total,) int64.
-            chosen: what each batch slot has chosen last, (batch_slots,) int64, and each token's batch slot, (total,)
-                int64: where a token is below 0, it is that one.
             rows: whose numbers no kernel of this pass may write: attention reads them early.
             only: (n,) int64, the places whose logits are wanted; all if not given.
             batch_invariant: see :func:`paged_attention`.
             own: those of PRODUCTS that few_rows.cu computes, see :meth:`takes`.
         """
         model, plan, added = self.model, None, None
-        x, *angles = self.begin(tokens, positions, chosen)
+        x = model.embedding.tokens(tokens)  # (total, width)
+        x = x if model.embedding.scale == 1 else x * model.embedding.scale
+        angles = model.rope(positions)
         layers = map(Layer.of, model.stack.blocks)  # as they are now: somebody may have replaced a weight
         for layer, pools in zip(layers, self.pools, strict=True):
             hidden = self.add_norm(x, added, layer.attention_norm)
@@ -128,53 +120,6 @@ class FusedPass:
         options = {"query_starts": rows.query_starts, "max_queries": rows.max_queries, **scales}
         options |= {"batch_invariant": True} if batch_invariant else {}
         return plan_attention(q, k_pool, v_pool, rows.block_tables, rows.lengths, **options)
-
-    # before the layers and behind them
-
-    def begin(
-        self, tokens: Tensor, positions: Tensor, chosen: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Each token's vector (total, width), and the cosines and sines of its position, (total, head_dim / 2) float32.
-
-        Args:
-            tokens, positions: (total,) int64.
-            chosen: see :meth:`__call__`.
-        """
-        embedding, rope = self.model.embedding, self.model.rope
-        if not self.on_gpu:
-            tokens = tokens if chosen is None else torch.where(tokens < 0, chosen[0][chosen[1]], tokens)
-            x = embedding.tokens(tokens)
-            return x if embedding.scale == 1 else x * embedding.scale, *rope(positions)
-        table, frequencies = embedding.tokens.weight, rope.frequencies(device=tokens.device)
-        (total,), half = tokens.shape, len(frequencies)
-        x = table.new_empty(total, table.shape[1])
-        cos, sin = frequencies.new_empty(2, total, half)
-        batch_slots = (0, 0) if chosen is None else (chosen[1].data_ptr(), chosen[0].data_ptr())
-        read = (tokens.data_ptr(), *batch_slots, positions.data_ptr(), table.data_ptr(), frequencies.data_ptr())
-        numbers = (*x.shape, half, embedding.scale, rope.attention_factor, DTYPE_CODES[x.dtype])
-        self.begin_kernel.launch(BEGIN.pack(*read, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), *numbers))
-        return x, cos, sin
-
-    def choose(self, logits: Tensor, batch_slots: Tensor, chosen: Tensor) -> Tensor:
-        """The likeliest token of each row, (rows,) int64, -1 where its logit is not finite.
-
-        Args:
-            logits: (rows, vocab_size), contiguous.
-            batch_slots: (rows,) int64.
-            chosen: (batch_slots,) int64, which gets each batch slot's token, 0 in place of -1.
-        """
-        if not self.on_gpu:
-            return choose_likeliest(logits, batch_slots, chosen)
-        rows, vocab_size = logits.shape
-        parts, dtype = parts_of_vocabulary(vocab_size), DTYPE_CODES[logits.dtype]
-        most, places = logits.new_empty(rows, parts), batch_slots.new_empty(rows, parts)
-        tokens, numbers = torch.empty_like(batch_slots), (rows, parts, vocab_size // parts, dtype)
-        found = (most.data_ptr(), places.data_ptr())
-        self.largest_kernel.launch(LARGEST.pack(logits.data_ptr(), *found, *numbers))
-        self.choose_kernel.launch(
-            CHOOSE.pack(*found, batch_slots.data_ptr(), tokens.data_ptr(), chosen.data_ptr(), *numbers)
-        )
-        return tokens
 
     # between the products
 
@@ -279,26 +224,6 @@ def parts_of(x: Tensor | None) -> int:
 def whole(x: Tensor) -> Tensor:
     """The sum of the parts, (total, features)."""
     return x.sum(0) if parts_of(x) else x
-
-
-# choosing tokens
-
-
-def choose_likeliest(logits: Tensor, batch_slots: Tensor, chosen: Tensor) -> Tensor:
-    """What :meth:`FusedPass.choose` returns and writes, in plain PyTorch. NaN counts as the largest."""
-    rows, vocab_size = logits.shape
-    parts = parts_of_vocabulary(vocab_size) if logits.is_cuda else 1
-    most, places = logits.reshape(rows, parts, -1).max(-1)  # (rows, parts)
-    part = most.argmax(-1, keepdim=True)  # (rows, 1)
-    tokens = part * (vocab_size // parts) + places.gather(1, part)
-    tokens = tokens[:, 0].masked_fill(~most.gather(1, part)[:, 0].isfinite(), -1)
-    chosen[batch_slots] = tokens.clamp_min(0)  # a step ahead reads it before anybody has looked
-    return tokens
-
-
-def parts_of_vocabulary(vocab_size: int) -> int:
-    """Into how many parts a GPU cuts a row of logits: a kernel that reduces a row in one block is slow for few rows."""
-    return PARTS if vocab_size % PARTS == 0 else 1
 
 
 # which models

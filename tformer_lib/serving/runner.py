@@ -31,7 +31,7 @@ from tformer_lib.paged_attention import (
     plan_write,
     write_cache,
 )
-from tformer_lib.serving.fused import FusedPass, choose_likeliest, refusal, refusal_of_weights
+from tformer_lib.serving.fused import FusedPass, refusal, refusal_of_weights
 from tformer_lib.serving.request import Request
 from tformer_lib.serving.scheduler import Row
 from tformer_lib.serving.states import BatchSlotLayer, BatchSlotStates
@@ -342,7 +342,7 @@ class Runner:
         most = lanes * max_num_seqs
         self.returned = deque(torch.zeros(most, dtype=torch.int64, pin_memory=on_gpu) for _ in range(depth))
         self.buffer = torch.zeros(room, dtype=torch.uint8, device=self.device)
-        self.graphs: dict[int, tuple] = {}  # by the number of lanes: a CUDA graph, its logits, and its likeliest tokens
+        self.graphs: dict[int, tuple] = {}  # by the number of lanes: a CUDA graph, its logits, and the likeliest tokens
         self.fused: FusedPass | None = None
         self.own_products: dict[int, tuple[str, ...]] = {}  # which of its products cuBLAS does not compute, by lanes
         if compile:
@@ -369,20 +369,18 @@ class Runner:
         sampling = [row for row in rows if row.samples]
         requests = [row.request for row in sampling for _ in range(row.asks)]
         size = self._recorded_size(rows)
+        best: tuple[Tensor, ...] = ()
         if size is not None:
-            logits, batch_slots, tokens = self._replay(size, rows, tables, len(requests))
+            logits, batch_slots, *best = self._replay(size, rows, tables, len(requests))
         else:
             logits, batch_slots = self._run(rows, tables, len(requests))
         if not requests:
             return Launched([], self.returned[0][:0], None)
-        if size is None:
-            tokens = self._likeliest(logits, batch_slots)
-        if not all(request.is_plain for request in requests):
-            with profiling.range("sampling"):
-                tokens = self.choose(logits, requests, batch_slots, tokens)
-            self.last_tokens[batch_slots] = tokens.clamp_min(0)
+        with profiling.range("sampling"):
+            tokens = self.choose(logits, requests, batch_slots, *best)
+        self.last_tokens[batch_slots] = tokens.clamp_min(0)  # a step ahead reads it before anybody has looked
         if not send_back:
-            return Launched(sampling, tokens.clone(), None)  # a recorded step writes to the same place again
+            return Launched(sampling, tokens, None)
         logprobs = self._log_probabilities(logits, tokens, requests)
         return Launched(sampling, *self._send_back(tokens), logprobs)
 
@@ -431,27 +429,15 @@ class Runner:
             for block, call in zip(blocks, compiled, strict=True):
                 block._compiled_call_impl = call
 
-    def _replay(self, size: int, rows: list[Row], tables: np.ndarray, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens in lanes, padded to a recorded size: the same as :meth:`_run`, and :meth:`_likeliest`'s tokens."""
+    def _replay(self, size: int, rows: list[Row], tables: np.ndarray, samples: int) -> tuple[Tensor, ...]:
+        """Tokens in lanes, padded to a recorded size: the same as :meth:`_run`, and what :func:`likeliest` finds."""
         inputs = self._upload(rows, tables, size, size, size, lanes=True)
-        graph, logits, tokens = self.graphs[size]
+        graph, *found = self.graphs[size]
         graph.replay()
-        batch_slots = inputs.batch_slots[:samples]
-        if samples == sum(row.count for row in rows):  # each lane has a sample
-            return logits[:samples], batch_slots, tokens[:samples]
-        tokens = tokens[inputs.places[:samples]]
-        self.last_tokens[batch_slots] = tokens.clamp_min(0)  # the recorded step took the first lanes for the samples
-        return logits[inputs.places[:samples]], batch_slots, tokens
-
-    def _likeliest(self, logits: Tensor, batch_slots: Tensor) -> Tensor:
-        """The likeliest token of each row, (rows,) int64, NONE where logits are not finite: its batch slot's last one.
-
-        Args:
-            logits: (rows, vocab_size).
-            batch_slots: (rows,) int64.
-        """
-        choose = choose_likeliest if self.fused is None else self.fused.choose
-        return choose(logits, batch_slots, self.last_tokens)
+        all_sample = samples == sum(row.count for row in rows)
+        places = slice(samples) if all_sample else inputs.places[:samples]
+        logits, *best = (x[places] for x in found)
+        return logits, inputs.batch_slots[:samples], *best
 
     def _upload(self, rows: list[Row], tables: np.ndarray, *sizes: int, lanes: bool = False) -> Inputs:
         host = Inputs(self.staging[0], *sizes, self.max_blocks)
@@ -463,14 +449,14 @@ class Runner:
         self, inputs: Inputs, *, starts=None, max_queries=None, only=None, own: tuple[str, ...] = ()
     ) -> Tensor:
         """(tokens that are looked at, vocab_size)."""
+        sampled = self.last_tokens[inputs.token_batch_slots]  # (total,)
+        tokens = torch.where(inputs.given == SAMPLED, sampled, inputs.given)
         if self.deterministic:
             starts, max_queries = inputs.starts, 1
-        rows, given = Rows(inputs.tables, inputs.lengths, starts, max_queries), inputs.given
+        rows = Rows(inputs.tables, inputs.lengths, starts, max_queries)
         if self.fused is not None:
             options = {"only": only, "batch_invariant": self.deterministic, "own": own}
-            options["chosen"] = (self.last_tokens, inputs.token_batch_slots)
-            return self.fused(given, inputs.positions, inputs.slots, rows, **options)
-        tokens = torch.where(given == SAMPLED, self.last_tokens[inputs.token_batch_slots], given)  # (total,)
+            return self.fused(tokens, inputs.positions, inputs.slots, rows, **options)
         states = None if self.states is None else (self.states, inputs.token_batch_slots)
         options = {"scales": self.scales, "batch_invariant": self.deterministic, "states": states}
         options["rings"] = self._rings(inputs) if self.ring else None
@@ -528,7 +514,7 @@ class Runner:
         self.graphs = dict(sorted(self.graphs.items()))
 
     def _record_fastest(self, inputs: Inputs, stream: "torch.cuda.Stream", pool) -> tuple:
-        """A recorded step, its logits and its likeliest tokens; each product by who is faster at this size."""
+        """A recorded step, its logits and what :func:`likeliest` finds; each product by who is faster at this size."""
         own: tuple[str, ...] = ()
         best = self._record(inputs, stream, pool, own)
         names = () if self.fused is None or self.deterministic else self.fused.takes(len(inputs.given))
@@ -549,27 +535,27 @@ class Runner:
         """
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._likeliest(self._forward(inputs, own=own), inputs.batch_slots)
+            likeliest(self._forward(inputs, own=own))
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             logits = self._forward(inputs, own=own)
-            tokens = self._likeliest(logits, inputs.batch_slots)
+            best = likeliest(logits)
         graph.replay()  # the first replay of a graph takes longer
-        return graph, logits, tokens
+        return graph, logits, *best
 
     # choosing tokens
 
-    def choose(self, logits: Tensor, requests: list[Request], batch_slots: Tensor, likeliest: Tensor) -> Tensor:
+    def choose(self, logits: Tensor, requests: list[Request], batch_slots: Tensor, *best: Tensor) -> Tensor:
         """The next token of each row, (rows,) int64, by the rules of its own request; NONE where logits are not finite.
 
         Args:
             logits: (rows, vocab_size).
             requests: one a row; where it is the same in several rows, they are for the places one after another.
             batch_slots: (rows,) int64, on the device.
-            likeliest: (rows,) int64, NONE where logits are not finite.
+            best: what :func:`likeliest` has found in the logits, if it was asked already.
         """
-        tokens = likeliest.clone()
+        tokens, finite = best or likeliest(logits)
         earlier = rows_before(requests)
         groups: dict[tuple, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
@@ -579,7 +565,7 @@ class Runner:
             index = torch.tensor(places).to(self.device, non_blocking=True)
             asked = [(requests[i], earlier[i]) for i in places]
             tokens[index] = self._sample(logits[index], rules, asked, batch_slots[index])
-        return tokens.masked_fill(likeliest == NONE, NONE)
+        return tokens.masked_fill(~finite, NONE)
 
     def _sample(self, logits: Tensor, rules: Sampling, asked: list[tuple[Request, int]], batch_slots: Tensor) -> Tensor:
         """Tokens for rows of equal rules; ``asked`` has each row's request, and how many rows of its came before."""
@@ -634,6 +620,25 @@ def uniforms_of(asked: list[tuple[Request, int]]) -> list[float]:
     return [request.uniform(len(request.tokens) + request.pending - 1 + before) for request, before in asked]
 
 
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of the largest logits of each row, and whether it is finite. NaN counts as the largest.
+
+    On a GPU the vocabulary is cut into parts: a kernel that reduces a row in one block is slow where rows are few.
+
+    Args:
+        logits: (rows, vocab_size).
+
+    Returns:
+        (rows,) int64 and (rows,) boolean.
+    """
+    rows, vocab_size = logits.shape
+    parts = PARTS if logits.is_cuda and vocab_size % PARTS == 0 else 1
+    most, places = logits.reshape(rows, parts, -1).max(-1)  # (rows, parts)
+    part = most.argmax(-1, keepdim=True)  # (rows, 1)
+    tokens = part * (vocab_size // parts) + places.gather(1, part)
+    return tokens[:, 0], most.gather(1, part)[:, 0].isfinite()
+
+
 CLEARLY = 0.995
 """How much shorter a recorded step must be, as a share, before it takes the place of another."""
 
@@ -657,6 +662,9 @@ COMPILED_FROM = 8192
 
 MOST_VARIANTS = 64
 """After so many, PyTorch gives up compiling a block and runs it as it stands."""
+
+PARTS = 32
+"""Parts of a vocabulary whose largest logits are found side by side."""
 
 
 def compile_blocks(model: nn.Module) -> None:
