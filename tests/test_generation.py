@@ -35,7 +35,7 @@ from tformer_lib.generation import (
     stream,
 )
 from tformer_lib.generation.conversation import stop_tokens
-from tformer_lib.kv_cache import CacheShape, GrowingCache, PreallocatedCache, RingCache
+from tformer_lib.kv_cache import CacheShape, GrowingCache, ModelCache, PreallocatedCache, RingCache
 from tformer_lib.transformer import Decoder, ModelConfig, evaluating
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3], [5, 8, 9, 7, 9]]
@@ -448,6 +448,26 @@ def test_penalty_makes_a_greedy_text_stop_repeating():
 def test_senseless_options_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         generate(MODEL, PROMPTS, **{"max_new_tokens": 2, **options})
+
+
+@pytest.mark.parametrize("layers", [("full", "full"), ("linear", "full"), ("window", "full")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_under_autocast_the_cache_holds_what_the_projections_are(layers, dtype):
+    """As nanoGPT samples: weights in float32, matrix products in bfloat16."""
+    linear = {"key_heads": 2, "value_heads": 4, "head_dim": 4, "value_dim": 6}
+    options = {"linear": linear} if "linear" in layers else {"window": 5} if "window" in layers else {}
+    model = make_model(layer_types=layers, **options).to(dtype)
+    text = torch.tensor([PROMPTS[0]])
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert CacheShape.of(model, 1).dtype == (torch.float64 if dtype == torch.float64 else torch.bfloat16)
+        written = generate(model, PROMPTS, max_new_tokens=4)
+        cache = ModelCache.of(model, 1, 40)
+        found = torch.cat([model(part, cache=cache) for part in text.split(5, dim=1)], dim=1)
+        expected = model(text)
+    assert [len(row) for row in written] == [4] * len(PROMPTS)
+    assert found.dtype == expected.dtype
+    error = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
+    assert error < (1e-9 if dtype == torch.float64 else 0.05)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])

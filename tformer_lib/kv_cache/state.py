@@ -129,7 +129,7 @@ class StateLayer:
         out = torch.zeros_like(x)
         for count in sorted(set(counts) - {0}):
             rows = torch.tensor([row for row, n in enumerate(counts) if n == count], device=x.device)
-            out[rows, :count] = self._run(layer, x[rows, :count], rows)
+            out[rows, :count] = self._run(layer, x[rows, :count], rows).to(out.dtype)  # autocast's may be another
         return out
 
     def _run(self, layer: Callable[..., Tensor], x: Tensor, rows: Tensor) -> Tensor:
