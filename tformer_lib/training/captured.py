@@ -9,6 +9,12 @@ The price is that nothing may change but the numbers in memory: every replay rea
 so that they must be copied there, and a number that the host passed to a kernel stays what it was at the capture. The
 learning rate is therefore a tensor on the GPU. A step that asks the GPU for a number and waits cannot be captured.
 
+Ledger (GPT-2's 124M, 32,768 tokens a step with fused norms; one H200)
+  before      57.49 ms; the profiler saw the GPU idle for 5.7 ms of a step, some of it the profiler's own
+  predicted   1.8 ms less, what is idle by the times of the kernels in a step without a profiler
+  measured    57.28 ms in turns with it, 0.2 ms less. Idle time fell to 0.7 ms, but all kernels together took 55.0 ms in
+              place of 53.4; perhaps the clock of a busier GPU is lower. After 12 steps losses differ by 0.0002
+
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture
 """
 

@@ -10,6 +10,12 @@ register already:
   writing and a reading are saved.
 
 The gradients of the weights and of the layer's input are plain products.
+
+Ledger (32,768 tokens, 768 to 3,072; one H200, each product alone)
+  before      product and kernel 0.309 ms forward, 0.365 backward
+  predicted   0.235 and 0.260: 1.9 ms less in a step of 12 layers
+  measured    0.250 and 0.275 by the best of eight algorithms, 0.271 and 0.290 by the one that cuBLASLt lists first, so
+              that they are timed: 1.8 ms. A whole step with it has not been measured
 """
 
 import torch
