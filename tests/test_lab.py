@@ -74,7 +74,7 @@ def lab(tmp_path_factory) -> str:
     tracker.write_text(json.dumps(WHOLE), encoding="utf-8")
     port = free_port()
     command = [sys.executable, "-m", "jupyterlab", *learners_lab.options(folder)]
-    command += ["--no-browser", "--allow-root", "--expose-app-in-browser", "--IdentityProvider.token="]
+    command += ["--no-browser", "--expose-app-in-browser", "--IdentityProvider.token="]
     command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
     command += [f"--LabApp.workspaces_dir={home / 'spaces'}", f"--LabApp.user_settings_dir={home / 'user'}"]
     command += ["--LabApp.extension_manager=readonly"]
@@ -88,6 +88,13 @@ def lab(tmp_path_factory) -> str:
     finally:
         server.terminate()
         server.wait(timeout=30)
+
+
+@pytest.mark.parametrize(("user", "allowed"), [(0, True), (1000, False)])
+def test_root_may_open_the_lab_in_a_container(user, allowed, tmp_path, monkeypatch):
+    shutil.copy(ROOT / "notebooks" / f"{NAMES[0]}.ipynb", tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    assert ("--allow-root" in learners_lab.options(tmp_path)) is allowed
 
 
 def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:

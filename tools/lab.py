@@ -72,8 +72,13 @@ def act(arguments: list[str] | None) -> None:
 
 
 def options(folder: Path) -> list[str]:
-    """What JupyterLab is told: its folder, its first page, and to ask the network for nothing."""
+    """What JupyterLab is told: its folder, its first page, and to ask the network for nothing.
+
+    In a container one is often root, whom JupyterLab refuses by itself. It listens to this machine alone.
+    """
+    root = ["--allow-root"] if os.geteuid() == 0 else []
     return [
+        *root,
         f"--ServerApp.root_dir={folder}",
         f"--LabApp.default_url=/lab/tree/{latest(folder).name}",
         f"--LabApp.app_settings_dir={SETTINGS}",
