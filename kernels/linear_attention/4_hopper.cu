@@ -7,9 +7,9 @@
 //     P   = Q K^T, half of it      Q, shared memory          K            32 of the 64 keys; the other warpgroup has the rest
 //     X^T = S^T K^T  (delta)       S^T packed, registers     K
 //     O^T = S^T Q^T                S^T packed, registers     Q
-//     U^T = R^T T^T  (delta)       R^T packed, registers     T
+//     U^T = R^T + R^T (T - I)^T    R^T packed, registers     T - I   (delta)
 //     O^T += U^T P^T               U^T packed, registers     P, after the warpgroups have met once
-//     S^T += U^T K                 U^T packed, registers     K
+//     S^T += U^T K                 U^T packed, registers     K, of the delta rule twice: U in two parts (3_delta.cu)
 //
 // Ledger (H200, bfloat16, 32,768 tokens, 16 heads, d 128; figures in benchmarks/results/nvidia-h200/linear_attention.json)
 //   hypothesis  wgmma reads a tile once for 64 value columns, not 32, and without an instruction for each fragment; a
@@ -27,6 +27,9 @@
 //               multiplies 0.58; no meeting, each group computing the whole P one chunk ahead, 0.40 and 0.55
 //   measured    0.441 and 0.598; 0.569 at 1 x 32,768 (the scan 0.025); 0.480 and 0.606, so the groups go on meeting: the
 //               other half of P and its exponentials cost more than the wait. flash-linear-attention 0.6.0: 0.84 and 1.45
+//   hypothesis  what the delta rule's state lacks of U adds up: the output's error is 2.0 to 2.4 times that of rounding it
+//   predicted   R added in float32, U in two parts to the state: 1.4 to 1.9 times. The second product hides behind the output's
+//               rows, splitting takes 100 cycles: 0.45 at 4 x 8,192, 0.58 at 1 x 32,768
 //   timeline    5,900 cycles a chunk, of which the tensor cores multiply 2,300: products with the state 1,490, P's
 //               exponentials and stores 1,260, beta (V - K S), T and S 1,850, the output's rows 1,300
 //   limit       where a sum is normalised, 4 warps of the producer take longer over a chunk than the consumers: 0.33, with a
@@ -262,7 +265,7 @@ struct Consumer {
         }
     }
 
-    // R^T = beta (V^T - exp(since) X^T), packed. Returns what it was multiplied by.
+    // X^T becomes R^T = beta (V^T - exp(since) X^T), which is packed, too. Returns what both were multiplied by.
     __device__ float correct(uint32_t (&R)[STEPS][4], float (&X)[1][TOKEN_TILES][4], const StageNumbers& n, float grow) const {
 #pragma unroll
         for (int k = 0; k < STEPS; ++k)
@@ -283,18 +286,22 @@ struct Consumer {
             }
         if constexpr (!SHRINKS<Half>) return 1.0f;
         const float fits = shrink_of<Half>(X);
+        rescale<Half>(X, fits);
 #pragma unroll
-        for (int k = 0; k < STEPS; ++k) pack_pair<Half>(R[k], X[0], k, fits);
+        for (int k = 0; k < STEPS; ++k) pack_pair<Half>(R[k], X[0], k, 1.0f);
         return fits;
     }
 
-    // U^T and S^T decayed to the chunk's end.
-    __device__ void decay_to_end(uint32_t (&U)[STEPS][4], const ChunkNumbers& n) {
+    __device__ void decay_state(const ChunkNumbers& n) {
         const float kept = n.kept[CHUNK - 1];
 #pragma unroll
         for (int j = 0; j < Sh::STATE_TILES; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e) S[0][j][e] *= kept;
+    }
+
+    // U^T decayed to the chunk's end.
+    __device__ void decay_to_end(uint32_t (&U)[STEPS][4], const ChunkNumbers& n) const {
 #pragma unroll
         for (int k = 0; k < STEPS; ++k)
 #pragma unroll
@@ -447,7 +454,7 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
             written = c.correct(U, X, n, grow);
             pin_words(U);
             products_begin();
-            c.start_square(X[0], U, tile + At::T, false);
+            c.start_square(X[0], U, tile + At::T, true);  // R + (T - I) R
             wait_products<0>();
             pin(X[0]);
 #pragma unroll
@@ -472,17 +479,25 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
                 c.start_square(O[0], U, shared_address(P), true);
             }
         }
-        uint32_t decayed[STEPS][4];
+        if (RULE >= DECAY) c.decay_state(n);
+        rescale<Half>(c.S, written);
+        uint32_t decayed[STEPS][4], rest[STEPS][4];  // of the delta rule two parts: what is written wrongly stays in the state
 #pragma unroll
         for (int step = 0; step < STEPS; ++step)
+            if constexpr (RULE == DELTA) {
+                float factor[4];
+                factors_of(factor, step, [&](int t) { return n.to_end[t]; });
+                split_pair<Half>(decayed[step], rest[step], X[0], step, factor);
+            } else {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) decayed[step][e] = U[step][e];
-        if (RULE >= DECAY) c.decay_to_end(decayed, n);
-        rescale<Half>(c.S, written);
+                for (int e = 0; e < 4; ++e) decayed[step][e] = U[step][e];
+            }
+        if (RULE == DECAY) c.decay_to_end(decayed, n);
         products_begin();
         c.start_absorb(decayed, k);
+        if (RULE == DELTA) c.start_absorb(rest, k);
         if (OUTPUTS) {
-            wait_products<1>();
+            wait_products<RULE == DELTA ? 2 : 1>();
             pin(O[0]);
             if constexpr (RULE == MEAN) {
                 const auto total = [&](int t) { return n.before[t] * a.scale + part[t] + part[CHUNK + t]; };

@@ -287,23 +287,20 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) replay_kernel(const _
         const uint32_t k = tiles + chunk % 2 * At::STAGE, v = k + Sh::KEY_BYTES;
         const ChunkNumbers& n = numbers[chunk % 2];
         if constexpr (RULE == DELTA) {
-            uint32_t U[STEPS][1][4];
+            float U[1][TOKEN_TILES][4] = {};
             float shrink = solve<Half, Sh>(U, S, k, v, v + Sh::VALUE_BYTES, n, shrink_of<Half>(S));
             if constexpr (SHRINKS<Half>) {  // one for all warps: the reader sums over their value columns
                 written[warp()] = shrink;
                 __syncthreads();
-                const float least = fminf(fminf(written[0], written[1]), fminf(written[2], written[3])), factor = least / shrink;
-#pragma unroll
-                for (int step = 0; step < STEPS; ++step)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) U[step][0][e] = scaled<Half>(U[step][0][e], factor, factor);
+                const float least = fminf(fminf(written[0], written[1]), fminf(written[2], written[3]));
+                rescale<Half>(U, least / shrink);
                 shrink = least;
                 if (threadIdx.x == 0) shrink_at(g.write_shrinks, a, s, w.n, w.kv, chunk, slices, w.slice) = shrink;
             }
-            store_packed<Half>(U, of_chunk<Half>(g.writes, a, s, w.n, w.kv, chunk, a.value_dim * CHUNK), a, first_row);
-            rescale<Half>(S, shrink);
-            absorb<Half, Sh, RULE>(S, k, &n, nullptr, [&](int step, Fragment<Sh>& u) { take<Sh>(u, U[step]); });
-            rescale<Half>(S, 1.0f / shrink);
+            store_squares<TOKEN_TILES>(of_chunk<Half>(g.writes, a, s, w.n, w.kv, chunk, a.value_dim * CHUNK), first_row,
+                                       a.value_dim, CHUNK,
+                                       [&](int j, int r) { return pack<Half>(U[0][j][2 * r], U[0][j][2 * r + 1]); });
+            write_values<Half, Sh>(S, U, shrink, k, n);
         } else {
             absorb<Half, Sh, RULE>(S, k, &n, nullptr, [&](int step, Fragment<Sh>& u) { load_values<Sh>(u, v, step); });
         }
@@ -406,19 +403,15 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) reverse_kernel(const 
         float written = 1.0f;  // what packed is multiplied by
         if constexpr (RULE == DELTA) {
             const float fits = shrink_of<Half>(X);
+            rescale<Half>(X, fits);
 #pragma unroll
-            for (int step = 0; step < STEPS; ++step) pack_pair<Half>(packed[step][0], X[0], step, fits);
-            float R[1][TOKEN_TILES][4] = {};
-            multiply_by_lower<Half, Sh>(R, T, [&](int step, Fragment<Sh>& u) { take<Sh>(u, packed[step]); });
-            rescale<Half>(R, 1.0f / fits);
-            if constexpr (SHRINKS<Half>) most_written[warp()] = most_of(R);
+            for (int step = 0; step < STEPS; ++step) pack_pair<Half>(packed[step][0], X[0], step, 1.0f);
+            multiply_by_lower<Half, Sh>(X, T, [&](int step, Fragment<Sh>& u) { take<Sh>(u, packed[step]); });
+            rescale<Half>(X, 1.0f / fits);
+            if constexpr (SHRINKS<Half>) most_written[warp()] = most_of(X);
             else
 #pragma unroll
-                for (int step = 0; step < STEPS; ++step) pack_pair<Half>(packed[step][0], R[0], step, 1.0f);
-#pragma unroll
-            for (int j = 0; j < TOKEN_TILES; ++j)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) X[0][j][e] = R[0][j][e];
+                for (int step = 0; step < STEPS; ++step) pack_pair<Half>(packed[step][0], X[0], step, 1.0f);
         }
         __syncthreads();  // all have read P and T
         if (chunk > w.first) start_squares(chunk - 1), score_shrink = read_score_shrink(chunk - 1);

@@ -43,6 +43,10 @@ using Columns = float[Sh::M][TOKEN_TILES][4];  // value columns x tokens
 template <class Sh>
 using Fragment = uint32_t[Sh::M][4];           // value columns x 16 tokens
 
+// Whether `values(k, a, rest)` gives the left side of a product in two parts that add up, not one by `values(k, a)`.
+template <class Sh, class Values>
+constexpr bool IN_PARTS = std::is_invocable_v<const Values&, int, Fragment<Sh>&, Fragment<Sh>&>;
+
 __device__ inline int lane() { return threadIdx.x % WARP; }
 __device__ inline int warp() { return threadIdx.x / WARP; }
 __device__ inline int row_in_tile() { return lane() / 4; }          // g
@@ -104,6 +108,16 @@ __device__ void map_tile(uint8_t* tile, int32_t map, float scale, int rows, int 
 
 // --- products --------------------------------------------------------------------------------------------------------
 
+// Tiles j and j + 1 of C += A B.
+template <class Half, int M, int TILES>
+__device__ inline void multiply_pair(float (&C)[M][TILES][4], const uint32_t (&a)[M][4], const uint32_t (&b)[4], int j) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+        mma<Half>(C[m][j], a[m], b[0], b[1]);
+        mma<Half>(C[m][j + 1], a[m], b[2], b[3]);
+    }
+}
+
 // Tiles 2 k and 2 k + 1 of accumulators as the left side of a product.
 template <class Half, int TILES>
 __device__ inline void pack_pair(uint32_t (&a)[4], const float (&C)[TILES][4], int k, float factor) {
@@ -111,6 +125,20 @@ __device__ inline void pack_pair(uint32_t (&a)[4], const float (&C)[TILES][4], i
     for (int e = 0; e < 4; ++e) {
         const float(&c)[4] = C[2 * k + e / 2];
         a[e] = e % 2 == 0 ? pack<Half>(c[0] * factor, c[1] * factor) : pack<Half>(c[2] * factor, c[3] * factor);
+    }
+}
+
+// The same in two parts, the second what the first rounds off; `factor` of the tokens 16 k + 2 t, + 1, + 8, + 9.
+template <class Half, int TILES>
+__device__ inline void split_pair(uint32_t (&high)[4], uint32_t (&low)[4], const float (&C)[TILES][4], int k,
+                                  const float (&factor)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+        const float *const c = C[2 * k + e / 2] + e % 2 * 2, *const f = factor + e / 2 * 2;
+        const float first = c[0] * f[0], second = c[1] * f[1];
+        high[e] = pack<Half>(first, second);
+        const float2 rounded = unpack<Half>(high[e]);
+        low[e] = pack<Half>(first - rounded.x, second - rounded.y);
     }
 }
 
@@ -126,31 +154,25 @@ __device__ void read_state(Columns<Sh>& C, const State<Sh>& S, uint32_t X, float
         for (int j = 0; j < TOKEN_TILES; j += 2) {
             uint32_t b[4];
             ldmatrix(b, X + place<Sh::D>(j * 8 + n_row(), 2 * k + n_chunk()));
-#pragma unroll
-            for (int m = 0; m < Sh::M; ++m) {
-                mma<Half>(C[m][j], a[m], b[0], b[1]);
-                mma<Half>(C[m][j + 1], a[m], b[2], b[3]);
-            }
+            multiply_pair<Half>(C, a, b, j);
         }
     }
 }
 
-// C^T += U^T L^T for a lower triangular tile L (64 x 64) of halves; `values(k, a)` gives U^T's 16 tokens from 16 k on.
+// C^T += U^T L^T for a lower triangular tile L (64 x 64) of halves; `values` gives U^T's 16 tokens from 16 k on.
 template <class Half, class Sh, class Values>
 __device__ void multiply_lower(Columns<Sh>& C, uint32_t L, const Values& values) {
 #pragma unroll
     for (int k = 0; k < STEPS; ++k) {
-        Fragment<Sh> a;
-        values(k, a);
+        Fragment<Sh> a, rest;
+        if constexpr (IN_PARTS<Sh, Values>) values(k, a, rest);
+        else values(k, a);
 #pragma unroll
         for (int j = 2 * k; j < TOKEN_TILES; j += 2) {
             uint32_t b[4];
             ldmatrix(b, L + place<CHUNK>(j * 8 + n_row(), 2 * k + n_chunk()));
-#pragma unroll
-            for (int m = 0; m < Sh::M; ++m) {
-                mma<Half>(C[m][j], a[m], b[0], b[1]);
-                mma<Half>(C[m][j + 1], a[m], b[2], b[3]);
-            }
+            multiply_pair<Half>(C, a, b, j);
+            if constexpr (IN_PARTS<Sh, Values>) multiply_pair<Half>(C, rest, b, j);
         }
     }
 }
@@ -182,8 +204,15 @@ __device__ inline uint32_t one_pair() {
     return pack<Half>(1.0f, 1.0f);
 }
 
-// S^T += (U^T decayed to the chunk's end) K. With MEAN also `sum`, the sum of the keys: the same product for a value
-// column of ones, whose pairs of tiles the warps share out.
+// The factors of tokens 16 k + 2 t, + 1, + 8, + 9.
+template <class Factor>
+__device__ inline void factors_of(float (&f)[4], int k, const Factor& factor) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) f[e] = factor(16 * k + column_in_tile() + e / 2 * 8 + e % 2);
+}
+
+// S^T += (U^T decayed to the chunk's end) K; the two parts of the delta rule's U are decayed already. With MEAN also `sum`,
+// the sum of the keys: the same product for a value column of ones, whose pairs of tiles the warps share out.
 template <class Half, class Sh, Rule RULE, class Values>
 __device__ void absorb(State<Sh>& S, uint32_t K, const ChunkNumbers* n, float* sum, const Values& values) {
     constexpr int SHARE = (Sh::STATE_STEPS + Sh::WARPS - 1) / Sh::WARPS;
@@ -200,13 +229,12 @@ __device__ void absorb(State<Sh>& S, uint32_t K, const ChunkNumbers* n, float* s
     }
 #pragma unroll
     for (int k = 0; k < STEPS; ++k) {
-        Fragment<Sh> a;
-        values(k, a);
-        if constexpr (RULE >= DECAY) {
-            float factor[4];  // tokens 16 k + 2 t, + 1, + 8, + 9
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                factor[e] = n->to_end[16 * k + column_in_tile() + e / 2 * 8 + e % 2];
+        Fragment<Sh> a, rest;
+        if constexpr (IN_PARTS<Sh, Values>) values(k, a, rest);
+        else values(k, a);
+        if constexpr (RULE == DECAY) {
+            float factor[4];
+            factors_of(factor, k, [&](int t) { return n->to_end[t]; });
 #pragma unroll
             for (int m = 0; m < Sh::M; ++m)
 #pragma unroll
@@ -216,11 +244,8 @@ __device__ void absorb(State<Sh>& S, uint32_t K, const ChunkNumbers* n, float* s
         for (int j = 0; j < Sh::STATE_TILES; j += 2) {
             uint32_t b[4];
             ldmatrix_transposed(b, K + place<Sh::D>(k * 16 + lane() % 16, j + lane() / 16));
-#pragma unroll
-            for (int m = 0; m < Sh::M; ++m) {
-                mma<Half>(S[m][j], a[m], b[0], b[1]);
-                mma<Half>(S[m][j + 1], a[m], b[2], b[3]);
-            }
+            multiply_pair<Half>(S, a, b, j);
+            if constexpr (IN_PARTS<Sh, Values>) multiply_pair<Half>(S, rest, b, j);
             if constexpr (RULE == MEAN)
                 if (j / 2 % Sh::WARPS == warp()) {
                     mma<Half>(ones_sum[j / 2 / Sh::WARPS][0], ones, b[0], b[1]);
@@ -379,15 +404,14 @@ __device__ void scale_columns(Columns<Sh>& C, const Factor& factor) {
         }
 }
 
-// The values that the delta rule writes: U = T diag(beta) (V - diag(exp since) K S), where T = (I + A)^-1 is lower triangular
-// (3_delta.cu). Packed, they are the left side of the products that follow. Returns what this warp's were multiplied by.
+// The values that the delta rule writes, U = T diag(beta) (V - diag(exp since) K S), where T = (I + A)^-1 is lower triangular
+// (3_delta.cu). The tile has T - I: what T's diagonal brings is not rounded. Returns what this warp's U are multiplied by.
 template <class Half, class Sh>
-__device__ float solve(uint32_t (&U)[STEPS][Sh::M][4], const State<Sh>& S, uint32_t K, uint32_t V, uint32_t T,
-                       const ChunkNumbers& n, float shrink) {
-    float C[Sh::M][TOKEN_TILES][4] = {};
-    read_state<Half, Sh>(C, S, K, shrink);
+__device__ float solve(Columns<Sh>& U, const State<Sh>& S, uint32_t K, uint32_t V, uint32_t T, const ChunkNumbers& n,
+                       float shrink) {
+    read_state<Half, Sh>(U, S, K, shrink);
     const float grow = 1.0f / shrink;
-    scale_columns<Sh>(C, [&](int t) { return -n.beta[t] * grow * n.kept[t]; });
+    scale_columns<Sh>(U, [&](int t) { return -n.beta[t] * grow * n.kept[t]; });
 #pragma unroll
     for (int k = 0; k < STEPS; ++k) {
         Fragment<Sh> v;
@@ -398,23 +422,42 @@ __device__ float solve(uint32_t (&U)[STEPS][Sh::M][4], const State<Sh>& S, uint3
 #pragma unroll
             for (int m = 0; m < Sh::M; ++m) {
                 const float2 x = unpack<Half>(v[m][e]);
-                float *const c = C[m][2 * k + e / 2] + e % 2 * 2;
-                c[0] = fmaf(n.beta[token], x.x, c[0]), c[1] = fmaf(n.beta[token + 1], x.y, c[1]);
+                float *const u = U[m][2 * k + e / 2] + e % 2 * 2;
+                u[0] = fmaf(n.beta[token], x.x, u[0]), u[1] = fmaf(n.beta[token + 1], x.y, u[1]);
             }
         }
     }
-    const float fits = shrink_of<Half>(C);  // T of a rule that forgets adds no more than 255 times to it
+    const float fits = shrink_of<Half>(U);  // T of a rule that forgets adds no more than 255 times to it
+    rescale<Half>(U, fits);
+    uint32_t high[STEPS][Sh::M][4], low[STEPS][Sh::M][4];
+    const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
 #pragma unroll
     for (int k = 0; k < STEPS; ++k)
 #pragma unroll
-        for (int m = 0; m < Sh::M; ++m) pack_pair<Half>(U[k][m], C[m], k, fits);
-    float solved[Sh::M][TOKEN_TILES][4] = {};
-    multiply_lower<Half, Sh>(solved, T, [&](int k, Fragment<Sh>& u) { take<Sh>(u, U[k]); });
-#pragma unroll
-    for (int k = 0; k < STEPS; ++k)
-#pragma unroll
-        for (int m = 0; m < Sh::M; ++m) pack_pair<Half>(U[k][m], solved[m], k, 1.0f);
+        for (int m = 0; m < Sh::M; ++m) split_pair<Half>(high[k][m], low[k][m], U[m], k, ones);
+    multiply_lower<Half, Sh>(U, T, [&](int k, Fragment<Sh>& a, Fragment<Sh>& rest) {
+        take<Sh>(a, high[k]), take<Sh>(rest, low[k]);
+    });
     return fits;
+}
+
+// U^T's 16 tokens from 16 k on, times a factor each, in two parts.
+template <class Half, class Sh, class Factor>
+__device__ inline void split_columns(Fragment<Sh>& high, Fragment<Sh>& low, const Columns<Sh>& U, int k, const Factor& factor) {
+    float f[4];
+    factors_of(f, k, factor);
+#pragma unroll
+    for (int m = 0; m < Sh::M; ++m) split_pair<Half>(high[m], low[m], U[m], k, f);
+}
+
+// S^T += (U^T decayed to the chunk's end) K, where U is multiplied by `written`.
+template <class Half, class Sh>
+__device__ void write_values(State<Sh>& S, const Columns<Sh>& U, float written, uint32_t K, const ChunkNumbers& n) {
+    rescale<Half>(S, written);
+    absorb<Half, Sh, DELTA>(S, K, &n, nullptr, [&](int step, Fragment<Sh>& u, Fragment<Sh>& rest) {
+        split_columns<Half, Sh>(u, rest, U, step, [&](int t) { return n.to_end[t]; });
+    });
+    rescale<Half>(S, 1.0f / written);
 }
 
 }  // namespace linear

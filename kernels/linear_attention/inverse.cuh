@@ -1,5 +1,5 @@
 // The delta rule's triangular systems, of all chunks at once: T = (I + A)^-1, where A_ij = beta_i exp(G_i - G_j) k_i . k_j
-// below the diagonal.
+// below the diagonal. T - I is stored: a product with I needs no rounding.
 #pragma once
 #include "chunk.cuh"
 
@@ -117,6 +117,7 @@ __device__ inline LeftParts left_of(const float (&C)[2][4], float sign) {
 //   T_ij = -D_i (sum of A_ik T_kj over j <= k < i),   D_i the inverse of the diagonal's block i
 //
 // computed transposed, T_ij^T = -(sum of T_kj^T A_ik^T) D_i^T, so that what one product leaves is the left side of the next.
+// The ones on T's diagonal are left out.
 template <class Half>
 __device__ void eliminate(uint8_t* T, const float* A, const float (*D)[BLOCK][BLOCK_PADDED], int block) {
     LeftParts X[BLOCKS];  // T_kj^T
@@ -149,7 +150,7 @@ __device__ void eliminate(uint8_t* T, const float* A, const float (*D)[BLOCK][BL
             for (int e = 0; e < 4; ++e) {
                 const int row = i * BLOCK + j * 8 + column_in_tile() + e % 2, column = block * BLOCK + row_in_tile() + e / 2 * 8;
                 *reinterpret_cast<uint16_t*>(T + place<CHUNK>(row, column / VECTOR) + column % VECTOR * 2) =
-                    uint16_t(pack<Half>(-C[j][e], 0.0f));
+                    uint16_t(pack<Half>(row == column ? 0.0f : -C[j][e], 0.0f));
             }
     }
 }

@@ -131,15 +131,13 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) states_kernel(const _
             __syncthreads();
         }
         const ChunkNumbers& n = numbers[chunk % 2];
-        uint32_t U[RULE == DELTA ? STEPS : 1][Sh::M][4];
-        float written = 1.0f;
-        if constexpr (RULE == DELTA) written = solve<Half, Sh>(U, S, k, v, v + Sh::VALUE_BYTES, n, shrink_of<Half>(S));
-        rescale<Half>(S, written);
-        absorb<Half, Sh, RULE>(S, k, &n, sum, [&](int step, Fragment<Sh>& u) {
-            if constexpr (RULE == DELTA) take<Sh>(u, U[step]);
-            else load_values<Sh>(u, v, step);
-        });
-        rescale<Half>(S, 1.0f / written);
+        if constexpr (RULE == DELTA) {
+            float U[Sh::M][TOKEN_TILES][4] = {};
+            const float written = solve<Half, Sh>(U, S, k, v, v + Sh::VALUE_BYTES, n, shrink_of<Half>(S));
+            write_values<Half, Sh>(S, U, written, k, n);
+        } else {
+            absorb<Half, Sh, RULE>(S, k, &n, sum, [&](int step, Fragment<Sh>& u) { load_values<Sh>(u, v, step); });
+        }
         if (RULE >= DECAY) decay += n.since[CHUNK - 1];
         gates.publish(numbers[(chunk + 1) % 2]);
     }
@@ -443,21 +441,23 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const _
         const float shrink = shrink_of<Half>(S), grow = 1.0f / shrink;
         score<Half, Sh, RULE>(shared + At::P, denominators, shrinks, q, k, n.since, sum, a.scale);
 
-        uint32_t U[RULE == DELTA ? STEPS : 1][Sh::M][4];
+        float U[RULE == DELTA ? Sh::M : 1][TOKEN_TILES][4] = {};
         float written = 1.0f;  // what U is multiplied by
         if constexpr (RULE == DELTA) written = solve<Half, Sh>(U, S, k, v, v + Sh::VALUE_BYTES, n, shrink);
-        const auto values = [&](int step, Fragment<Sh>& u) {
-            if constexpr (RULE == DELTA) take<Sh>(u, U[step]);
-            else load_values<Sh>(u, v, step);
-        };
 
+        const auto values = [&](int step, Fragment<Sh>& u) { load_values<Sh>(u, v, step); };
         float O[Sh::M][TOKEN_TILES][4] = {};
         read_state<Half, Sh>(O, S, q, shrink);
         const auto shrink_at = [&](int t) { return SHRINKS<Half> ? shrinks[t] : 1.0f; };
         __syncthreads();  // P is there
         scale_columns<Sh>(O, [&](int t) { return shrink_at(t) * a.scale * grow * (RULE >= DECAY ? n.kept[t] : 1.0f); });
         rescale<Half>(O, written);
-        multiply_lower<Half, Sh>(O, P, values);
+        if constexpr (RULE == DELTA)
+            multiply_lower<Half, Sh>(O, P, [&](int step, Fragment<Sh>& u, Fragment<Sh>& rest) {
+                split_columns<Half, Sh>(u, rest, U, step, [](int) { return 1.0f; });
+            });
+        else
+            multiply_lower<Half, Sh>(O, P, values);
         if constexpr (RULE == MEAN)
             scale_columns<Sh>(O, [&](int t) { return denominators[t] > 0.0f ? 1.0f / (shrink_at(t) * denominators[t]) : 0.0f; });
         else if constexpr (SHRINKS<Half>)
@@ -465,9 +465,8 @@ __global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS) attend_kernel(const _
         if (RULE == MEAN && a.denominators != nullptr && w.slice == 0 && threadIdx.x < CHUNK && token + threadIdx.x < s.T)
             a.denominators[denominator_of(a, s, w.h, token + threadIdx.x)] = denominators[threadIdx.x];
         store_output<Half, Sh>(O, out, token, s.T, first_row, int(a.value_dim));
-        rescale<Half>(S, written);
-        absorb<Half, Sh, RULE>(S, k, &n, sum, values);
-        rescale<Half>(S, 1.0f / written);
+        if constexpr (RULE == DELTA) write_values<Half, Sh>(S, U, written, k, n);
+        else absorb<Half, Sh, RULE>(S, k, &n, sum, values);
         gates.publish(numbers[(chunk + 1) % 2]);
     }
 
