@@ -15,10 +15,8 @@ are missing.
 """
 
 import itertools
-import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +37,7 @@ from benchmarks.harness import (
     copies_past_cache,
     edited_kernel,
     host_seconds,
+    load_twice,
     matmul_rate,
     measure,
     measure_in_turns,
@@ -373,25 +372,6 @@ def note_errors(report: Report) -> None:
             report.note(**{f"error, d {d}{', causal' if causal else ''}: {name}": error})
 
 
-def load_twice() -> dict[str, float]:
-    """Seconds to build every step in an empty cache, one after the other, and to load them again in a new process.
-
-    Meant to run beside measurements of long kernels, which do not feel a compiler on the host.
-    """
-    code = "import time, torch; from tformer_lib import jit; torch.cuda.init()\n"
-    code += f"for step in {BUILDS}:\n    t = time.time()\n    jit.load('flash_attention', step)\n"
-    code += "    print(round(time.time() - t, 3))"
-    facts = {}
-    with tempfile.TemporaryDirectory() as folder:
-        environ = os.environ | {"TORCH_EXTENSIONS_DIR": folder}
-        for what in ("build seconds", "second load seconds"):
-            words = [sys.executable, "-c", code]
-            done = subprocess.run(words, capture_output=True, text=True, check=True, env=environ)
-            seconds = map(float, done.stdout.split())
-            facts |= {f"{what}, step {step}": x for step, x in zip(BUILDS, seconds, strict=True)}
-    return facts
-
-
 def build_edited(step: int | str, file: str, edits: Sequence[tuple[str, str]]) -> None:
     """Build an edited kernel in a process of its own, so that whoever measures it later finds it in the cache."""
     code = "from benchmarks.harness import edited_kernel\nfrom tformer_lib import jit\n"
@@ -426,7 +406,7 @@ def run_gpu(report: Report, ablations: bool) -> None:
     time_forward(report, limit)
     report.finish()  # what there is so far, should the rest be cut short
     with ThreadPoolExecutor(2) as pool:  # beside long kernels, whose launches compilers cannot delay
-        builds = pool.submit(load_twice)
+        builds = pool.submit(load_twice, "flash_attention", BUILDS)
         if ablations:
             edited = [pool.submit(build_edited, step, file, edits) for step, _, file, edits in ABLATIONS]
         time_backward(report, limit)

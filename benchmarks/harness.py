@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -336,6 +337,25 @@ def edited_kernel(file: str, edits: Sequence[tuple[str, str]]) -> Iterator[None]
             yield
 
 
+def load_twice(topic: str, steps: Sequence[int | str]) -> dict[str, float]:
+    """Seconds to build kernels in an empty cache, one after the other, and to load them again in a new process.
+
+    Meant to run beside measurements of a GPU that do not feel a compiler on the host.
+    """
+    code = "import time, torch; from tformer_lib import jit; torch.cuda.init()\n"
+    code += f"for step in {tuple(steps)}:\n    t = time.time()\n    jit.load({topic!r}, step)\n"
+    code += "    print(round(time.time() - t, 3))"
+    facts = {}
+    with TemporaryDirectory() as folder:
+        environ = os.environ | {"TORCH_EXTENSIONS_DIR": folder}
+        for what in ("build seconds", "second load seconds"):
+            words = [sys.executable, "-c", code]
+            done = subprocess.run(words, capture_output=True, text=True, check=True, env=environ)
+            seconds = map(float, done.stdout.split())
+            facts |= {f"{what}, step {step}": x for step, x in zip(steps, seconds, strict=True)}
+    return facts
+
+
 def compare(
     one: Callable[[], object], other: Callable[[], object], *, device: torch.device | str = "cpu", pairs: int = 15
 ) -> Timing:
@@ -569,6 +589,15 @@ class Report:
             print(f"  {name} has no {what}: name it, or say why there is none")
         print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
         return path
+
+
+@contextmanager
+def building(report: Report, topic: str, steps: Sequence[int | str]) -> Iterator[None]:
+    """Beside what is measured within it, ``load_twice``, whose seconds are noted at the end."""
+    with ThreadPoolExecutor(1) as pool:
+        builds = pool.submit(load_twice, topic, steps)
+        yield
+        report.note(**builds.result())
 
 
 def as_json(value) -> str:

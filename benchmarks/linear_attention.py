@@ -44,6 +44,7 @@ from benchmarks.harness import (
     Options,
     Report,
     Timing,
+    building,
     command_line,
     copies_past_cache,
     copy_rate,
@@ -71,6 +72,7 @@ LONG = 65536  # from here on one turn: softmax attention takes 0.1 s and more
 DECODED = 8  # sequences; of 131,072 keys their caches are 8.6 GB
 GPU_SECONDS = 0.06  # of each measurement of decoding, after as long a warm-up
 TURN_SECONDS = 0.02
+BUILDS = (1, 2, 3, 4, "backward", "chain", "pointwise")
 SOFTMAX, PEER = "softmax, our flash kernel", ", flash-linear-attention"
 
 
@@ -97,7 +99,10 @@ def run(args: LinearOptions) -> None:
         study(Report(f"linear_attention-{args.study}", device, args.out, peers=()), args.steps)
         return
     if device.type == "cuda":
-        on_gpu(Report("linear_attention", device, args.out, peers=(SOFTMAX, "sum", "linear")))
+        report = Report("linear_attention", device, args.out, peers=(SOFTMAX, "sum", "linear"))
+        with building(report, "linear_attention", BUILDS):
+            on_gpu(report)
+        report.finish()
         return
     report = Report("linear_attention", device, args.out, peers=("softmax, fused", "linear, chunked"))
     rate = matmul_rate(device, torch.float32)
@@ -202,7 +207,6 @@ def on_gpu(report: Report) -> None:
     report.save()
     for name, form in flash_linear_attention().items():  # last, because it tunes itself for minutes
         time_members(report, {name + PEER: (form, True), name: (own[name], False)}, limit, way="{} beside a peer")
-    report.finish()
 
 
 def draw(N: int, device: torch.device, *, batch: int | None = None, tokens_first: bool = False) -> dict[str, Tensor]:

@@ -17,7 +17,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Options, Report, command_line, copies_past_cache, copy_rate, matmul_rate, measure
+from benchmarks.harness import (
+    Options,
+    Report,
+    building,
+    command_line,
+    copies_past_cache,
+    copy_rate,
+    matmul_rate,
+    measure,
+)
 from tformer_lib.rope import LAYOUTS, Rope, rotate, rotate_both, rotate_both_, turn_pairs
 
 HEADS, HEAD_DIM = 32, 128
@@ -42,7 +51,8 @@ def run(args: Options) -> None:
     measure_angles(report, length)
     measure_projection(report, length, dtype)
     if gpu:
-        measure_kernels(report)
+        with building(report, "rope", (1, 2)):
+            measure_kernels(report)
     report.finish()
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import Options, Report, command_line, in_turns, matmul_rate, measure
+from benchmarks.harness import Options, Report, building, command_line, in_turns, matmul_rate, measure
 from benchmarks.linear_attention import faster_from, make, peak_bytes
 from tformer_lib import sparse_attention
 from tformer_lib.attention import attend
@@ -31,6 +31,7 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 KERNEL_HEADS, KERNEL_HEAD_DIM = 16, 128
 CHOSEN_TOKENS, CHOSEN_HEADS, CHOSEN_BLOCKS = 65536, 4, 64
 TURN_SECONDS = 0.02
+BUILDS = (1, 2, "backward", "backward_tensor_core")
 
 
 PEERS = ("dense causal, fused", "causal", f"window of {WINDOW}")
@@ -49,7 +50,9 @@ def run(args: Options) -> None:
     device = torch.device(args.device)
     report = Report("sparse_attention", device, args.out, peers=KERNEL_PEERS if device.type == "cuda" else PEERS)
     if device.type == "cuda":
-        kernels(report)
+        with building(report, "sparse_attention", BUILDS):
+            kernels(report)
+        report.finish()
         return
     rate = matmul_rate(device, torch.float32)
     sizes = {"tokens": TOKENS, "window": WINDOW, "block": BLOCK, "head_dim": HEAD_DIM}
@@ -178,7 +181,6 @@ def kernels(report: Report) -> None:
         measure_pattern(report, rate, name, pattern, flex_mask(name, big_bird))
     measure_growth(report, rate)
     measure_chosen(report, rate)
-    report.finish()
 
 
 def flex_mask(name: str, big_bird: sparse_attention.BlockPattern) -> Callable | None:

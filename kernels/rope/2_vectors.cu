@@ -1,4 +1,4 @@
-// Step 2: 16 bytes a load, and cosines and sines that stay in registers while the heads of a token pass by.
+// Step 2: 16 bytes a load, in small blocks that follow the order of memory. Cosines and sines come from the caches.
 //
 // A thread owns two vectors of a row, the same of every head: `lo` and `hi`, half of the turning channels apart, which in
 // the half layout are the two sides of N pairs (N = 8 halves or 4 floats), and in the interleaved one N / 2 pairs each. So
@@ -8,20 +8,26 @@
 //   lo, column          0    8   16   24   32   40   48   56
 //   hi, column         64   72   80   88   96  104  112  120
 //
-// A block has THREADS / lanes slots, each a token and a head to begin with; a slot then walks over the heads in steps
-// of `head_slots`. Where a token's heads are neighbours in memory (batch, T, heads, head_dim), several slots share a token,
-// so that a warp reads on without a gap; else each slot has a token of its own, whose neighbours are the next tokens.
+// (1) Where cosines and sines are tabled, a block has 4 KB of rows that lie one after another: a slot of `lanes` threads is a
+//     token and HEADS of its heads. All loads are on their way before the first product.
+// (2) Where they are computed from positions, and in the norm's gradients, a slot is a token whose heads pass by, so that each
+//     cosine is computed once: a block has THREADS / lanes slots, each a token and a head to begin with, and walks over the
+//     heads in steps of `head_slots`. Where a token's heads are neighbours in memory (batch, T, heads, head_dim), several slots
+//     share a token, so that a warp reads on without a gap; else each slot has a token of its own.
 //
 // Ledger (H200, bfloat16, 8 x 4,096 tokens, 32 + 8 heads, head_dim 128; benchmarks/rope.py measures it)
 //   floor       671 MB, 0.156 ms at the 4.30 TB/s of a copy
 //   hypothesis  what a copy does, with 16 multiply-adds for 64 bytes, costs what a copy costs
 //   predicted   95 % of the copy: cosines and sines add 2 MB that stay in the L2 cache, and 40 heads use each of them
-//   measured    0.172 ms, 3.89 TB/s, 93.5 % of the copy in the same run (0.161 ms); heads last 0.171; a slice of the joint
-//               projection 0.171; in place 0.173. torch.compile 0.198, heads last 0.296
-//   tried       loading 2, 4 and 8 heads ahead: 0.180, 0.194, 0.270. Their registers keep other warps out, which hide more.
-//               Blocks for 4 to 20 heads instead of 40: 0.174 to 0.187, heads last 0.200 to 0.270. Streaming loads and stores:
-//               no difference. Rows through shared memory by the copy engine, boxes of 8 KB: 0.185 to 0.207, heads last 0.177
-//               to 0.194, though memory then sees longer runs. What is left to a copy's 0.161 is not explained
+//   measured    (2) alone: 0.1747 ms, 3.84 TB/s, 93 % of the copy in the same run; heads last 0.1729; in place 0.1748.
+//               torch.compile 0.198, heads last 0.298
+//   tried       loading 2, 4 and 8 heads ahead: 0.180, 0.194, 0.270. Blocks for 4 to 20 heads instead of 40: 0.174 to 0.187.
+//               Streaming loads and stores: no difference. Rows through shared memory by the copy engine, boxes of 8 KB:
+//               0.185 to 0.207, heads last 0.177 to 0.194. Tables in shared memory, so that six blocks stand on a
+//               multiprocessor: predicted 0.167, came 0.189
+//   hypothesis  what a block reads and writes is too long: plain copies of 4, 8, 16 and 32 KB a block take 0.1616, 0.1669, 0.1697
+//               and 0.1716, though the larger ones have more on their way. Many small blocks keep to the order of memory
+//   predicted   (1), 4 KB a block: heads last 0.164, and 0.168 where two heads share a token's cosines, read from the L2 cache
 #include <algorithm>
 
 #include "angles.cuh"
@@ -107,22 +113,24 @@ struct Columns {
     bool turns;
     float2 turn[N];
 
-    __device__ Columns(const Arguments& a, const Plan& plan, int lane) : turns(lane < plan.turning) {
+    __device__ Columns(const Arguments& a, int turning, int lane) : turns(lane < turning) {
         const int first = turns ? 0 : int(a.rotary_dim), last = turns ? int(a.rotary_dim) : int(a.head_dim);
-        lo = first + (turns ? lane : lane - plan.turning) * N;
+        lo = first + (turns ? lane : lane - turning) * N;
         hi = lo + (last - first) / 2;
     }
 
+    __device__ int pair_of(int run) const { return run > 0 ? hi / 2 : INTERLEAVED ? lo / 2 : lo; }  // its first
+
     __device__ void load_turns(const Arguments& a, Token token) {
-        const int pairs[2] = {INTERLEAVED ? lo / 2 : lo, hi / 2};  // where each run begins
-        if (a.positions.data != nullptr) {
+        if (a.positions.data == nullptr) return load_tabled(a, token);
 #pragma unroll
-            for (int i = 0; i < N; ++i) turn[i] = turn_of(a, token, pairs[i / RUN] + i % RUN);
-            return;
-        }
+        for (int i = 0; i < N; ++i) turn[i] = turn_of(a, token, pair_of(i / RUN) + i % RUN);
+    }
+
+    __device__ void load_tabled(const Arguments& a, Token token) {
 #pragma unroll
         for (int i = 0; i < N; i += RUN) {
-            const Run<RUN> cosines = run_of(a.cos, token, pairs[i / RUN]), sines = run_of(a.sin, token, pairs[i / RUN]);
+            const Run<RUN> cosines = run_of(a.cos, token, pair_of(i / RUN)), sines = run_of(a.sin, token, pair_of(i / RUN));
 #pragma unroll
             for (int j = 0; j < RUN; ++j) turn[i + j] = {cosines.x[j], a.sign * sines.x[j]};
         }
@@ -188,6 +196,87 @@ __device__ void normalise(float (&x)[N], const float (&w)[N], const Arguments& a
     for (int i = 0; i < N; ++i) x[i] *= r * w[i];
 }
 
+// --- (1) -------------------------------------------------------------------------------------------------------------
+
+constexpr int ROW_THREADS = 128;  // 32 bytes each: blocks of more than 4 KB copy slower, too
+
+// Division of less than 2^31 by a number that the host knows: a product with 2^(32 + shift) / by, rounded up (Granlund and
+// Montgomery 1994).
+struct Divisor {
+    uint32_t by = 1, factor = 1, shift = 0;
+
+    explicit Divisor(int64_t divisor) : by(uint32_t(divisor)) {
+        while ((uint64_t(1) << shift) < by) ++shift;
+        factor = uint32_t((((uint64_t(1) << shift) - by) << 32) / by + 1);
+    }
+    __device__ uint32_t divide(uint32_t n, uint32_t& rest) const {
+        const uint32_t quotient = (__umulhi(n, factor) + n) >> shift;
+        rest = n - quotient * by;
+        return quotient;
+    }
+};
+
+// Units of a token and HEADS neighbouring heads, in the order of memory.
+struct Units {
+    Divisor groups, tokens;
+    uint32_t count, blocks;
+    bool heads_first;  // whether all heads of a token come before the next token
+
+    Units(const Arguments& a, const Side& side, int heads, int slots)
+        : groups(std::max<int64_t>(1, (side.heads + heads - 1) / heads)), tokens(std::max<int64_t>(1, a.tokens)),
+          count(side.heads > 0 ? uint32_t(a.batch * a.tokens * groups.by) : 0), blocks((count + slots - 1) / slots),
+          heads_first(side.x.head < side.x.row) {}
+
+    __device__ Token place(uint32_t unit, uint32_t& group) const {
+        uint32_t row, batch;
+        if (heads_first) batch = tokens.divide(groups.divide(unit, group), row);
+        else batch = groups.divide(tokens.divide(unit, row), group);
+        return {batch, row};
+    }
+};
+
+struct RowPlan {
+    Units q, k;
+    int lane_bits, vectors, turning;  // as in Plan
+};
+
+template <class Number, bool INTERLEAVED, bool NORM, int HEADS>
+__global__ void __launch_bounds__(ROW_THREADS, (NORM ? 8 : 10) - 2 * (HEADS - 1))
+    rows_kernel(const __grid_constant__ Arguments a, const __grid_constant__ RowPlan plan) {
+    constexpr int N = Vector<Number>::N;
+    const bool keys = blockIdx.x >= plan.q.blocks;
+    const Side& side = keys ? a.k : a.q;
+    const Units& units = keys ? plan.k : plan.q;
+    const int lanes = 1 << plan.lane_bits, lane = threadIdx.x & (lanes - 1), slots = ROW_THREADS >> plan.lane_bits;
+    const uint32_t unit = (blockIdx.x - (keys ? plan.q.blocks : 0)) * slots + (threadIdx.x >> plan.lane_bits);
+    Columns<Number, INTERLEAVED> columns(a, plan.turning, lane);
+    const bool norm = NORM && side.normalised, in_place = side.x.data == side.out.data;
+    const bool active = unit < units.count && lane < plan.vectors && (norm || columns.turns || !in_place);
+    uint32_t group = 0;
+    const Token token = units.place(active ? unit : 0, group);
+    const int first = int(group) * HEADS, count = active ? min(HEADS, int(side.heads) - first) : 0;
+    const Number* const from = Head{side, first}.row<Number>(side.x, token);
+    Number* const to = Head{side, first}.row<Number>(side.out, token);
+    Vector<Number> lo[HEADS] = {}, hi[HEADS] = {};
+#pragma unroll
+    for (int i = 0; i < HEADS; ++i)
+        if (i < count) lo[i] = load(from + i * side.x.head + columns.lo), hi[i] = load(from + i * side.x.head + columns.hi);
+    if (active && columns.turns) columns.load_tabled(a, token);
+    float w[NORM ? 2 * N : 1];
+    if constexpr (NORM) columns.weights(w, side, active && norm);
+#pragma unroll
+    for (int i = 0; i < HEADS; ++i) {
+        float x[2 * N];
+        lo[i].widen(x, 0), hi[i].widen(x, N);
+        if constexpr (NORM)
+            if (norm) normalise(x, w, a, lanes);
+        columns.apply(x);
+        if (i < count) columns.write(to + i * side.out.head, x);
+    }
+}
+
+// --- (2) -------------------------------------------------------------------------------------------------------------
+
 // Turn every head of one side of this thread's token. All lanes of a warp go through the same loops, for the norm's sums.
 template <class Number, bool INTERLEAVED, bool NORM>
 __device__ void turn_heads(const Arguments& a, const Plan& plan, const Side& side, const Slot& slot, Token token,
@@ -217,7 +306,7 @@ template <class Number, bool INTERLEAVED, bool NORM>
 __global__ void __launch_bounds__(THREADS, NORM ? 3 : 4)
     forward_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Plan plan) {
     const Slot slot(plan);
-    Columns<Number, INTERLEAVED> columns(a, plan, slot.lane);
+    Columns<Number, INTERLEAVED> columns(a, plan.turning, slot.lane);
     for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
         const int64_t index = tile * plan.tokens + slot.token;
         const bool active = index < a.batch * a.tokens && slot.lane < plan.vectors;
@@ -293,7 +382,7 @@ __global__ void __launch_bounds__(THREADS)
     backward_kernel(const __grid_constant__ Arguments a, const __grid_constant__ Plan plan) {
     constexpr int N = Vector<Number>::N;
     const Slot slot(plan);
-    Columns<Number, INTERLEAVED> columns(a, plan, slot.lane);
+    Columns<Number, INTERLEAVED> columns(a, plan.turning, slot.lane);
     float dw_q[2 * N] = {}, dw_k[2 * N] = {};
     for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
         const int64_t index = tile * plan.tokens + slot.token;
@@ -330,6 +419,26 @@ Plan make_plan(const Arguments& a) {
     return plan;
 }
 
+template <class Number>
+RowPlan make_row_plan(const Arguments& a, int heads) {
+    const Plan plan = make_plan<Number>(a);
+    int lane_bits = 0;
+    while (1 << lane_bits < plan.lanes) ++lane_bits;
+    const int slots = ROW_THREADS >> lane_bits;
+    return {Units(a, a.q, heads, slots), Units(a, a.k, heads, slots), lane_bits, plan.vectors, plan.turning};
+}
+
+// Where the heads of a token are not neighbours, each token has cosines of its own: two heads share them.
+template <class Number, bool INTERLEAVED, bool NORM>
+const char* launch_rows(const Arguments& a, void* stream) {
+    const auto with_heads = [&]<int HEADS>() {
+        const RowPlan plan = make_row_plan<Number>(a, HEADS);
+        return launch(rows_kernel<Number, INTERLEAVED, NORM, HEADS>, int64_t(plan.q.blocks) + plan.k.blocks, ROW_THREADS, 0,
+                      stream, a, plan);
+    };
+    return a.q.x.head < a.q.x.row ? with_heads.template operator()<1>() : with_heads.template operator()<2>();
+}
+
 template <class Run>
 const char* with_types(const Arguments& a, const Run& run) {
     const auto with_layout = [&]<class Number>() {
@@ -345,10 +454,12 @@ const char* with_types(const Arguments& a, const Run& run) {
 }  // namespace
 
 extern "C" const char* forward(const Arguments* a, void* stream) {
-    return with_types(*a, [&]<class Number, bool INTERLEAVED>() {
+    return with_types(*a, [&]<class Number, bool INTERLEAVED>() -> const char* {
+        const bool norm = a->q.normalised || a->k.normalised;
+        if (a->positions.data == nullptr && a->batch * a->tokens * std::max(a->q.heads, a->k.heads) < (int64_t(1) << 31))
+            return norm ? launch_rows<Number, INTERLEAVED, true>(*a, stream) : launch_rows<Number, INTERLEAVED, false>(*a, stream);
         const Plan plan = make_plan<Number>(*a);
-        const auto kernel = a->q.normalised || a->k.normalised ? forward_kernel<Number, INTERLEAVED, true>
-                                                               : forward_kernel<Number, INTERLEAVED, false>;
+        const auto kernel = norm ? forward_kernel<Number, INTERLEAVED, true> : forward_kernel<Number, INTERLEAVED, false>;
         return launch(kernel, std::min(plan.tiles, MOST_BLOCKS), THREADS, 0, stream, *a, plan);
     });
 }
