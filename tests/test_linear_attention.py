@@ -776,9 +776,9 @@ def test_the_kernels_equal_the_float64_sum(rule, dtype, T, dims, heads, layout, 
 def test_shapes_drawn_afresh_are_the_float64_formula(seed):
     """Lengths to 4,099, head_dim to 256, ratios of heads, strides, packed and empty sequences, states over any split.
 
-    Outputs within twice the error of step 0, whose sums are float32. Gradients and the last states within the dtype's
-    eps, about three times what it costs to round one alone. Where outputs are normalised, dq is the difference of two
-    sums that are rounded each: four eps.
+    Outputs within twice the error of step 0, whose sums are float32, gradients of q, k and v within three times its
+    own. What is float32, where step 0 rounds nothing, within the dtype's eps: the last states, and the gradients of
+    gates, step sizes and first states.
     """
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     rule, dtype = draw.choice(RULES), draw.choice((torch.bfloat16, torch.float16))
@@ -831,7 +831,7 @@ def test_shapes_drawn_afresh_are_the_float64_formula(seed):
         return (out.detach(), state.detach()), torch.autograd.grad(out, wanted, dout.to(device, dtype))
 
     truth, truth_grads = run("0", "cpu", torch.float64, torch.float64)
-    rough, _ = run("0", "cpu", dtype, torch.float32)
+    rough, rough_grads = run("0", "cpu", dtype, torch.float32)
     apart = lambda a, b: ((a.double().cpu() - b).norm() / b.norm().clamp(min=1e-30)).item()  # noqa: E731
     case = f"{rule} {dtype} T {T} d {d} {e} heads {KV} x {group} {layout} {starts}"
     for step, device in steps_here():
@@ -843,9 +843,9 @@ def test_shapes_drawn_afresh_are_the_float64_formula(seed):
             bound = 2 * apart(rough[0], truth[0]) + 1e-5
             assert apart(outs[0], truth[0]) <= bound, f"step {step}, {case}, {cut}"
             assert apart(outs[1], truth[1]) <= torch.finfo(dtype).eps, f"state, step {step}, {case}, {cut}"
-        for i, (a, b) in enumerate(zip(found[1], truth_grads, strict=True)):
-            eps = torch.finfo(dtype).eps * (4 if rule == "mean" else 1)
-            bound = eps + 1e-5 + 2.0**-24 * b.numel() ** 0.5 / b.norm().clamp(min=1e-30).item()
+        for i, (a, b, c) in enumerate(zip(found[1], truth_grads, rough_grads, strict=True)):
+            bound = 3 * apart(c, b) if i < 3 else torch.finfo(dtype).eps
+            bound += 1e-5 + 2.0**-24 * b.numel() ** 0.5 / b.norm().clamp(min=1e-30).item()
             assert apart(a, b) <= bound, f"gradient {i}, step {step}, {case}"
 
 
