@@ -7,10 +7,8 @@ import itertools
 import json
 import os
 import pickle
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -129,18 +127,6 @@ ARCHITECTURES = {"GPT2": "GPT2LMHeadModel", "Gemma3": "Gemma3ForCausalLM"}
 CONFIGS = {"Gemma3": "Gemma3TextConfig", "Qwen3_5": "Qwen3_5TextConfig"}
 
 
-@contextmanager
-def hidden(package: str):
-    """Within it, a package cannot be imported: fla's kernels, which transformers prefers, read no tensor on a CPU."""
-    before = {package: sys.modules[package]} if package in sys.modules else {}
-    sys.modules[package] = None
-    try:
-        yield
-    finally:
-        del sys.modules[package]
-        sys.modules.update(before)
-
-
 class Checkpoint:
     """A model of transformers with random weights, and the folder that it was saved to."""
 
@@ -149,8 +135,7 @@ class Checkpoint:
         family, settings = KINDS[kind]
         config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**settings)
         config._attn_implementation = "eager"
-        with hidden("fla"):
-            architecture = getattr(transformers, ARCHITECTURES.get(family, f"{family}ForCausalLM"))
+        architecture = getattr(transformers, ARCHITECTURES.get(family, f"{family}ForCausalLM"))
         self.theirs = architecture(config).eval()
         torch.manual_seed(len(kind))
         for name, parameter in self.theirs.named_parameters():
