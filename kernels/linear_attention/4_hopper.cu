@@ -9,7 +9,7 @@
 //     O^T = S^T Q^T                S^T packed, registers     Q
 //     U^T = R^T + R^T (T - I)^T    R^T packed, registers     T - I   (delta)
 //     O^T += U^T P^T               U^T packed, registers     P, after the warpgroups have met once
-//     S^T += U^T K                 U^T packed, registers     K, of the delta rule twice: U in two parts (3_delta.cu)
+//     S^T += U^T K                 U^T packed, registers     K, without gates twice: U in two parts (3_delta.cu)
 //
 // Ledger (H200, bfloat16, 32,768 tokens, 16 heads, d 128; figures in benchmarks/results/nvidia-h200/linear_attention.json)
 //   hypothesis  wgmma reads a tile once for 64 value columns, not 32, and without an instruction for each fragment; a
@@ -30,6 +30,9 @@
 //   hypothesis  what the delta rule's state lacks of U adds up: the output's error is 2.0 to 2.4 times that of rounding it
 //   predicted   R added in float32, U in two parts to the state: 1.4 to 1.9 times. The second product hides behind the output's
 //               rows, splitting takes 100 cycles: 0.45 at 4 x 8,192, 0.58 at 1 x 32,768
+//   measured    1.4 to 1.9 times on 60 drawn shapes; 0.462 and 0.599 with gates, 0.440 and 0.568 (0.418 and 0.531) without.
+//               With gates the second product is left out: what is missing is forgotten, 1.6 to 2.0 in the emulation, and
+//               0.44 and 0.57 predicted. This form of it has not been timed
 //   timeline    5,900 cycles a chunk, of which the tensor cores multiply 2,300: products with the state 1,490, P's
 //               exponentials and stores 1,260, beta (V - K S), T and S 1,850, the output's rows 1,300
 //   limit       where a sum is normalised, 4 warps of the producer take longer over a chunk than the consumers: 0.33, with a
@@ -321,7 +324,8 @@ __device__ inline void pin_words(uint32_t (&w)[COUNT][4]) {
 
 // One block: some value columns of a head's segment. OUTPUTS: (3), else (1) of segments.cuh, in which the blocks behind
 // those of the values compute the delta rule's transitions.
-template <class Half, int D, Rule RULE, bool OUTPUTS>
+// TWO_PARTS: of the delta rule's U, what rounds off goes into the state as well.
+template <class Half, int D, Rule RULE, bool OUTPUTS, bool TWO_PARTS>
 __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constant__ Arguments a) {
     using At = HopperLayout<D, RULE, OUTPUTS>;
     using Sh = Warp<D>;
@@ -481,7 +485,7 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
         }
         if (RULE >= DECAY) c.decay_state(n);
         rescale<Half>(c.S, written);
-        uint32_t decayed[STEPS][4], rest[STEPS][4];  // of the delta rule two parts: what is written wrongly stays in the state
+        uint32_t decayed[STEPS][4], rest[STEPS][4];
 #pragma unroll
         for (int step = 0; step < STEPS; ++step)
             if constexpr (RULE == DELTA) {
@@ -495,9 +499,9 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
         if (RULE == DECAY) c.decay_to_end(decayed, n);
         products_begin();
         c.start_absorb(decayed, k);
-        if (RULE == DELTA) c.start_absorb(rest, k);
+        if constexpr (TWO_PARTS) c.start_absorb(rest, k);
         if (OUTPUTS) {
-            wait_products<RULE == DELTA ? 2 : 1>();
+            wait_products<TWO_PARTS ? 2 : 1>();
             pin(O[0]);
             if constexpr (RULE == MEAN) {
                 const auto total = [&](int t) { return n.before[t] * a.scale + part[t] + part[CHUNK + t]; };
@@ -523,9 +527,11 @@ __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constan
 template <class Run>
 const char* with_types(const Arguments& a, const Run& run) {
     const auto with_rule = [&]<class Half>() {
-        if (a.beta.data != nullptr) return run.template operator()<Half, DELTA>();
-        if (a.log_decay.data != nullptr) return run.template operator()<Half, DECAY>();
-        return a.normalise ? run.template operator()<Half, MEAN>() : run.template operator()<Half, SUM>();
+        const bool gated = a.log_decay.data != nullptr;
+        if (a.beta.data != nullptr)  // gates forget what was rounded off, too
+            return gated ? run.template operator()<Half, DELTA, false>() : run.template operator()<Half, DELTA, true>();
+        if (gated) return run.template operator()<Half, DECAY, false>();
+        return a.normalise ? run.template operator()<Half, MEAN, false>() : run.template operator()<Half, SUM, false>();
     };
     return a.dtype == BFLOAT16 ? with_rule.template operator()<Bf16>() : with_rule.template operator()<Fp16>();
 }
@@ -535,25 +541,25 @@ constexpr int WIDTH = 128;  // of head_dim, padded; at 64 a warpgroup's products
 }  // namespace
 
 extern "C" const char* forward(const Arguments* a, void* stream) {
-    return with_types(*a, [&]<class Half, Rule RULE>() -> const char* {
+    return with_types(*a, [&]<class Half, Rule RULE, bool TWO_PARTS>() -> const char* {
         const int64_t slices = (a->value_dim + VALUES - 1) / VALUES, states = a->sequences * a->kv_heads;
         if (RULE == DELTA)
             if (const char* error = launch_inverses<Half, WIDTH>(*a, stream)) return error;
         if (a->segment_count > 1) {
             const int64_t all = slices + (RULE == DELTA ? (a->head_dim + VALUES - 1) / VALUES : 0);
-            if (const char* error = launch(hopper_kernel<Half, WIDTH, RULE, false>, states * (a->segment_count - 1) * all,
+            if (const char* error = launch(hopper_kernel<Half, WIDTH, RULE, false, TWO_PARTS>, states * (a->segment_count - 1) * all,
                                            THREADS, HopperLayout<WIDTH, RULE, false>::BYTES, stream, *a))
                 return error;
             if (const char* error = launch_scan<WIDTH, RULE>(*a, stream)) return error;
         }
-        return launch(hopper_kernel<Half, WIDTH, RULE, true>, a->sequences * a->heads * a->segment_count * slices, THREADS,
+        return launch(hopper_kernel<Half, WIDTH, RULE, true, TWO_PARTS>, a->sequences * a->heads * a->segment_count * slices, THREADS,
                       HopperLayout<WIDTH, RULE, true>::BYTES, stream, *a);
     });
 }
 
 extern "C" const char* resources(const Arguments* a, Resources* out) {
-    return with_types(*a, [&]<class Half, Rule RULE>() {
-        return measure_resources(hopper_kernel<Half, WIDTH, RULE, true>, THREADS, HopperLayout<WIDTH, RULE, true>::BYTES, out);
+    return with_types(*a, [&]<class Half, Rule RULE, bool TWO_PARTS>() {
+        return measure_resources(hopper_kernel<Half, WIDTH, RULE, true, TWO_PARTS>, THREADS, HopperLayout<WIDTH, RULE, true>::BYTES, out);
     });
 }
 

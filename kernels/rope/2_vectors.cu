@@ -8,10 +8,10 @@
 //   lo, column          0    8   16   24   32   40   48   56
 //   hi, column         64   72   80   88   96  104  112  120
 //
-// (1) Where cosines and sines are tabled, a block has 4 KB of rows that lie one after another: a slot of `lanes` threads is a
-//     token and HEADS of its heads. All loads are on their way before the first product.
-// (2) Where they are computed from positions, and in the norm's gradients, a slot is a token whose heads pass by, so that each
-//     cosine is computed once: a block has THREADS / lanes slots, each a token and a head to begin with, and walks over the
+// (1) Where cosines and sines are tabled and nothing is normalised, a block has 4 KB of rows that lie one after another: a slot
+//     of `lanes` threads is a token and HEADS of its heads. All loads are on their way before the first product.
+// (2) Where they are computed from positions, with the norm and in its gradients, a slot is a token whose heads pass by, so that
+//     each cosine is computed once: a block has THREADS / lanes slots, each a token and a head to begin with, and walks over the
 //     heads in steps of `head_slots`. Where a token's heads are neighbours in memory (batch, T, heads, head_dim), several slots
 //     share a token, so that a warp reads on without a gap; else each slot has a token of its own.
 //
@@ -28,6 +28,8 @@
 //   hypothesis  what a block reads and writes is too long: plain copies of 4, 8, 16 and 32 KB a block take 0.1616, 0.1669, 0.1697
 //               and 0.1716, though the larger ones have more on their way. Many small blocks keep to the order of memory
 //   predicted   (1), 4 KB a block: heads last 0.164, and 0.168 where two heads share a token's cosines, read from the L2 cache
+//   measured    0.1639 and 0.1644, 4.10 and 4.08 TB/s, 98 % of the copy in the same run (0.1612); in place 0.166 and 0.164.
+//               With the norm 0.200 and 0.278, for every thread loads weights for one row: there (2) is taken, 0.196 and 0.222
 #include <algorithm>
 
 #include "angles.cuh"
@@ -240,18 +242,18 @@ struct RowPlan {
     int lane_bits, vectors, turning;  // as in Plan
 };
 
-template <class Number, bool INTERLEAVED, bool NORM, int HEADS>
-__global__ void __launch_bounds__(ROW_THREADS, (NORM ? 8 : 10) - 2 * (HEADS - 1))
+template <class Number, bool INTERLEAVED, int HEADS>
+__global__ void __launch_bounds__(ROW_THREADS, 12 - 2 * HEADS)
     rows_kernel(const __grid_constant__ Arguments a, const __grid_constant__ RowPlan plan) {
     constexpr int N = Vector<Number>::N;
     const bool keys = blockIdx.x >= plan.q.blocks;
     const Side& side = keys ? a.k : a.q;
     const Units& units = keys ? plan.k : plan.q;
-    const int lanes = 1 << plan.lane_bits, lane = threadIdx.x & (lanes - 1), slots = ROW_THREADS >> plan.lane_bits;
+    const int lane = threadIdx.x & ((1 << plan.lane_bits) - 1), slots = ROW_THREADS >> plan.lane_bits;
     const uint32_t unit = (blockIdx.x - (keys ? plan.q.blocks : 0)) * slots + (threadIdx.x >> plan.lane_bits);
     Columns<Number, INTERLEAVED> columns(a, plan.turning, lane);
-    const bool norm = NORM && side.normalised, in_place = side.x.data == side.out.data;
-    const bool active = unit < units.count && lane < plan.vectors && (norm || columns.turns || !in_place);
+    const bool in_place = side.x.data == side.out.data;
+    const bool active = unit < units.count && lane < plan.vectors && (columns.turns || !in_place);
     uint32_t group = 0;
     const Token token = units.place(active ? unit : 0, group);
     const int first = int(group) * HEADS, count = active ? min(HEADS, int(side.heads) - first) : 0;
@@ -262,14 +264,10 @@ __global__ void __launch_bounds__(ROW_THREADS, (NORM ? 8 : 10) - 2 * (HEADS - 1)
     for (int i = 0; i < HEADS; ++i)
         if (i < count) lo[i] = load(from + i * side.x.head + columns.lo), hi[i] = load(from + i * side.x.head + columns.hi);
     if (active && columns.turns) columns.load_tabled(a, token);
-    float w[NORM ? 2 * N : 1];
-    if constexpr (NORM) columns.weights(w, side, active && norm);
 #pragma unroll
     for (int i = 0; i < HEADS; ++i) {
         float x[2 * N];
         lo[i].widen(x, 0), hi[i].widen(x, N);
-        if constexpr (NORM)
-            if (norm) normalise(x, w, a, lanes);
         columns.apply(x);
         if (i < count) columns.write(to + i * side.out.head, x);
     }
@@ -429,11 +427,11 @@ RowPlan make_row_plan(const Arguments& a, int heads) {
 }
 
 // Where the heads of a token are not neighbours, each token has cosines of its own: two heads share them.
-template <class Number, bool INTERLEAVED, bool NORM>
+template <class Number, bool INTERLEAVED>
 const char* launch_rows(const Arguments& a, void* stream) {
     const auto with_heads = [&]<int HEADS>() {
         const RowPlan plan = make_row_plan<Number>(a, HEADS);
-        return launch(rows_kernel<Number, INTERLEAVED, NORM, HEADS>, int64_t(plan.q.blocks) + plan.k.blocks, ROW_THREADS, 0,
+        return launch(rows_kernel<Number, INTERLEAVED, HEADS>, int64_t(plan.q.blocks) + plan.k.blocks, ROW_THREADS, 0,
                       stream, a, plan);
     };
     return a.q.x.head < a.q.x.row ? with_heads.template operator()<1>() : with_heads.template operator()<2>();
@@ -456,8 +454,9 @@ const char* with_types(const Arguments& a, const Run& run) {
 extern "C" const char* forward(const Arguments* a, void* stream) {
     return with_types(*a, [&]<class Number, bool INTERLEAVED>() -> const char* {
         const bool norm = a->q.normalised || a->k.normalised;
-        if (a->positions.data == nullptr && a->batch * a->tokens * std::max(a->q.heads, a->k.heads) < (int64_t(1) << 31))
-            return norm ? launch_rows<Number, INTERLEAVED, true>(*a, stream) : launch_rows<Number, INTERLEAVED, false>(*a, stream);
+        const int64_t rows = a->batch * a->tokens * std::max(a->q.heads, a->k.heads);
+        if (a->positions.data == nullptr && !norm && rows < (int64_t(1) << 31))
+            return launch_rows<Number, INTERLEAVED>(*a, stream);
         const Plan plan = make_plan<Number>(*a);
         const auto kernel = norm ? forward_kernel<Number, INTERLEAVED, true> : forward_kernel<Number, INTERLEAVED, false>;
         return launch(kernel, std::min(plan.tiles, MOST_BLOCKS), THREADS, 0, stream, *a, plan);
