@@ -547,19 +547,21 @@ extern "C" const char* forward(const Arguments* a, void* stream) {
             if (const char* error = launch_inverses<Half, WIDTH>(*a, stream)) return error;
         if (a->segment_count > 1) {
             const int64_t all = slices + (RULE == DELTA ? (a->head_dim + VALUES - 1) / VALUES : 0);
-            if (const char* error = launch(hopper_kernel<Half, WIDTH, RULE, false, TWO_PARTS>, states * (a->segment_count - 1) * all,
-                                           THREADS, HopperLayout<WIDTH, RULE, false>::BYTES, stream, *a))
+            const int64_t blocks = states * (a->segment_count - 1) * all;
+            if (const char* error = launch(hopper_kernel<Half, WIDTH, RULE, false, TWO_PARTS>, blocks, THREADS,
+                                           HopperLayout<WIDTH, RULE, false>::BYTES, stream, *a))
                 return error;
             if (const char* error = launch_scan<WIDTH, RULE>(*a, stream)) return error;
         }
-        return launch(hopper_kernel<Half, WIDTH, RULE, true, TWO_PARTS>, a->sequences * a->heads * a->segment_count * slices, THREADS,
-                      HopperLayout<WIDTH, RULE, true>::BYTES, stream, *a);
+        return launch(hopper_kernel<Half, WIDTH, RULE, true, TWO_PARTS>, a->sequences * a->heads * a->segment_count * slices,
+                      THREADS, HopperLayout<WIDTH, RULE, true>::BYTES, stream, *a);
     });
 }
 
 extern "C" const char* resources(const Arguments* a, Resources* out) {
     return with_types(*a, [&]<class Half, Rule RULE, bool TWO_PARTS>() {
-        return measure_resources(hopper_kernel<Half, WIDTH, RULE, true, TWO_PARTS>, THREADS, HopperLayout<WIDTH, RULE, true>::BYTES, out);
+        return measure_resources(hopper_kernel<Half, WIDTH, RULE, true, TWO_PARTS>, THREADS,
+                                 HopperLayout<WIDTH, RULE, true>::BYTES, out);
     });
 }
 
