@@ -369,7 +369,8 @@ def test_absurd_parameters_are_refused_and_the_next_request_is_served(running, c
         ([{"role": "wizard", "content": "x"}], "needs a role and a content"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "content must be text"),
         ([[]], "needs a role and a content"),
-        ([{"role": "user", "content": "x", "name": "Lily"}], "unknown field in messages: 'name'"),
+        ([{"role": "user", "content": "x", "name": 1}], "name must be of type str"),
+        ([{"role": "user", "content": "x", "weight": 1}], "unknown field in messages: 'weight'"),
         ([{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}], "in messages: 'tool_calls'"),
         ([{"role": "user", "content": "x" * 100}], "the engine takes 96 a request"),
     ],
@@ -379,6 +380,12 @@ def test_absurd_conversations_are_refused(running, messages, message):
     assert response.status_code == 400
     assert message in response.json()["error"]["message"]
     running.check_it_still_answers()
+
+
+def test_a_message_may_say_who_speaks():
+    said = {"role": "assistant", "content": "Hi.", "refusal": None, "tool_calls": None, "name": None}
+    named = {"role": "user", "content": "Hello.", "name": "Lily"}
+    assert render([named, said]) == "user Lily: Hello.\nassistant: Hi.\nassistant:"
 
 
 @pytest.mark.parametrize(

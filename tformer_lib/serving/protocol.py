@@ -209,8 +209,9 @@ def render(messages: list) -> str:
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "developer", "user", "assistant"):
             raise Refused(400, f"a message needs a role and a content, got {shortened(message)}", param="messages")
-        refuse_unknown(message, {"role", "content"}, "messages")
-        lines.append(f"{role}: {content_of(message)}\n")
+        refuse_unknown(message, {"role", "content", "name"}, "messages")
+        name = take(message, "name", str, "") if message.get("name") is not None else ""
+        lines.append(f"{role}{name and f' {name}'}: {content_of(message)}\n")
     return "".join(lines) + "assistant:"
 
 
