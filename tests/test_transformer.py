@@ -281,6 +281,15 @@ def test_translate_is_the_argmax_step_by_step_and_stops():
         assert set(row[stop:]) <= {2}
 
 
+@pytest.mark.parametrize("weight", [torch.nan, torch.inf])
+def test_translate_refuses_logits_that_are_no_numbers(weight):
+    model = EncoderDecoder(config(**KINDS["paper"]))
+    with torch.no_grad():
+        next(model.decoder.parameters()).fill_(weight)
+    with pytest.raises(ValueError, match="logits of row 0 are not finite after 0 new tokens"):
+        model.translate(torch.ones(2, 3, dtype=torch.int64), start=1, end=2, max_length=4)
+
+
 def test_translate_puts_each_module_back_where_it_fails_too():
     model = EncoderDecoder(config(**KINDS["paper"], dropout=0.5))
     model.encoder.eval()

@@ -104,12 +104,18 @@ class EncoderDecoder(nn.Module):
 
         Returns:
             (batch, at most max_length) int64, without the start token.
+
+        Raises:
+            ValueError: the logits of a row are NaN or infinite, so that no token is the likeliest.
         """
         with evaluating(self):
             memory = self.encode(source, source_lengths)
             target = torch.full((source.shape[0], 1), start, device=source.device)
             for _ in range(self.config.max_length - 1 if max_length is None else max_length):
                 logits = self.decode(target, memory, source_lengths=source_lengths)[:, -1]  # (batch, vocab_size)
+                if not (finite := logits.amax(-1).isfinite()).all():
+                    row, written = int(finite.int().argmin()), target.shape[1] - 1
+                    raise ValueError(f"the logits of row {row} are not finite after {written} new tokens")
                 step = logits.argmax(-1, keepdim=True).masked_fill(target[:, -1:] == end, end)  # (batch, 1)
                 target = torch.cat([target, step], dim=1)
                 if (step == end).all():
