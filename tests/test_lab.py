@@ -2,7 +2,7 @@
 
 Every chapter is opened as a new learner finds it, before any cell runs. Two small chapters are run as well: the first
 one, with the trained model, and the one about masks, cut down to a few cells, whose figure is moved. ``pytest --nbval``
-compares what the cells of the others print; here it is how JupyterLab shows it.
+compares what the cells of the others print; here it is how JupyterLab shows it. The deep profile runs every chapter.
 """
 
 import json
@@ -18,6 +18,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from draws import is_deep
 from pages import DESKTOP, MOVE, NONSENSE, Tab, executable, launched
 from playwright.sync_api import TimeoutError as TimedOut
 
@@ -68,7 +69,8 @@ def lab(tmp_path_factory) -> str:
             patch.setenv(name, value)  # the chapters are signed with a key of the test's own
         learners_lab.bring(ROOT, folder)
     (folder / "chapter.ipynb").write_text(json.dumps(short_version(CHAPTER)), encoding="utf-8")
-    shutil.copy(folder / f"{NAMES[0]}.ipynb", folder / "first.ipynb")
+    for name in NAMES:
+        shutil.copy(folder / f"{name}.ipynb", folder / f"run-{name}.ipynb")
     tracker = home / "user" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
     tracker.parent.mkdir(parents=True)
     tracker.write_text(json.dumps(WHOLE), encoding="utf-8")
@@ -156,8 +158,12 @@ def test_a_new_learner_opens_a_chapter(tab, lab, name):
     assert [url for url in tab.requests if not url.startswith((lab, "data:", "blob:"))] == []
 
 
-def test_the_first_chapter_runs_from_top_to_bottom(tab):
-    open_notebook(tab, "first", own_kernel=True)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_chapter_runs_from_top_to_bottom(tab, name):
+    """The first one in an ordinary run, whose notebooks nbval runs; all of them in the deep one, in twenty minutes."""
+    if name != NAMES[0] and not is_deep():
+        pytest.skip("the deep profile runs every chapter in JupyterLab")
+    open_notebook(tab, f"run-{name}", own_kernel=True)
     run_all(tab)
     wait(tab, f"{DRAWN} === {tab.page.evaluate(FIGURES)}", "an interactive figure is not drawn by its kernel")
     assert tab.page.evaluate("document.querySelectorAll('.jp-OutputArea-output img').length") >= 3

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     import torch
@@ -47,11 +47,14 @@ def run(command: Callable[[], int | None]) -> int:
             sys.stdout.flush()  # here, where a closed pipe is heard
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has had enough; nothing is to be said when Python closes it
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has had enough
+        drop(sys.stdout)
         return PIPE_CLOSED
     except MENDABLE as error:
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk, perhaps
+            drop(sys.stdout)
         return refuse(error)
     except RuntimeError as error:
         if not any(words in str(error) for words in OUT_OF_MEMORY):
@@ -74,10 +77,18 @@ def open_what_is_closed() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (it stays for as long as the process)
 
 
+def drop(stream: TextIO) -> None:
+    """Let what a stream still holds lead nowhere, so that Python does not fail at it once more when it ends."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def refuse(error: Exception | str) -> int:
     """Say on stderr, in one line, why nothing is done; returns the exit status."""
-    with contextlib.suppress(OSError):
+    try:
         print(f"error: {one_line(str(error) or type(error).__name__)}", file=sys.stderr, flush=True)
+    except OSError:
+        drop(sys.stderr)
     return REFUSED
 
 
