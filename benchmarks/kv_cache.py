@@ -1,7 +1,8 @@
 """What a KV cache saves, and where a naive one saves nothing.
 
     python -m benchmarks.kv_cache --device cuda     # GPT-2's 124M shape, batch 1, 1,024 new tokens
-    python -m benchmarks.kv_cache --device cpu      # a small model
+    python -m benchmarks.kv_cache --device cuda --contexts     # a token at several context lengths, from 32 to 2,000
+    python -m benchmarks.kv_cache --device cpu      # a small model, both
 
 The theory: without a cache, token n costs a pass over n tokens. With one it costs a pass over one token, which reads
 every weight and every cached key and value once: at best (weights + cache) / bandwidth. On a GPU a small model's pass
@@ -49,6 +50,8 @@ class CacheOptions(Options):
 
     new_tokens: int | None = None
     """Tokens to generate; by default 1,024 on a GPU, 192 on a CPU."""
+    contexts: bool = False
+    """Measure one token at several context lengths alone; the file is ``kv_cache-contexts.json``."""
     nvtx: bool = False
     """Measure nothing: decode a few tokens for a profiler."""
 
@@ -65,6 +68,9 @@ def run(args: CacheOptions) -> None:
     if args.nvtx:
         return bench.decode_for_profiler()
     bench.note_sizes()
+    if args.contexts:
+        bench.contexts()
+        return bench.report.finish()
     variants = bench.gpu_variants() if gpu else bench.cpu_variants()
     for variant in (*variants, bench.ratios):
         bench.try_out(variant)
@@ -79,7 +85,8 @@ class Bench:
     """The model, the prompt, and the report that all variants share."""
 
     def __init__(self, args: CacheOptions, config: ModelConfig, dtype: torch.dtype):
-        self.report, self.device = Report("kv_cache", args.device, args.out, peers=PEERS), torch.device(args.device)
+        name = "kv_cache-contexts" if args.contexts else "kv_cache"
+        self.report, self.device = Report(name, args.device, args.out, peers=PEERS), torch.device(args.device)
         self.config, self.dtype = config, dtype
         self.new_tokens = args.new_tokens or (1024 if args.device == "cuda" else 192)
         self.prompt = torch.randint(config.vocab_size, (32,)).tolist()

@@ -8,7 +8,7 @@ runs read the same windows in the same order, so their losses may differ by roun
 in another order, and bfloat16 rounds each number to 8 bits. Runs in float32 show how much of the difference that is.
 The balance of a mixture of experts is taken over each process's tokens, and so differs a little more.
 
-At the end a run of all processes stops half way and goes on in half as many, beside one that never stopped.
+First a run of all processes stops half way and goes on in half as many, beside one that never stopped.
 
 A step's time is the median over the lines of the run's log but the first, in which kernels are loaded and memory is
 taken. Nothing is compiled, since the ring of context parallel cannot be.
@@ -56,7 +56,7 @@ class CommandOptions(Options):
     processes: int | None = None
     """One a device; by default as many as there are GPUs, or two on a CPU."""
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
-    """The precisions of the matrix products; a CPU has float32 alone."""
+    """The precisions of the matrix products; a CPU has float32 alone. Without bfloat16 the file's name says so."""
     stories: int = 4000
     """Stories of the corpus."""
     resumed_on: int | None = None
@@ -78,14 +78,15 @@ def run(asked: CommandOptions) -> int:
         print("there is one GPU here, and so nothing to compare")
         return 0
     folder = f"{device_name(torch.device(asked.device))}-x{processes}" if on_gpu else "cpu"
-    report = Report("scaling-command", asked.device, asked.out, peers=[ALONE], folder=folder)
+    name = "scaling-command" if "bfloat16" in asked.dtypes or not on_gpu else "scaling-command-float32"
+    report = Report(name, asked.device, asked.out, peers=[ALONE], folder=folder)
     report.note(processes=processes, backend="NCCL" if on_gpu else "gloo", **SIZES[asked.device])
     with TemporaryDirectory() as place:
         bench = Bench(asked, processes, Path(place), report)
         bench.make_corpus()
+        bench.stop_and_go_on("float32")
         for dtype in asked.dtypes if on_gpu else ("float32",):
             bench.compare(dtype)
-        bench.stop_and_go_on("float32")
     report.finish()
     return bench.failed
 

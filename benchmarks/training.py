@@ -3,6 +3,7 @@
     python -m benchmarks.training --device cuda                               # the speed of a training step
     python -m benchmarks.training --device cuda --nanogpt model.py            # beside nanoGPT's model (that file of it)
     python -m benchmarks.training --recipe shakespeare-char     # train a preset, keep its log
+    python -m benchmarks.training --tries shakespeare-char      # train it with each of several settings
     python -m benchmarks.training --optimizers shakespeare-char # AdamW beside Muon, each at several learning rates
 
 The limit of a step is the arithmetic that it needs, ``estimate_flops_per_token``, at the rate of the device's own
@@ -98,14 +99,16 @@ class TrainingOptions(Options):
     """nanoGPT's model.py: its model is then timed in turns with ours, in the same process."""
     seconds: float = 4.0
     """How long each contestant's steps are timed."""
+    tries: str | None = None
+    """Train this preset with each of the settings in TRIES instead."""
     optimizers: tuple[str, ...] = ()
     """Compare AdamW with Muon on these presets instead, each at several learning rates."""
     steps: int = 1000
     """With --optimizers: the steps of each run."""
     workers: int = 1
-    """With --optimizers: the runs that go on at once."""
+    """With --optimizers or --tries: the runs that go on at once."""
     budget: float = 3600.0
-    """With --optimizers: seconds after which no run begins."""
+    """With --optimizers or --tries: seconds after which no run begins."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,9 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(asked: TrainingOptions) -> None:
-    """Measure the speed of a step, train a recipe, or compare optimizers."""
+    """Measure the speed of a step, train a recipe, try settings, or compare optimizers."""
     if asked.recipe:
         train_recipe(asked)
+    elif asked.tries:
+        compare_tries(asked)
     elif asked.optimizers:
         compare_optimizers(asked)
     else:
@@ -490,28 +495,40 @@ def train_recipe(arguments: TrainingOptions) -> None:
     """Train a preset, and write its configuration, its log and its best validation loss as one JSON."""
     name = arguments.name or f"training-{arguments.recipe}"
     report = Report(name, arguments.device, arguments.out)
-    run = Run(recipe_config(arguments, name))
-    start = time.perf_counter()
-    run.train()
-    report.note(
-        preset=arguments.recipe,
-        parameters=count_parameters(run.model),
-        best_val_loss=run.best,
-        best_step=min((line for line in run.history if "val_loss" in line), key=lambda line: line["val_loss"])["step"],
-        val_tokens=run.val_tokens,
-        floor=run.floor,
-        seconds=round(time.perf_counter() - start, 1),
-    )
-    report.facts |= {"config": asdict(run.config), "history": run.history}
+    run = Run(recipe_config(arguments.recipe, name, arguments.device, arguments.set))
+    report.facts |= trained(run, arguments.recipe)
+    report.note()
     report.finish()
     if arguments.pack:
         pack(run.out, report.out / f"{name}.tar.gz")
 
 
-def recipe_config(arguments: TrainingOptions, name: str) -> TrainingConfig:
-    """The preset with the changes that the arguments ask for."""
-    values = asdict(training.preset(arguments.recipe, out=f"runs/{name}", device=arguments.device))
-    for change in arguments.set:
+def trained(run: Run, preset: str, quiet: bool = False) -> dict:
+    """Train a run to its end: its best validation loss and where it was, its configuration and its log."""
+    start = time.perf_counter()
+    run.train(quiet=quiet)
+    return {
+        "preset": preset,
+        "parameters": count_parameters(run.model),
+        "best_val_loss": run.best,
+        "best_step": min(evaluations(run.history), key=lambda line: line["val_loss"])["step"],
+        "val_tokens": run.val_tokens,
+        "floor": run.floor,
+        "seconds": round(time.perf_counter() - start, 1),
+        "config": asdict(run.config),
+        "history": run.history,
+    }
+
+
+def evaluations(history: list[dict]) -> list[dict]:
+    """The lines of a log that have a validation loss."""
+    return [line for line in history if "val_loss" in line]
+
+
+def recipe_config(preset: str, name: str, device: str, changes: Sequence[str]) -> TrainingConfig:
+    """The preset with changes, each ``FIELD=VALUE``."""
+    values = asdict(training.preset(preset, out=f"runs/{name}", device=device))
+    for change in changes:
         field, equals, value = change.partition("=")
         if not equals:
             raise ValueError(f"--set takes FIELD=VALUE, got {change!r}")
@@ -521,6 +538,80 @@ def recipe_config(arguments: TrainingOptions, name: str) -> TrainingConfig:
         except ValueError as error:
             raise ValueError(f"--set {change}: the value must be JSON ({error})") from error
     return training.config_from_dict(values)
+
+
+# --- one preset, several settings
+
+PLAIN_RECIPE = ("average=0.0", "token_noise=0.0", "model.dropout=0.2")
+"""nanoGPT's settings for Shakespeare, of those that are tried."""
+TRIES = (
+    PLAIN_RECIPE,
+    ("average=0.998", "token_noise=0.1", "model.dropout=0.3"),
+    ("average=0.998", "token_noise=0.2", "model.dropout=0.3"),
+    ("average=0.998", "token_noise=0.3", "model.dropout=0.2"),
+    (
+        "average=0.998",
+        "token_noise=0.15",
+        "model.dropout=0.4",
+        "learning_rate=0.0006",
+        "min_learning_rate=0.00002",
+    ),
+    ("average=0.99", "token_noise=0.1", "model.dropout=0.4", "steps=2000"),
+    (
+        "average=0.998",
+        "token_noise=0.2",
+        "model.dropout=0.3",
+        'model.norm="layernorm"',
+        'model.feed_forward="gelu"',
+        'model.positions="learned"',
+        "model.feed_forward_width=1536",
+    ),
+    ("average=0.0", "token_noise=0.0", "model.dropout=0.3"),
+    ("average=0.0", "token_noise=0.0", "model.dropout=0.4"),
+    ("average=0.0", "token_noise=0.0", "model.dropout=0.3", "weight_decay=0.5"),
+)
+
+
+def compare_tries(asked: TrainingOptions) -> None:
+    """Train a preset with each of ``TRIES``: every try in a table, the recipe and the best with their logs.
+
+    Runs that go on at once share the device, so their seconds say nothing about speed.
+    """
+    report = Report(asked.name or f"training-{asked.tries}-tries", asked.device, asked.out)
+    report.facts = {"tries": []}
+    begin = time.perf_counter()
+    with ProcessPoolExecutor(asked.workers, multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(try_one, asked, number, begin) for number in range(len(TRIES))]
+        for job in as_completed(jobs):
+            if (found := job.result()) is not None:
+                keep_try(report.facts, found)
+                print(f"  {found['best_val_loss']:.4f} at step {found['best_step']}: {found['changes']}", flush=True)
+                report.save()
+    report.facts["tries"].sort(key=lambda row: row["best_val_loss"])
+    report.finish()
+
+
+def try_one(asked: TrainingOptions, number: int, begin: float) -> dict | None:
+    """One of ``TRIES``, in a process of its own; None if there is no time left for it."""
+    if time.perf_counter() - begin > asked.budget:  # the machine's clock, the same in all processes
+        return None
+    kept = ("sample_tokens=0", "save_interval=1000000")
+    run = Run(recipe_config(asked.tries, f"{asked.tries}-try-{number}", asked.device, (*TRIES[number], *kept)))
+    return {"changes": list(TRIES[number]), **trained(run, asked.tries, quiet=True)}
+
+
+def keep_try(facts: dict, found: dict) -> None:
+    """Add a try to the table; the recipe's log is kept, and the log of the best so far."""
+    config, last = found["config"], evaluations(found["history"])[-1]["val_loss"]
+    row = {"changes": found["changes"], "dropout": config["model"]["dropout"]}
+    row |= {name: config[name] for name in ("token_noise", "average", "weight_decay", "learning_rate", "steps")}
+    row |= {name: config["model"][name] for name in ("norm", "feed_forward", "positions")}
+    row |= {name: found[name] for name in ("parameters", "best_val_loss", "best_step")} | {"last_val_loss": last}
+    facts["tries"].append(row)
+    if tuple(found["changes"]) == PLAIN_RECIPE:
+        facts["recipe"] = found
+    if found["best_val_loss"] == min(row["best_val_loss"] for row in facts["tries"]):
+        facts["best"] = found
 
 
 # --- AdamW beside Muon

@@ -660,3 +660,28 @@ def test_contestants_take_turns_and_each_is_first_in_one():
     assert "".join(calls) == "abcbcacab"
     assert harness.Timing.of([2.0]) == harness.Timing(2.0, 2.0, 2.0, 1)
     assert harness.Timing.of([1.0, 3.0, 2.0]).median == 2.0
+
+
+def test_of_all_tries_the_recipe_and_the_best_keep_their_logs():
+    """A try that is better than those before takes the best one's place, in whatever order tries end."""
+    model = {"dropout": 0.2, "norm": "rmsnorm", "feed_forward": "swiglu", "positions": "rope"}
+    config = {"model": model} | dict.fromkeys(("token_noise", "average", "weight_decay", "learning_rate", "steps"), 1)
+
+    def ended(changes: tuple[str, ...], *losses: float) -> dict:
+        history = [{"step": n, "train_loss": 1.0} for n in range(3)]
+        history += [{"step": n, "val_loss": loss} for n, loss in enumerate(losses)]
+        found = {"changes": list(changes), "config": config, "history": history, "parameters": 10}
+        return found | {"best_val_loss": min(losses), "best_step": losses.index(min(losses))}
+
+    facts = {"tries": []}
+    for found in (ended(("a",), 3.0, 2.0), ended(training_benchmark.PLAIN_RECIPE, 2.5, 2.6), ended(("b",), 1.5, 1.75)):
+        training_benchmark.keep_try(facts, found)
+    assert [(row["best_val_loss"], row["last_val_loss"]) for row in facts["tries"]] == [
+        (2.0, 2.0),
+        (2.5, 2.6),
+        (1.5, 1.75),
+    ]
+    assert facts["best"]["changes"] == ["b"]
+    assert facts["recipe"]["changes"] == list(training_benchmark.PLAIN_RECIPE)
+    assert facts["best"]["history"][-1] == {"step": 1, "val_loss": 1.75}
+    assert training_benchmark.PLAIN_RECIPE in training_benchmark.TRIES
