@@ -630,7 +630,7 @@ def compare_optimizers(asked: TrainingOptions) -> None:
     that the best AdamW ends with.
     """
     report = Report(asked.name or "training-optimizers", asked.device, asked.out)
-    report.facts = {"steps": asked.steps, "rates": RATES, "runs": []}
+    report.facts = {"steps": asked.steps, "rates": RATES, "best": [], "runs": []}
     begin = time.perf_counter()
     runs = [(p, o, rate, 1337) for rate in RATES for p in asked.optimizers for o in ("adamw", "muon")]
     with ProcessPoolExecutor(asked.workers, multiprocessing.get_context("spawn")) as pool:
@@ -638,10 +638,8 @@ def compare_optimizers(asked: TrainingOptions) -> None:
         best = [best_run(report.facts["runs"], p, o) for p in asked.optimizers for o in ("adamw", "muon")]
         again = [(r["preset"], r["optimizer"], r["rate"], seed) for seed in (1, 2) for r in best if r]
         train_all(pool, again, asked, report, begin)
-    report.facts["best"] = [summary(report.facts["runs"], preset) for preset in asked.optimizers]
     for line in report.facts["best"]:
         print(f"  {line}", flush=True)
-    report.save()
 
 
 def train_all(pool: ProcessPoolExecutor, runs: list, asked: TrainingOptions, report: Report, begin: float) -> None:
@@ -650,6 +648,7 @@ def train_all(pool: ProcessPoolExecutor, runs: list, asked: TrainingOptions, rep
     for job in as_completed(jobs):
         if (found := job.result()) is not None:
             report.facts["runs"].append(found)
+            report.facts["best"] = [summary(report.facts["runs"], preset) for preset in asked.optimizers]
             print("  {preset} {optimizer} {rate:g} seed {seed}: {val_loss:.4f}".format(**found), flush=True)
             report.save()
 

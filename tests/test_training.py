@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tformer_lib import tokens, training
+from tformer_lib.mixture_of_experts import ExpertsConfig
 from tformer_lib.tokens import CorpusConfig
 from tformer_lib.training import IGNORED, Run, TrainingConfig, machine
 from tformer_lib.transformer import Decoder, ModelConfig, label_smoothed_loss
@@ -880,3 +881,27 @@ def test_token_noise_replaces_a_share_of_the_inputs_and_depends_on_seed_and_step
     assert torch.equal(noisy, training.replace_some(inputs, config, step=5))
     assert not torch.equal(noisy, training.replace_some(inputs, config, step=6))
     assert training.replace_some(inputs, training.preset("quick"), step=5) is inputs
+
+
+CHANGED = {
+    "cuda_graph": True,
+    "optimizer": "muon",
+    "dtype": "bfloat16",
+    "parallel": "fsdp",
+    "compile": False,
+    "average": 0.5,
+    "accumulation": 2,
+}
+
+
+@pytest.mark.parametrize("change", ["nothing", "experts", *CHANGED])
+def test_every_configuration_comes_back_from_its_file(change):
+    """What a run writes down, a resumed one reads: checks look at a model, and not at its dictionary."""
+    config = training.preset("quick")
+    if change == "experts":
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, experts=ExpertsConfig(count=4, per_token=2))
+        )
+    elif change != "nothing":
+        config = dataclasses.replace(config, **{change: CHANGED[change]})
+    assert training.config_from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config

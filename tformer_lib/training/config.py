@@ -190,8 +190,9 @@ def config_from_dict(values: dict, source: str = "config") -> TrainingConfig:
     Raises:
         ValueError: a setting is missing or unknown, or makes no sense; the message says which.
     """
-    config = build(TrainingConfig, values, source)
-    return replace(config, model=build(ModelConfig, values["model"], f"{source}.model"))
+    if isinstance(values, dict) and "model" in values:
+        values = values | {"model": build(ModelConfig, values["model"], f"{source}.model")}
+    return build(TrainingConfig, values, source)
 
 
 def difference(theirs: dict, ours: dict) -> str:
