@@ -2,9 +2,10 @@
 
 :func:`mutants` parses the file of a right answer, follows it into its helpers, and yields each change as a label and a
 function that builds the changed answer. What changes: an operator, a comparison, a constant (an axis, a bound, a
-factor), an operand or a call that is left out, arguments in another order, a softmax without its maximum, a statement
-that is missing, a condition that always or never holds, a loop that begins late or ends early, what is joined in
-another order, a size that is remembered from the first call, and an argument that the answer ignores or takes for
+factor), an operand or a call that is left out, arguments in another order, a quotient that is rounded another way, a
+softmax without its maximum or with one maximum for all rows, an axis that is forgotten, a sort that is turned round, a
+statement that is missing, a condition that always or never holds, a loop that begins late or ends early, what is joined
+in another order, a size that is remembered from the first call, and an argument that the answer ignores or takes for
 another. Besides, the right answer's results are changed: flipped, shortened, rounded, remembered from an earlier call.
 """
 
@@ -35,6 +36,13 @@ CALLED |= {"all": "any", "floor": "ceil", "ceil": "floor", "sorted": "list", "ar
 CALLED |= {"exp": "expm1", "log": "log1p", "log2": "log", "popleft": "pop", "zeros": "ones", "ones": "zeros"}
 SYMMETRIC = {"transpose", "swapaxes", "min", "max", "allclose", "equal", "isclose", "maximum", "minimum", "logaddexp"}
 NAIVE = {"softmax": "_naive_softmax", "log_softmax": "_naive_log_softmax", "logsumexp": "_naive_logsumexp"}
+ONE_MAXIMUM = {
+    "softmax": "_one_max_softmax",
+    "logsumexp": "_one_max_logsumexp",
+    "logaddexp": "_one_max_logaddexp",
+}
+REDUCED = {"sum", "mean", "amax", "amin", "any", "all"}
+TURNED = {"sort": "descending", "argsort": "descending", "sorted": "reverse"}
 
 
 @dataclass(frozen=True)
@@ -240,12 +248,16 @@ def replacements(node: ast.AST, owner: ast.AST) -> Iterator[ast.AST]:
     if isinstance(node, ast.BinOp):
         yield from [ast.BinOp(node.left, BINARY[type(node.op)](), node.right)] if type(node.op) in BINARY else []
         yield from [ast.BinOp(node.right, node.op, node.left)] if isinstance(node.op, ORDERED) else []
+        yield from rounded(node)
         yield from (node.left, node.right)
     elif isinstance(node, ast.Compare) and len(node.ops) == 1:
         for op in COMPARED.get(type(node.ops[0]), ()):
             yield ast.Compare(node.left, [op()], node.comparators)
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Invert, ast.Not, ast.USub)):
         yield node.operand
+        inner = node.operand
+        if isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.FloorDiv) and isinstance(inner.left, ast.UnaryOp):
+            yield ast.BinOp(inner.left.operand, ast.FloorDiv(), inner.right)
     elif isinstance(node, ast.BoolOp):
         yield ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
         for i in range(len(node.values)):
@@ -283,6 +295,16 @@ def replacements(node: ast.AST, owner: ast.AST) -> Iterator[ast.AST]:
     elif isinstance(node, (ast.List, ast.Tuple)) and isinstance(node.ctx, ast.Load) and len(node.elts) > 1:
         yield type(node)(node.elts[::-1], ast.Load())
         yield type(node)([*node.elts[1:], node.elts[0]], ast.Load())
+
+
+def rounded(node: ast.BinOp) -> Iterator[ast.AST]:
+    """A quotient that is rounded another way."""
+    if isinstance(node.op, ast.FloorDiv):
+        yield ast.BinOp(node.left, ast.Div(), node.right)
+        up = ast.BinOp(ast.UnaryOp(ast.USub(), node.left), ast.FloorDiv(), node.right)
+        yield ast.UnaryOp(ast.USub(), up)
+    elif isinstance(node.op, ast.Div):
+        yield ast.BinOp(node.left, ast.FloorDiv(), node.right)
 
 
 def cut_loops(node: ast.AST, owner: ast.AST) -> Iterator[ast.AST]:
@@ -324,8 +346,16 @@ def calls(node: ast.Call) -> Iterator[ast.AST]:
         other = CALLED[name]
         func = ast.Attribute(node.func.value, other, ast.Load()) if is_method else ast.Name(other, ast.Load())
         yield ast.Call(func, node.args, node.keywords)
+    arguments = node.args if of_torch or not is_method else [node.func.value, *node.args]
+    if name in ONE_MAXIMUM:
+        yield ast.Call(ast.Name(ONE_MAXIMUM[name], ast.Load()), arguments, node.keywords)
+    if name in REDUCED and is_method and not of_torch and (node.args or node.keywords):
+        yield ast.Call(node.func, [], [])
+    if name in ("min", "max", "minimum", "maximum") and not (is_method and not of_torch) and len(node.args) == 2:
+        yield from node.args
+    if name in TURNED and TURNED[name] not in [keyword.arg for keyword in node.keywords]:
+        yield ast.Call(node.func, node.args, [*node.keywords, ast.keyword(TURNED[name], ast.Constant(True))])
     if name in NAIVE:
-        arguments = node.args if of_torch or not is_method else [node.func.value, *node.args]
         yield ast.Call(ast.Name(NAIVE[name], ast.Load()), arguments, node.keywords)
         wide = ast.Call(ast.Attribute(arguments[0], "double", ast.Load()), [], [])
         yield ast.Call(ast.Name(NAIVE[name], ast.Load()), [wide, *arguments[1:]], node.keywords)
@@ -442,12 +472,14 @@ def first_for_all(x: torch.Tensor, axis: int) -> torch.Tensor:
     return x.narrow(axis, 0, 1).expand_as(x).clone()
 
 
+NO_NUMBERS = (torch.bool, torch.complex64, torch.complex128)
 RESULTS = {
     **{f"is flipped along axis {n}": along(n, lambda x, axis: x.flip(axis)) for n in range(3)},
     **{f"is the first along axis {n} for all": along(n, first_for_all) for n in range(3)},
     "is 1 % larger": of_floats(lambda x: 1.01 * x),
     "ends with a zero": of_floats(lambda x: torch.cat([x.flatten()[:-1], x.new_zeros(1)]).view_as(x)),
     "was rounded to bfloat16": of_floats(lambda x: x.bfloat16().to(x.dtype)),
+    "is made of floats": of(torch.Tensor, lambda x: x if x.dtype in NO_NUMBERS or x.is_floating_point() else x.float()),
     "is half a number more": of(int, lambda x: x + 0.5),
     "is a number more": of(int, lambda x: x + 1),
     "is 1 % more": of(float, lambda x: 1.01 * x),
@@ -515,7 +547,24 @@ def _naive_logsumexp(x, dim=-1, keepdim=False, **_):
     return x.exp().sum(dim, keepdim=keepdim).log()
 
 
+def _one_max_softmax(x, dim=-1, **_):
+    powers = (x - x.max()).exp()
+    return powers / powers.sum(dim, keepdim=True)
+
+
+def _one_max_logsumexp(x, dim=-1, keepdim=False, **_):
+    most = x.max()
+    return (x - most).exp().sum(dim, keepdim=keepdim).log() + most
+
+
+def _one_max_logaddexp(a, b):
+    most = torch.maximum(a.max(), b.max())
+    most = torch.where(most == -torch.inf, 0.0, most)
+    return ((a - most).exp() + (b - most).exp()).log() + most
+
+
 HELPERS = {f.__name__: f for f in (_neutral, _naive_softmax, _naive_log_softmax, _naive_logsumexp)}
+HELPERS |= {f.__name__: f for f in (_one_max_softmax, _one_max_logsumexp, _one_max_logaddexp)}
 
 
 # C++

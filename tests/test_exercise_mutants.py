@@ -67,6 +67,7 @@ EQUAL = {
         "limit swaps rows and keys": "operations over bytes know their product and their sum alone",
     },
     "flash_kernels.occupancy": {
+        "threads // 32 -> -(-threads // 32)": "threads come in whole warps",
         "256 -> 255": "no launch has so many portions that it matters",
         "65536 -> 65537": "portions are multiples of 256",
         "233472 -> 233473": "no block of whole warps divides it",
@@ -88,6 +89,8 @@ EQUAL = {
         "(1, 3) -> (3, 1)": "a maximum does not depend on the order",
     },
     "flash_kernels.swizzle": {
+        "row * chunks // 8 -> -(-(row * chunks) // 8)": "any swizzle without conflicts will do",
+        "min(chunks, 8) -> chunks": "any swizzle without conflicts will do",
         "chunks < 8 -> chunks <= 8": "rows of 8 pieces begin at a line each way",
         "line 2: 8 -> 9": "the number of pieces is a power of two",
         "line 2: 8 -> 7": "the number of pieces is a power of two",
@@ -101,12 +104,14 @@ EQUAL = {
         "-1 -> 1": "of two dimensions, -1 is 1",
     },
     "flash_math.tiles": {
+        "min(top + rows, T) -> top + rows": "the last query sees the last key, and one after it would see no more",
         "S - T if shift is None else shift -> S - T": "an option of these answers",
     },
     "generation.draw": {
         "line 2: 1 -> 0": "of one dimension, -1 is 0",
     },
     "generation.temperature": {
+        "... -> _one_max_softmax(logits / temperature, -1)": "there is one row",
         "line 4: 1 -> 0": "of one dimension, -1 is 0",
     },
     "generation.top_p": {
@@ -116,6 +121,7 @@ EQUAL = {
         "-2 -> 2": "of four dimensions, -2 is 2",
     },
     "grouped_query_attention.align": {
+        "len(k) // kv_heads -> -(-len(k) // kv_heads)": "the number of groups divides that of heads",
         "range(len(k)) -> range(1, len(k))": "the first head is turned to itself",
         "... -> (k[first] * k[i].conj()).mean(-1, keepdim=True)": "only the direction of the sum is used",
         "line 16: -1 -> 1": "of two dimensions, -1 is 1",
@@ -125,6 +131,9 @@ EQUAL = {
         "i % kv_heads -> i": "a choice of these answers that is not taken",
         "i % kv_heads -> kv_heads": "a choice of these answers that is not taken",
         "range(len(k)) -> list(range(len(k)))[1:]": "the first head is turned to itself",
+    },
+    "grouped_query_attention.kv_head": {
+        "heads // kv_heads -> -(-heads // kv_heads)": "the number of groups divides that of heads",
     },
     "grouped_query_attention.scores": {
         "-2 -> 2": "of four dimensions, -2 is 2",
@@ -175,6 +184,8 @@ EQUAL = {
         "... + offset) -> torch.arange(T)[:, None] + offset - torch.arange(S)": "a distance has no sign",
     },
     "positional_encoding.bucket": {
+        "buckets // 2 -> buckets / 2": "the number of buckets is even",
+        "buckets // 2 -> -(-buckets // 2)": "the number of buckets is even",
         "distance < exact -> distance <= exact": "the logarithm begins where the exact buckets end",
         "buckets - exact -> exact": "half of the buckets are exact, so half are not",
     },
@@ -182,6 +193,7 @@ EQUAL = {
         "0::2 -> ::2": "a slice begins at 0",
     },
     "positional_encoding.skew": {
+        "(len(table) + 1) // 2 -> -(-(len(table) + 1) // 2)": "the length of the table is odd",
         "F.pad(scores.flatten(2), (0, T)) -> scores.flatten(2)": "the end of the padding is cut off again",
         "line 3: 1 -> 2": "the length of the table is odd",
     },
@@ -208,16 +220,29 @@ EQUAL = {
         "...'mlp.down_proj'), ('embedding.tokens.', 'model.embed_tokens.'))": "replacements do not meet",
     },
     "real_models.parameters": {
+        "width // heads -> -(-width // heads)": "the number of heads divides the width",
         "(heads * head_dim, config['num_key_value_heads'] * head_dim) -> ...": "the two widths are added",
+    },
+    "rope.convert": {
+        "weight.shape[0] // heads -> -(-weight.shape[0] // heads)": "the number of heads divides the width",
+        "head_dim // 2 -> -(-head_dim // 2)": "the width of a head is even",
     },
     "rope.rotate": {
         "0::2 -> ::2": "a slice begins at 0",
+    },
+    "scaling_out.feed_forward": {
+        "W_up.shape[1] // size -> -(-W_up.shape[1] // size)": "the number of processes divides the width",
+    },
+    "scaling_out.memory": {
+        "16 * parameters / devices -> 16 * parameters // devices": "a byte more or less",
     },
     "scaling_out.send": {
         "rank - turn -> turn - rank": "the chunks may go round in the other order",
         "send swaps rank and turn": "the chunks may go round in the other order",
     },
     "serving.certain": {
+        "min(len(text), len(stop) - 1) -> len(text)": "what is longer than the stop string does not begin it",
+        "min(len(text), len(stop) - 1) -> len(stop) - 1": "a slice ends where its text does",
         "... -> max(len(text), len(stop) - 1)": "the check's texts do not hold the stop string",
         "0 -> -1": "an empty beginning is everywhere",
         "len(stop) - 1 -> len(stop) + 1": "the check's texts do not hold the stop string",
@@ -227,6 +252,8 @@ EQUAL = {
         "decode_bound swaps context and per_token": "a product of numbers does not depend on their order",
     },
     "serving.next_request": {
+        "... -> (now - waiting[i][0]) / patience": "what a part of the patience counts is left open",
+        "... -> -(-(now - waiting[i][0]) // patience)": "what a part of the patience counts is left open",
         "next_request ignores now": "all wait until now, which shifts all alike",
         "next_request ignores now after its first call": "all wait until now, which shifts all alike",
     },
@@ -249,6 +276,7 @@ EQUAL = {
         "bits_per_byte swaps loss and token_count": "a product of numbers does not depend on their order",
     },
     "tokens.train": {
+        "sorted(holders.pop(best)) -> sorted(holders.pop(best), reverse=True)": "the order of words changes no count",
         "sorted(holders.pop(best)) -> list(holders.pop(best))": "the order of words changes no count",
     },
     "training.accumulate": {

@@ -140,6 +140,12 @@ def tiles_without_the_short_ones(T, S, rows, columns):
     return tiles(T // rows * rows, S // columns * columns, rows, columns)
 
 
+def tiles_of_the_whole_mask(T, S, rows, columns):
+    mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+    shares = [tile.float().mean().item() for strip in mask.split(rows) for tile in strip.split(columns, dim=1)]
+    return shares.count(0.0), sum(0 < share < 1 for share in shares), shares.count(1.0)
+
+
 def tiles_with_one_masked_in_a_row(T, S, rows, columns):
     down, across = -(-T // rows), -(-S // columns)
     whole = down * (down - 1) // 2
@@ -197,5 +203,10 @@ WRONG = {
         backward_without_scale,
         backward_normalises_the_tile,
     ],
-    "flash_math.tiles": [tiles_aligned_to_the_top, tiles_without_the_short_ones, tiles_with_one_masked_in_a_row],
+    "flash_math.tiles": [
+        tiles_aligned_to_the_top,
+        tiles_without_the_short_ones,
+        tiles_of_the_whole_mask,
+        tiles_with_one_masked_in_a_row,
+    ],
 }

@@ -65,6 +65,18 @@ def window_with_all_scores(q, k, v, window):
     return scores.softmax(-1) @ v
 
 
+def window_from_the_first_key(q, k, v, window):
+    outputs = []
+    for start in range(0, len(q), window):
+        end = min(start + window, len(q))
+        distance = torch.arange(start, end)[:, None] - torch.arange(end)
+        scores = (q[start:end] @ k[:end].T / q.shape[1] ** 0.5).masked_fill(
+            (distance < 0) | (distance >= window), -torch.inf
+        )
+        outputs.append(scores.softmax(-1) @ v[:end])
+    return torch.cat(outputs)
+
+
 def window_one_wider(q, k, v, size):
     return window(q, k, v, size, reach=1)
 
@@ -228,7 +240,12 @@ ALSO_RIGHT = {"sparse_attention.blocks": [blocks_gathered, blocks_batched]}
 WRONG = {
     "sparse_attention.strided": [strided_sees_the_future, strided_as_fixed, strided_as_both],
     "sparse_attention.layout": [layout_of_full_blocks, layout_by_corners, layout_drops_the_rest],
-    "sparse_attention.window": [window_with_all_scores, window_one_wider, window_of_its_own_block],
+    "sparse_attention.window": [
+        window_with_all_scores,
+        window_from_the_first_key,
+        window_one_wider,
+        window_of_its_own_block,
+    ],
     "sparse_attention.layers": [layers_by_the_window, layers_one_too_many, layers_never_gives_up],
     "sparse_attention.blocks": [
         blocks_padded_to_the_longest,

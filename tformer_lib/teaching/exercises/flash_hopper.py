@@ -26,11 +26,13 @@ def check_mask(fn):
             for column in range(columns):
                 warp, lane, register = holder(row, column)
                 found = fn(warp, lane, register, first_query, first_key)
-                require(found in (True, False), f"return True or False; yours is {found!r}")
+                if found not in (True, False):
+                    require(False, f"return True or False; yours is {found!r}")
                 hidden = first_key + column > first_query + row
-                who = f"warp {warp}, lane {lane}, register {register}"
-                what = f"holds row {row}, column {column}: query {first_query + row}, key {first_key + column}"
-                require(bool(found) == hidden, f"{who} {what}; that score is {'hidden' if hidden else 'seen'}")
+                if bool(found) != hidden:
+                    who = f"warp {warp}, lane {lane}, register {register}"
+                    what = f"holds row {row}, column {column}: query {first_query + row}, key {first_key + column}"
+                    require(False, f"{who} {what}; that score is {'hidden' if hidden else 'seen'}")
 
 
 def holder(row: int, column: int) -> tuple[int, int, int]:

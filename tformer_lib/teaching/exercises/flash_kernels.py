@@ -161,6 +161,8 @@ LAUNCHES = {  # (threads, registers, shared bytes): blocks. The first ten are th
     (512, 16, 0): 4,
     (128, 32, 115712): 2,
     (128, 32, 115713): 1,
+    (768, 16, 0): 2,
+    (192, 16, 0): 10,
 }
 
 

@@ -16,6 +16,7 @@ from tformer_lib.teaching.exercises.engine import (
     require_number,
     require_shape,
 )
+from tformer_lib.teaching.exercises.linear_attention import LargestTensor
 
 
 def exact(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,6 +114,7 @@ def check_merge(fn):
         scores[:, :4] = scores[:, :4] if first else -math.inf
         scores[:, 4:] = scores[:, 4:] if second else -math.inf
         cases[name] = (scores, 4)
+    cases["rows whose scores are 1,000 apart"] = (torch.randn(5, 9) + 1000 * torch.arange(-2.0, 3)[:, None], 4)
     for name, (scores, cut) in cases.items():
         parts = (*exact(scores[:, :cut], v[:cut]), *exact(scores[:, cut:], v[cut:]))
         before = [x.clone() for x in parts]
@@ -194,6 +196,10 @@ def check_tiles(fn):
         require(sum(result) == total, f"{shape}: there are {total} tiles, and you count {sum(result)}")
         for name, found, wanted in zip(("skipped", "masked", "whole"), result, expected, strict=True):
             require(found == wanted, f"{shape}: {wanted} tiles are {name}, and you count {found}")
+    with LargestTensor() as seen:
+        fn(512, 512, 128, 128)
+    built = f"right, but for 512 queries and keys a tensor of {seen.most:,} numbers was made: do not build the mask"
+    require(seen.most < 512 * 128, built)
 
 
 def count_tiles(T: int, S: int, rows: int, columns: int) -> tuple[int, int, int]:

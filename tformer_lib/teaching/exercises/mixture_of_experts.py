@@ -18,7 +18,7 @@ from tformer_lib.teaching.exercises.engine import exercise, require, require_clo
 )
 def check_route(fn):
     for tokens, count, k, offset in ((5, 8, 2, 0.0), (4, 6, 3, 1000.0), (3, 4, 1, 0.0), (2, 4, 4, 0.0)):
-        logits = torch.randn(tokens, count, dtype=torch.float64) + offset
+        logits = torch.randn(tokens, count, dtype=torch.float64) + offset * torch.arange(1, tokens + 1)[:, None]
         found = fn(logits.clone(), k)
         require(
             isinstance(found, tuple | list) and len(found) == 2, "return two tensors: the experts and their weights"
@@ -63,6 +63,8 @@ def check_sort(fn):
         place = f"with {tokens} tokens, {count} experts and k = {k}"
         require_shape(token, (tokens * k,), f"{place}, the tensor of tokens")
         require_shape(counts, (count,), f"{place}, the tensor of counts")
+        for name, x in (("tokens", token), ("counts", counts)):
+            require(not x.is_floating_point(), f"{place}, the {name} are {x.dtype}: they must be whole numbers")
         wanted = [int((experts == e).sum()) for e in range(count)]
         explain = f"{place}, the counts are {counts.tolist()}, expected {wanted}"
         require(counts.tolist() == wanted, explain)

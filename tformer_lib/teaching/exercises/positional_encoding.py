@@ -112,7 +112,7 @@ def expected_alibi(slopes: torch.Tensor, T: int, S: int) -> torch.Tensor:
     ),
 )
 def check_bucket(fn):
-    for buckets, largest in ((32, 128), (16, 64)):
+    for buckets, largest in ((32, 128), (16, 64), (12, 100)):
         distances = torch.arange(0, 3 * largest)
         expected = positional_encoding.t5_bucket(-distances, buckets=buckets, max_distance=largest, bidirectional=False)
         exact = buckets // 2

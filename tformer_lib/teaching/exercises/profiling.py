@@ -154,6 +154,7 @@ def check_slower(fn: Callable) -> None:
     cases = (
         (peers, peers, False, "nothing changed"),
         (double(peers), peers, True, "our kernel takes twice as long"),
+        ([1.8 * t for t in peers], peers, True, "our kernel takes 1.8 times as long"),
         (double(peers), double(peers), False, "the whole machine is half as fast"),
         ([t * b for t, b in zip(peers, busy, strict=True)], [float(b) for b in busy], False, "the machine became busy"),
         (disturbed, peers, False, "one single call was disturbed"),

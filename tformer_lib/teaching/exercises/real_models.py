@@ -1,6 +1,8 @@
 """The exercises of the chapter on real models: what a config.json and the names of a checkpoint say."""
 
+import json
 import random
+from functools import cache
 
 import torch
 
@@ -29,6 +31,13 @@ def draw_config(draw: random.Random) -> dict:
     return config
 
 
+@cache
+def counted(configs: str) -> list[int]:
+    """The parameters of models by their config.json, as JSON, because models take a while to make."""
+    with torch.device("meta"):
+        return [count_parameters(Decoder(pretrained.config_from_hub(config))) for config in json.loads(configs)]
+
+
 @exercise(
     "real_models.parameters",
     title="Count a model from its config.json",
@@ -44,9 +53,7 @@ def check_parameters(fn):
     configs = [draw_config(draw) for _ in range(12)]
     configs.append(pretrained.PUBLISHED["meta-llama/Llama-3.2-1B"].config)
     configs.append(pretrained.PUBLISHED["meta-llama/Llama-2-7b-hf"].config)
-    for config in configs:
-        with torch.device("meta"):
-            expected = count_parameters(Decoder(pretrained.config_from_hub(config)))
+    for config, expected in zip(configs, counted(json.dumps(configs)), strict=True):
         found = require_integer(fn(dict(config)), "the number of parameters")
         given = {k: v for k, v in config.items() if k not in ("model_type", "rope_scaling")}
         require(found == expected, f"{given} has {expected:,} parameters, and you count {found:,}")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from tformer_lib.profiling import count
 from tformer_lib.teaching.exercises.engine import (
     exercise,
     require,
@@ -69,7 +70,8 @@ def check_feed_forward(fn: Callable) -> None:
             mine = torch.zeros(inner, dtype=torch.bool)
             mine[rank * share : (rank + 1) * share] = True
             own_up, own_down = up.masked_fill(~mine, math.nan), down.masked_fill(~mine[:, None], math.nan)
-            part = fn(x.clone(), own_up, own_down, rank, size)
+            with count() as work:
+                part = fn(x.clone(), own_up, own_down, rank, size)
             require_tensor(part, "the partial result")
             require(
                 tuple(part.shape) == (3, width),
@@ -81,6 +83,9 @@ def check_feed_forward(fn: Callable) -> None:
                 f"process {rank} of {size} touches weights of another process: its own are columns {rank * share} to "
                 f"{(rank + 1) * share - 1} of W_up and the same rows of W_down",
             )
+            times = work.flops / (4 * 3 * width * share)
+            much = f"process {rank} of {size} multiplies {times:.1f} times as much as its part needs"
+            require(times < 1.2, f"{much}: cut the matrices before you multiply")
             parts.append(part)
         total = sum(parts)
         if size > 1 and (total - expected).abs().max() > 1e-3:

@@ -49,6 +49,8 @@ def check_shift(fn):
     inputs, targets = pair
     require_shape(inputs, (3, 8), "inputs")
     require_shape(targets, (3, 8), "targets")
+    for name, x in (("inputs", inputs), ("targets", targets)):
+        require(not x.is_floating_point(), f"{name} are {x.dtype}: tokens are whole numbers")
     require(not torch.equal(inputs, targets), "inputs and targets are the same: the model would learn to copy")
     require(torch.equal(inputs, tokens[:, :-1]), "inputs should be all tokens but the last")
     require(torch.equal(targets, tokens[:, 1:]), "target t should be the token that follows input t")
