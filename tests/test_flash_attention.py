@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from benchmarks.harness import edited_kernel
 from tformer_lib import jit, masks, profiling
+from tformer_lib.attention import attend_scores
 from tformer_lib.flash_attention import (
     GRADIENTS,
     RUNGS,
@@ -869,9 +870,10 @@ def test_errors_name_what_came():
     ):
         with pytest.raises(ValueError, match=message):
             flash_attention(q, k, v, window=window)
-    for softcap in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match=f"softcap must be positive and finite, got {softcap}"):
-            flash_attention(q, k, v, softcap=softcap)
+    for softcap in (0.0, -1.0, math.inf, math.nan, 1e39, 1e-60):
+        for form in (flash_attention, attend_scores):
+            with pytest.raises(ValueError, match=f"softcap must be positive and finite in float32, got {softcap}"):
+                form(q, k, v, softcap=softcap)
     for slopes, message in (
         (torch.ones(3), r"\(4,\) or \(1, 4\), got \(3,\)"),
         (torch.ones(2, 4), r"\(4,\) or \(1, 4\), got \(2, 4\)"),

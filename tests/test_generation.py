@@ -420,6 +420,10 @@ def test_penalty_makes_a_greedy_text_stop_repeating():
     ("options", "match"),
     [
         ({"temperature": -1}, "temperature must be at least 0 and finite in float32, got -1"),
+        ({"temperature": -1e-99}, "temperature must be at least 0 and finite in float32, got -1e-99"),  # 0 in float32
+        ({"min_p": -1e-99}, "min_p must be in"),
+        ({"min_p": 1 + 1e-12}, "min_p must be in"),
+        ({"top_p": 1 + 1e-12}, "top_p must be in"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"min_p": 2}, "min_p must be in"),

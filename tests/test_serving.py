@@ -695,7 +695,7 @@ NUMBERS = st.one_of(
     st.fractions(),
     st.integers(-3, 3),
     st.integers(-(2**70), 2**70),
-    st.sampled_from([2**64, 10**400, 1e300, 5e-324, -0.0, None, "1", True]),
+    st.sampled_from([2**64, 10**400, 1e300, 5e-324, -0.0, -1e-99, 1 + 1e-12, None, "1", True]),
 )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from tformer_lib import masks
-from tformer_lib.contract import check_bias, check_heads, check_inputs, in_named_dtypes, score_scale
+from tformer_lib.contract import check_bias, check_heads, check_inputs, check_positive, in_named_dtypes, score_scale
 from tformer_lib.ladder import accumulation_dtype
 from tformer_lib.positional_encoding import alibi_slopes
 from tformer_lib.rope import turn_both
@@ -223,6 +223,7 @@ def attend_scores(
     check_inputs(q, k, v, mask)
     scores = scaled_scores(q, k, score_scale(scale, q.shape[-1]))  # (batch, heads, T, S)
     if softcap is not None:
+        check_positive("softcap", softcap)
         scores = soft_capped(scores, softcap)
     if bias is not None:
         check_bias(bias, q, k)

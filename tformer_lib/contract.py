@@ -9,7 +9,6 @@ Every form is a function ``attend(q, k, v, *, mask=None, causal=False, scale=Non
   a form takes one that differs from head_dim).
 """
 
-import math
 from collections.abc import Callable
 from functools import wraps
 
@@ -17,6 +16,9 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._subclasses.fake_tensor import is_fake
+
+SINGLE = torch.finfo(torch.float32)
+"""Of the type in which scores are computed unless all inputs are float64."""
 
 ATTENTION_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -97,15 +99,21 @@ def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> None:
 
 
 def score_scale(scale: float | None, head_dim: int) -> float:
-    """What scores are multiplied by: 1 / sqrt(head_dim), or the finite number that was given."""
+    """What scores are multiplied by: 1 / sqrt(head_dim), or the number that was given, which float32 must hold."""
     if scale is None:
         return head_dim**-0.5
     if isinstance(scale, Tensor) and scale.requires_grad:
         raise ValueError("scale must be a number, for no gradient would reach it: multiply q by it instead")
     number = scale if isinstance(scale, (int, float)) else float(scale)
-    if not -math.inf < number < math.inf:  # a comparison, which may be symbolic under torch.compile
-        raise ValueError(f"scale must be finite, got {number}")
+    if not -SINGLE.max <= number <= SINGLE.max:  # a comparison, which may be symbolic under torch.compile
+        raise ValueError(f"scale must be finite in float32, got {number}")
     return number
+
+
+def check_positive(name: str, number: float) -> None:
+    """Refuse what is not positive and finite as kernels take it, in float32, where too small a number is 0."""
+    if not SINGLE.tiny <= number <= SINGLE.max:
+        raise ValueError(f"{name} must be positive and finite in float32, got {number}")
 
 
 def check_integer(name: str, value: int) -> None:

@@ -4,13 +4,11 @@ Shapes are looked at on every device. What ``cu_seqlens`` hold is looked at on a
 a GPU it would wait for the device, so there it is looked at where ``checked`` says so.
 """
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from tformer_lib.contract import check_bias, check_inputs
+from tformer_lib.contract import check_bias, check_inputs, check_positive
 from tformer_lib.flash_attention.options import Options, Packing
 from tformer_lib.ladder import accumulation_dtype
 
@@ -29,8 +27,8 @@ def check_options(
         check_sides(window)
     elif window is not None:
         check_whole("window", window, 1, "(the query itself)")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, got {softcap}")
+    if softcap is not None:
+        check_positive("softcap", softcap)
     if alibi_slopes is not None:
         check_slopes(alibi_slopes, q, q.shape[0] if batch is None else batch)
 

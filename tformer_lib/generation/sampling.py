@@ -37,7 +37,7 @@ class Sampling:
             if value is None and name in ("top_k", "top_p", "min_p"):
                 continue
             number = check_number(name, value, kind)
-            if not holds(float32(number) if isinstance(number, float) else number):
+            if not all(map(holds, (number, float32(number)) if isinstance(number, float) else (number,))):
                 raise ValueError(f"{name} must be {wanted}, got {value}")
             object.__setattr__(self, name, number)
         if isinstance(self.seed, Sequence) and not isinstance(self.seed, str):
@@ -56,7 +56,7 @@ RANGES = (
     ("top_p", numbers.Real, "in (0, 1]", lambda x: 0 < x <= 1),
     ("min_p", numbers.Real, "in [0, 1]", lambda x: 0 <= x <= 1),
 )
-"""What the fields of :class:`Sampling` may be, as float32, in which they meet the logits."""
+"""What the fields of :class:`Sampling` may be, both as they are and as float32, in which they meet the logits."""
 
 
 def check_number(name: str, value, kind: type) -> int | float:

@@ -15,6 +15,7 @@ Sources: Wijmans et al. 2025, "Cut Your Losses in Large-Vocabulary Language Mode
 import torch
 from torch import Tensor
 
+from tformer_lib.contract import check_positive
 from tformer_lib.training import cross_entropy_triton
 from tformer_lib.training.data import IGNORED
 
@@ -62,8 +63,8 @@ def chunked_cross_entropy(
         raise ValueError(f"targets must be int64, got {targets.dtype}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
+    if softcap is not None:
+        check_positive("softcap", softcap)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tformer_lib.checkpoint import build
+from tformer_lib.contract import check_positive
 from tformer_lib.grouped_query_attention import LatentConfig
 from tformer_lib.mixture_of_experts import ExpertsConfig
 from tformer_lib.rope import Rope
@@ -224,8 +225,8 @@ class ModelConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         for name in ("attention_scale", "attention_softcap", "logit_softcap"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
         if not 0 < self.rotary_fraction <= 1:
             raise ValueError(f"rotary_fraction must be in (0, 1], got {self.rotary_fraction}")
 
