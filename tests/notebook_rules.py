@@ -129,6 +129,21 @@ def streams_are_whole(notebook: dict) -> Iterator[str]:
             yield f"its printed output is in pieces (make notebooks NB=...):\n{source(cell)}"
 
 
+def listings_have_what_is_explained(notebook: dict) -> Iterator[str]:
+    """An item below a listing that begins with a name in code explains something that the listing shows."""
+    shown = ""
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            outputs = ["".join(o.get("data", {}).get("text/markdown", "")) for o in cell["outputs"]]
+            shown += "\n".join([source(cell), *outputs]) if re.search(r"\bshow_(source|kernel)\(", source(cell)) else ""
+        elif shown:
+            items = source(cell).partition("\n\n")[0]
+            for item in re.findall(r"^- `([^`]+)`", items, flags=re.MULTILINE):
+                if missing := [name for name in re.findall(r"[A-Za-z_]\w*", item) if name not in shown]:
+                    yield f"the listing above does not show {', '.join(missing)}, which this explains: {item}"
+            shown = ""
+
+
 def figures_keep_their_state(notebook: dict) -> Iterator[str]:
     """Every interactive figure can be drawn without a kernel: JupyterLab's own save leaves out what that takes."""
     kept = notebook["metadata"].get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
@@ -175,6 +190,7 @@ RULES = (
     solutions_are_folded,
     no_markdown_table_in_outputs,
     streams_are_whole,
+    listings_have_what_is_explained,
     figures_keep_their_state,
     kernel_is_python3,
     headings_step_down,

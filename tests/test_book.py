@@ -113,6 +113,7 @@ def test_bibliography_is_complete():
         assert entry.fields.get("title"), key
         assert re.fullmatch(r"(19|20)\d\d", entry.fields.get("year", "")), key
         assert entry.persons.get("author"), key
+        assert "arxiv" not in entry.fields.get("note", "").lower(), f"{key}: as a note, its number is no link"
 
 
 def test_no_work_is_listed_twice():
@@ -215,11 +216,28 @@ def test_terms_are_found_as_whole_words():
 def test_printed_tables_are_told_from_printed_sentences():
     mark = script(BOOK / "_ext" / "markup.py").mark_tables
     output = '<div class="output stream highlight-myst"><div><pre><span></span>{}\n</pre></div></div>'
-    table = output.format("size   loss\n  1    0.5\n 20    0.25\n300    0.1")
+    table = output.format("size   loss  steps\n  1    0.5      10\n 20    0.25     20\n300    0.1      30")
     prose = output.format("the loss falls: True\nand then,  rarely, it rises\nagain\nand again")
+    sentences = output.format("at length   100: slowed by 1.0\nat length   512: by 2.0\nat length 1,024: by  4.0")
     assert "stream highlight-myst tf-table" in mark(table)
     assert mark(prose) == prose
+    assert mark(sentences) == sentences, "numbers that are set right make no table"
     assert mark(prose + table).count("tf-table") == 1
+
+
+def test_a_unit_stays_on_the_line_of_its_number():
+    join = script(BOOK / "_ext" / "markup.py").join_units
+    assert join("<p>It takes 13 % of 5.7 ms and <b>6</b> GB</p>") == (
+        "<p>It takes 13\xa0% of 5.7\xa0ms and <b>6</b>\xa0GB</p>"
+    )
+    for left in (
+        "<pre>13 % of\n<span>5</span> ms</pre>",
+        "<code>6 GB</code>",
+        '<img alt="13 %"/>',
+        "<p>2 GBs, 3 msec, the % sign</p>",
+        "<p>no unit</p>",
+    ):
+        assert join(left) == left
 
 
 # Opening the chapters elsewhere

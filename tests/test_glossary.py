@@ -98,3 +98,20 @@ def test_bold_words_are_told_from_leads_and_tables():
     text = "A **token** is. And **this is much too long to be one**.\n- **Lead.** x\n**Also** a lead\n| **cell** |"
     text += "\n```\nsome **code**\n```"
     assert list(bold(text)) == ["token"]
+
+
+def test_the_glossary_says_which_chapter_introduces_a_term():
+    place = ROOT / "book" / "_ext" / "terms.py"
+    spec = importlib.util.spec_from_file_location("terms", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = module.with_chapters(GLOSSARY, ROOT / "notebooks")
+    assert page.count("Introduced in") > 200
+    entries = dict(re.findall(r"^(\S.*)\n((?:  .*\n)+)", page, flags=re.MULTILINE))
+    for term, chapter in {
+        "query": "02-attention",
+        "mbarrier": "17-flash-hopper",
+        "window (of training)": "06-training",
+    }.items():
+        assert entries[term].endswith(f"Introduced in [](notebooks/{chapter}.ipynb).\n"), entries[term]
+    assert module.definitions(page).keys() == module.definitions(GLOSSARY).keys()

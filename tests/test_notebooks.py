@@ -131,10 +131,13 @@ def code(text: str, *outputs: dict, count: int | None = 1, **metadata) -> dict:
     }
 
 
+LISTING = {"output_type": "display_data", "data": {"text/markdown": ["```python\n", "norm = clip(model)\n", "```"]}}
+
 SOUND = {
     "cells": [
         markdown("# Title\n\n## Part"),
         code("1 + 1", {"output_type": "stream", "name": "stdout", "text": ["2"]}),
+        code("show_source(step)", LISTING, count=2),
     ],
     "metadata": {"kernelspec": {"name": "python3"}},
 }
@@ -150,26 +153,27 @@ TABLE = {"output_type": "display_data", "data": {"text/markdown": ["| a | b |\n"
 FAULTY = {
     "run_in_order": [code("2", count=None), code("2", count=5)],
     "no_error": [
-        code("1 / 0", {"output_type": "error", "ename": "ZeroDivisionError"}, count=2),
-        code("warn()", {"output_type": "stream", "name": "stderr", "text": ["careful"]}, count=2),
+        code("1 / 0", {"output_type": "error", "ename": "ZeroDivisionError"}, count=3),
+        code("warn()", {"output_type": "stream", "name": "stderr", "text": ["careful"]}, count=3),
     ],
     "no_absolute_path": [
         markdown("see /home/me/notes"),
-        code("open(path)", {"output_type": "stream", "name": "stdout", "text": ["in /tmp/x/y.py"]}, count=2),
+        code("open(path)", {"output_type": "stream", "name": "stdout", "text": ["in /tmp/x/y.py"]}, count=3),
     ],
-    "pictures_have_words": [code("draw()", PICTURE, count=2)],
-    "figures_have_a_caption": [code("draw()", PICTURE, count=2), code("explore()", FIGURE, count=2)],
-    "drawings_have_a_picture": [code("draw()", DRAWN, count=2)],
+    "pictures_have_words": [code("draw()", PICTURE, count=3)],
+    "figures_have_a_caption": [code("draw()", PICTURE, count=3), code("explore()", FIGURE, count=3)],
+    "drawings_have_a_picture": [code("draw()", DRAWN, count=3)],
     "solutions_are_folded": [
         {
-            **code("answer()", count=2),
+            **code("answer()", count=3),
             "metadata": {"tags": ["hide-cell", "solution"], "jupyter": {"outputs_hidden": True}},
         },
-        {**code("answer()", count=2), "metadata": {"tags": ["hide-output"]}},
+        {**code("answer()", count=3), "metadata": {"tags": ["hide-output"]}},
     ],
-    "no_markdown_table_in_outputs": [code("rows()", TABLE, count=2)],
-    "streams_are_whole": [code("print(1), print(2)", PRINTED, PRINTED, count=2)],
-    "figures_keep_their_state": [code("explore()", FIGURE, count=2)],
+    "no_markdown_table_in_outputs": [code("rows()", TABLE, count=3)],
+    "listings_have_what_is_explained": [markdown("- `clip` shortens.\n- `optimizer.step` moves.\n\nAnd so on.")],
+    "streams_are_whole": [code("print(1), print(2)", PRINTED, PRINTED, count=3)],
+    "figures_keep_their_state": [code("explore()", FIGURE, count=3)],
     "headings_step_down": [markdown("# A second title"), markdown("#### Too deep")],
 }
 

@@ -8,7 +8,7 @@ from sphinx.application import Sphinx
 def mend(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
     """Mend one page before it is written."""
     context["script_files"] = [s for s in context.get("script_files", []) if not is_thebe(s)]
-    context["body"] = link_drawings(mark_tables(mend_citations(context.get("body", ""))))
+    context["body"] = join_units(link_drawings(mark_tables(mend_citations(context.get("body", "")))))
 
 
 def is_thebe(script) -> bool:
@@ -26,14 +26,23 @@ def mend_citations(body: str) -> str:
 def mark_tables(body: str) -> str:
     """Give printed tables a class: on a phone they are moved sideways, while other printed lines are wrapped.
 
-    A table is an output in which columns are held apart by two spaces or more, in three lines or more.
+    A table is an output with three lines or more in which two gaps or more, of two spaces or more, hold columns apart.
+    (One gap alone also stands in sentences whose numbers are set right.)
     """
 
     def mark(found: re.Match) -> str:
-        columns = re.findall(r"^.*\S {2,}\S", re.sub(r"<[^>]+>", "", found[3]), flags=re.MULTILINE)
+        columns = re.findall(r"^.*\S {2,}\S.* {2,}\S", re.sub(r"<[^>]+>", "", found[3]), flags=re.MULTILINE)
         return f"{found[1]}{' tf-table' if len(columns) >= 3 else ''}{found[2]}{found[3]}</pre>"
 
     return re.sub(r'(<div class="output stream[^"]*)("[^>]*>.*?<pre>)(.*?)</pre>', mark, body, flags=re.DOTALL)
+
+
+def join_units(body: str) -> str:
+    """Keep a unit on the line of its number: a space that does not break takes the place of the space between them."""
+    unit = re.compile(r"(?:(?<=\d)|^) (?=(?:%|[KMGT]i?B|[GT]B/s|TFLOP/s|ms|µs)(?![\w/]))")
+    pieces = re.split(r"(<(pre|code|script|style)\b.*?</\2>|<[^>]+>)", body, flags=re.DOTALL)
+    pieces[::3] = (unit.sub("\N{NO-BREAK SPACE}", text) for text in pieces[::3])
+    return "".join(text or "" for i, text in enumerate(pieces) if i % 3 != 2)
 
 
 def link_drawings(body: str) -> str:

@@ -1,9 +1,10 @@
 """Link the first mention of each glossary term in a chapter to the glossary, with its definition to hover over.
 
 The chapters name terms in plain words, so that they read well in JupyterLab too; the links are made when the book is
-built.
+built. The glossary gets links back: each term says which chapter introduces it.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -98,7 +99,38 @@ def plain(text: str) -> str:
     return "" if "\\" in text else re.sub(r"\{\w+\}(?=`)|[`$*]", "", text)
 
 
+def say_where(app: Sphinx, page: str, source: list[str]) -> None:
+    """On the glossary's page, end each definition with the chapter that introduces the term."""
+    if page == "glossary":
+        source[0] = with_chapters(source[0], Path(app.srcdir).resolve() / "notebooks")
+        app.env.note_reread()  # the chapters may change while the page does not
+
+
+def with_chapters(glossary: str, notebooks: Path) -> str:
+    """The glossary's page with a link to the first chapter that has a term, or another name of it, in bold."""
+    bold = {}
+    for path in sorted(notebooks.glob("[0-9][0-9]-*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        for word in re.findall(r"\*\*([^*\n]+)\*\*", text):
+            bold.setdefault(singular(word), path.name)
+
+    def with_chapter(entry: re.Match) -> str:
+        names = [singular(re.sub(r" \(.*\)$", "", term)) for term in entry[1].splitlines()]
+        places = sorted(bold[name] for name in names if name in bold)
+        return entry[0] + (f"  Introduced in [](notebooks/{places[0]}).\n" if places else "")
+
+    head, mark, entries = glossary.partition(":::{glossary}\n")
+    return head + mark + re.sub(r"((?:^\S.*\n)+)(?:  .*\n)+", with_chapter, entries, flags=re.MULTILINE)
+
+
+def singular(word: str) -> str:
+    """A word in small letters and without the s of a plural."""
+    return word.lower().removesuffix("s")
+
+
 def setup(app: Sphinx) -> dict:
     """Register with Sphinx."""
+    app.connect("source-read", say_where)
     app.connect("doctree-resolved", link)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
