@@ -46,22 +46,22 @@ def temperatures(words: Sequence[str], shares: dict[str, Sequence[float]]) -> No
 
 def line(words: Sequence[str], probabilities: Sequence[float], u: float) -> None:
     """The line from 0 to 1 cut into parts as long as the probabilities, and where a uniform number falls."""
-    _, ax = style.figure(width=style.NARROW, height=1.5)
+    _, ax = style.figure(width=style.NARROW, height=1.7)
     left = 0.0
     for i, (word, p) in enumerate(zip(words, probabilities, strict=True)):
-        ax.barh(0, p, left=left, height=0.6, color=style.PALETTE[i], alpha=0.35, edgecolor=style.INK, linewidth=0.8)
+        ax.barh(0, p, left=left, height=0.8, color=style.PALETTE[i], alpha=0.35, edgecolor=style.INK, linewidth=0.8)
         ax.text(left + p / 2, 0, word, ha="center", va="center", fontsize=9.5, rotation=0 if p > 0.15 else 90)
         left += p
     ax.annotate(
         f"u = {u}",
-        (u, 0.3),
-        (u, 0.85),
+        (u, 0.4),
+        (u, 0.95),
         ha="center",
         fontsize=10,
         color=style.VERMILION,
         arrowprops={"arrowstyle": "-|>", "color": style.VERMILION},
     )
-    ax.set(xlim=(0, 1), ylim=(-0.45, 1.05), yticks=[])
+    ax.set(xlim=(0, 1), ylim=(-0.5, 1.15), yticks=[])
     ax.grid(visible=False)
     ax.spines["left"].set_visible(False)
     style.show()
