@@ -115,3 +115,6 @@ def test_the_glossary_says_which_chapter_introduces_a_term():
     }.items():
         assert entries[term].endswith(f"Introduced in [](notebooks/{chapter}.ipynb).\n"), entries[term]
     assert module.definitions(page).keys() == module.definitions(GLOSSARY).keys()
+    for chapter, others in module.INTRODUCED.items():
+        assert (ROOT / "notebooks" / f"{chapter}.ipynb").exists()
+        assert others <= module.definitions(GLOSSARY).keys()

@@ -33,6 +33,33 @@ OTHER_SENSE = {
 """Chapter -> terms that it uses in another sense."""
 
 
+INTRODUCED = {
+    "01-tokens": {"glitch token"},
+    "05-transformer": {
+        "feed-forward layer",
+        "layer normalisation",
+        "logit lens",
+        "Transformer (the model)",
+        "unembedding",
+    },
+    "06-training": {
+        *("AdamW", "bfloat16", "gradient accumulation", "gradient clipping", "mixed precision", "momentum"),
+        *("overfitting", "scaling law"),
+    },
+    "07-generation": {"presence and frequency penalty", "sampling", "stop token"},
+    "08-rope": {"bandwidth", "base (of RoPE)"},
+    "09-kv-cache": {"eviction", "quantised cache"},
+    "10-grouped-query-attention": {"absorbed matrices"},
+    "12-linear-attention": {"decay (of a state)"},
+    "13-mixture-of-experts": {"active parameters", "dropless mixture", "load balancing"},
+    "16-flash-kernels": {"block (of threads)", "coalesced access", "L2 cache", "register (of a GPU)", "spill"},
+    "17-flash-hopper": {"asynchronous instruction", "persistent kernel", "ping-pong scheduling"},
+    "19-serving": {"latency"},
+    "20-profiling": {"Amdahl's law", "eager mode", "NVTX"},
+}
+"""Chapter -> terms that it introduces in other words than the glossary's, or after their word in another sense."""
+
+
 def link(app: Sphinx, doctree: nodes.document, page: str) -> None:
     """Link the terms of one chapter; what its own title names needs no link."""
     if not page.startswith("notebooks/"):
@@ -116,8 +143,10 @@ def with_chapters(glossary: str, notebooks: Path) -> str:
             bold.setdefault(singular(word), path.name)
 
     def with_chapter(entry: re.Match) -> str:
-        names = [singular(re.sub(r" \(.*\)$", "", term)) for term in entry[1].splitlines()]
-        places = sorted(bold[name] for name in names if name in bold)
+        terms = entry[1].splitlines()
+        names = [singular(re.sub(r" \(.*\)$", "", term)) for term in terms]
+        places = [f"{chapter}.ipynb" for chapter, others in INTRODUCED.items() if others & {*terms}]
+        places += sorted(bold[name] for name in names if name in bold)
         return entry[0] + (f"  Introduced in [](notebooks/{places[0]}).\n" if places else "")
 
     head, mark, entries = glossary.partition(":::{glossary}\n")
