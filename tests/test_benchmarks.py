@@ -431,6 +431,9 @@ def page_of(file: Path) -> tuple[str, str, list[Path]]:
     code = [c for c in cells if c["cell_type"] == "code"]
     outputs = [o for c in code for o in c["outputs"]]
     printed = ["".join(o.get("text", "")) + "".join(o.get("data", {}).get("text/markdown", "")) for o in outputs]
+    printed += re.findall(
+        r"<t[dh][^>]*>([^<]+)<", "".join(h for o in outputs for h in o.get("data", {}).get("text/html", ""))
+    )
     source = "\n".join("".join(c["source"]) for c in code)
     topics = set(re.findall(r"results\(\s*[\"']([\w-]+)[\"'],\s*[\"']([\w.-]+)[\"']", source))
     return prose, "\n".join([source, *printed]), [RESULTS / device / f"{topic}.json" for device, topic in topics]

@@ -165,23 +165,17 @@ def driven(rows: Sequence[dict]) -> None:
     """
     _, axes = style.figure(2, 1, width=style.NARROW, height=6.4)
     names = {"driven": "measured", "predicted by the bound": "cost model"}
-    found = [(row, names[row["contestant"]]) for row in rows if "rate" in row["extra"]]
-    rates = sorted({row["extra"]["rate"] for row, _ in found})
-    for ax, waits, percentiles in ((axes[0], "ttft_ms", ("p50", "p90")), (axes[1], "tpot_ms", ("p50",))):
-        ys = {
-            f"{who}, {'median' if percentile == 'p50' else '90th percentile'}": [
-                next(r["extra"][waits][percentile] for r, name in found if (name, r["extra"]["rate"]) == (who, rate))
-                for rate in rates
-            ]
-            for percentile in percentiles
-            for who in names.values()
-        }
+    names["predicted by its steps"] = "cost model of the measured steps"
+    rates = sorted({row["extra"]["rate"] for row in rows if "rate" in row["extra"]})
+    for ax, waits, percentile in ((axes[0], "ttft_ms", "p90"), (axes[1], "tpot_ms", "p50")):
+        found = {(row["contestant"], row["extra"].get("rate")): row["extra"][waits][percentile] for row in rows}
+        ys = {name: [found[who, rate] for rate in rates] for who, name in names.items() if (who, rates[0]) in found}
         style.lines(ax, rates, ys)
         ax.set(xlabel="requests a second", ylabel="ms")
         ax.get_legend().remove()
     axes[0].figure.legend(handles=axes[0].lines, loc="outside lower center")
-    axes[0].set(title="Time to the first token", yscale="log")
-    axes[1].set(title="Time per output token", ylim=(0, None))
+    axes[0].set(title="Time to the first token, 90th percentile", yscale="log")
+    axes[1].set(title="Time per output token, median", ylim=(0, None))
     style.show()
 
 
