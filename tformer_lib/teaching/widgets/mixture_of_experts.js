@@ -79,17 +79,17 @@ function picture(choices, load, places, text, data, kit) {
   const bars = load.flatMap((count, expert) => [
     kit.svg("rect", { x: centre(expert) - 9, y: bottom, width: 18, height: height(Math.min(count, places)), style: `fill:${kit.colours[0]}` }),
     count > places ? kit.svg("rect", { x: centre(expert) - 9, y: bottom + height(places), width: 18, height: height(count - places), style: `fill:${kit.colours[1]}` }) : null,
-    label(centre(expert), bottom + BARS + 10, String(count)),
+    label(centre(expert), bottom + BARS + 16, String(count)),
   ]);
   const line = places === Infinity ? null : kit.svg("line", { x1: LEFT, x2: LEFT + COLUMN * experts, y1: bottom + height(places), y2: bottom + height(places), stroke: "currentColor", "stroke-dasharray": "4 3" });
   return kit.picture(
-    LEFT + COLUMN * experts + 4, bottom + BARS + 14, text,
+    LEFT + COLUMN * experts + 4, bottom + BARS + 20, text,
     label(LEFT - 8, 16, "expert", "end"),
     load.map((_, expert) => label(centre(expert), 16, String(expert))),
     data.tokens.map((token, t) => label(LEFT - 8, TOP + ROW * (t + 0.5) + 4, token, "end")),
     data.tokens.map((_, t) => kit.svg("line", { x1: LEFT, x2: LEFT + COLUMN * experts, y1: TOP + ROW * (t + 1), y2: TOP + ROW * (t + 1), stroke: "currentColor", opacity: 0.12 })),
     marks,
-    label(LEFT - 8, bottom + BARS + 10, "choices", "end"),
+    label(LEFT - 8, bottom + BARS + 16, "choices", "end"),
     bars,
     line,
   );
