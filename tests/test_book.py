@@ -192,6 +192,18 @@ def test_status_page_lists_every_recorded_measurement():
             assert f"| {file.stem} |" in listed
 
 
+@pytest.mark.parametrize(
+    ("ratios", "told"),
+    [
+        ([1.04, 1.07, 1.11], "1.04 to 1.11, middle 1.07"),  # two digits would say "1 to 1.1"
+        ([1.113, 1.114], "1.11"),
+        ([0.0031, 0.3, 14.9], "0.0031 to 15, middle 0.30"),
+    ],
+)
+def test_results_page_tells_ratios_that_lie_near_one_apart(ratios, told):
+    assert script(BOOK / "_ext" / "results.py").spread_of(ratios) == told
+
+
 @pytest.mark.parametrize("page", sorted([*BOOK.glob("*.md"), *BOOK.glob("parts/*.md")]), ids=lambda page: page.stem)
 def test_page_has_one_title(page):
     text = re.sub(r"^(`{3,}).*?^\1", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)

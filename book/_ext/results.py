@@ -62,9 +62,17 @@ def summary_row(file: Path, record: dict) -> tuple[str, ...]:
     best = max((row for row in ours if row.get("share") is not None), key=lambda row: row["share"], default=None)
     most = "" if best is None else f"{best['share']:.0%}: {best['name']}"
     ratios = sorted(rows[row["peer"]]["seconds"] / row["seconds"] for row in ours if row["peer"] in rows)
-    told = "" if not ratios else f"{ratios[0]:.2g} to {ratios[-1]:.2g}, middle {median(ratios):.2g}"
+    told = "" if not ratios else spread_of(ratios)
     link = f"[`{file.stem}`](#{anchor(file)})"
     return link, DEVICES.get(file.parent.name, file.parent.name), str(len(rows)), most, told
+
+
+def spread_of(ratios: list[float]) -> str:
+    """Sorted ratios in words: the slowest, the fastest and the middle one; a single number if they look the same."""
+    low, high, middle = (
+        f"{ratio:.2f}" if 0.1 <= ratio < 10 else f"{ratio:.2g}" for ratio in (ratios[0], ratios[-1], median(ratios))
+    )
+    return low if low == high else f"{low} to {high}, middle {middle}"
 
 
 def is_peer(row: dict, rows: dict[str, dict], peers: list[str]) -> bool:
