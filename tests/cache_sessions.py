@@ -65,6 +65,8 @@ class Session:
         texts: the tokens of each row.
         announced: ``expect`` was called, and no pass came since.
         published: what later prompts may find, though the rows that held it have long gone on.
+        waiting: logits that are still to be compared: of each pass, and where each row ended after it. A text that goes
+            on keeps its logits, so one recomputation serves all passes up to the next edit or :meth:`check`.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Session:
     texts: list[list[Token]] = field(default_factory=list)
     announced: bool = False
     published: list[list[int]] = field(default_factory=list)
+    waiting: list[tuple[torch.Tensor, list[int], list[int]]] = field(default_factory=list)
 
     def __post_init__(self):
         self.model, self.random = MODELS[self.form][self.name], random.Random(self.rows)
@@ -108,7 +111,8 @@ class Session:
         return not any(l and n not in (0, length) for l, n, length in zip(lost, to, self.lengths, strict=True))
 
     def check(self) -> None:
-        """The cache's books say what the lists say."""
+        """The logits are those of recomputation, and the cache's books say what the lists say."""
+        self.compare()
         assert self.cache.lengths.tolist() == self.cache.host_lengths == self.lengths
         assert self.cache.shape.batch == len(self.texts)
 
@@ -146,7 +150,7 @@ class Session:
             for step, id in enumerate(new[row]):
                 hidden = (~shown[row, 0, step]).nonzero().flatten().tolist()
                 text.append(Token(id, frozenset(hidden)))
-        self._compare(logits, counts)
+        self.waiting.append((logits, counts, self.lengths))
 
     def static(self, steps: int) -> None:
         """Passes of one token a row that read the lengths from the device alone."""
@@ -164,7 +168,7 @@ class Session:
             self.cache.replayed()
             for text, id in zip(self.texts, new, strict=True):
                 text.append(Token(id))
-            self._compare(logits, [1] * len(new))
+            self.waiting.append((logits, [1] * len(new), self.lengths))
 
     def announce(self, counts: list[int]) -> None:
         """``expect`` a pass that may never come."""
@@ -185,6 +189,7 @@ class Session:
 
     def truncate(self, lengths: list[int]) -> None:
         """Keep the first lengths[b] tokens of each row, or all where it has fewer."""
+        self.compare()
         lengths = [min(n, length) for n, length in zip(lengths, self.lengths, strict=True)]
         if not self.can_be_cut(lengths):
             with pytest.raises(ValueError, match=r"has lost some|in one state, which cannot be cut"):
@@ -196,12 +201,14 @@ class Session:
 
     def reorder(self, rows: list[int]) -> None:
         """Row b becomes a copy of row rows[b]."""
+        self.compare()
         self.cache.reorder(rows)
         self.announced = False
         self.texts = [list(self.texts[row]) for row in rows]
 
     def reset(self) -> None:
         """Forget everything."""
+        self.compare()
         self.cache.reset()
         self.announced = False
         self.texts, self.published = [[] for _ in self.texts], []
@@ -236,22 +243,29 @@ class Session:
         """(rows, longest, vocabulary) the logits of every token, from scratch."""
         longest, rows = max(self.lengths), len(self.texts)
         ids = torch.zeros(rows, longest, dtype=torch.int64)
-        seen = torch.zeros(rows, 1, longest, longest, dtype=torch.bool)
+        seen = self._promised(longest).repeat(rows, 1, 1, 1)
         for row, text in enumerate(self.texts):
+            ids[row, : len(text)] = torch.tensor([token.id for token in text], dtype=torch.int64)
+            seen[row, 0, len(text) :] = False
             for place, token in enumerate(text):
-                ids[row, place] = token.id
-                seen[row, 0, place, [key for key in range(place + 1) if self._promised(place, key, token)]] = True
+                if hidden := [key for key in token.hidden if key <= place]:  # the mask also covered longer rows
+                    seen[row, 0, place, hidden] = False
         return MODELS["attention"][self.name](ids, mask=None if self.has_states else seen)
 
-    def _promised(self, query: int, key: int, token: Token) -> bool:
-        inside = self.name != "ring" or key < SINKS or key > query - WINDOW
-        return inside and key not in token.hidden
+    def _promised(self, longest: int) -> torch.Tensor:
+        """(longest, longest) whether a query sees a key, as long as no mask hides it."""
+        queries, keys = torch.arange(longest)[:, None], torch.arange(longest)
+        inside = self.name != "ring" or (keys < SINKS) | (keys > queries - WINDOW)
+        return (keys <= queries) & inside
 
-    def _compare(self, logits: torch.Tensor, counts: list[int]) -> None:
-        wanted = self.wanted() if any(counts) else None
-        for row, count in enumerate(counts):
-            if count:
-                end = len(self.texts[row])
+    def compare(self) -> None:
+        """Recompute all logits, and compare those of the passes since the last time."""
+        waiting, self.waiting = [(x, counts, ends) for x, counts, ends in self.waiting if any(counts)], []
+        if not waiting:
+            return
+        wanted = self.wanted()
+        for logits, counts, ends in waiting:
+            for row, (count, end) in enumerate(zip(counts, ends, strict=True)):
                 torch.testing.assert_close(logits[row, :count], wanted[row, end - count : end], rtol=0, atol=1e-12)
 
     @contextmanager

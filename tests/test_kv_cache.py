@@ -284,10 +284,11 @@ def test_a_prompt_that_is_too_long_for_a_row_is_refused_and_changes_nothing():
     assert session.lengths == [CAPACITY, 3]
     session.reuse(1, 0, CAPACITY - 1)
     session.append([0, 1])
+    session.check()
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Operations in any order on one kind of cache; what a row holds is compared with recomputation after each pass."""
+    """Operations in any order on one kind of cache; what a row holds is compared with recomputation after each rule."""
 
     cache = ""
 
