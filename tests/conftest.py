@@ -1,6 +1,7 @@
 """What all test files share."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 import torch
 from draws import register_profiles
 from hypothesis import settings
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background run: tests press Ctrl-C all the same
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for package in ("fla", "causal_conv1d"):  # transformers' layers would take their kernels, even for tensors on a CPU
     sys.modules.setdefault(package, None)

@@ -97,6 +97,7 @@ class Visit:
         nonsense: what only a fault of a figure's program writes into a page.
         grounds: the background colours of plotted figures, in both themes.
         copy_buttons: how many blocks of code have a button that copies them.
+        hindrances: what axe-core says hinders readers with a disability, where it was asked.
     """
 
     errors: list[str]
@@ -113,6 +114,7 @@ class Visit:
     nonsense: list[str]
     grounds: list[str]
     copy_buttons: int
+    hindrances: list[str] = field(default_factory=list)
 
 
 def visit(tab: Tab, url: str, *, patience: float = 10.0) -> Visit:

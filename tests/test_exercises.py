@@ -4,11 +4,9 @@ import contextlib
 import functools
 import importlib
 import json
-import os
+import multiprocessing
 import pkgutil
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import exercise_answers as answers
@@ -351,13 +349,20 @@ def test_record_that_cannot_be_written_stops_nothing(toy, tmp_path, monkeypatch,
     assert capsys.readouterr().out == "passed: Twice\n"
 
 
-def test_kernels_that_note_at_the_same_time_lose_nothing(tmp_path):
-    code = "import sys; from tformer_lib.teaching.exercises import record\n"
-    code += "for i in range(20): record.add(f'{sys.argv[1]}.{i}', answer='x', right=True)"
-    environ = {**os.environ, "TFORMER_PROGRESS": str(tmp_path / "progress.json")}
-    root = Path(__file__).parent.parent
-    notes = [subprocess.Popen([sys.executable, "-c", code, name], env=environ, cwd=root) for name in "abc"]
-    assert [note.wait(120) for note in notes] == [0, 0, 0]
+def test_kernels_that_note_at_the_same_time_lose_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFORMER_PROGRESS", str(tmp_path / "progress.json"))
+
+    def note(name: str) -> None:
+        for i in range(20):
+            record.add(f"{name}.{i}", answer="x", right=True)
+
+    together = multiprocessing.get_context("fork")  # nothing is imported anew
+    notes = [together.Process(target=note, args=(name,)) for name in "abc"]
+    for one in notes:
+        one.start()
+    for one in notes:
+        one.join(120)
+    assert [one.exitcode for one in notes] == [0, 0, 0]
     names = json.loads((tmp_path / "progress.json").read_text())["passed"]
     assert sorted(names) == sorted(f"{name}.{i}" for name in "abc" for i in range(20))
     assert [file.name for file in tmp_path.iterdir()] == ["progress.json"]
