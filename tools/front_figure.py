@@ -153,15 +153,15 @@ def pattern() -> str:
 
 PANELS = (
     ("Tokens", "text becomes numbers", tokens),
-    ("Positions", "order becomes a wave", positions),
     ("Attention", "who looks at whom", weights),
+    ("Positions", "order becomes a wave", positions),
     ("The Transformer", "a stack that adds", blocks),
     ("Training", "guess the next token", next_token),
     ("KV cache", "never compute it twice", cache),
     ("Grouped queries", "heads that share", groups),
+    ("Sparse attention", "look at less", pattern),
     ("Flash attention", "a tile at a time", tiles),
     ("Paged attention", "memory in blocks", pages),
-    ("Sparse attention", "look at less", pattern),
 )
 
 
