@@ -17,7 +17,7 @@ def who_sees_whom(mask: Tensor, queries: Sequence[str], keys: Sequence[str]) -> 
     style.heatmap(ax, mask, rows=queries, columns=keys)
     ax.set(xlabel="key: looked at", ylabel="query: looks")
     ax.tick_params(axis="x", rotation=90)
-    note(fig, "dark: may look")
+    note(fig, "filled: may look")
     style.show()
 
 
