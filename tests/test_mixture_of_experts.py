@@ -287,6 +287,8 @@ def test_router_computes_in_float32(dtype):
         ({"router": "hash"}, "router must be one of softmax_then_topk, .*, got 'hash'"),
         ({"shared_gate": True}, "a shared_gate needs a shared expert"),
         ({"capacity_factor": 0.0}, "capacity_factor of the experts must be above 0, got 0.0"),
+        ({"scale": math.nan}, "scale of the experts must be finite in float32, got nan"),
+        ({"balance_weight": 1e39}, "balance_weight of the experts must be finite in float32, got 1e"),
         ({"balance_weight": math.nan}, "balance_weight of the experts must be at least 0, got nan"),
         ({"bias_rate": -1.0}, "bias_rate of the experts must be at least 0, got -1.0"),
         ({"width": 0}, "width of the experts must be above 0, got 0"),

@@ -350,7 +350,7 @@ def test_shards_are_read_by_their_index(folder):
         ({"num_attention_heads": 10**9}, "num_attention_heads is 1000000000, no tensor"),
         ({"text_config": {"num_hidden_layers": 1}, "num_hidden_layers": 10**9}, "says 1000000000 layers"),
         ({"text_config": 7}, "has text_config, which is not known"),
-        ({"rms_norm_eps": float("inf")}, "norm_epsilon must be finite and at least 0, got inf"),
+        ({"rms_norm_eps": float("inf")}, "norm_epsilon must be finite in float32 and at least 0, got inf"),
         ({"rms_norm_eps": "1e-5"}, "a value of the wrong kind"),
         ({"tie_word_embeddings": "no"}, "the wrong kind: tie_embeddings is 'no'"),
         ({"rope_theta": 5.0}, "rope_theta is 5.0, rope_parameters say"),

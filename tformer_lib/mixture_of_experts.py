@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tformer_lib.contract import in_named_dtypes, readable
+from tformer_lib.contract import SINGLE, in_named_dtypes, readable
 
 ROUTERS = ("softmax_then_topk", "topk_then_softmax", "sigmoid_then_topk")
 
@@ -83,6 +83,9 @@ class ExpertsConfig:
         for name in ("width", "capacity_factor", "swiglu_limit"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} of the experts must be above 0, got {getattr(self, name)}")
+        for name in ("scale", "balance_weight", "bias_rate"):
+            if not abs(getattr(self, name)) <= SINGLE.max:
+                raise ValueError(f"{name} of the experts must be finite in float32, got {getattr(self, name)}")
         if self.router not in ROUTERS:
             raise ValueError(f"router must be one of {', '.join(ROUTERS)}, got {self.router!r}")
         if self.shared_gate and not self.shared_width:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tformer_lib.checkpoint import build
-from tformer_lib.contract import check_positive
+from tformer_lib.contract import SINGLE, check_positive
 from tformer_lib.grouped_query_attention import LatentConfig
 from tformer_lib.mixture_of_experts import ExpertsConfig
 from tformer_lib.rope import Rope
@@ -212,8 +212,8 @@ class ModelConfig:
         for name in sizes:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.norm_epsilon < math.inf:
-            raise ValueError(f"norm_epsilon must be finite and at least 0, got {self.norm_epsilon}")
+        if not 0 <= self.norm_epsilon <= SINGLE.max:
+            raise ValueError(f"norm_epsilon must be finite in float32 and at least 0, got {self.norm_epsilon}")
         if self.head_dim is None and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads; set head_dim or change one")
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
