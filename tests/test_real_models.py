@@ -847,6 +847,49 @@ def test_models_of_transformers_run_on_our_attention(checkpoint, monkeypatch):
     assert sum(calls) > len(calls) / 3  # most passes need no mask, which is what the kernels know
 
 
+@pytest.mark.parametrize("checkpoint", ["llama3", "gemma3, capped", "gpt-oss"], indirect=True)
+def test_a_mask_of_numbers_is_added_to_the_scores(checkpoint):
+    transformers = pytest.importorskip("transformers")
+    interface.register_with_transformers()
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.folder, attn_implementation="tformer_flash")
+    tokens, generator = tokens_of(2, 12), torch.Generator().manual_seed(0)
+    seen = (torch.rand(2, 1, 12, 12, generator=generator) < 0.6) | torch.eye(12, dtype=torch.bool)
+    added = torch.where(seen, torch.randn(seen.shape, generator=generator), torch.finfo(torch.float32).min)
+    if "full_attention" in (kinds := set(getattr(model.config, "layer_types", None) or ())):
+        added = dict.fromkeys(kinds, added)
+    with torch.no_grad():
+        found, wanted = (one(tokens, attention_mask=added).logits for one in (model, checkpoint.theirs))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_bias_of_positions_is_added_to_the_scores(padded):
+    transformers = pytest.importorskip("transformers")
+    interface.register_with_transformers()
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    theirs = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    model = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="tformer_flash").eval()
+    model.load_state_dict(theirs.state_dict())
+    tokens = torch.randint(1, 64, (2, 11))
+    given = {"attention_mask": (torch.arange(11) < torch.tensor([[11], [7]])).long()} if padded else {}
+    found, wanted = (one(tokens, decoder_input_ids=tokens[:, :6], **given).logits for one in (model, theirs))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    table = "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    for one, logits in ((model, found), (theirs, wanted)):
+        logits.logsumexp(-1).sum().backward()
+        one.slope = one.get_parameter(table).grad
+    torch.testing.assert_close(model.slope, theirs.slope, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", interface.UNKNOWN)
+def test_what_would_change_the_result_is_not_passed_over(name):
+    q = torch.randn(1, 2, 3, 8)
+    with pytest.raises(ValueError, match=f"Linear hands over {name}, which tformer_flash does not know"):
+        interface.attend_for_transformers(torch.nn.Linear(1, 1), q, q, q, None, **{name: torch.zeros(2)})
+
+
 def test_a_mask_is_left_out_only_where_causality_says_it_all():
     plain = {"q_length": 4, "kv_length": 9, "q_offset": 5}
     assert interface.is_plainly_causal(**plain)

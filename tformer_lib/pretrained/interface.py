@@ -13,6 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from tformer_lib.attention import AttentionVariant
@@ -20,6 +21,10 @@ from tformer_lib.flash_attention import flash_attention
 
 NAME = "tformer_flash"
 """What is given to transformers as ``attn_implementation``."""
+
+
+UNKNOWN = ("sinks", "indices", "block_indices")
+"""What some layers hand over and only their own attention knows. Other words are for the loss, or say how masks are."""
 
 
 def register_with_transformers() -> None:
@@ -68,7 +73,8 @@ def attend_for_transformers(
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_,
+    position_bias: Tensor | None = None,
+    **others,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it.
 
@@ -77,18 +83,30 @@ def attend_for_transformers(
         query: (batch, heads, T, head_dim).
         key, value: (batch, kv_heads, S, head_dim).
         attention_mask: what :func:`mask_for_transformers` made: None where causality says it all, which is what the
-            kernels know; else boolean, (batch, 1, T, S), which the reference computes.
+            kernels know; else boolean, (batch, 1, T, S), which the reference computes. A mask of the caller's own may
+            hold numbers, which are added to the scores.
         dropout: the share of weights dropped.
         scaling: what scores are multiplied by.
         is_causal: whether the future is hidden where there is no mask; the module's if not given.
         softcap, s_aux: a soft cap, and a sink for each head.
+        position_bias: broadcastable to (batch, heads, T, S), is added to the scores (T5).
 
     Returns:
         (batch, T, heads, head_dim), and None in place of weights, which are never made.
+
+    Raises:
+        ValueError: the layer hands over something that would change the result and is not known here.
     """
-    variant = AttentionVariant(flash_attention, scale=scaling, softcap=softcap, sinks=s_aux, dropout=dropout)
+    if unknown := [name for name in UNKNOWN if others.get(name) is not None]:
+        raise ValueError(f"{type(module).__name__} hands over {', '.join(unknown)}, which {NAME} does not know")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    out = variant(query, key, value, mask=attention_mask, causal=attention_mask is None and causal)
+    causal = attention_mask is None and causal
+    bias = position_bias
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        bias, attention_mask = attention_mask if bias is None else bias + attention_mask, None
+    given = {"softcap": softcap, "sinks": s_aux, "bias": bias, "dropout": dropout}
+    variant = AttentionVariant(flash_attention, scale=scaling, **given)
+    out = variant(query, key, value, mask=attention_mask, causal=causal)
     return out.transpose(1, 2).contiguous(), None
 
 
