@@ -197,7 +197,7 @@ def test_status_page_lists_every_recorded_measurement():
     [
         ([1.04, 1.07, 1.11], "1.04 to 1.11, middle 1.07"),  # two digits would say "1 to 1.1"
         ([1.113, 1.114], "1.11"),
-        ([0.0031, 0.3, 14.9], "0.0031 to 15, middle 0.30"),
+        ([0.0031, 0.3, 195.6], "0.0031 to 196, middle 0.30"),
     ],
 )
 def test_results_page_tells_ratios_that_lie_near_one_apart(ratios, told):

@@ -70,7 +70,8 @@ def summary_row(file: Path, record: dict) -> tuple[str, ...]:
 def spread_of(ratios: list[float]) -> str:
     """Sorted ratios in words: the slowest, the fastest and the middle one; a single number if they look the same."""
     low, high, middle = (
-        f"{ratio:.2f}" if 0.1 <= ratio < 10 else f"{ratio:.2g}" for ratio in (ratios[0], ratios[-1], median(ratios))
+        f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
+        for ratio in (ratios[0], ratios[-1], median(ratios))
     )
     return low if low == high else f"{low} to {high}, middle {middle}"
 
