@@ -828,7 +828,7 @@ def test_models_of_transformers_run_on_our_attention(checkpoint, monkeypatch):
         return computed(*args, **options)
 
     monkeypatch.setattr(interface, "flash_attention", functools.wraps(computed)(counted))
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.folder, attn_implementation="tformer_flash")
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.folder, attn_implementation="tformer")
     tokens, attend = tokens_of(2, 20), {"pad_token_id": 0, "eos_token_id": None, "do_sample": False}
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, checkpoint.logits(tokens), atol=1e-4, rtol=1e-4)
@@ -851,7 +851,7 @@ def test_models_of_transformers_run_on_our_attention(checkpoint, monkeypatch):
 def test_a_mask_of_numbers_is_added_to_the_scores(checkpoint):
     transformers = pytest.importorskip("transformers")
     interface.register_with_transformers()
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.folder, attn_implementation="tformer_flash")
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.folder, attn_implementation="tformer")
     tokens, generator = tokens_of(2, 12), torch.Generator().manual_seed(0)
     seen = (torch.rand(2, 1, 12, 12, generator=generator) < 0.6) | torch.eye(12, dtype=torch.bool)
     added = torch.where(seen, torch.randn(seen.shape, generator=generator), torch.finfo(torch.float32).min)
@@ -862,6 +862,23 @@ def test_a_mask_of_numbers_is_added_to_the_scores(checkpoint):
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_a_model_that_attends_in_chunks_does_so_past_its_first_chunk():
+    transformers = pytest.importorskip("transformers")
+    interface.register_with_transformers()
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "intermediate_size_mlp": 48}
+    config = transformers.Llama4TextConfig(**sizes, **heads, attention_chunk_size=8, no_rope_layer_interval=4)
+    torch.manual_seed(0)
+    theirs = transformers.Llama4ForCausalLM._from_config(config, attn_implementation="eager").eval()
+    model = transformers.Llama4ForCausalLM._from_config(config, attn_implementation=interface.NAME).eval()
+    model.load_state_dict(theirs.state_dict())
+    tokens, asked = torch.randint(1, 64, (2, 21)), {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+        given = {"attention_mask": torch.ones_like(tokens), "pad_token_id": 0, **asked}
+        assert model.generate(tokens, **given).tolist() == theirs.generate(tokens, **given).tolist()
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_bias_of_positions_is_added_to_the_scores(padded):
     transformers = pytest.importorskip("transformers")
@@ -870,7 +887,7 @@ def test_a_bias_of_positions_is_added_to_the_scores(padded):
     config = transformers.T5Config(**sizes, decoder_start_token_id=0)
     torch.manual_seed(0)
     theirs = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
-    model = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="tformer_flash").eval()
+    model = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="tformer").eval()
     model.load_state_dict(theirs.state_dict())
     tokens = torch.randint(1, 64, (2, 11))
     given = {"attention_mask": (torch.arange(11) < torch.tensor([[11], [7]])).long()} if padded else {}
@@ -886,7 +903,7 @@ def test_a_bias_of_positions_is_added_to_the_scores(padded):
 @pytest.mark.parametrize("name", interface.UNKNOWN)
 def test_what_would_change_the_result_is_not_passed_over(name):
     q = torch.randn(1, 2, 3, 8)
-    with pytest.raises(ValueError, match=f"Linear hands over {name}, which tformer_flash does not know"):
+    with pytest.raises(ValueError, match=f"Linear hands over {name}, which tformer does not know"):
         interface.attend_for_transformers(torch.nn.Linear(1, 1), q, q, q, None, **{name: torch.zeros(2)})
 
 
@@ -1065,10 +1082,10 @@ def test_on_a_gpu_models_of_transformers_run_on_our_kernels(checkpoint, dtype):
     interface.register_with_transformers()
     tokens, exact = tokens_of(2, 20), checkpoint.logits(tokens_of(2, 20))
     error = {}
-    for name in ("eager", "tformer_flash"):
+    for name in ("eager", "tformer"):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.folder, dtype=dtype, attn_implementation=name
         ).cuda()
         with torch.no_grad():
             error[name] = (model(tokens.cuda()).logits.float().cpu() - exact).abs().median()
-    assert error["tformer_flash"] < 1.5 * error["eager"] + 1e-4
+    assert error["tformer"] < 1.5 * error["eager"] + 1e-4

@@ -1,17 +1,13 @@
-"""Our attention in the models of transformers: ``attn_implementation="tformer_flash"``.
+"""Our attention in the models of transformers: ``attn_implementation="tformer"``.
 
     from tformer_lib.pretrained.interface import register_with_transformers
 
     register_with_transformers()
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="tformer_flash")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="tformer")
 
 transformers asks for attention by a name, and hands over queries, keys and values in the shapes of our contract. What
 it hands over beside them (a scale, a soft cap, sinks) is what :class:`tformer_lib.attention.AttentionVariant` takes.
 """
-
-import functools
-import inspect
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +15,9 @@ from torch import Tensor, nn
 from tformer_lib.attention import AttentionVariant
 from tformer_lib.flash_attention import flash_attention
 
-NAME = "tformer_flash"
-"""What is given to transformers as ``attn_implementation``."""
+NAME = "tformer"
+"""What is given to transformers as ``attn_implementation``. There is no "flash" in it: models take every such name for
+one of the packages of FlashAttention, and would hand over packed sequences, or none of the masks that they need."""
 
 
 UNKNOWN = ("sinks", "indices", "block_indices")
@@ -34,32 +31,11 @@ def register_with_transformers() -> None:
         ImportError: transformers is missing.
     """
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface, modeling_utils
+        from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError:
         raise ImportError("to run in its models, pip install 'tformer-lab[transformers]'") from None
     AttentionInterface.register(NAME, attend_for_transformers)
     AttentionMaskInterface.register(NAME, mask_for_transformers)
-    asks_for_package = inspect.unwrap(modeling_utils.is_flash_attention_requested)  # as it was before an earlier call
-    modeling_utils.is_flash_attention_requested = other_than_ours(asks_for_package)
-
-
-def other_than_ours(asks_for_package: Callable[..., bool]) -> Callable[..., bool]:
-    """Whether a model asks for one of the packages of FlashAttention, which our name does not, "flash" or not.
-
-    transformers takes every name that holds "flash" for such a package. It would look for ours among them when a
-    model is made, and not find it.
-
-    Args:
-        asks_for_package: transformers' own function.
-    """
-
-    @functools.wraps(asks_for_package)
-    def asks(config=None, requested_attention_implementation: str | None = None, **options) -> bool:
-        return requested_attention_implementation != NAME and asks_for_package(
-            config, requested_attention_implementation, **options
-        )
-
-    return asks
 
 
 def attend_for_transformers(
