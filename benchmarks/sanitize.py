@@ -62,12 +62,11 @@ def from_cpu(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 def flash_cases() -> dict[str, Callable]:
     """The steps of the ladder, the gradients, and the two controls."""
-    steps = (1, 2, *flash.RUNGS["3"][:-1], 3, *flash.RUNGS["4"][:-1], 4)  # the last rung is the step
-    cases = {f"step {step}": partial(run_flash_forward, step) for step in steps}
-    cases |= {f"step {step}, other forms": partial(run_flash_forms, step) for step in (3, 4)}
+    cases = {name: partial(run_flash_backward, name) for name in GRADIENT_WIDTHS}
     cases |= {"gradients, other forms": run_flash_form_gradients, "float8": run_flash_float8}
-    for name in GRADIENT_WIDTHS:
-        cases[name] = partial(run_flash_backward, name)
+    cases |= {f"step {step}, other forms": partial(run_flash_forms, step) for step in (3, 4)}
+    steps = (1, 2, *flash.RUNGS["3"][:-1], 3, *flash.RUNGS["4"][:-1], 4)  # the last rung is the step
+    cases |= {f"step {step}": partial(run_flash_forward, step) for step in steps}
     return cases | {"control: lse too short": write_past_lse, "control: a barrier left out": leave_out_a_barrier}
 
 
