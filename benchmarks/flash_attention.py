@@ -6,8 +6,9 @@ are limited by arithmetic: a tile of K and V is used for 64 to 192 queries, hund
 limit beside each row is the rate of a large matrix product on the same device in the same run.
 
 On a GPU the script measures the forward (steps 3 and 4, in turns with torch's backends and FlashAttention-3), the
-backward, packed sequences, the float32 steps 1 and 2, the rungs that lead to steps 3 and 4, what single ideas buy (the
-same kernel with one of them taken out), the error against float64, the build times and the registers. On a CPU it
+backward, packed sequences, the float32 steps 1 and 2, the rungs that lead to steps 3 and 4, the error against float64
+and the registers. What single ideas buy (the same kernel with one of them taken out), and how long kernels take to
+build, goes to a file of its own, ``flash_attention-ablations``, because compilers work there. On a CPU the script
 measures the C++ twin beside torch's attention and the naive one.
 
 FlashAttention-3 is taken from the ``vllm`` wheel (``vllm.vllm_flash_attn``), where it is installed; otherwise its rows
@@ -334,8 +335,9 @@ def time_float32(report: Report) -> None:
 
 
 def time_ablations(report: Report, limit: float) -> None:
-    """What one idea buys: the same kernel without it."""
-    for step, change, file, edits in ABLATIONS:
+    """What one idea buys: the same kernel without it, beside the whole one."""
+    changes = [(step, "", TENSOR_CORE if step == 3 else HOPPER, []) for step in (3, 4)]
+    for step, change, file, edits in changes + ABLATIONS:
         with edited_kernel(f"flash_attention/{file}", edits):
             for d in (64, 128):
                 if "keys" in change and d == 64:
@@ -345,7 +347,9 @@ def time_ablations(report: Report, limit: float) -> None:
                 work = flops(1, WIDTH // d, 16384, 16384, d, False)
                 whole = f"forward, {label(d, 16384, False)}: step {step}"
                 facts = {"d": d, "length": 16384, "causal": False}
-                report.add(f"{whole}, {change}", timing, peer=whole, flops=work, limit=limit, **facts)
+                compared = {"peer": whole} if change else {"alone": "the others are compared with it"}
+                name = f"{whole}, {change}" if change else whole
+                report.add(name, timing, flops=work, limit=limit, **compared, **facts)
 
 
 def exact_rows(q: Tensor, k: Tensor, v: Tensor, rows: slice, causal: bool) -> Tensor:
@@ -399,32 +403,32 @@ def note_resources(report: Report) -> None:
             report.note(**{f"resources, {step}, d {d}": flash.resources(step, q, q)})
 
 
-def run_gpu(report: Report, ablations: bool) -> None:
-    """Everything that a Hopper GPU can show."""
+def run_gpu(report: Report) -> None:
+    """Everything that a Hopper GPU can show of the kernels as they are."""
     limit = matmul_rate("cuda", torch.bfloat16)
     report.note(matmul_bfloat16_tflops=limit / 1e12)
     time_forward(report, limit)
     report.finish()  # what there is so far, should the rest be cut short
-    with ThreadPoolExecutor(2) as pool:  # beside long kernels, whose launches compilers cannot delay
-        builds = pool.submit(load_twice, "flash_attention", BUILDS)
-        if ablations:
-            edited = [pool.submit(build_edited, step, file, edits) for step, _, file, edits in ABLATIONS]
-        time_backward(report, limit)
-        time_packed(report, limit)
-        time_forms(report, limit)
-        time_float8(report, limit)
-        report.finish()
-        note_errors(report)
-        note_float8_errors(report)
-        note_resources(report)
-        time_float32(report)
-        time_rungs(report, limit)
-        report.finish()
-        if ablations:
-            for build in edited:
-                build.result()
-            time_ablations(report, limit)
-        report.note(**builds.result())
+    time_backward(report, limit)
+    time_packed(report, limit)
+    time_forms(report, limit)
+    time_float8(report, limit)
+    report.finish()
+    note_errors(report)
+    note_float8_errors(report)
+    note_resources(report)
+    time_float32(report)
+    time_rungs(report, limit)
+
+
+def run_ablations(report: Report) -> None:
+    """Build every kernel from nothing, and measure those with one idea taken out."""
+    limit = matmul_rate("cuda", torch.bfloat16)
+    report.note(matmul_bfloat16_tflops=limit / 1e12, **load_twice("flash_attention", BUILDS))
+    with ThreadPoolExecutor(len(ABLATIONS)) as pool:
+        for build in [pool.submit(build_edited, step, file, edits) for step, _, file, edits in ABLATIONS]:
+            build.result()
+    time_ablations(report, limit)
 
 
 def run_once() -> None:
@@ -494,8 +498,10 @@ LADDER_PEERS = (
 class LadderOptions(Options):
     """The ladder beside torch's own attention."""
 
+    kernels: bool = True
+    """Measure the kernels as they are."""
     ablations: bool = True
-    """Measure the kernels with one idea taken out too."""
+    """Measure them with one idea taken out too, and how long they take to build, into a file of its own."""
     nvtx: bool = False
     """Measure nothing: run each kernel once for a profiler."""
 
@@ -509,12 +515,14 @@ def run(options: LadderOptions) -> None:
     """Measure, print and write the JSON."""
     if options.nvtx:
         return profiled(run_once if options.device == "cuda" else run_twin, device=options.device, warmup=1)
-    report = Report("flash_attention", options.device, options.out, peers=LADDER_PEERS)
-    if options.device == "cpu":
-        run_cpu(report)
-    else:
-        run_gpu(report, options.ablations)
-    report.finish()
+    if options.kernels:
+        report = Report("flash_attention", options.device, options.out, peers=LADDER_PEERS)
+        run_cpu(report) if options.device == "cpu" else run_gpu(report)
+        report.finish()
+    if options.ablations and options.device == "cuda":
+        report = Report("flash_attention-ablations", options.device, options.out)
+        run_ablations(report)
+        report.finish()
 
 
 if __name__ == "__main__":

@@ -207,6 +207,27 @@ def test_windows(step, device, dtype, window):
     check_against_plain((1, 2, 1, 333, 60, 64), dtype, device, step, backward=True, window=window)
 
 
+EDGES = [{"causal": True}, *({"window": w} for w in (64, 129, 193, 320, (100, 60), (128, 191), (0, 64), (300, None)))]
+
+
+@every_backend
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("options", EDGES, ids=str)
+def test_ends_of_what_is_seen(step, device, dtype, options, head_dim):
+    """Rows that see a part of a tile of keys at one end of their sight, or at both, in every order of such tiles."""
+    batch = 5 if device == "cuda" else 1  # more tiles of rows than multiprocessors: a block goes from one to the next
+    for T, S in ((449, 449), (190, 460), (400, 130)):
+        check_against_plain((batch, 8, 2, T, S, head_dim), dtype, device, step, **options)
+    lengths = [64, 65, 128, 1, 449, 0, 190, 320]
+    starts = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+    q, k, v = inputs((1, 8, 2, sum(lengths), sum(lengths), head_dim), dtype, device)
+    rows = (x[0].transpose(0, 1) for x in (q, k, v))
+    out = flash_attention_varlen(*rows, starts, starts, 449, 449, step=step, **options).transpose(0, 1)
+    for a, b in itertools.pairwise(starts.tolist()):
+        part = [x[:, :, a:b] for x in (q, k, v)]
+        assert_close(out[None, :, a:b], plain(*doubles(*part), **options)[0], plain(*part, **options)[0], factor=2)
+
+
 @every_backend
 @pytest.mark.parametrize("head_dim", [8, 64, 128])
 def test_what_is_left_of_a_gradient_that_is_zero(step, device, dtype, head_dim):

@@ -1,5 +1,6 @@
 """What the chapter on kernels stands on: excerpts of the sources, the learner's loop, and the figures' formulas."""
 
+import itertools
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ from tformer_lib.teaching.exercises.flash_kernels import true_attention
 from tformer_lib.teaching.widgets import flash_kernels as widgets
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "nvidia-h200"
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 needs_compiler = pytest.mark.skipif(not jit.can_build_cpp(), reason="needs a C++ compiler and ninja")
 
 TEXT = """
@@ -115,6 +117,55 @@ def max_in_one_group(places: list[int]) -> int:
     return max(groups.count(group) for group in groups)
 
 
+DEALING = """
+#define __device__
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+using std::max, std::min;
+#include "flash_attention/sight.cuh"
+
+int main() {
+    flash::Arguments a{};
+    a.kv_heads = 1;
+    while (std::scanf("%ld %ld %ld %d %ld %ld %ld", &a.queries, &a.keys, &a.window, &a.ahead, &a.batch, &a.heads,
+                      &a.head_dim) == 7) {
+        a.value_dim = a.head_dim;
+        const int tiles = (a.queries + 127) / 128, together = flash::heads_in_bundle(a, 2);
+        std::printf("%d", together);
+        for (int i = 0; i < tiles * a.batch * a.heads; ++i) {
+            const flash::Work work = flash::work_in_bundles(i, a.batch, a.heads, tiles, together);
+            std::printf(" %d,%d,%d", int(work.b), int(work.h), work.tile);
+        }
+        std::puts("");
+    }
+}
+"""
+
+
+@needs_compiler
+def test_every_tile_of_rows_is_dealt_once_and_long_ones_first(tmp_path):
+    """A block that takes a long tile last keeps all others waiting."""
+    source, program = tmp_path / "dealing.cpp", tmp_path / "dealing"
+    source.write_text(DEALING)
+    command = [jit.compiler(), "-std=c++20", f"-I{jit.kernels_folder()}", str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    lengths, windows, aheads = ((1, 1), (700, 700), (1300, 600), (300, 1700)), (0, 1, 129, 500, 9000), (-1, 0, 1, 260)
+    sizes = ((1, 1, 128), (3, 5, 128), (3, 5, 8192))  # batch, heads, head_dim: a head, one bundle of heads, several
+    shapes = list(itertools.product(lengths, windows, aheads, sizes))
+    text = "".join(f"{T} {S} {window} {ahead} {b} {h} {d}\n" for (T, S), window, ahead, (b, h, d) in shapes)
+    answers = subprocess.run([program], input=text, check=True, capture_output=True, text=True).stdout.splitlines()
+    for ((T, _), window, ahead, (batch, heads, _)), answer in zip(shapes, answers, strict=True):
+        together, *words = answer.split()
+        dealt, tiles = [tuple(map(int, word.split(","))) for word in words], -(-T // 128)
+        assert sorted(dealt) == list(itertools.product(range(batch), range(heads), range(tiles)))
+        if window or ahead != 0:
+            continue  # tiles are alike, but for those at the ends of the text
+        for begin in range(0, len(dealt), int(together) * tiles):
+            order = [tile for *_, tile in dealt[begin : begin + int(together) * tiles]]
+            assert order == sorted(order, reverse=True)  # the last rows see the most keys
+
+
 def test_every_rung_has_a_name_and_the_last_is_the_step():
     for step, rungs in flash_attention.RUNGS.items():
         assert rungs == tuple(f"{step}{letter}" for letter in "abcde")
@@ -124,10 +175,27 @@ def test_every_rung_has_a_name_and_the_last_is_the_step():
 
 
 def test_the_ledger_names_rows_that_were_measured():
-    rows = {row["name"] for row in json.loads((RESULTS / "flash_attention.json").read_text())["rows"]}
+    """A row of a changed kernel and the whole one beside it stand in the same file, which is one run."""
     for entry in json.loads((RESULTS / "flash_attention-ledger.json").read_text())["steps"]:
-        assert {"step", "hypothesis", "predicted", "measured", "learnt"} == set(entry)
-        assert set(entry["measured"].values()) <= rows, entry["step"]
+        assert {"step", "hypothesis", "predicted", "measured", "learnt"} == set(entry) - {"record"}
+        record = json.loads((RESULTS / f"{entry.get('record', 'flash_attention')}.json").read_text())
+        assert set(entry["measured"].values()) <= {row["name"] for row in record["rows"]}, entry["step"]
+
+
+def test_the_alternative_texts_of_chapter_17_say_what_was_recorded():
+    rows = json.loads((RESULTS / "flash_attention.json").read_text())["rows"]
+    cells = json.loads((NOTEBOOKS / "17-flash-hopper.ipynb").read_text())["cells"]
+    texts = [cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "") for cell in cells]
+    charts = [text for text in texts if "bar charts" in text and "TFLOP" in text]
+    assert len(charts) == 2
+    for text in charts:
+        way = "backward" if "backward" in text else "forward"
+        said = re.findall(r"(step \w+|SDPA \w+|FlashAttention-3|[\w]+\.cu) near (\d+)", text)
+        assert len(said) == text.count(" near ")
+        for name, number in said:
+            name = name.lower() if name.startswith("SDPA") else name
+            speeds = [row["rate"] / 1e12 for row in rows if row["case"].startswith(way) and row["contestant"] == name]
+            assert any(abs(speed - float(number)) <= 0.03 * speed for speed in speeds), (name, number)
 
 
 def test_the_ledger_holds_no_measured_number():
