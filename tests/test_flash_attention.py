@@ -149,7 +149,8 @@ def test_head_dims(step, device, dtype, head_dim):
 @pytest.mark.parametrize("lengths", [(300, 40), (140, 300)], ids=str)
 def test_more_tiles_than_multiprocessors(step, device, dtype, lengths, head_dim):
     """Blocks go from tile to tile, some of which see no key, and others one tile of keys alone."""
-    check_against_plain((25, 8, 2, *lengths, head_dim), dtype, device, step, causal=True)
+    batch = 25 if device == "cuda" else 2  # more heads than a GPU has multiprocessors, or a CPU a few cores
+    check_against_plain((batch, 8, 2, *lengths, head_dim), dtype, device, step, causal=True)
     q, k, v = inputs((1, 4, 2, 40 * lengths[0], 40 * lengths[1], head_dim), dtype, device)
     cu_q, cu_k = (torch.arange(41, dtype=torch.int32, device=device) * n for n in lengths)
     for cu in (cu_q, cu_k):
@@ -858,12 +859,12 @@ def test_any_mask_runs_step_0():
 
 @pytest.mark.parametrize("step", [0, pytest.param("cpu", marks=needs_cpu_twin)])
 def test_memory_grows_linearly(step):
-    """The peak resident memory at 8,192 queries and 4,096 keys stays far under their matrix of floats (128 MB)."""
+    """The peak resident memory at 2,048 queries and 4,096 keys stays far under their matrix of floats (32 MB)."""
     code = f"""
 import resource, torch
 torch.set_num_threads(2)
 from tformer_lib.flash_attention import flash_attention
-q, k, v = (torch.randn(1, 1, n, 16) for n in (8192, 4096, 4096))
+q, k, v = (torch.randn(1, 1, n, 16) for n in (2048, 4096, 4096))
 flash_attention(q[:, :, :64], k[:, :, :64], v[:, :, :64], step={step!r})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 flash_attention(q, k, v, step={step!r})
@@ -871,7 +872,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
     kilobytes = int(done.stdout) / (1 if sys.platform == "linux" else 1024)
-    assert kilobytes < 40 * 1024
+    assert kilobytes < 10 * 1024
 
 
 def test_errors_name_what_came():
