@@ -547,28 +547,17 @@ PLAIN_RECIPE = ("average=0.0", "token_noise=0.0", "model.dropout=0.2")
 TRIES = (
     PLAIN_RECIPE,
     ("average=0.998", "token_noise=0.1", "model.dropout=0.3"),
-    ("average=0.998", "token_noise=0.2", "model.dropout=0.3"),
-    ("average=0.998", "token_noise=0.3", "model.dropout=0.2"),
+    ("average=0.0", "token_noise=0.0", "model.dropout=0.3"),
     (
         "average=0.998",
-        "token_noise=0.15",
-        "model.dropout=0.4",
-        "learning_rate=0.0006",
-        "min_learning_rate=0.00002",
-    ),
-    ("average=0.99", "token_noise=0.1", "model.dropout=0.4", "steps=2000"),
-    (
-        "average=0.998",
-        "token_noise=0.2",
+        "token_noise=0.1",
         "model.dropout=0.3",
         'model.norm="layernorm"',
         'model.feed_forward="gelu"',
         'model.positions="learned"',
         "model.feed_forward_width=1536",
     ),
-    ("average=0.0", "token_noise=0.0", "model.dropout=0.3"),
-    ("average=0.0", "token_noise=0.0", "model.dropout=0.4"),
-    ("average=0.0", "token_noise=0.0", "model.dropout=0.3", "weight_decay=0.5"),
+    ("average=0.99", "token_noise=0.1", "model.dropout=0.4", "steps=2000"),
 )
 
 
