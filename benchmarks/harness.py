@@ -664,7 +664,10 @@ def commit() -> str | None:
 
 
 def command() -> str:
-    """The command line as one would type it: ``python -m benchmarks.topic --flags``, but for where results go."""
+    """The command line as one would type it: ``python -m benchmarks.topic --flags``, but for where results go.
+
+    A file is named without its folder, which another machine does not have.
+    """
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     program = ["-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
@@ -672,4 +675,5 @@ def command() -> str:
     if "--out" in flags:
         place = flags.index("--out")
         del flags[place : place + 2]
+    flags = [Path(flag).name if Path(flag).is_absolute() else flag for flag in flags]
     return shlex.join(["python", *program, *flags])

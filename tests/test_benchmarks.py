@@ -665,6 +665,11 @@ def test_contestants_take_turns_and_each_is_first_in_one():
     assert harness.Timing.of([1.0, 3.0, 2.0]).median == 2.0
 
 
+def test_a_recorded_command_names_a_file_without_its_folder(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--nanogpt", "/some/where/model.py", "--out", "/else/where", "--steps", "3"])
+    assert harness.command().endswith("--nanogpt model.py --steps 3")
+
+
 def test_of_all_tries_the_recipe_and_the_best_keep_their_logs():
     """A try that is better than those before takes the best one's place, in whatever order tries end."""
     model = {"dropout": 0.2, "norm": "rmsnorm", "feed_forward": "swiglu", "positions": "rope"}
