@@ -9,6 +9,10 @@ transformers asks for attention by a name, and hands over queries, keys and valu
 it hands over beside them (a scale, a soft cap, sinks) is what :class:`tformer_lib.attention.AttentionVariant` takes.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -19,23 +23,48 @@ NAME = "tformer"
 """What is given to transformers as ``attn_implementation``. There is no "flash" in it: models take every such name for
 one of the packages of FlashAttention, and would hand over packed sequences, or none of the masks that they need."""
 
+FLASH = "tformer_flash"
+"""The same attention by a name that says what it is. Models that look for "flash" in a name themselves, as Llama 4 does
+past its first chunk, run under :data:`NAME` alone."""
 
 UNKNOWN = ("sinks", "indices", "block_indices")
 """What some layers hand over and only their own attention knows. Other words are for the loss, or say how masks are."""
 
 
 def register_with_transformers() -> None:
-    """Let transformers find :func:`tformer_lib.flash_attention.flash_attention` by its :data:`NAME`.
+    """Let transformers find :func:`tformer_lib.flash_attention.flash_attention` by :data:`NAME` or :data:`FLASH`.
 
     Raises:
         ImportError: transformers is missing.
     """
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers import AttentionInterface, AttentionMaskInterface, modeling_utils
     except ImportError:
         raise ImportError("to run in its models, pip install 'tformer-lab[transformers]'") from None
-    AttentionInterface.register(NAME, attend_for_transformers)
-    AttentionMaskInterface.register(NAME, mask_for_transformers)
+    for name in (NAME, FLASH):
+        AttentionInterface.register(name, attend_for_transformers)
+        AttentionMaskInterface.register(name, mask_for_transformers)
+    asks_for_package = inspect.unwrap(modeling_utils.is_flash_attention_requested)  # as it was before an earlier call
+    modeling_utils.is_flash_attention_requested = other_than_ours(asks_for_package)
+
+
+def other_than_ours(asks_for_package: Callable[..., bool]) -> Callable[..., bool]:
+    """Whether a model asks for one of the packages of FlashAttention, which :data:`FLASH` is not.
+
+    transformers takes every name that holds "flash" for such a package. It would look for ours among them when a
+    model is made, and not find it.
+
+    Args:
+        asks_for_package: transformers' own function.
+    """
+
+    @functools.wraps(asks_for_package)
+    def asks(config=None, requested_attention_implementation: str | None = None, **options) -> bool:
+        return requested_attention_implementation != FLASH and asks_for_package(
+            config, requested_attention_implementation, **options
+        )
+
+    return asks
 
 
 def attend_for_transformers(
