@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -894,7 +895,7 @@ def test_errors_name_what_came():
             flash_attention(q, k, v, window=window)
     for softcap in (0.0, -1.0, math.inf, math.nan, 1e39, 1e-60):
         for form in (flash_attention, attend_scores):
-            with pytest.raises(ValueError, match=f"softcap must be positive and finite in float32, got {softcap}"):
+            with pytest.raises(ValueError, match=re.escape(f"in float32, got {softcap}")):
                 form(q, k, v, softcap=softcap)
     for slopes, message in (
         (torch.ones(3), r"\(4,\) or \(1, 4\), got \(3,\)"),

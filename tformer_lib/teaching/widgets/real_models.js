@@ -21,7 +21,7 @@ function attention(data, kit) {
     words.forEach((word, i) => {
       word.style.background = i < weights.length ? kit.shade(weights[i]) : "transparent";
       word.style.color = weights[i] > 0.55 ? "var(--tf-surface)" : "inherit";
-      word.style.opacity = i > asks ? 0.45 : 1;
+      word.style.opacity = i > asks ? 0.7 : 1;
       word.style.outline = i === asks ? "2px solid var(--tf-vermilion)" : "none";
     });
     const best = weights.indexOf(Math.max(...weights));
