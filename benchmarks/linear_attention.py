@@ -28,7 +28,7 @@ Predicted for 6,000 steps of it: of 16 pairs hybrid and linear recall all, of 32
 hybrid 0.6, linear 0.4, for its states of 32 x 32 hold no more than 32 values. The stacks with linear layers learn the
 task early: a convolution joins a value to its key, for which softmax attention needs a layer, and it stays below 0.5.
 Came: the hybrid 1.0 and 0.64, linear 1.0 and 0.85, softmax 0.27 and 0.08. So the states of four linear layers hold more
-than was thought, and the hybrid's full layer does not use what they would have held.
+than was thought.
 """
 
 import math
