@@ -121,6 +121,7 @@ def tab(lab) -> Tab:
         one.page.goto(f"{lab}lab/tree/chapter.ipynb?reset", timeout=90_000)
         wait(one, f"window.jupyterapp?.shell && {CURRENT}?.context?.isReady", "JupyterLab did not open the notebook")
         wait(one, TYPESET, "a cell of text was not typeset")
+        wait(one, f"{CURRENT}.sessionContext.isReady", "it has no kernel")
         end_kernel(one)
         one.looking = one.page.evaluate(
             "window.jupyterapp.serviceManager.kernels.startNew({name: 'python3'}).then((k) => k.id)"
@@ -214,7 +215,9 @@ def test_an_open_solution_is_found(tab):
 def open_notebook(tab: Tab, name: str, *, own_kernel: bool = False) -> None:
     """Open a notebook in a tab and wait until its text is typeset.
 
-    What is only looked at shares one kernel, which runs nothing: to start one for every chapter takes a minute.
+    What is only looked at shares one kernel, which runs nothing: to start one for every chapter takes a minute. The
+    notebooks that stand open are closed first, none of them while its kernel starts: JupyterLab would give the next
+    notebook of that name a session that it is about to end.
     """
     tab.page.evaluate(
         "[...window.jupyterapp.shell.widgets('main')].forEach((tab) => tab.dispose()); window.everyCellRan = false; 0"
@@ -259,8 +262,8 @@ def wait(tab: Tab, expression: str, otherwise: str, seconds: float = 60) -> None
 WITHOUT_FIGURE = {"08-rope"}
 """Chapters whose interactive figure answers a prediction, so that it waits for its cell to run."""
 
-HARMLESS = r"Canceled future for execute_request|^Error: Disposed|Kernel connection disconnected|reading 'kernel'"
-"""What JupyterLab itself reports when a tab is closed while its kernel starts or its figures are restored."""
+HARMLESS = r"Canceled future for execute_request|Kernel connection disconnected|reading 'kernel'"
+"""What JupyterLab itself reports when a tab is closed while its figures are restored."""
 
 CURRENT = "window.jupyterapp.shell.currentWidget"
 FIGURES = f"""
