@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import inspect
 import json
 import multiprocessing
 import pkgutil
@@ -200,6 +201,49 @@ def test_wrong_answer_is_told_why(name, i):
     assert len(outcome.message.split()) >= 3, f"not in words: {outcome.message!r}"
     assert not outcome.message.startswith("there is no exercise")
     assert outcome == engine.examine(name, WRONG[name][i]), "the message differs from run to run"
+
+
+GENERATED = {"flash_kernels.rescale", "flash_kernels.tile", "flash_kernels.window"}
+"""Exercises whose answers return a text and take nothing."""
+
+ALWAYS = {
+    ("flash_kernels.row_max", "c.shape[0]"): "a warp has 32 lanes",
+    ("flash_kernels.row_max", "c.shape[2]"): "a lane holds four numbers of a fragment",
+    ("profiling.without_copies", "q.shape[2]"): "one query, as the exercise says",
+    ("training.accumulate", "inputs.shape[1]"): "only the check's own loss looks at it",
+}
+"""What a check gives in every call alike, and why an answer may know it."""
+
+
+def facts(name: str, value) -> dict[str, object]:
+    """What an answer could know of an argument beforehand: a number or a text, the sizes and numbers of a tensor."""
+    if isinstance(value, torch.Tensor):
+        return {f"{name}.shape[{i}]": size for i, size in enumerate(value.shape)} | {name: value}
+    return {name: value} if isinstance(value, (int, float, str, bytes, list, tuple, dict, set)) else {}
+
+
+def is_same(x, other) -> bool:
+    """Whether two arguments are equal."""
+    return torch.equal(x, other) if isinstance(x, torch.Tensor) and isinstance(other, torch.Tensor) else x == other
+
+
+@pytest.mark.parametrize("name", sorted(RIGHT.keys() - GENERATED))
+def test_no_argument_is_the_same_in_every_call(name):
+    if isinstance(RIGHT[name], type):
+        return
+    signature, same = inspect.signature(RIGHT[name]), None
+
+    def watched(*args, **options):
+        nonlocal same
+        if same is None or same:
+            given = signature.bind(*args, **options).arguments
+            found = {fact: x for argument, value in given.items() for fact, x in facts(argument, value).items()}
+            same = found if same is None else {f: x for f, x in same.items() if f in found and is_same(x, found[f])}
+        return RIGHT[name](*args, **options)
+
+    engine.examine(name, watched)
+    known = {fact for fact in same if (name, fact) not in ALWAYS}
+    assert not known, f"an answer may hold these as constants, and passes: {sorted(known)}"
 
 
 HOSTILE = {

@@ -1,5 +1,6 @@
 """Answers to the exercises of the attention chapter."""
 
+import numpy as np
 import torch
 
 
@@ -249,6 +250,26 @@ def backward_in_place(q, k, v, mask, scale, d_out):
     return backward(q, k, v, mask, 1.0, d_out)
 
 
+def attend_with_a_number_that_is_only_large(q, k, v, mask):
+    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+    return (scores.masked_fill(~mask, -1e4).softmax(-1) * mask) @ v
+
+
+def previous_sharp_enough_for_few(T):
+    numbers = torch.eye(T)
+    return 30 * numbers.roll(1, 0), numbers
+
+
+def backward_with_a_number_that_is_only_large(q, k, v, mask, scale, d_out):
+    a = (scale * q @ k.mT).masked_fill(~mask, -1e4).softmax(-1) * mask
+    d_scores = scale * a * (d_out @ v.mT - (d_out * (a @ v)).sum(-1, keepdim=True))
+    return d_scores @ k, d_scores.mT @ q, a.mT @ d_out
+
+
+def cost_in_an_array(*sizes):
+    return np.array(cost(*sizes))
+
+
 RIGHT = {
     "attention.colours": colours,
     "attention.simple": simple,
@@ -263,6 +284,7 @@ ALSO_RIGHT = {
     "attention.simple": [simple_by_einsum],
     "attention.attend": [attend_in_float64],
     "attention.previous": [previous_in_integers],
+    "attention.cost": [cost_in_an_array],
     "attention.backward": [backward_from_the_output, backward_with_the_whole_jacobian],
 }
 WRONG = {
@@ -281,6 +303,7 @@ WRONG = {
         simple_with_keys_as_values,
     ],
     "attention.attend": [
+        attend_with_a_number_that_is_only_large,
         attend_without_scale,
         attend_over_the_queries,
         attend_masked_after_the_softmax,
@@ -290,9 +313,15 @@ WRONG = {
         attend_with_scores_of_zero,
     ],
     "attention.split_heads": [split_heads_by_view_alone, split_heads_without_transpose, split_heads_strided],
-    "attention.previous": [previous_looks_at_itself, previous_looks_ahead, previous_too_soft],
+    "attention.previous": [
+        previous_sharp_enough_for_few,
+        previous_looks_at_itself,
+        previous_looks_ahead,
+        previous_too_soft,
+    ],
     "attention.cost": [cost_of_one_product, cost_in_scores, cost_without_the_batch],
     "attention.backward": [
+        backward_with_a_number_that_is_only_large,
         backward_given(lambda a, da: da),
         backward_given(lambda a, da: a * da),
         backward_given(lambda a, da: a * (1 - a) * da),

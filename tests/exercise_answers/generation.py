@@ -223,6 +223,10 @@ def with_all_that_are_as_likely(probabilities, p):
     return kept / kept.sum()
 
 
+def temperature_that_is_at_least_a_hundredth(logits, degree):
+    return temperature(logits, max(degree, 0.01) if degree else 0)
+
+
 RIGHT = {
     "generation.temperature": temperature,
     "generation.top_p": top_p,
@@ -238,7 +242,14 @@ ALSO_RIGHT = {
     "generation.shown": [shown_by_length],
 }
 WRONG = {
-    "generation.temperature": [multiplies, divides_probabilities, divides_by_zero, overflows, all_ties],
+    "generation.temperature": [
+        temperature_that_is_at_least_a_hundredth,
+        multiplies,
+        divides_probabilities,
+        divides_by_zero,
+        overflows,
+        all_ties,
+    ],
     "generation.top_p": [
         drops_the_one_that_reaches,
         one_too_many,

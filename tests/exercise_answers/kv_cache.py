@@ -212,6 +212,17 @@ def speculate_reads_the_prompt_again(model, cache, draft, text, new_tokens, n):
     return speculate(whole, cache, draft, text, new_tokens, n)
 
 
+def step_with_a_number_that_is_only_large(q, k, v, keys, values):
+    keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+    scores = q @ keys.mT / q.shape[-1] ** 0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(scores.shape[-1] - scores.shape[-2] + 1)
+    return scores.masked_fill(future, -1e4).softmax(-1) @ values, keys, values
+
+
+def tokens_that_fit_of_two_bytes(memory, layers, heads, kv_heads, head_dim, itemsize):
+    return memory // (4 * layers * kv_heads * head_dim) // (itemsize // 2 or 1)
+
+
 RIGHT = {
     "kv_cache.tokens_that_fit": tokens_that_fit,
     "kv_cache.step": step,
@@ -226,12 +237,20 @@ ALSO_RIGHT = {
 }
 WRONG = {
     "kv_cache.tokens_that_fit": [
+        tokens_that_fit_of_two_bytes,
         tokens_by_query_heads,
         tokens_without_values,
         tokens_in_fractions,
         tokens_whatever_the_number,
     ],
-    "kv_cache.step": [step_sees_the_future, step_top_left, step_does_not_see_itself, step_forgets, step_unscaled],
+    "kv_cache.step": [
+        step_with_a_number_that_is_only_large,
+        step_sees_the_future,
+        step_top_left,
+        step_does_not_see_itself,
+        step_forgets,
+        step_unscaled,
+    ],
     "kv_cache.visible": [visible_by_the_longest, visible_whole_chunk, visible_without_itself],
     "kv_cache.slot": [slot_round_everything, slot_out_of_step],
     "kv_cache.speculate": [

@@ -183,6 +183,54 @@ def tree_numbered_one_too_far(parents, lengths):
     return mask, (positions + 1) * (parents > -2)
 
 
+def peeks_at_neighbours(model, x):
+    before = model(x)
+    for t in range(1, len(x)):
+        for by in (10, -10):
+            changed = x.clone()
+            changed[t] += by
+            if not torch.allclose(model(changed)[t - 1], before[t - 1]):
+                return True
+    return False
+
+
+def peeks_at_column_0(model, x):
+    before = model(x)
+    for t in range(1, len(x)):
+        for by in (10, -10):
+            changed = x.clone()
+            changed[t:] += by
+            if not torch.allclose(model(changed)[:t, 0], before[:t, 0]):
+                return True
+    return False
+
+
+def peeks_at_zeros(model, x):
+    before = model(x)
+    for t in range(1, len(x)):
+        changed = x.clone()
+        changed[t:] = 0
+        if not torch.allclose(model(changed)[:t], before[:t]):
+            return True
+    return False
+
+
+def peeks_at_both_ends(model, x):
+    before = model(x)
+    for t in (1, len(x) - 1):
+        for by in (10, -10):
+            changed = x.clone()
+            changed[t:] += by
+            if not torch.allclose(model(changed)[:t], before[:t]):
+                return True
+    return False
+
+
+def sinks_before_every_key(T, S, window, sinks):
+    queries, keys = torch.arange(S - T, S).clamp(min=0)[:, None], torch.arange(S)
+    return (keys <= queries) & ((keys > queries - window) | (keys < sinks))
+
+
 RIGHT = {
     "masks.causal": causal,
     "masks.sinks": sinks,
@@ -193,9 +241,13 @@ RIGHT = {
 ALSO_RIGHT = {"masks.tree": [tree_by_walking]}
 WRONG = {
     "masks.causal": [causal_top_left, causal_inverted, causal_without_itself, causal_in_float],
-    "masks.sinks": [sinks_from_the_future, sinks_one_wider],
+    "masks.sinks": [sinks_before_every_key, sinks_from_the_future, sinks_one_wider],
     "masks.packed": [packed_sees_the_future, packed_by_order_of_ids, packed_without_heads],
     "masks.peeks": [
+        peeks_at_neighbours,
+        peeks_at_column_0,
+        peeks_at_zeros,
+        peeks_at_both_ends,
         peeks_looks_at_the_last_token_only,
         peeks_asks_too_much,
         peeks_changes_its_input,

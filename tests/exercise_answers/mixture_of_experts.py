@@ -132,6 +132,10 @@ def expected_with_replacement(count, per_token, tokens):
     return count * (1 - (1 - 1 / count) ** (per_token * tokens))
 
 
+def balance_of_the_largest_shares(shares, experts):
+    return balance(shares, shares.topk(experts.shape[1]).indices)
+
+
 RIGHT = {
     "mixture_of_experts.route": route,
     "mixture_of_experts.sort": sort,
@@ -144,6 +148,7 @@ WRONG = {
     "mixture_of_experts.route": [route_all, route_worst, route_over_tokens, route_even, route_swapped],
     "mixture_of_experts.sort": [sort_choices, sort_remainder, sort_not, sort_without_the_empty],
     "mixture_of_experts.balance": [
+        balance_of_the_largest_shares,
         balance_per_token,
         balance_of_scores,
         balance_unscaled,

@@ -222,6 +222,14 @@ class LooksForTheOldest(LRU):
         return self.cached.pop(key, (0, None))[1]
 
 
+def combine_without_the_last(outs, lses):
+    return combine(outs[:-1], lses[:-1])
+
+
+def combine_without_the_first(outs, lses):
+    return combine(outs[1:], lses[1:])
+
+
 RIGHT = {
     "paged_attention.slots": slots,
     "paged_attention.append": append,
@@ -245,6 +253,13 @@ WRONG = {
         match_compares_the_block_alone,
         match_compares_and_stops_by_the_block_alone,
     ],
-    "paged_attention.combine": [combine_mean, combine_overflows, combine_blind, combine_forgets_the_lse],
+    "paged_attention.combine": [
+        combine_without_the_last,
+        combine_without_the_first,
+        combine_mean,
+        combine_overflows,
+        combine_blind,
+        combine_forgets_the_lse,
+    ],
     "paged_attention.lru": [LooksForTheOldest, LatestFirst, CachedFirst, NeverEvicts, FindsButLeaves],
 }

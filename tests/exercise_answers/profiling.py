@@ -205,6 +205,17 @@ def own_time_with_gaps_of_no_length(ranges):
     return own, names, gaps
 
 
+def busy_in_whole_microseconds(intervals, start, end):
+    busy = set()
+    for i in intervals:
+        busy |= set(range(int(max(i["start_us"], start)), int(min(i["start_us"] + i["duration_us"], end))))
+    return len(busy) / (end - start)
+
+
+def slower_by_the_medians(ours, peers, recorded, tolerance):
+    return sorted(ours)[len(ours) // 2] / sorted(peers)[len(peers) // 2] > recorded * tolerance
+
+
 RIGHT = {
     "profiling.least_time": least_time,
     "profiling.worth": worth,
@@ -217,9 +228,9 @@ ALSO_RIGHT = {"profiling.own_time": [own_time_by_events]}
 WRONG = {
     "profiling.least_time": [least_time_added, least_time_without_launches, least_time_of_one_launch, shortest_time],
     "profiling.worth": [worth_by_speedup, worth_by_phase],
-    "profiling.busy": [busy_added, busy_capped, busy_not_cut],
+    "profiling.busy": [busy_in_whole_microseconds, busy_added, busy_capped, busy_not_cut],
     "profiling.without_copies": [contiguous, reshaped, values_copied],
-    "profiling.slower": [slower_by_time, slower_by_means, slower_by_the_worst],
+    "profiling.slower": [slower_by_the_medians, slower_by_time, slower_by_means, slower_by_the_worst],
     "profiling.own_time": [
         own_time_with_children,
         own_time_less_all_below,

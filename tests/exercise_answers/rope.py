@@ -105,6 +105,19 @@ def positions_as_floats(lengths):
     return torch.cat([torch.arange(n) for n in lengths]).float()
 
 
+def yarn_that_ends_at_the_last_pair(head_dim, base, factor, length, beta_fast, beta_slow):
+    pair = lambda turns: head_dim / 2 * math.log(length / (2 * math.pi * turns), base)  # noqa: E731
+    first, last = max(math.floor(pair(beta_fast)), 0), min(math.ceil(pair(beta_slow)), head_dim // 2 - 1)
+    pairs = torch.arange(head_dim // 2)
+    theta, share = base ** (-2 * pairs / head_dim), ((pairs - first) / (last - first)).clamp(0, 1)
+    return (1 - share) * theta + share * theta / factor, 1 + 0.1 * math.log(factor)
+
+
+def rotate_four_dimensions(x, angles):
+    batch, heads, T, head_dim = x.shape
+    return rotate(x, angles).view(batch, heads, T, head_dim)
+
+
 RIGHT = {
     "rope.rotate": rotate,
     "rope.positions": lambda lengths: torch.cat([torch.arange(n) for n in lengths]),
@@ -117,6 +130,7 @@ ALSO_RIGHT = {
 }
 WRONG = {
     "rope.rotate": [
+        rotate_four_dimensions,
         turns_the_first_member_twice,
         lambda x, angles: library_rotate(x, angles.cos(), angles.sin(), "half"),
         lambda x, angles: rotate(x, -angles),
@@ -141,6 +155,7 @@ WRONG = {
         lambda base, factor, dim: base * factor ** (dim / 2),
     ],
     "rope.yarn": [
+        yarn_that_ends_at_the_last_pair,
         interpolates_every_pair,
         yarn_by_turns,
         yarn_unrounded,

@@ -229,6 +229,29 @@ def blocks_without_a_maximum(q, k, v, live, allows, block):
     return out / weight.masked_fill(weight == 0, 1.0)
 
 
+def layout_of_what_is_dense(mask, block):
+    rows = [torch.stack([tile.float().mean() > 0.1 for tile in part.split(block, 1)]) for part in mask.split(block, 0)]
+    return torch.stack(rows)
+
+
+def layers_until_the_last_hears_all(mask):
+    reach = mask.float()
+    for count in range(1, len(mask) + 1):
+        if reach[-1].all():
+            return count
+        reach = (reach @ mask.float() > 0).float()
+    return None
+
+
+def layers_until_the_first_is_heard(mask):
+    reach = mask.float()
+    for count in range(1, len(mask) + 1):
+        if reach[:, 0].all():
+            return count
+        reach = (reach @ mask.float() > 0).float()
+    return None
+
+
 RIGHT = {
     "sparse_attention.strided": strided,
     "sparse_attention.layout": layout,
@@ -239,14 +262,25 @@ RIGHT = {
 ALSO_RIGHT = {"sparse_attention.blocks": [blocks_gathered, blocks_batched]}
 WRONG = {
     "sparse_attention.strided": [strided_sees_the_future, strided_as_fixed, strided_as_both],
-    "sparse_attention.layout": [layout_of_full_blocks, layout_by_corners, layout_drops_the_rest],
+    "sparse_attention.layout": [
+        layout_of_what_is_dense,
+        layout_of_full_blocks,
+        layout_by_corners,
+        layout_drops_the_rest,
+    ],
     "sparse_attention.window": [
         window_with_all_scores,
         window_from_the_first_key,
         window_one_wider,
         window_of_its_own_block,
     ],
-    "sparse_attention.layers": [layers_by_the_window, layers_one_too_many, layers_never_gives_up],
+    "sparse_attention.layers": [
+        layers_until_the_last_hears_all,
+        layers_until_the_first_is_heard,
+        layers_by_the_window,
+        layers_one_too_many,
+        layers_never_gives_up,
+    ],
     "sparse_attention.blocks": [
         blocks_padded_to_the_longest,
         blocks_with_all_scores,

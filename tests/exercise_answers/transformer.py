@@ -53,6 +53,10 @@ def smoothing_on_the_others_alone(vocabulary, smoothing):
     return -sum(p * math.log(p) for p in (1 - smoothing, *[smoothing / (vocabulary - 1)] * (vocabulary - 1)) if p)
 
 
+def beam_that_ends_where_it_begins(log_probs, start, end, beams, steps):
+    return [] if start == end else beam_search(log_probs, start, end, beams, steps)
+
+
 RIGHT = {
     "transformer.rms_norm": rms_norm,
     "transformer.shift": shift,
@@ -89,6 +93,7 @@ WRONG = {
         lambda config: parameters(config, kv_width=config.heads * config.size_of_head),
     ],
     "transformer.beam": [
+        beam_that_ends_where_it_begins,
         lambda log_probs, start, end, beams, steps: beam_search(log_probs, start, end, 1, steps),
         longest_beam,
     ],

@@ -7,6 +7,7 @@ from tformer_lib import attention, masks
 from tformer_lib.teaching.exercises.engine import (
     INVERTED,
     exercise,
+    has_parts,
     is_close,
     require,
     require_close,
@@ -125,6 +126,20 @@ def check_attend(fn):
     q, k, v = torch.randn(1, 2, 3, 9), torch.randn(1, 2, 5, 9), torch.randn(1, 2, 5, 4)
     mask, sizes = masks.causal(3, 5), "with heads of 9 numbers and values of 4,"
     require_close(fn(q, k, v, mask), attention.attend(q, k, v, mask=mask), f"{sizes} the result differs", name=sizes)
+    q, k = far_below_zero((2, 3), 4, 6)
+    v = torch.randn(2, 3, 6, 16)
+    expected = attention.attend(q, k, v, mask=window)
+    require_close(fn(q, k, v, window), expected, f"with all scores near -16,000, the result differs: {BELOW}")
+
+
+BELOW = "a hidden score must lie below every score that there can be, and only -inf does"
+
+
+def far_below_zero(leading: tuple[int, ...], T: int, S: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """q (..., T, 16) and k (..., S, 16) whose scores are -16,384 and less, by quarters: float32 has them exactly."""
+    q, k = torch.ones(*leading, T, 16), torch.full((*leading, S, 16), -4096.0)
+    k[..., 0] -= torch.arange(S)
+    return q, k
 
 
 def diagnose(found, q, k, v) -> None:
@@ -152,7 +167,7 @@ def diagnose(found, q, k, v) -> None:
     ),
 )
 def check_split_heads(fn):
-    for batch, T, heads, head_dim in ((2, 5, 3, 4), (1, 3, 2, 6)):
+    for batch, T, heads, head_dim in ((2, 5, 3, 4), (1, 3, 2, 5)):
         x = torch.arange(batch * T * heads * head_dim, dtype=torch.float32).view(batch, T, heads * head_dim)
         found = fn(x, heads)
         require_shape(found, (batch, heads, T, head_dim))
@@ -177,7 +192,7 @@ def check_split_heads(fn):
     ),
 )
 def check_previous(fn):
-    for T in (4, 9):
+    for T in (4, 9, 2, 100):
         pair = fn(T)
         is_pair = isinstance(pair, tuple | list) and len(pair) == 2
         require(is_pair, "return two tensors: the queries and the keys")
@@ -189,7 +204,9 @@ def check_previous(fn):
         for t in range(1, T):
             share, most = weights[t, t - 1].item(), weights[t].argmax().item()
             require(most == t - 1 or share > 0.9, f"token {t} looks mostly at token {most}, not at token {t - 1}")
-            require(share > 0.9, f"token {t} gives the token before it a share of {share:.2f}; make it more than 0.9")
+            require(
+                share > 0.9, f"of {T}, token {t} gives the one before it a share of {share:.2f}; make it more than 0.9"
+            )
 
 
 @exercise(
@@ -204,8 +221,7 @@ def check_previous(fn):
 def check_cost(fn):
     for batch, heads, T, S, head_dim in ((1, 1, 1, 1, 1), (3, 8, 128, 128, 64), (5, 12, 1, 1000, 64)):
         pair = fn(batch, heads, T, S, head_dim)
-        is_pair = isinstance(pair, tuple | list) and len(pair) == 2
-        require(is_pair, "return two numbers: the FLOPs and the bytes of the scores")
+        require(has_parts(pair, 2), "return two numbers: the FLOPs and the bytes of the scores")
         flops, size = pair
         products = batch * heads * T * S * head_dim
         case = f"for batch {batch}, {heads} heads, T = {T}, S = {S}, head_dim = {head_dim}"
@@ -256,12 +272,17 @@ def check_backward(fn):
     for name, tensor in zip(("dq", "dk", "dv"), found, strict=True):
         require_finite(tensor, f"with scores in the thousands, whose exponentials overflow, {name}")
     require_close(found[2], sharp[2], "with scores in the thousands, dv is wrong", tolerance=1e-3)
+    data, mask = draw(1, 2, 3, 4, 9, 2), masks.causal(3, 4)
+    compare(by_hand(fn, *data, mask, 0.25), true_gradients(*data, mask, 0.25), "with heads of 9 numbers, values of 2")
+    q, k = (x.double() for x in far_below_zero((1, 2), 3, 4))
+    found, low = by_hand(fn, q, k, *data[2:], mask, 0.25), true_gradients(q, k, *data[2:], mask, 0.25)
+    require_close(found[2], low[2], f"with all scores near -16,000, dv is wrong: {BELOW}", tolerance=1e-5)
 
 
-def draw() -> list[torch.Tensor]:
-    """q, k, v and the gradient of the output, for 5 queries on 7 keys; values are wider than keys."""
-    shapes = (2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 6), (2, 3, 5, 6)
-    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+def draw(batch: int = 2, heads: int = 3, T: int = 5, S: int = 7, d: int = 4, d_v: int = 6) -> list[torch.Tensor]:
+    """q, k, v and the gradient of the output; values are wider than keys, or narrower."""
+    shapes = (T, d), (S, d), (S, d_v), (T, d_v)
+    return [torch.randn(batch, heads, *shape, dtype=torch.float64) for shape in shapes]
 
 
 def by_hand(fn, q, k, v, d_out, mask, scale) -> list[torch.Tensor]:

@@ -385,6 +385,12 @@ def require_number(x, name: str = "the result") -> float:
     raise NotYet(f"{name} should be a number, and is a {type(x).__name__}")
 
 
+def has_parts(x, count: int) -> bool:
+    """Whether ``x`` is a tuple or a list of ``count`` things, or an array or a tensor of ``count`` numbers."""
+    in_a_row = isinstance(x, (tuple, list)) or (isinstance(x, (np.ndarray, torch.Tensor)) and x.ndim == 1)
+    return in_a_row and len(x) == count
+
+
 def require_tensor(x, name: str = "the result") -> None:
     """Fail unless ``x`` is a tensor."""
     if x is None:

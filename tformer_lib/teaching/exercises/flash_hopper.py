@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from tformer_lib.teaching.exercises.engine import exercise, require, require_integer
+from tformer_lib.teaching.exercises.engine import exercise, has_parts, require, require_integer
 
 GROUP_ROWS = 64
 """Rows of one warpgroup's accumulator."""
@@ -122,7 +122,7 @@ def simulate(fn: Callable, stages: int, tiles: int, order: str) -> None:
 
     def place(tile: int) -> tuple[int, int, int]:
         result = fn(tile, stages)
-        require(isinstance(result, (tuple, list)) and len(result) == 3, "return three numbers: buffer and two parities")
+        require(has_parts(result, 3), "return three numbers: buffer and two parities")
         names = ("the buffer", "the parity of full", "the parity of empty")
         result = tuple(require_integer(x, name) for x, name in zip(result, names, strict=True))
         require(0 <= result[0] < stages, f"{what}: tile {tile} cannot go into buffer {result[0]}")

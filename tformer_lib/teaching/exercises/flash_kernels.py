@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from tformer_lib.teaching import kernels
-from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_integer, require_number
+from tformer_lib.teaching.exercises.engine import (
+    exercise,
+    has_parts,
+    require,
+    require_close,
+    require_integer,
+    require_number,
+)
 
 GROUPS = 8
 """Groups of four banks: where a piece of 16 bytes can lie in a line of 128."""
@@ -79,7 +86,7 @@ def check_ldmatrix(fn):
     A = torch.arange(256).reshape(16, 16)
     named = [fn(lane) for lane in range(32)]
     for lane, pair in enumerate(named):
-        require(isinstance(pair, (tuple, list)) and len(pair) == 2, f"lane {lane}: return two numbers, row and piece")
+        require(has_parts(pair, 2), f"lane {lane}: return two numbers, row and piece")
         pair = named[lane] = [
             require_integer(x, f"the {name} of lane {lane}") for x, name in zip(pair, ("row", "piece"), strict=True)
         ]
@@ -199,9 +206,7 @@ def check_limit(fn):
     for rows, keys, d, element_bytes in cases:
         for flops, bandwidth in ((6.9e14, 4.3e12), (1.2e11, 2.0e10)):
             result = fn(rows, keys, d, element_bytes, flops, bandwidth)
-            require(
-                isinstance(result, (tuple, list)) and len(result) == 2, "return two numbers: the intensity, the rate"
-            )
+            require(has_parts(result, 2), "return two numbers: the intensity, the rate")
             what = f"{rows} queries, {keys} keys, d {d}, {element_bytes} bytes a number"
             result = [require_number(x, f"the {name}") for x, name in zip(result, ("intensity", "rate"), strict=True)]
             intensity = 4 * rows * keys * d / ((2 * keys + 2 * rows) * d * element_bytes)
@@ -235,7 +240,7 @@ def check_order(fn):
         what = f"{blocks} blocks, {heads} heads of {tiles} tiles"
         taken = [list(fn(block, blocks, heads, tiles)) for block in range(blocks)]
         for block, work in enumerate(taken):
-            pairs = all(isinstance(w, (tuple, list)) and len(w) == 2 for w in work)
+            pairs = all(has_parts(w, 2) for w in work)
             require(pairs, f"{what}: block {block} should list pairs (head, tile)")
         taken = [[(require_integer(h, "a head"), require_integer(t, "a tile")) for h, t in work] for work in taken]
         every = [w for work in taken for w in work]

@@ -115,7 +115,9 @@ def check_merge(fn):
         scores[:, 4:] = scores[:, 4:] if second else -math.inf
         cases[name] = (scores, 4)
     cases["rows whose scores are 1,000 apart"] = (torch.randn(5, 9) + 1000 * torch.arange(-2.0, 3)[:, None], 4)
+    cases["values of 7 numbers"] = (torch.randn(3, 9), 4)
     for name, (scores, cut) in cases.items():
+        v = torch.randn(9, 7) if name == "values of 7 numbers" else v
         parts = (*exact(scores[:, :cut], v[:cut]), *exact(scores[:, cut:], v[cut:]))
         before = [x.clone() for x in parts]
         result = fn(*parts)

@@ -56,13 +56,16 @@ def explain_extremes(fn) -> None:
         require_shape(result, (4,), "the result at temperature 0")
         require(result.is_floating_point(), f"probabilities should be floats, at temperature 0 they are {result.dtype}")
         require_close(result, sure, "at temperature 0 all of the probability belongs to the largest logit")
-    result = fn(torch.tensor([2.0, 7.0, 7.0]), 0.0)
+    result = fn(torch.tensor([7.0, 2.0, 7.0]), 0.0)
     require_shape(result, (3,), "the result at temperature 0")
     require(
         math.isclose(float(result.sum()), 1.0, rel_tol=1e-5),
         f"at temperature 0, with two largest logits, the probabilities add up to {float(result.sum()):.4g}, not to 1",
     )
-    require(float(result[0]) == 0, "at temperature 0 a smaller logit gets a probability")
+    require(float(result[1]) == 0, "at temperature 0 a smaller logit gets a probability")
+    near = torch.tensor([0.0, 0.002, 0.001], dtype=torch.float64)
+    said = "at temperature 0.001, logits that are 0.001 apart differ by a factor of e: the probabilities are wrong"
+    require_close(fn(near.clone(), 0.001), (near * 1000).softmax(-1), said)
     for shift, temperature in ((1000.0, 1.0), (0.0, 1e-4), (-1000.0, 0.5)):
         result = fn(torch.tensor([1.0, 4.0, -2.0, 3.0]) + shift, temperature)
         require_tensor(result)

@@ -59,8 +59,9 @@ class Sizes(TorchDispatchMode):
     ),
 )
 def check_scores(fn):
-    for heads, kv_heads, T, S, d in ((8, 2, 1, 40, 16), (8, 1, 3, 40, 16), (4, 4, 2, 33, 16), (6, 3, 1, 50, 12)):
-        q, k = torch.randn(2, heads, T, d), torch.randn(2, kv_heads, S, d)
+    shapes = (2, 8, 2, 1, 40, 16), (2, 8, 1, 3, 40, 16), (2, 4, 4, 2, 33, 16), (3, 6, 3, 1, 50, 12)
+    for batch, heads, kv_heads, T, S, d in shapes:
+        q, k = torch.randn(batch, heads, T, d), torch.randn(batch, kv_heads, S, d)
         with Sizes(q, k) as sizes:
             found = fn(q, k)
         wanted = torch.einsum("bhtd,bhsd->bhts", q, k.repeat_interleave(heads // kv_heads, 1))
@@ -143,12 +144,23 @@ def explain_pool(found: torch.Tensor, weight: torch.Tensor, kv_heads: int, head_
 )
 def check_absorb(fn):
     # Latents of 4, heads of 32: a product may copy the latents for each head, and that is less than one head's keys.
-    q, up, latents = torch.randn(2, 4, 1, 32), torch.randn(4, 32, 4), torch.randn(2, 50, 4)
-    with Sizes(q, up, latents) as sizes:
-        found = fn(q, up, latents)
-    keys = torch.einsum("hdc,bsc->bhsd", up, latents)
-    wanted = q @ keys.transpose(-2, -1)
-    require_close(found, wanted, "the scores differ from those of the expanded keys", name="the scores")
+    for batch, heads, T, S, head_dim, rank in ((2, 4, 1, 50, 32, 4), (1, 3, 5, 40, 36, 3)):
+        q, up, latents = (
+            torch.randn(batch, heads, T, head_dim),
+            torch.randn(heads, head_dim, rank),
+            torch.randn(batch, S, rank),
+        )
+        with Sizes(q, up, latents) as sizes:
+            found = fn(q, up, latents)
+        keys = torch.einsum("hdc,bsc->bhsd", up, latents)
+        wanted = q @ keys.transpose(-2, -1)
+        name = f"the scores of {T} queries in {heads} heads"
+        require_close(found, wanted, f"{name} differ from those of the expanded keys", name=name)
+        explain_size(sizes, keys)
+
+
+def explain_size(sizes: Sizes, keys: torch.Tensor) -> None:
+    """Fail where keys were made, for one head at least."""
     one_head = keys[:, 0].numel()
     made = f"a tensor of {sizes.largest:,} numbers is made; the keys of one head are {one_head:,}"
     require(sizes.largest < one_head, f"{made}: keys are still made")
@@ -181,7 +193,7 @@ def rotated_scores(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor, head_dim: 
     ),
 )
 def check_align(fn):
-    for heads, kv_heads, head_dim, width in ((4, 2, 6, 20), (6, 3, 4, 15), (6, 2, 4, 15), (3, 1, 8, 30)):
+    for heads, kv_heads, head_dim, width in ((4, 2, 6, 20), (6, 3, 4, 15), (6, 2, 4, 15), (4, 1, 8, 40)):
         weights = [torch.randn(heads * head_dim, width) for _ in range(3)] + [torch.randn(width, heads * head_dim)]
         given = [w.clone() for w in weights]
         found = fn(*given, kv_heads, head_dim)

@@ -5,6 +5,7 @@ import torch
 from tformer_lib import masks
 from tformer_lib.attention import attend
 from tformer_lib.kv_cache import CacheShape, RingCache
+from tformer_lib.teaching.exercises.attention import BELOW, far_below_zero
 from tformer_lib.teaching.exercises.engine import (
     INVERTED,
     exercise,
@@ -32,6 +33,8 @@ def check_tokens_that_fit(fn):
         ((80 * 2**30, 80, 64, 8, 128, 2), 262_144, "Llama 3 70B, which has 80 layers"),
         ((1_000_000, 12, 12, 12, 64, 2), 27, "GPT-2 with a megabyte"),
         ((36_863, 12, 12, 12, 64, 2), 0, "a memory that is one byte short of a token"),
+        ((1_000_000, 12, 12, 12, 64, 4), 13, "GPT-2 in float32 with a megabyte"),
+        ((1_000_000, 30, 9, 3, 64, 1), 86, "a small model whose numbers take a byte"),
     )
     memory, layers, heads, kv_heads, head_dim, _ = cases[0][0]
     require(
@@ -62,7 +65,18 @@ def check_tokens_that_fit(fn):
 )
 def check_step(fn):
     generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, 9, 8, generator=generator)
+    check_steps(fn, *torch.randn(3, 2, 4, 9, 8, generator=generator))
+    check_steps(fn, *torch.randn(3, 1, 3, 9, 5, generator=generator))
+    q, k = far_below_zero((1, 2), 9, 9)
+    held, new = slice(0, 6), slice(6, 9)
+    out, *_ = fn(q[:, :, new], k[:, :, new], k[:, :, new], k[:, :, held], k[:, :, held])
+    wanted = attend(q, k, k, causal=True)[:, :, new]
+    require_close(out, wanted, f"with all scores near -16,000, the output differs: {BELOW}", name="the output")
+
+
+def check_steps(fn, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Feed nine tokens in pieces, and hold the outputs against one pass."""
+    batch, heads, _, head_dim = q.shape
     wanted = attend(q, k, v, causal=True)
     keys, values = k[:, :, :3], v[:, :, :3]
     for start, stop in ((3, 4), (4, 7), (7, 9)):
@@ -77,7 +91,7 @@ def check_step(fn):
             keys, k[:, :, :stop], "the keys returned are not the old ones followed by the new", name="the keys"
         )
         require_close(values, v[:, :, :stop], "the values are not the old ones followed by the new", name="the values")
-        require_shape(out, (2, 4, stop - start, 8), "the output")
+        require_shape(out, (batch, heads, stop - start, head_dim), "the output")
         keys, values = keys.detach().to(k.dtype), values.detach().to(v.dtype)  # they go into the next step
         explain_step(out, q[:, :, new], k[:, :, :stop], v[:, :, :stop], start)
         for t in range(stop - start):

@@ -51,10 +51,10 @@ def by_weights(phi_q, phi_k, v, causal):
     ),
 )
 def check_associative(fn):
-    for T, S in ((5, 5), (1, 7), (6, 2)):
-        phi_q, phi_k, v = draw(T, S)
+    for T, S, features, width in ((5, 5, 4, 3), (1, 7, 4, 3), (6, 2, 5, 2)):
+        phi_q, phi_k, v = draw(T, S, features, width)
         found = fn(phi_q, phi_k, v)
-        require_shape(found, (T, 3), f"the output for {T} queries and {S} keys")
+        require_shape(found, (T, width), f"the output for {T} queries and {S} keys")
         unnormalised = phi_q @ phi_k.T @ v
         if is_close(found, unnormalised):
             require(False, "the weights of a query do not sum to 1: divide by their sum")
@@ -77,9 +77,15 @@ def check_associative(fn):
     ),
 )
 def check_step(fn):
-    phi_q, phi_k, v = draw(6)
+    check_steps(fn, features=4, width=3)
+    check_steps(fn, features=3, width=5)
+
+
+def check_steps(fn, features: int, width: int) -> None:
+    """Feed six tokens, one after the other."""
+    phi_q, phi_k, v = draw(6, None, features, width)
     expected = by_weights(phi_q, phi_k, v, True)
-    sums = torch.zeros(4, 4)
+    sums = torch.zeros(features, width + 1)
     for t in range(6):
         before = sums.clone()
         result = fn(sums, phi_q[t], phi_k[t], v[t])
@@ -87,9 +93,9 @@ def check_step(fn):
         require(is_pair, "return two things: the new state and the output")
         require(torch.equal(sums, before), "your step changes the state that it was given: make a new one")
         sums, out = result
-        require_shape(sums, (4, 4), "the new state, (features, width + 1),")
+        require_shape(sums, (features, width + 1), "the new state, (features, width + 1),")
         sums = sums.detach().to(before.dtype)  # goes into the next step
-        require_shape(out, (3,), "the output")
+        require_shape(out, (width,), "the output")
         if t == 0 and not bool(torch.isfinite(out).all()):
             require(False, "the first output is 0/0: a token sees itself, so add before you read")
         require_close(out, expected[t], f"the output of token {t} is wrong")
@@ -248,8 +254,8 @@ def run_delta(fn, inputs, chunk):
 )
 def check_delta(fn):
     overwritten(fn)
-    for T, chunk in ((6, 1), (8, 4), (10, 4), (3, 16), (24, 8)):
-        inputs = draw_delta(T)
+    for T, chunk, *sizes in ((6, 1), (8, 4), (10, 4), (3, 16), (24, 8), (9, 4, 4, 5)):
+        inputs = draw_delta(T, *sizes)
         found, state = run_delta(fn, inputs, chunk)
         place = f"for {T} tokens in chunks of {chunk}"
         expected, last = delta_by_steps(*inputs)

@@ -54,7 +54,7 @@ def check_causal(fn):
     ),
 )
 def check_sinks(fn):
-    for T, S, window, sinks in ((8, 8, 3, 2), (1, 8, 3, 1), (8, 8, 1, 0), (3, 9, 4, 2), (6, 6, 2, 6)):
+    for T, S, window, sinks in ((8, 8, 3, 2), (1, 8, 3, 1), (8, 8, 1, 0), (3, 9, 4, 2), (6, 6, 2, 6), (5, 3, 2, 1)):
         expected = masks.sliding_window(T, S, window=window) | (masks.causal(T, S) & (torch.arange(S) < sinks))
         found = fn(T, S, window, sinks)
         require_mask(found, expected, f"the mask for T = {T}, S = {S}, window = {window}, sinks = {sinks}")
@@ -101,7 +101,8 @@ def check_rows(fn, ids: torch.Tensor) -> None:
     ),
 )
 def check_peeks(fn):
-    for x, (name, (model, peeks)) in itertools.product(torch.randn(15, 8).split((6, 9)), suspects().items()):
+    inputs = torch.randn(6, 8), torch.randn(9, 5)
+    for x, (name, (model, peeks)) in itertools.product(inputs, suspects().items()):
         before = x.clone()
         verdict = fn(model, x)
         require(torch.equal(x, before), "your detector changes the x that it was given: work on x.clone()")
@@ -120,6 +121,8 @@ def suspects() -> dict:
         "a model that works on each token alone": (torch.tanh, False),
         "a model whose first output alone sees the second token": (only_the_first_peeks, True),
         "a model whose token before the last sees the last": (only_the_last_but_one_peeks, True),
+        "a model whose first output alone sees the last number of the last token": (only_the_corner_peeks, True),
+        "a model whose middle output alone sees by how much the next token is above 5": (sees_above_five, True),
         "causal attention": (lambda x: attention_on(x, masks.causal(len(x))), False),
         "attention that is one position too generous": (lambda x: attention_on(x, one_ahead(len(x))), True),
         "a model that normalises over the length of the sequence": (lambda x: (x - x.mean(0)) / x.std(0), True),
@@ -149,6 +152,20 @@ def only_the_last_but_one_peeks(x):
     """Row T - 2 of the result knows row T - 1 of x."""
     out = x.clone()
     out[-2] = x[-2] + x[-1]
+    return out
+
+
+def only_the_corner_peeks(x):
+    """The last number of row 0 of the result knows the last number of x."""
+    out = x.clone()
+    out[0, -1] += x[-1, -1]
+    return out
+
+
+def sees_above_five(x):
+    """The row in the middle knows by how much the numbers of the next one are above 5, which few are."""
+    out, middle = x.clone(), len(x) // 2
+    out[middle] += (x[middle + 1] - 5).relu()
     return out
 
 

@@ -92,7 +92,8 @@ def check_balance(fn):
     for tokens, count, k in ((8, 4, 1), (10, 6, 2), (5, 16, 3)):
         logits = torch.randn(tokens, count, dtype=torch.float64) + torch.linspace(2, -2, count, dtype=torch.float64)
         shares = logits.softmax(1)
-        experts = shares.topk(k).indices
+        chosen_by = shares if k == 1 else torch.rand(tokens, count)  # as a bias of the selection would have it
+        experts = chosen_by.topk(k).indices
         counts = torch.bincount(experts.flatten(), minlength=count)
         place = f"with {count} experts and k = {k}"
         given = shares.clone().requires_grad_()

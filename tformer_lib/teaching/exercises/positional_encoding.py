@@ -91,6 +91,8 @@ def check_alibi(fn):
         "with 1 query and 6 keys the query stands at position 5, beside the last key: align to the bottom right",
     )
     require_close(fn(slopes, 3, 7), expected_alibi(slopes, 3, 7), "3 queries and 7 keys: the queries are the last 3")
+    slopes = torch.tensor([0.75, 0.3])
+    require_close(fn(slopes, 2, 5), expected_alibi(slopes, 2, 5), "with the slopes 0.75 and 0.3 the bias is wrong")
 
 
 def expected_alibi(slopes: torch.Tensor, T: int, S: int) -> torch.Tensor:

@@ -23,14 +23,17 @@ KINDS = ("arithmetic", "memory", "launches")
     ),
 )
 def check_least_time(fn: Callable) -> None:
-    roof = profiling.Roofline(1e14, 2e12, launch_seconds=4e-6)
+    large, small = profiling.Roofline(1e14, 2e12, launch_seconds=4e-6), profiling.Roofline(1e12, 1e11, 1e-5)
     cases = (
-        (1e12, 1e9, 1, "a large matrix product"),
-        (1e9, 4e9, 1, "a large copy"),
-        (1e6, 1e6, 200, "200 small operators"),
-        (1e10, 1e9, 10, "work on the memory side of the ridge"),
+        (1e12, 1e9, 1, large, "a large matrix product"),
+        (1e9, 4e9, 1, large, "a large copy"),
+        (1e6, 1e6, 200, large, "200 small operators"),
+        (1e10, 1e9, 10, large, "work on the memory side of the ridge"),
+        (1e10, 1e8, 10, small, "a matrix product on a slower machine"),
+        (1e9, 4e9, 1, small, "a large copy on a slower machine"),
+        (1e6, 1e6, 200, small, "200 small operators on a slower machine"),
     )
-    for flops, moved, launches, name in cases:
+    for flops, moved, launches, roof, name in cases:
         answer = fn(flops, moved, launches, roof)
         is_pair = isinstance(answer, tuple | list) and len(answer) == 2
         require(is_pair, "return two things: the seconds, and what decides")
@@ -99,6 +102,7 @@ def check_busy(fn: Callable) -> None:
         (make((6, 8, 0), (0, 4, 0)), 0, 10, 0.6, "intervals that are not in order"),
         (make((1, 5, 0)), 0, 8, 0.5, "a window of another length"),
         (make((100, 108, 0), (102, 104, 1), (103, 109, 1)), 100, 110, 0.9, "overlaps in a window that begins late"),
+        (make((0.25, 0.75, 0), (0.5, 1.5, 1), (3.125, 3.25, 0)), 0, 4, 0.34375, "kernels of less than a microsecond"),
         ([], 0, 10, 0.0, "an idle device"),
     )
     for intervals, start, end, expected, name in cases:
@@ -121,7 +125,13 @@ def check_busy(fn: Callable) -> None:
 def check_without_copies(fn: Callable) -> None:
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 1, 16, generator=generator)
-    k, v = torch.randn(2, 2, 300, 4, 16, generator=generator)  # (batch, S, heads, head_dim)
+    check_one_reading(fn, q, *torch.randn(2, 2, 300, 4, 16, generator=generator))
+    q = torch.randn(1, 3, 1, 8, generator=generator)
+    check_one_reading(fn, q, *torch.randn(2, 1, 400, 3, 8, generator=generator))
+
+
+def check_one_reading(fn: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Count the bytes of attention over k and v (batch, S, heads, head_dim)."""
     with profiling.count() as work, torch.no_grad():
         out = fn(q, k, v)
     wanted = attend_sdpa(q, k.transpose(1, 2), v.transpose(1, 2))
@@ -159,6 +169,7 @@ def check_slower(fn: Callable) -> None:
         ([t * b for t, b in zip(peers, busy, strict=True)], [float(b) for b in busy], False, "the machine became busy"),
         (disturbed, peers, False, "one single call was disturbed"),
         (double(peers), [*peers[:-1], 40.0], True, "our kernel is slower, and one call of the peer was disturbed"),
+        ([5.0, 1, 1, 4, 4], [1.0, 1, 1, 4, 4], False, "one call was disturbed, and then the machine became busy"),
         ([1.0, 2.0, 2.0], [1.0, 1.0, 1.0], True, "two calls of three, the last among them, took twice as long"),
         ([2.0, 2.0, 1.0], [1.0, 1.0, 1.0], True, "two calls of three, the first among them, took twice as long"),
     )
@@ -260,6 +271,11 @@ def check_own_time(fn: Callable) -> None:
             [("a", 1, 2, 0), ("long", 4, 20, 0), ("b", 5, 6, 0), ("c", 22, 23, 0)],
             "a gap after a nest",
             "b ends long before its parent does",
+        ),
+        (
+            [("a", 0.25, 4.5, 0), ("b", 0.5, 0.75, 0), ("c", 0.75, 1.0, 0), ("a", 4.625, 5.0, 0)],
+            "ranges of less than a microsecond",
+            "times are not whole numbers",
         ),
         ([], "an empty trace", ""),
     )

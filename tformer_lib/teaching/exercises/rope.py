@@ -39,6 +39,11 @@ def check_rotate(fn):
         "the pairs turn the other way round: clockwise. The minus belongs to the first member",
     )
     require_close(turned, rotate(x, angles.cos(), angles.sin(), "interleaved"), "a pair is turned wrongly")
+    for shape in ((3, 6), (1, 2, 2, 7, 4)):
+        x, angles = torch.randn(shape), torch.randn(shape[-2], shape[-1] // 2)
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)
+        expected = torch.view_as_real(pairs).flatten(-2)
+        require_close(fn(x, angles), expected, f"an x of shape {shape} is turned wrongly", name="the turned x")
 
 
 @exercise(
@@ -77,13 +82,12 @@ def check_positions(fn):
     ),
 )
 def check_convert(fn):
-    check_converted(fn, heads=3, head_dim=8)
-    check_converted(fn, heads=2, head_dim=6)
+    check_converted(fn, heads=3, head_dim=8, width=10)
+    check_converted(fn, heads=2, head_dim=6, width=7)
 
 
-def check_converted(fn, heads: int, head_dim: int) -> None:
+def check_converted(fn, heads: int, head_dim: int, width: int) -> None:
     """Hold a learner's conversion of a random weight against the library's, and its scores against the scores."""
-    width = 10
     weight = torch.randn(heads * head_dim, width)
     converted = fn(weight, heads)
     require_shape(converted, weight.shape, "the converted weight")
@@ -143,6 +147,7 @@ def check_ntk(fn):
 )
 def check_yarn(fn):
     cases = [(64, 10000.0, 4.0, 2048, 32, 1), (64, 10000.0, 4.0, 128, 32, 1), (128, 1e6, 1.0, 32768, 32, 1)]
+    cases.append((64, 10000.0, 4.0, 131_072, 32, 1))  # no pair is so slow that it makes only one turn
     for _ in range(20):
         r = torch.rand(6).tolist()
         fast, slow, length = 8 + 56 * r[0], 0.5 + 3 * r[1], int(2 ** (8 + 8 * r[2]))

@@ -62,8 +62,8 @@ def check_send(fn: Callable) -> None:
     ),
 )
 def check_feed_forward(fn: Callable) -> None:
-    for size, width, inner in ((2, 6, 8), (4, 5, 12), (1, 3, 4)):
-        x, up, down = torch.randn(3, width), torch.randn(width, inner), torch.randn(inner, width)
+    for tokens, size, width, inner in ((3, 2, 6, 8), (7, 4, 5, 12), (1, 1, 3, 4)):
+        x, up, down = torch.randn(tokens, width), torch.randn(width, inner), torch.randn(inner, width)
         expected, share = torch.relu(x @ up) @ down, inner // size
         parts = []
         for rank in range(size):
@@ -74,8 +74,8 @@ def check_feed_forward(fn: Callable) -> None:
                 part = fn(x.clone(), own_up, own_down, rank, size)
             require_tensor(part, "the partial result")
             require(
-                tuple(part.shape) == (3, width),
-                f"process {rank} of {size} should return a partial sum of shape {(3, width)}, and it has "
+                tuple(part.shape) == (tokens, width),
+                f"process {rank} of {size} should return a partial sum of shape {(tokens, width)}, and it has "
                 f"{tuple(part.shape)}",
             )
             require(
@@ -83,7 +83,7 @@ def check_feed_forward(fn: Callable) -> None:
                 f"process {rank} of {size} touches weights of another process: its own are columns {rank * share} to "
                 f"{(rank + 1) * share - 1} of W_up and the same rows of W_down",
             )
-            times = work.flops / (4 * 3 * width * share)
+            times = work.flops / (4 * tokens * width * share)
             much = f"process {rank} of {size} multiplies {times:.1f} times as much as its part needs"
             require(times < 1.2, f"{much}: cut the matrices before you multiply")
             parts.append(part)
@@ -104,8 +104,8 @@ def check_feed_forward(fn: Callable) -> None:
     ),
 )
 def check_merge(fn: Callable) -> None:
-    for scale, name in ((1.0, "scores"), (2000.0, "large scores")):
-        scores, values = torch.randn(4, 9, dtype=torch.float64) * scale, torch.randn(9, 5, dtype=torch.float64)
+    for tokens, d, scale, name in ((4, 5, 1.0, "scores"), (4, 5, 2000.0, "large scores"), (3, 7, 1.0, "scores")):
+        scores, values = torch.randn(tokens, 9, dtype=torch.float64) * scale, torch.randn(9, d, dtype=torch.float64)
         for cut in (1, 4, 8):
             part = lambda s: (scores[:, s].softmax(-1) @ values[s], scores[:, s].logsumexp(-1))  # noqa: B023, E731
             found = fn(*part(slice(0, cut)), *part(slice(cut, 9)))

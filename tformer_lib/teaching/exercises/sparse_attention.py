@@ -4,6 +4,7 @@ import torch
 
 from tformer_lib import sparse_attention as sp
 from tformer_lib.attention import attend
+from tformer_lib.teaching.exercises.attention import BELOW, far_below_zero
 from tformer_lib.teaching.exercises.engine import (
     INVERTED,
     exercise,
@@ -58,6 +59,7 @@ def check_layout(fn):
         (sp.strided(5).mask(7, 13), 3),
         (torch.zeros(6, 6, dtype=torch.bool), 3),
         (torch.ones(3, 3, dtype=torch.bool), 8),
+        (torch.arange(12 * 10).view(12, 10) % 37 == 22, 5),  # a lone pair here and there
     )
     for mask, block in cases:
         T, S = mask.shape
@@ -106,6 +108,10 @@ def check_window(fn):
         mask = sp.sliding_window(window).mask(T)
         expected = attend(q[None, None], k[None, None], v[None, None], mask=mask)[0, 0]
         require_close(found, expected, f"the output for T = {T}, window = {window} is not that of the mask")
+    q, k = far_below_zero((), 12, 12)
+    v, mask = torch.randn(12, 5), sp.sliding_window(4).mask(12)
+    expected = attend(q[None, None], k[None, None], v[None, None], mask=mask)[0, 0]
+    require_close(fn(q, k, v, 4), expected, f"with all scores near -16,000, the output differs: {BELOW}")
     q, k, v = (torch.randn(400, 4) for _ in range(3))
     with LargestTensor() as seen, count() as work:
         fn(q, k, v, 10)
@@ -134,6 +140,8 @@ def check_layers(fn):
         (sp.documents(torch.tensor([0, 0, 1, 1])).mask(4) & sp.causal().mask(4), None),
         (sp.sliding_window(1).mask(3), None),
         (sp.documents(torch.tensor([0, 0, 0, 1, 1])).mask(5) & sp.sliding_window(2).mask(5), None),
+        ((sp.sliding_window(1) | sp.global_tokens([0, 5])).mask(6) & sp.causal().mask(6), None),
+        ((sp.sliding_window(2) | sp.global_tokens([0, 6])).mask(7) & sp.causal().mask(7), 4),
     )
     for mask, expected in cases:
         found = fn(mask)
@@ -261,6 +269,10 @@ def check_blocks(fn):
         )
         q, k = 15 * q.abs() + 5, -k.abs() - 2
         say_which_query(fn(q, k, v, live.clone(), allows, block), q, k, v, live, allows, block, "scores far below zero")
+    q, k = far_below_zero((), T, S)
+    say_which_query(
+        fn(q, k, v, live.clone(), allows, block), q, k, v, live, allows, block, f"all scores near -16,000, and {BELOW}"
+    )
     nothing = torch.zeros_like(live)
     say_which_query(
         fn(q, k, v, nothing, allows, block), q, k, v, nothing, allows, block, "a layout without live blocks"

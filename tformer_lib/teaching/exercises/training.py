@@ -56,9 +56,11 @@ def check_schedule(fn):
         close(rate(150), least),
         f"after the end the rate should stay at 0.002, and is {rate(150):.4g}: it rises again",
     )
+    peak, least, warmup, steps = 0.02, 0.006, 0, 20
+    require(close(rate(0), peak), "without warm-up, step 0 should have the peak")
     require(
-        close(float(fn(0, peak=1.0, min_rate=0.1, warmup=0, steps=10)), 1.0),
-        "without warm-up, step 0 should have the peak",
+        close(rate(10), 0.013),
+        f"from 0.02 to a min_rate of 0.006, without warm-up, step 10 of 20 should have 0.013, and has {rate(10):.4g}",
     )
 
 
@@ -72,13 +74,21 @@ def check_schedule(fn):
     ),
 )
 def check_adamw(fn):
-    settings = {"lr": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "decay": 0.2}
-    w = torch.randn(5, dtype=torch.float64)
+    check_steps_of_adamw(fn, (5,), {"lr": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "decay": 0.2})
+    check_steps_of_adamw(fn, (3, 5), {"lr": 0.05, "beta1": 0.7, "beta2": 0.9, "eps": 2e-3, "decay": 0.5})
+
+
+def check_steps_of_adamw(fn, shape: tuple[int, ...], settings: dict) -> None:
+    """Hold four steps against PyTorch's optimizer."""
+    betas = settings["beta1"], settings["beta2"]
+    w = torch.randn(shape, dtype=torch.float64)
     theirs = nn.Parameter(w.clone())
-    optimizer = torch.optim.AdamW([theirs], lr=0.1, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.2)
+    optimizer = torch.optim.AdamW(
+        [theirs], lr=settings["lr"], betas=betas, eps=settings["eps"], weight_decay=settings["decay"]
+    )
     m, v = torch.zeros_like(w), torch.zeros_like(w)
     for t in range(1, 5):
-        gradient = torch.randn(5, dtype=torch.float64) * 10.0 ** torch.arange(-3, 2)
+        gradient = torch.randn(shape, dtype=torch.float64) * 10.0 ** torch.arange(-3, 2)
         theirs.grad = gradient.clone()
         optimizer.step()
         before = w.clone()
@@ -240,17 +250,17 @@ def check_groups(fn):
 )
 def check_muon(fn):
     settings = {"lr": 0.1, "momentum": 0.9, "decay": 0.0}
-    for shape in ((30, 16), (8, 24), (96, 6)):
+    for shape, mu in (((30, 16), 0.9), ((8, 24), 0.7), ((96, 6), 0.9)):
         w, m = torch.randn(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
         first, second = spread(*shape), spread(*shape)  # what is to be orthogonalised in the first two steps
-        gradients = (first, (second - 0.81 * first) / 1.9)  # n = g + 0.9 (0.9 m + g), and m is the first gradient
+        gradients = (first, (second - mu**2 * first) / (1 + mu))  # n = g + mu (mu m + g), and m is the first gradient
         sums, scale = torch.zeros_like(w), 1.0
         for step, (gradient, n) in enumerate(zip(gradients, (first, second), strict=True), start=1):
-            result = muon_step(fn, w, gradient, m, settings)
-            scale = explain_momentum(result[1], m, gradient, step, scale)
-            sums = 0.9 * sums + gradient
+            result = muon_step(fn, w, gradient, m, settings | {"momentum": mu})
+            scale = explain_momentum(result[1], m, gradient, step, scale, mu)
+            sums = mu * sums + gradient
             if step == 2:
-                explain_direction(w - result[0], gradient, sums)
+                explain_direction(w - result[0], gradient, sums, mu)
             explain_update(w - result[0], n, step)
             w, m = result
     explain_size(fn, settings)
@@ -279,18 +289,18 @@ def muon_step(fn, w, gradient, m, settings):
     return [x.detach().double() for x in result]
 
 
-def explain_momentum(m, before, gradient, step, scale) -> float:
+def explain_momentum(m, before, gradient, step, scale, mu) -> float:
     """Fail unless m is the running sum, or the running mean, of the gradients; return the weight of the new one."""
     kept = "what is kept as m is n: Nesterov's step ahead is made anew each time, and not kept"
     require(not torch.allclose(m, before), f"m is the same after step {step} as before: return the new one")
     if step == 1:
         scale = round(float((m * gradient).sum() / (gradient**2).sum()), 3)
-        require(scale not in (1.9, 0.19), kept)
+        require(scale not in (round(1 + mu, 3), round(1 - mu**2, 3)), kept)
         require(
-            scale in (1, 0.1),
+            scale in (1, round(1 - mu, 3)),
             "after the first step, from m = 0, m should be the gradient (or, as a running mean, 1 - momentum times it)",
         )
-    require_close(m, 0.9 * before + scale * gradient, f"m after step {step} is not momentum * m + gradient", name="m")
+    require_close(m, mu * before + scale * gradient, f"m after step {step} is not momentum * m + gradient", name="m")
     return scale
 
 
@@ -302,13 +312,13 @@ def in_axes(moved, n):
     return found.diagonal(), (outside.clamp(min=0) ** 0.5 / (moved / 0.1).norm().clamp(min=1e-9))
 
 
-def explain_direction(moved, gradient, sums) -> None:
+def explain_direction(moved, gradient, sums, mu) -> None:
     """Name the matrix that was orthogonalised in place of n = gradient + momentum * m."""
     mistakes = {
         "m itself was orthogonalised: Nesterov's n looks a step ahead, gradient + momentum * m with the new m": sums,
         "the gradient of this step was orthogonalised: m has no effect": gradient,
         "m is a running mean, and n takes the gradient in full: then it is (1 - momentum) * gradient + momentum * m": (
-            gradient + 0.09 * sums
+            gradient + mu * (1 - mu) * sums
         ),
     }
     aside = {words: in_axes(moved, wrong)[1] for words, wrong in mistakes.items()}
@@ -388,6 +398,13 @@ def explain_decay(fn, settings) -> None:
         "the decay acts on the weight after the step; it belongs to the weight before": 0.05 * plain,
         "the decay makes the weights grow": -0.05 * w,
     }
+    slow = muon_step(fn, w, gradient, m, settings | {"lr": 0.02, "decay": 0.0})[0]
+    require_close(
+        w - slow,
+        (w - plain) / 5,
+        "a fifth of the learning rate should move the weights a fifth as far",
+        name="the step",
+    )
     for words, wrong in mistakes.items():
         require(not torch.allclose(taken, wrong, atol=1e-6), words)
     require_close(

@@ -29,6 +29,9 @@ def check_rms_norm(fn):
     require_close(found, norm, "a token is not divided by its own root mean square")
     faint = nn.functional.rms_norm(0.002 * x, (16,), gain, 1e-3)
     require_close(fn(0.002 * x, gain, 1e-3), faint, "a token of small numbers: epsilon goes inside the root")
+    x, other = torch.randn(1, 3, 10), torch.rand(10) + 0.5
+    norm = nn.functional.rms_norm(x, (10,), other, 1e-5)
+    require_close(fn(x, other, 1e-5), norm, "width 16 was right, width 10 is not", name="the result for width 10")
     zeros = fn(torch.zeros(1, 1, 16), gain, 1e-5)
     require_close(zeros, torch.zeros(1, 1, 16), "a token of zeros should stay zeros: epsilon goes inside the root")
 
@@ -43,17 +46,18 @@ def check_rms_norm(fn):
     ),
 )
 def check_shift(fn):
-    tokens = torch.randint(0, 50, (3, 9))
-    pair = fn(tokens)
-    require(isinstance(pair, tuple | list) and len(pair) == 2, "return two tensors: inputs, targets")
-    inputs, targets = pair
-    require_shape(inputs, (3, 8), "inputs")
-    require_shape(targets, (3, 8), "targets")
-    for name, x in (("inputs", inputs), ("targets", targets)):
-        require(not x.is_floating_point(), f"{name} are {x.dtype}: tokens are whole numbers")
-    require(not torch.equal(inputs, targets), "inputs and targets are the same: the model would learn to copy")
-    require(torch.equal(inputs, tokens[:, :-1]), "inputs should be all tokens but the last")
-    require(torch.equal(targets, tokens[:, 1:]), "target t should be the token that follows input t")
+    for batch, length in ((3, 9), (5, 12), (1, 2)):
+        tokens = torch.randint(0, 50, (batch, length))
+        pair = fn(tokens)
+        require(isinstance(pair, tuple | list) and len(pair) == 2, "return two tensors: inputs, targets")
+        inputs, targets = pair
+        for name, x in (("inputs", inputs), ("targets", targets)):
+            require_shape(x, (batch, length - 1), f"for tokens ({batch}, {length}), {name}")
+            require(not x.is_floating_point(), f"{name} are {x.dtype}: tokens are whole numbers")
+        same = length > 2 and torch.equal(inputs, targets)
+        require(not same, "inputs and targets are the same: the model would learn to copy")
+        require(torch.equal(inputs, tokens[:, :-1]), "inputs should be all tokens but the last")
+        require(torch.equal(targets, tokens[:, 1:]), "target t should be the token that follows input t")
 
 
 @exercise(
@@ -129,7 +133,9 @@ def check_parameters(fn):
 )
 def check_beam(fn):
     for case in range(12):
-        steps, start, end = 3 + case % 2, case % 3, (case + 1) % 3 if case % 4 == 3 else 3
+        steps, start = 3 + case % 2, case % 3
+        end = {3: (case + 1) % 3, 1: start}.get(case % 4, 3)
+        same = ", whose start and end are the same token," if start == end else ""
         table = torch.randn(steps, 4, 4).mul(2).log_softmax(-1)  # step, previous token, next token
         log_probs = lambda prefix, table=table: table[len(prefix) - 1, prefix[-1]]  # noqa: E731
         for beams in (1, 2, 3, 64):
@@ -138,7 +144,7 @@ def check_beam(fn):
             best = beam_search(log_probs, start, end, beams, steps)
             require(
                 found == best,
-                f"with {beams} beams the best output of case {case} is {best} "
+                f"with {beams} beams the best output of case {case}{same} is {best} "
                 f"(log-probability {total(log_probs, best):.3f}), you return {found}",
             )
 
