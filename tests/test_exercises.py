@@ -163,6 +163,30 @@ def test_answer_that_is_wrong_and_changes_what_it_was_given_is_told_what_is_wron
     assert engine.examine("transformer.rms_norm", result_is_the_input).message == message
 
 
+NEARLY = (
+    "attention.simple",
+    "flash_kernels.limit",
+    "flash_kernels.row_max",
+    "mixture_of_experts.expected",
+    "profiling.busy",
+    "profiling.least_time",
+    "serving.decode_bound",
+    "tokens.bits_per_byte",
+    "training.schedule",
+    "transformer.smoothing",
+)
+
+
+@pytest.mark.parametrize("factor", [1 + 3e-3, 1 + 3e-4])
+@pytest.mark.parametrize("name", NEARLY)
+def test_two_numbers_that_differ_do_not_look_the_same(name, factor):
+    by_a_little = functools.partial(everywhere, lambda x: x * factor if isinstance(x, (float, torch.Tensor)) else x)
+    message = engine.examine(name, lambda *args, **options: by_a_little(RIGHT[name](*args, **options))).message
+    told = re.findall(r"(?<![\w.,])-?\d[\d,]*\.\d+(?:e[+-]?\d+)?", message)
+    assert told, f"no number in {message!r}"
+    assert len(told) == len(set(told)), f"a number is said twice: {message!r}"
+
+
 @contextlib.contextmanager
 def default_type(dtype):
     torch.set_default_dtype(dtype)

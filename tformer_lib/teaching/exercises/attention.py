@@ -205,7 +205,7 @@ def check_previous(fn):
             share, most = weights[t, t - 1].item(), weights[t].argmax().item()
             require(most == t - 1 or share > 0.9, f"token {t} looks mostly at token {most}, not at token {t - 1}")
             require(
-                share > 0.9, f"of {T}, token {t} gives the one before it a share of {share:.2f}; make it more than 0.9"
+                share > 0.9, f"of {T}, token {t} gives the one before it a share of {share:.3f}; make it more than 0.9"
             )
 
 

@@ -425,6 +425,13 @@ def is_close(x, other: torch.Tensor, tolerance: float = 1e-4) -> bool:
     return fits and torch.allclose(x.detach().double(), other.detach().double(), rtol=1e-5, atol=tolerance)
 
 
+def in_digits(found: float, wanted: float, form: str = ".4g") -> tuple[str, str]:
+    """Two numbers in a form, or, where they would look the same, in as many digits as tell them apart."""
+    forms = [form, *(f".{digits}g" for digits in range(5, 18))]
+    pairs = [(format(found, f), format(wanted, f)) for f in forms]
+    return next((pair for pair in pairs if pair[0] != pair[1]), pairs[0])
+
+
 def require_close(
     x, expected: torch.Tensor, message: str, *, tolerance: float = 1e-4, name: str = "the result"
 ) -> None:
@@ -445,4 +452,5 @@ def require_close(
     if wrong.any():
         where = tuple(wrong.nonzero()[0].tolist())
         place = f"at index {list(where)} " if where else ""
-        raise NotYet(f"{message} ({place}it is {actual[where].item():.4g}, expected {wanted[where].item():.4g})")
+        found, right = in_digits(actual[where].item(), wanted[where].item())
+        raise NotYet(f"{message} ({place}it is {found}, expected {right})")

@@ -13,6 +13,7 @@ from tformer_lib.teaching import kernels
 from tformer_lib.teaching.exercises.engine import (
     exercise,
     has_parts,
+    in_digits,
     require,
     require_close,
     require_integer,
@@ -60,9 +61,8 @@ def check_row_max(fn):
             for r in range(2):
                 row = int(rows[lane]) + 8 * r
                 found, right = float(result[lane, r]), float(wanted[lane, r])
-                require(
-                    found == right, f"{what}: the maximum of row {row} is {right:.4f}, and lane {lane} has {found:.4f}"
-                )
+                mine, true = in_digits(found, right, ".4f")
+                require(found == right, f"{what}: the maximum of row {row} is {true}, and lane {lane} has {mine}")
 
 
 def fragments_of(S: Tensor) -> Tensor:
@@ -210,12 +210,12 @@ def check_limit(fn):
             what = f"{rows} queries, {keys} keys, d {d}, {element_bytes} bytes a number"
             result = [require_number(x, f"the {name}") for x, name in zip(result, ("intensity", "rate"), strict=True)]
             intensity = 4 * rows * keys * d / ((2 * keys + 2 * rows) * d * element_bytes)
-            require(
-                close(result[0], intensity), f"{what}: {intensity:.4g} operations a byte, and you say {result[0]:.4g}"
-            )
+            mine, right = in_digits(result[0], intensity)
+            require(close(result[0], intensity), f"{what}: {right} operations a byte, and you say {mine}")
             rate = min(flops, intensity * bandwidth)
             said = f"{what}, {flops:.3g} operations and {bandwidth:.3g} bytes a second"
-            require(close(result[1], rate), f"{said}: {rate:.4g} operations a second, and you say {result[1]:.4g}")
+            mine, right = in_digits(result[1], rate)
+            require(close(result[1], rate), f"{said}: {right} operations a second, and you say {mine}")
 
 
 def close(found: float, wanted: float) -> bool:

@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 from tformer_lib.mixture_of_experts import balance_loss, expected_experts
-from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_number, require_shape
+from tformer_lib.teaching.exercises.engine import (
+    exercise,
+    in_digits,
+    require,
+    require_close,
+    require_number,
+    require_shape,
+)
 
 
 @exercise(
@@ -162,4 +169,5 @@ def check_expected(fn):
         found = require_number(fn(count, k, tokens), "the number of experts")
         wanted = expected_experts(count, k, tokens)
         place = f"{tokens} tokens that choose {k} of {count} experts"
-        require(abs(found - wanted) < 1e-6 * count, f"{place} read {found:.3f} on average, expected {wanted:.3f}")
+        mine, right = in_digits(found, wanted, ".3f")
+        require(abs(found - wanted) < 1e-6 * count, f"{place} read {mine} on average, expected {right}")

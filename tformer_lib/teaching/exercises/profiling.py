@@ -8,7 +8,7 @@ import torch
 
 from tformer_lib import profiling
 from tformer_lib.attention import attend_sdpa
-from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_number
+from tformer_lib.teaching.exercises.engine import exercise, in_digits, require, require_close, require_number
 
 KINDS = ("arithmetic", "memory", "launches")
 
@@ -46,7 +46,8 @@ def check_least_time(fn: Callable) -> None:
             abs(seconds - sum(parts.values())) > 1e-12 or seconds == parts[word],
             f"{name}: {seconds:.3g} s is the sum of the three, but they run at the same time at best",
         )
-        require(abs(seconds / parts[expected] - 1) < 1e-6, f"{name}: {seconds:.3g} s, expected {parts[expected]:.3g} s")
+        mine, right = in_digits(seconds, parts[expected])
+        require(abs(seconds / parts[expected] - 1) < 1e-6, f"{name}: {mine} s, expected {right} s")
 
 
 @exercise(
@@ -110,7 +111,8 @@ def check_busy(fn: Callable) -> None:
         require(found <= 0 or found != 100 * expected, f"{name}: {found:.3g}: return a share, 1 for all of the time")
         why = "cut what begins before the window or ends after it" if "window" in name else "overlaps count once"
         require(found <= 1 + 1e-9, f"{name}: {found:.3g} is more than all of the time: {why}")
-        require(abs(found - expected) < 1e-6, f"{name}: {found:.3g} of the window, expected {expected:.3g}")
+        mine, right = in_digits(found, expected)
+        require(abs(found - expected) < 1e-6, f"{name}: {mine} of the window, expected {right}")
 
 
 @exercise(

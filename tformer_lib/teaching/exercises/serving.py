@@ -3,7 +3,7 @@
 import random
 
 from tformer_lib.serving import overlap
-from tformer_lib.teaching.exercises.engine import exercise, require, require_integer, require_number
+from tformer_lib.teaching.exercises.engine import exercise, in_digits, require, require_integer, require_number
 
 
 @exercise(
@@ -27,7 +27,8 @@ def check_decode_bound(fn):
         close = abs(found - expected) < 1e-4 * expected
         if not close and abs(found - expected / arguments[0]) < 1e-4 * expected:
             require(False, f"{name}: {found:,.1f} are the steps a second; each step writes a token in every row")
-        require(close, f"{name}: {found:,.1f} tokens a second, expected {expected:,.1f}")
+        mine, right = in_digits(found, expected, ",.1f")
+        require(close, f"{name}: {mine} tokens a second, expected {right}")
 
 
 @exercise(

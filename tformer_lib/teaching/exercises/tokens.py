@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import SupportsFloat
 
 from tformer_lib import stories, tokens
-from tformer_lib.teaching.exercises.engine import exercise, require
+from tformer_lib.teaching.exercises.engine import exercise, in_digits, require
 
 
 @exercise(
@@ -91,7 +91,8 @@ def check_bits_per_byte(fn):
             not close(found, loss * count / size) or close(found, expected), f"{case} came out in nats: convert to bits"
         )
         require(not close(found, loss / math.log(2)) or count == size, f"{case} came out per token, not per byte")
-        require(close(found, expected), f"{case} should be {expected:.4f} bits per byte, and came out as {found:.4f}")
+        mine, right = in_digits(found, expected, ".4f")
+        require(close(found, expected), f"{case} should be {right} bits per byte, and came out as {mine}")
 
 
 def close(x: float, y: float) -> bool:

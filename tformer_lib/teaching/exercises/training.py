@@ -35,32 +35,32 @@ def check_schedule(fn):
         not close(rate(0), peak / 9),
         "the warm-up has one step too few: at (step + 1) / warmup its last step is at the peak already",
     )
-    require(close(rate(0), peak / 10), f"step 0 should have 1/10 of the peak, 0.001, and has {rate(0):.4g}")
-    require(close(rate(8), 0.9 * peak), f"step 8, the last of the warm-up, should have 0.009, and has {rate(8):.4g}")
+    require(close(rate(0), peak / 10), f"step 0 should have 1/10 of the peak, 0.001, and has {rate(0):.6g}")
+    require(close(rate(8), 0.9 * peak), f"step 8, the last of the warm-up, should have 0.009, and has {rate(8):.6g}")
     require(
         close(rate(9), peak),
-        f"step 9, the first after the warm-up, should have the peak, 0.01, and has {rate(9):.4g}: does the cosine "
+        f"step 9, the first after the warm-up, should have the peak, 0.01, and has {rate(9):.6g}: does the cosine "
         "start there?",
     )
     require(
         close(rate(59), (peak + least) / 2),
-        f"half way down, at step 59, the rate should be midway, 0.006, and is {rate(59):.4g}: does the cosine end at "
+        f"half way down, at step 59, the rate should be midway, 0.006, and is {rate(59):.6g}: does the cosine end at "
         "min_rate, and not at 0?",
     )
     require(
         close(rate(34), least + (peak - least) * 0.8535533905932737),
-        f"step 34 should have 0.008828, and has {rate(34):.4g}: is it a cosine?",
+        f"step 34 should have 0.008828, and has {rate(34):.6g}: is it a cosine?",
     )
-    require(close(rate(109), least), f"the end should have min_rate, 0.002, and has {rate(109):.4g}")
+    require(close(rate(109), least), f"the end should have min_rate, 0.002, and has {rate(109):.6g}")
     require(
         close(rate(150), least),
-        f"after the end the rate should stay at 0.002, and is {rate(150):.4g}: it rises again",
+        f"after the end the rate should stay at 0.002, and is {rate(150):.6g}: it rises again",
     )
     peak, least, warmup, steps = 0.02, 0.006, 0, 20
     require(close(rate(0), peak), "without warm-up, step 0 should have the peak")
     require(
         close(rate(10), 0.013),
-        f"from 0.02 to a min_rate of 0.006, without warm-up, step 10 of 20 should have 0.013, and has {rate(10):.4g}",
+        f"from 0.02 to a min_rate of 0.006, without warm-up, step 10 of 20 should have 0.013, and has {rate(10):.6g}",
     )
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_shape
+from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_number, require_shape
 from tformer_lib.transformer import ModelConfig, count_parameters, label_smoothed_loss, make_norm
 
 
@@ -71,8 +71,7 @@ def check_shift(fn):
 )
 def check_smoothing(fn):
     for vocabulary, smoothing in ((28, 0.1), (1000, 0.1), (5, 0.5), (7, 0.0)):
-        found = fn(vocabulary, smoothing)
-        require(found is not None, "the result is None: is a return missing?")
+        found = require_number(fn(vocabulary, smoothing), "the loss")
         target = torch.full((vocabulary,), smoothing / vocabulary, dtype=torch.float64)
         target[0] += 1 - smoothing
         entropy = -(target * target.log()).nan_to_num().sum()
@@ -81,11 +80,11 @@ def check_smoothing(fn):
         others = 1 - smoothing, smoothing / (vocabulary - 1)  # the mistake: the right token gets no part of it
         wrong = -sum(p * math.log(p) * n for p, n in zip(others, (1, vocabulary - 1), strict=True) if p)
         require(
-            abs(float(found) - wrong) > 1e-4 or not smoothing,
+            abs(found - wrong) > 1e-4 or not smoothing,
             "the smoothing is spread over all tokens, the right one included: that has 1 - e + e / V",
         )
         require(
-            abs(float(found) - entropy.item()) < 1e-4,
+            abs(found - entropy.item()) < 1e-4,
             f"{vocabulary} tokens, smoothing {smoothing}: the loss goes down to {best.item():.4f}; you say {found:.4f}",
         )
 
