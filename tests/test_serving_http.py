@@ -301,6 +301,29 @@ def test_clients_that_vanish_take_nothing_with_them(running):
     running.check_it_still_answers()
 
 
+def test_a_client_that_does_not_read_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr("tformer_lib.serving.server.PATIENCE", 0.05)
+    body = json.dumps({"model": "tiny", "prompt": "a", "stream": True, "max_tokens": 40, "ignore_eos": True}).encode()
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+    coming, said = [{"type": "http.request", "body": body}], []
+
+    async def receive():
+        return coming.pop() if coming else await asyncio.Event().wait()
+
+    async def send(message):
+        said.append(message["type"])
+        if len(said) > 3:  # the buffers are full
+            await asyncio.Event().wait()
+
+    with Running(limits=Limits(seconds=0.3)) as running:
+        asyncio.run(asyncio.wait_for(running.server.app(scope, receive, send), 5))
+        assert said.count("http.response.start") == 1
+        assert len(said) > 3
+        running.check_nothing_is_held(1.0)
+        running.check_it_still_answers()
+
+
 # What is refused
 
 
@@ -489,8 +512,10 @@ def test_a_key_is_asked_for():
             assert response.status_code == 401
         assert httpx.get(running.url + "/v1/models").status_code == 401
         assert httpx.get(running.url + "/health").status_code == 200
-        headers = {"Authorization": "Bearer sésame".encode()}
-        assert httpx.get(running.url + "/v1/models", headers=headers).status_code == 200
+        for scheme, status in (("Bearer", 200), ("bearer", 200), ("BEARER ", 200), ("Basic", 401)):
+            headers = {"Authorization": f"{scheme} sésame".encode()}
+            assert httpx.get(running.url + "/v1/models", headers=headers).status_code == status
+        assert httpx.get(running.url + "/v1/models", headers={"Authorization": "sésame".encode()}).status_code == 401
 
 
 def test_a_full_queue_and_a_slow_answer_are_told_and_cancelled():

@@ -223,16 +223,18 @@ class Events(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the pieces as they come."""
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             outcome = await until_gone(receive, self._send_all(send), self.ends)
-            if outcome is TOO_LATE:
-                await self._say(send, self.server.too_late().body())
-            if outcome is not GONE:
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self.server.close(self.texts)
+        if outcome is not GONE:
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    await self._send_end(send, outcome)
+            except TimeoutError:
+                log.warning("a client that did not read its stream was left")
 
     async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for piece in self.texts:
             if piece.finish_reason in ("error", "cancelled"):
                 await self._say(send, failed(piece.request).body())
@@ -244,10 +246,18 @@ class Events(Response):
             await self._say(send, self.reply.last_chunk(self.texts.requests))
         await self._say(send, "[DONE]")
 
+    async def _send_end(self, send: Send, outcome: object) -> None:
+        if outcome is TOO_LATE:
+            await self._say(send, self.server.too_late().body())
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
     async def _say(self, send: Send, data: dict | str) -> None:
         text = data if isinstance(data, str) else json.dumps(data)
         await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
 
+
+PATIENCE = 1.0
+"""Seconds that the end of a stream may take, once the time is up: a client that does not read takes for ever."""
 
 GONE, TOO_LATE = object(), object()
 """How :func:`until_gone` ends where the work was not done."""
@@ -341,8 +351,9 @@ class Server:
 
     def check_key(self, request: HTTPRequest) -> None:
         """Refuse who does not know the key."""
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
-        if self.api_key is not None and not hmac.compare_digest(given, self.api_key.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        is_right = hmac.compare_digest(given.strip(" ").encode("latin-1"), (self.api_key or "").encode())
+        if self.api_key is not None and not (is_right and scheme.lower() == "bearer"):
             raise Refused(401, "a valid API key is needed, as a bearer token", "invalid_api_key")
 
     async def answer(self, request: HTTPRequest, *, chat: bool) -> Response:
