@@ -90,6 +90,9 @@ class Visit:
         too_wide: formulas that are cut off or must be scrolled, and what stands out of a page that can be moved.
         small: labels of figures that are less than ``READABLE`` pixels high, before and after the controls are moved.
         cut_tables: tables that are wider than their place. On a phone they scroll; a desktop shows them whole.
+        cut_comments: comments of one line that go on outside of their listing, though there is room to begin in it.
+        needlessly_moved: tables that are wider than their place and would fit it, in rows of nine lines at most.
+        broken_tokens: tokens that begin with a space, and options, that break behind it or behind a dash.
         nameless: images that a screen reader cannot describe.
         figures: how many interactive figures the page has.
         drawn: how many of them drew themselves.
@@ -107,6 +110,9 @@ class Visit:
     too_wide: list[str]
     small: list[str]
     cut_tables: list[str]
+    cut_comments: list[str]
+    needlessly_moved: list[str]
+    broken_tokens: list[str]
     nameless: list[str]
     figures: int
     drawn: int
@@ -142,6 +148,9 @@ def visit(tab: Tab, url: str, *, patience: float = 10.0) -> Visit:
         too_wide=too_wide,
         small=[*small, *(evaluate(f"({SMALL})({READABLE})") if drawn else [])],
         cut_tables=evaluate(CUT_TABLES),
+        cut_comments=evaluate(CUT_COMMENTS),
+        needlessly_moved=evaluate(NEEDLESSLY_MOVED),
+        broken_tokens=evaluate(BROKEN_TOKENS),
         nameless=evaluate(NAMELESS),
         figures=figures,
         drawn=drawn,
@@ -273,6 +282,52 @@ CUT_TABLES = f"""
   folded.forEach((one) => {{ one.open = false; }});
   return found;
 }})()
+"""
+
+FITTED = """
+  const opened = [...document.querySelectorAll('article details:not([open])')];
+  opened.forEach((one) => { one.open = true; });
+  await new Promise((fitted) => setTimeout(fitted, 100));
+"""
+
+CUT_COMMENTS = f"""
+(async () => {{
+  {FITTED}
+  const found = [...document.querySelectorAll('article .highlight pre :is(.c1, .sd)')]
+    .filter((comment) => !comment.textContent.includes('\\n'))
+    .filter((comment) => {{
+      const [pre, own] = [comment.closest('pre'), comment.getBoundingClientRect()];
+      const end = pre.getBoundingClientRect().right - pre.scrollLeft;
+      return own.width && own.left < end - 110 && own.right > end + 1;
+    }})
+    .map((comment) => comment.textContent.slice(0, 60));
+  opened.forEach((one) => {{ one.open = false; }});
+  return found;
+}})()
+"""
+
+NEEDLESSLY_MOVED = f"""
+(async () => {{
+  {FITTED}
+  const found = [...document.querySelectorAll('article table')].filter((table) => {{
+    const room = table.parentElement.clientWidth;
+    if (!room || table.scrollWidth <= room + 1) return false;
+    const style = table.getAttribute('style');
+    table.style.cssText = 'width: 100% !important; min-width: 0 !important; max-width: none !important';
+    const tallest = Math.max(...[...table.rows].map((row) => row.clientHeight));
+    const fits = table.scrollWidth <= room + 1 && tallest <= 9 * parseFloat(getComputedStyle(table).lineHeight);
+    if (style === null) table.removeAttribute('style'); else table.setAttribute('style', style);
+    return fits;
+  }}).map((table) => table.textContent.trim().slice(0, 60));
+  opened.forEach((one) => {{ one.open = false; }});
+  return found;
+}})()
+"""
+
+BROKEN_TOKENS = r"""
+[...document.querySelectorAll('article code')]
+  .filter((code) => /^(['"]? \S+|-\S{1,24})$/.test(code.textContent) && code.getClientRects().length > 1)
+  .map((code) => code.parentElement.textContent.trim().slice(0, 60))
 """
 
 NAMELESS = r"""

@@ -178,6 +178,19 @@ def test_the_time_that_the_whole_takes_is_the_sum_of_the_chapters():
         assert (int(told[1]), int(told[2])) == (len(minutes), round(sum(minutes) / 60))
 
 
+def test_the_teachers_page_tells_the_minutes_of_each_chapter():
+    tables, times = script(BOOK / "_ext" / "tables.py"), {}
+    for notebook in NOTEBOOKS:
+        text = "".join(json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"])
+        times[notebook.stem] = re.search(r"\*\*Time:\*\* (\d+) minutes", text)[1]
+    assert "{{ times }}" in (BOOK / "teachers.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| \[\]\(notebooks/([\w-]+)\.ipynb\) \| (\d+) \| [1-9]\d* \|$", tables.times(ROOT), re.M)
+    assert dict(listed) == times
+    set_by_weeks = re.findall(r"\[\]\(notebooks/([\w-]+)\.ipynb\), (\d+) minutes", tables.syllabuses(ROOT))
+    assert set_by_weeks
+    assert {name: times[name] for name, _ in set_by_weeks} == dict(set_by_weeks)
+
+
 def test_status_page_says_what_made_the_outputs():
     record = json.loads((BOOK / "status.json").read_text())
     assert {"Processor", "System", "Python", "torch", "matplotlib"} <= set(record)

@@ -149,6 +149,9 @@ def test_page_is_whole(seen, page):
 def test_page_fits_a_phone(seen, page):
     found = seen(page, PHONE)
     assert found.too_wide == []
+    assert found.cut_comments == []
+    assert found.needlessly_moved == []
+    assert found.broken_tokens == []
     assert found.errors == []
 
 
@@ -157,6 +160,7 @@ def test_a_desktop_shows_all_of_a_page(seen, page):
     found = seen(page, DESKTOP)
     assert found.too_wide == []
     assert found.cut_tables == []
+    assert found.broken_tokens == []
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -496,6 +500,11 @@ FAULTS = r"""
 <details><p>Long: <span class="math">\(111111111 + 222222222 + 333333333 + 444444444 + 55555555\)</span></p></details>
 <script>console.error('a message');</script> <script>throw new Error('an exception');</script>
 <script src="no-script.js"></script>
+<div class="highlight"><pre><i class="c1"># a comment</i><b class="c1"># of a line that ends outside it</b></pre></div>
+<div><table style="min-width:500px !important"><tr><td>words</td><td>would</td><td>fit</td></tr></table></div>
+<p style="width:40px"><code style="white-space:normal">' Lily'</code></p>
+<style>.c1 { display: inline !important; white-space: pre !important }
+code { white-space: normal !important; overflow-wrap: normal !important } pre { font-size: 30px !important }</style>
 </article>"""
 
 
@@ -518,6 +527,9 @@ def test_faults_of_a_page_are_found(planted):
     assert any("too wide" in part for part in found.too_wide), found.too_wide
     assert any("a formula is cut off in: Long" in part for part in found.too_wide), found.too_wide
     assert any("must be scrolled: 111111111" in part for part in found.too_wide), found.too_wide
+    assert any("of a line that ends outside" in text for text in found.cut_comments), found.cut_comments
+    assert any("words" in text for text in found.needlessly_moved), found.needlessly_moved
+    assert any("Lily" in text for text in found.broken_tokens), found.broken_tokens
     for words in ("a message", "an exception", "no-script.js"):
         assert any(words in message for message in found.errors)
 

@@ -4,8 +4,8 @@
 the page of a part the list of that part's, with the time to read each. On the status page ``{{ outputs }}`` becomes the
 table of ``book/status.json``, which ``tools/status.py`` writes when the notebooks are run, and ``{{ measurements }}``
 the list of the files under ``benchmarks/results/``. The teachers' page gets its ``{{ syllabuses }}`` from
-``book/syllabuses.toml``, and ``{{ questions }}`` are those of ``tests/questions``. The addresses that a page had before
-lead to it.
+``book/syllabuses.toml`` and its ``{{ times }}`` from the heads of the chapters, and ``{{ questions }}`` are those of
+``tests/questions``. The addresses that a page had before lead to it.
 """
 
 import json
@@ -27,7 +27,7 @@ def fill(app: Sphinx, page: str, source: list[str]) -> None:
     marks = {
         "index": {"{{ chapters }}": chapters},
         "status": {"{{ outputs }}": outputs, "{{ measurements }}": measurements},
-        "teachers": {"{{ syllabuses }}": syllabuses},
+        "teachers": {"{{ syllabuses }}": syllabuses, "{{ times }}": times},
         "questions": {"{{ questions }}": questions},
     }
     root = Path(app.srcdir).resolve().parent
@@ -59,6 +59,17 @@ def part(root: Path, page: str) -> str:
     return table(("chapter", "the question it answers", "minutes to read"), rows)
 
 
+def times(root: Path) -> str:
+    """How long each chapter takes to read, and how many exercises it has."""
+    rows = []
+    for chapter in load(root).chapters:
+        notebook = root / "notebooks" / f"{chapter.name}.ipynb"
+        if chapter.ready:
+            exercises = notebook.read_text(encoding="utf-8").count(":::{exercise}")
+            rows.append((f"[](notebooks/{chapter.name}.ipynb)", minutes(notebook), exercises))
+    return table(("chapter", "minutes to read", "exercises"), rows)
+
+
 def syllabuses(root: Path) -> str:
     """A section for each course: its goal, and a table of its weeks."""
     return "\n\n".join(syllabus(root, one) for one in read(root / "book" / "syllabuses.toml")["syllabus"])
@@ -70,10 +81,15 @@ def syllabus(root: Path, course: dict) -> str:
     rows = []
     for number, week in enumerate(course["week"], 1):
         chapters = [listed.named(name) for name in week["chapters"]]
-        links = [f"[](notebooks/{c.name}.ipynb)" if c.ready else f"{c.number}. {c.title} (to come)" for c in chapters]
+        links = [
+            f"[](notebooks/{c.name}.ipynb), {minutes(root / 'notebooks' / f'{c.name}.ipynb')} minutes"
+            if c.ready
+            else f"{c.number}. {c.title} (to come)"
+            for c in chapters
+        ]
         exercises = ", ".join(f"`{name}`" for name in week["exercises"]) or "none"
         rows.append((number, "<br>".join(links), week["assumes"], exercises))
-    head = table(("week", "chapters", "a student knows before", "exercises"), rows)
+    head = table(("week", "chapters, and the minutes to read each", "a student knows before", "exercises"), rows)
     return f"### {course['weeks']} weeks: {course['title']}\n\n{course['goal']}\n\n{head}"
 
 

@@ -1,0 +1,75 @@
+// A long name in the code of a line of text breaks behind a full stop, an underscore or a slash rather than anywhere, and the
+// space before a token stays beside it, as the dashes of an option do. On a phone a table that fits is not moved sideways, and a comment is not either:
+// it goes on below its beginning.
+(() => {
+  const PHONE = 600; // pixels, as in custom.css
+  const TALLEST = 9; // lines of a row: what would be taller is moved sideways instead
+  const NARROWEST = 80; // pixels that a comment needs beside its code
+
+  const breaks = () => {
+    for (const code of document.querySelectorAll("article code:not(pre code)")) {
+      const long = code.textContent.length > (code.closest("table") ? 12 : 28); // the others have room in a line
+      const walk = document.createTreeWalker(code, NodeFilter.SHOW_TEXT);
+      const texts = [];
+      while (walk.nextNode()) texts.push(walk.currentNode);
+      for (const text of texts) {
+        const parts = text.data.split(/(?<=[\p{L}\d)][._/]+)(?=[\p{L}\d(])/u);
+        if (long && parts.length > 1) {
+          text.replaceWith(...parts.flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part])));
+        }
+      }
+      if (/^(['"]? \S+|-\S{1,24})$/.test(code.textContent)) code.classList.add("tf-token");
+    }
+  };
+
+  const tables = () => {
+    const all = [...document.querySelectorAll("article table")].filter((table) => table.parentElement.clientWidth);
+    const phone = window.innerWidth <= PHONE;
+    const fits = (table) => {
+      const line = parseFloat(getComputedStyle(table).lineHeight);
+      const tallest = Math.max(...[...table.rows].map((row) => row.clientHeight));
+      return table.scrollWidth <= table.parentElement.clientWidth + 1 && tallest <= TALLEST * line;
+    };
+    for (const table of all) {
+      table.classList.toggle("tf-fits", phone);
+      table.classList.remove("tf-close");
+    }
+    if (!phone) return;
+    const wide = all.filter((table) => !fits(table)); // all are measured before any is changed: one layout, not one each
+    for (const table of wide) table.classList.add("tf-close");
+    for (const table of wide.filter((table) => !fits(table))) table.classList.remove("tf-fits", "tf-close");
+  };
+
+  const comments = () => {
+    const all = [...document.querySelectorAll("article .highlight pre :is(.c1, .sd, .ch, .cp)")]
+      .filter((one) => !one.textContent.includes("\n"));
+    for (const one of all) one.classList.remove("tf-comment");
+    if (window.innerWidth > PHONE) return;
+    const rooms = all.map((one) => {
+      const pre = one.closest("pre");
+      const inside = pre.getBoundingClientRect().left + parseFloat(getComputedStyle(pre).paddingLeft);
+      const left = one.getBoundingClientRect().left + pre.scrollLeft - inside;
+      return pre.clientWidth - 2 * parseFloat(getComputedStyle(pre).paddingLeft) - left;
+    });
+    all.forEach((one, i) => {
+      if (rooms[i] < NARROWEST) return;
+      one.classList.add("tf-comment");
+      one.style.maxWidth = `${Math.floor(rooms[i])}px`;
+    });
+  };
+
+  const fit = () => {
+    tables();
+    comments();
+  };
+  document.addEventListener("DOMContentLoaded", () => {
+    breaks();
+    fit();
+  });
+  window.addEventListener("load", () => {
+    fit();
+    window.MathJax?.startup?.promise?.then(fit);
+  });
+  window.addEventListener("resize", fit);
+  document.addEventListener("toggle", fit, true); // what was folded had no width before
+})();
