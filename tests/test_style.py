@@ -134,3 +134,31 @@ def test_a_legend_over_a_line_is_found(place, rows):
     fig.savefig(file, format="svg")
     plt.close(fig)
     assert covered(file.getvalue().decode()) == rows
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+@pytest.mark.parametrize("marks", [{}, {"linestyle": "", "marker": "o"}], ids=["strokes", "points"])
+def test_a_measured_figure_makes_room_for_its_legend(scale, marks):
+    fig, ax = plt.subplots(figsize=(style.NARROW, 3.2))
+    for height in (1.0, 2.0, 3.0, 4.0):
+        ax.plot(range(40), [height] * 40, label=f"a line at {height}", **marks)
+    ax.set(yscale=scale, ylim=(0.5, 4.5))
+    ax.legend()
+    fig.canvas.draw()
+    assert style.legend_covers(ax)
+    low = ax.get_ylim()[0]
+    style.clear_legends(fig)
+    fig.canvas.draw()
+    assert not style.legend_covers(ax)
+    assert ax.get_ylim()[0] == low
+    plt.close(fig)
+
+
+def test_a_measured_figure_with_room_stays_as_it_is():
+    fig, ax = plt.subplots()
+    ax.plot([0, 1, 2], [0.05, 0.05, 0.05], label="a low line")
+    ax.set(ylim=(0, 1))
+    ax.legend(loc="upper left")
+    style.clear_legends(fig)
+    assert ax.get_ylim() == (0, 1)
+    plt.close(fig)

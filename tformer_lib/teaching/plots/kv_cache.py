@@ -100,4 +100,4 @@ def by_context(ax, record: dict) -> None:
         label: [1e3 * row["seconds"] for row in points if row["extra"]["kind"] == kind] for kind, label in names.items()
     }
     style.lines(ax, contexts, {label: line for label, line in lines.items() if len(line) == len(contexts)})
-    ax.set(title="One step", xlabel="tokens so far", ylabel="milliseconds", ylim=(0, 6.5))
+    ax.set(title="One step", xlabel="tokens so far", ylabel="milliseconds", ylim=(0, None))
