@@ -54,6 +54,16 @@ def test_lines_are_shown_up_to_a_text_or_to_their_brace():
         kernels.between(TEXT, "other()", "Pair")
 
 
+def test_lines_from_the_middle_end_without_braces_that_nothing_shown_opens():
+    assert kernels.between(TEXT, "if (x > 0)", "int other") == "if (x > 0) { return x + x; }\nreturn twice<T>(-x);"
+    assert kernels.between("f {\n  a;\n  if {\n    b;\n  }\n}\n};\nend", "a;", "end") == "a;\nif {\n  b;\n}"
+
+
+def test_lines_keep_the_depth_that_they_have_to_one_another():
+    text = "    {\n        a;\n#pragma unroll\n        b;\n    }\n    c;"
+    assert kernels.between(text + "\nend", "a;", "end") == ("    a;\n#pragma unroll\n    b;\n}\nc;")
+
+
 def test_functions_are_replaced_by_name():
     text = kernels.replace_functions(TEXT, "\nint other() { return 5; }\n")
     assert "return 5;" in text

@@ -2,18 +2,23 @@
 
 import ast
 import importlib
+import inspect
 import io
+import json
 import re
+import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+from matplotlib.text import Text
 from notebook_rules import load
 
 from tformer_lib.teaching import style
+from tformer_lib.teaching.plots import flash_kernels
 
 LEAST = 9.5
 """Points: what a figure of ``style.NARROW`` shows 10 pixels high on a phone."""
@@ -162,3 +167,81 @@ def test_a_measured_figure_with_room_stays_as_it_is():
     style.clear_legends(fig)
     assert ax.get_ylim() == (0, 1)
     plt.close(fig)
+
+
+# --- no text on another
+
+
+def meetings(figure, gap: float = -1.0) -> list[tuple[str, str]]:
+    """The pairs of texts of a figure that lie on one line with less than ``gap`` pixels between them."""
+    figure.draw_without_rendering()
+    shown = [
+        t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and t.get_window_extent().width
+    ]
+    boxes = [(t.get_text(), t.get_window_extent()) for t in shown]
+    return [
+        (one, other)
+        for (one, a), (other, b) in combinations(boxes, 2)
+        if max(a.x0, b.x0) - min(a.x1, b.x1) < gap and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
+    ]
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The figures that were shown, still open."""
+    figures = []
+    monkeypatch.setattr(style, "show", lambda: figures.extend(plt.figure(i) for i in plt.get_fignums()))
+    with warnings.catch_warnings():  # a second registration of our two colour maps
+        warnings.simplefilter("ignore", UserWarning)
+        style.apply_style()
+    yield figures
+    plt.close("all")
+
+
+def test_texts_that_meet_are_found():
+    figure, ax = plt.subplots()
+    ax.text(0.5, 0.5, "one")
+    ax.text(0.51, 0.5, "another")
+    ax.text(0.5, 0.1, "far away")
+    assert meetings(figure) == [("one", "another")]
+    plt.close(figure)
+
+
+LADDERS = {
+    "rungs": ("forward, d 128, 16,384: ", ("step 3a", "step 3d", "step 4c", "FlashAttention-3", "sdpa cudnn")),
+    "gradients": ("backward, d 128, 16,384: ", ("backward_3_tensor_core.cu", "backward_4_hopper.cu", "sdpa cudnn")),
+    "slow ones": ("forward, float32, d 128, 4,096: ", ("step 1", "step 2", "sdpa efficient")),
+}
+
+
+@pytest.mark.parametrize("ladder", LADDERS)
+def test_the_two_labels_of_a_bar_of_a_ladder_do_not_meet(drawn, ladder):
+    start, names = LADDERS[ladder]
+    record = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "nvidia-h200" / "flash_attention.json"
+    rows = {row["name"]: row for row in json.loads(record.read_text(encoding="utf-8"))["rows"]}
+    bars = {}
+    for name in names:
+        row = rows[start + name]
+        ends = row["flops"] / row["p90"] / 1e12, row["flops"] / row["p10"] / 1e12
+        bars[name] = row["rate"] / 1e12, *ends, row["rate"] / 989e12
+    flash_kernels.ladder({"bfloat16, head_dim 128, 16,384 tokens": bars, "the same again": bars})
+    assert [meetings(figure, gap=6) for figure in drawn] == [[]]
+
+
+def drawers() -> Iterator[tuple[str, Callable]]:
+    """Every function of the plots that draws without being given anything."""
+    for file in DRAWERS:
+        if file.parent.name != "plots" or file.stem == "__init__":
+            continue
+        module = importlib.import_module(f"tformer_lib.teaching.plots.{file.stem}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            given = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+            if function.__module__ == module.__name__ and not given and "style.show()" in inspect.getsource(function):
+                yield f"{file.stem}.{name}", function
+
+
+@pytest.mark.parametrize(("name", "draw"), drawers())
+def test_no_text_of_a_drawing_lies_on_another(drawn, name, draw):
+    draw()
+    assert drawn
+    assert [meetings(figure) for figure in drawn] == [[]]

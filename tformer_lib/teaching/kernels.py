@@ -69,8 +69,8 @@ def show_kernel(file: str, *names: str, start: str | None = None, stop: str | No
         file: under ``kernels/``, such as ``"flash_attention/1_scalar.cu"``.
         names: functions or structs, each shown whole with the comment above it.
         start: show the lines from the first that holds this text ...
-        stop: ... up to the first after it that holds this one, which is left out; without it, to the brace that closes
-            the first line's.
+        stop: ... up to the first after it that holds this one, which is left out, as are braces before it that close
+            what was opened above ``start``; without it, to the brace that closes the first line's.
     """
     text = kernel_text(file)
     parts = [definition(text, name) for name in names]
@@ -134,13 +134,21 @@ def between(text: str, start: str, stop: str | None) -> str:
     last = next((i for i in rest if stop in lines[i]), None)
     if last is None:
         raise ValueError(f"no line after {start!r} holds {stop!r}")
-    return dedent("\n".join(lines[first:last]).rstrip())
+    return dedent(without_closers("\n".join(lines[first:last]).rstrip()))
+
+
+def without_closers(text: str) -> str:
+    """The text without the braces at its end that close what was opened before it."""
+    while text.count("}") > text.count("{") and (above := re.search(r"\s*\n *\};?\Z", text)):
+        text = text[: above.start()]
+    return text
 
 
 def dedent(text: str) -> str:
-    """Move lines to the left by the indentation of the first."""
-    margin = len(text) - len(text.lstrip(" "))
-    return "\n".join(line[margin:] if line[:margin].isspace() else line for line in text.split("\n"))
+    """Move lines to the left by the least of their indentations; what the preprocessor reads has none."""
+    lines = text.split("\n")
+    margin = min(len(line) - len(line.lstrip(" ")) for line in lines if line.strip() and not line.startswith("#"))
+    return "\n".join(line[margin:] if line[:margin].isspace() else line for line in lines)
 
 
 def show_table(head: Sequence[str], rows: Iterable[Sequence]) -> None:

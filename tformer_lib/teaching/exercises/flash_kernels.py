@@ -175,7 +175,7 @@ LAUNCHES = {  # (threads, registers, shared bytes): blocks. The first ten are th
 
 @exercise(
     "flash_kernels.occupancy",
-    title="Blocks that fit a multiprocessor",
+    title="Blocks that fit on an SM",
     hints=(
         "Three things run out: 65,536 registers, 233,472 bytes of shared memory, 2,048 threads. The cap is 32.",
         "A warp's registers are handed out in portions of 256: round registers * 32 up to the next one, for each warp.",

@@ -132,11 +132,11 @@ def ring(tiles: int = 4, stages: int = 2, load: float = 1.6, work: float = 2.4) 
         stage, phase, height = i % stages, i // stages % 2, 1 + i % stages
         full, empty = loads[i][0] + load, uses[i][0] + work
         ax.barh(height, empty - full, left=full, height=0.5, color=colours[stage], alpha=0.35, edgecolor=style.GREY)
-        ax.text(full + 0.06, height, f"phase {phase}", fontsize=SMALL, va="center")
+        ax.text(full + 0.16, height, phase, fontsize=SMALL, va="center")
         ax.annotate("", (full, height - 0.25), (full, 0.32), arrowprops={"arrowstyle": "->", "color": style.GREY})
         if i + stages < tiles:
             ax.annotate("", (empty, 0.34), (empty, height + 0.25), arrowprops={"arrowstyle": "->", "linestyle": ":"})
-    timeline(ax, ["TMA", "buffer 0", "buffer 1", "tensor\ncores"], uses[-1][0] + work + 0.2)
+    timeline(ax, ["TMA", "buffer 0:\nphase", "buffer 1:\nphase", "tensor\ncores"], uses[-1][0] + work + 0.2)
     style.show()
 
 

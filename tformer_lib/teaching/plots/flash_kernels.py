@@ -12,6 +12,8 @@ from tformer_lib.teaching import style
 SMALL = 9.5
 LANES = 32
 BANKS = 32
+ROOM = 62
+"""Points that a bar of the ladder leaves free for its two labels: a speed behind its end, a share at the right edge."""
 
 
 def box(
@@ -235,12 +237,12 @@ def double_buffer(tiles: int = 3, load: float = 3.0, work: float = 5.0) -> None:
     _, axes = style.figure(2, 1, width=style.NARROW, height=3.6, sharex=True)
     serial, at = ([], []), 0.0
     for i in range(tiles):
-        serial[0].append((at, load, f"load {i}", style.SKY))
+        serial[0].append((at, load, str(i), style.SKY))
         serial[1].append((at + load, work, f"tile {i}", style.ORANGE))
         at += load + work
     overlapped, ready = ([], []), 0.0
     for i in range(tiles):
-        overlapped[0].append((ready if i else 0.0, load, f"load {i}", style.SKY))
+        overlapped[0].append((ready if i else 0.0, load, str(i), style.SKY))
         start = load if i == 0 else max(ready + load, overlapped[1][-1][0] + work)
         overlapped[1].append((start, work, f"tile {i}", style.ORANGE))
         ready = start
@@ -250,7 +252,7 @@ def double_buffer(tiles: int = 3, load: float = 3.0, work: float = 5.0) -> None:
     ):
         bars(ax, 0, loads)
         bars(ax, 1, products)
-        timeline(ax, ["cp.async", "tensor\ncores"], at + 0.5)
+        timeline(ax, ["cp.async\nof tile", "tensor\ncores"], at + 0.5)
         ax.set_title(title, fontsize=10.5)
     axes[0].set_xlabel("")
     style.show()
@@ -272,8 +274,9 @@ def ladder(
     sizes = [len(rows) for rows in panels.values()]
     longest = max(len(name) for rows in panels.values() for name in rows)  # the wider the names, the narrower a title
     height = 0.9 * len(sizes) + 0.3 * sum(sizes)
-    _, axes = style.figure(len(panels), 1, width=style.NARROW, height=height, height_ratios=sizes)
-    for ax, (title, rows) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+    figure, axes = style.figure(len(panels), 1, width=style.NARROW, height=height, height_ratios=sizes)
+    axes = np.atleast_1d(axes)
+    for ax, (title, rows) in zip(axes, panels.items(), strict=True):
         marks = (here or {}).get(title, {})
         for i, (name, (rate, low, high, share)) in enumerate(rows.items()):
             own = name.startswith(("step", "backward"))
@@ -284,14 +287,17 @@ def ladder(
             text = f"{rate:,.1f}" if rate < 10 else f"{rate:,.0f}"
             ax.annotate(text, (max(rate, high), i), (4, 0), textcoords="offset points", va="center", fontsize=SMALL)
             ax.text(1.0, i, f"{share:.0%}", transform=ax.get_yaxis_transform(), va="center", ha="right", fontsize=SMALL)
-        most = max(rate for rate, *_ in rows.values())
         ax.set_yticks(range(len(rows)), list(rows))
-        ax.set(xlim=(0, most * 1.5), ylim=(len(rows) - 0.4, -0.6), xlabel="TFLOP/s; right: share of the peak")
+        ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel="TFLOP/s; right: share of the peak")
         ax.set_title(textwrap.fill(title, 50 - longest), fontsize=10)
         ax.grid(axis="y", visible=False)
         if marks:
             ax.plot([], [], "D", color=style.VERMILION, label="on this machine")
             ax.legend(loc="lower right", fontsize=SMALL)
+    figure.draw_without_rendering()  # only now it is known how wide the names of the bars leave the axes
+    for ax, rows in zip(axes, panels.values(), strict=True):
+        width = 72 * ax.get_window_extent().width / figure.dpi
+        ax.set_xlim(0, max(max(rate, high) for rate, _, high, _ in rows.values()) * width / (width - ROOM))
     style.show()
 
 
