@@ -272,6 +272,25 @@ def test_softcap(step, device, dtype, softcap):
 
 
 @every_form
+def test_scores_far_beyond_the_soft_cap_are_the_cap(step, device, dtype):
+    q, k, v = (x.detach() for x in inputs((1, 2, 1, 40, 70, 64), dtype, device))
+    q, k = q.abs() + 0.1, (k.abs() + 0.1) * torch.tensor([1, -1], device=device, dtype=dtype).repeat(35)[:, None]
+    for softcap in (0.5, 30.0):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, lse = flash_attention(*leaves, scale=1000.0, softcap=softcap, step=step, return_lse=True)
+        exact_inputs = doubles(*leaves)
+        exact, exact_lse = plain(*exact_inputs, scale=1000.0, softcap=softcap)
+        torch.testing.assert_close(out.double(), exact, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-4)
+        dq, dk, dv = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        *_, exact_dv = torch.autograd.grad(exact, exact_inputs, torch.ones_like(exact))
+        if device == "cpu":  # a GPU's tanh is right to 2e-6
+            assert not dq.any()
+            assert not dk.any()
+        torch.testing.assert_close(dv.double(), exact_dv, rtol=0.02, atol=0.02)
+
+
+@every_form
 @pytest.mark.parametrize("slopes", [(4,), (2, 4)], ids=["one a head", "one a head and sequence"])
 def test_alibi(step, device, dtype, slopes):
     slopes = (2.0 ** -torch.arange(1.0, 1 + math.prod(slopes))).reshape(slopes).to(device)

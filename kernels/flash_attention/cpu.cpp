@@ -210,11 +210,13 @@ bool modifies_scores(const Arguments& a) { return a.softcap > 0.0f || a.alibi_sl
 // Exponentials are of base 2; a score that is modified changes its base after that.
 float q_factor(const Arguments& a) { return modifies_scores(a) ? a.scale : a.scale * LOG2E; }
 
-// Near zero the series, since 1 - 2 / (1 + e^2x) would leave few digits there.
+// Near zero the series, since 1 - 2 / (1 + e^2x) would leave few digits there. Past 2^40 tanh is 1, and past 2^127 exp2 has
+// no bits.
 Floats tanh(Floats x) {
     const Floats x2 = x * x;
     const Floats series = x + x * x2 * (-0.33333333f + x2 * (0.13333333f + x2 * (-0.053968254f + x2 * 0.021869488f)));
-    const Floats whole = 1.0f - 2.0f / (1.0f + exp2(x * (2.0f * LOG2E)));
+    const Floats exponent = x * (2.0f * LOG2E);
+    const Floats whole = 1.0f - 2.0f / (1.0f + exp2(exponent > 40.0f ? Floats{} + 40.0f : exponent));
     return x2 < 0.0625f ? series : whole;
 }
 
