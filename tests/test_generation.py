@@ -410,6 +410,20 @@ def test_a_temperature_near_zero_is_nearly_greedy(temperature):
         assert found.tolist() == [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
 
 
+@pytest.mark.parametrize("rules", [{}, {"temperature": 1.0}])
+@pytest.mark.parametrize("number", [-math.inf, math.inf, math.nan])
+def test_a_penalty_makes_no_number_of_what_is_none(number, rules):
+    logits = torch.full((1, 4), -math.inf)
+    logits[0, 2] = number
+    everything = torch.ones(1, 4, dtype=torch.bool)
+    for penalty in (0.5, 10.0):
+        changed = penalise_repetition(logits, everything, penalty)
+        torch.testing.assert_close(changed, logits, rtol=0, atol=0, equal_nan=True)
+        sampler = Sampler(Sampling(repetition_penalty=penalty, **rules), [[0, 1, 2, 3]], 1, 4, logits.device)
+        with pytest.raises(ValueError, match="the logits of row 0 are not finite after 0 new tokens"):
+            sampler(logits)
+
+
 def test_penalty_makes_a_greedy_text_stop_repeating():
     plain = generate(MODEL, [[1, 1]], max_new_tokens=25)[0]
     varied = generate(MODEL, [[1, 1]], max_new_tokens=25, repetition_penalty=10.0)[0]

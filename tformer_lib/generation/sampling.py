@@ -85,7 +85,8 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     Args:
         logits: (batch, vocab_size).
         seen: (batch, vocab_size) boolean, True for tokens of the prompt and of the text so far.
-        penalty: above 1 discourages, below 1 encourages; as strong as it may be, finite logits stay finite.
+        penalty: above 1 discourages, below 1 encourages; as strong as it may be, finite logits stay finite, and others
+            what they are.
 
     Returns:
         (batch, vocab_size), float64 for float64 and float32 for all others.
@@ -93,7 +94,7 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     most = torch.finfo(logits.dtype).max
     changed = torch.where(logits > 0, logits / penalty, logits * penalty).clamp(-most, most)
-    return torch.where(seen, changed, logits)
+    return torch.where(seen & logits.isfinite(), changed, logits)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
