@@ -207,7 +207,7 @@ def test_running_out_says_how_many_there_are_and_takes_none():
     allocator = BlockAllocator(3, 4)
     table = BlockTable(allocator)
     table.append(9)
-    with pytest.raises(OutOfBlocks, match="1 blocks are needed, 0 of 3 are available"):
+    with pytest.raises(OutOfBlocks, match="1 block is needed, 0 of 3 are available"):
         table.append(4)
     assert (table.length, allocator.available) == (9, 0)
     table.append(3)  # the last block has room for these
@@ -668,7 +668,7 @@ def test_running_out_names_the_row_and_the_others_keep_their_contents(model):
     tokens = torch.randint(23, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         model(tokens[:, :8], cache=cache)
-        match = "the cache is full: row 1 holds 8 tokens, and 1 more came: 1 blocks are needed, 0 of 5 are available"
+        match = "the cache is full: row 1 holds 8 tokens, and 1 more came: 1 block is needed, 0 of 5 are available"
         with pytest.raises(OutOfBlocks, match=match):
             model(tokens[:, 8:], cache=cache)
         cache.truncate([8, 4])

@@ -83,7 +83,8 @@ class BlockAllocator:
             OutOfBlocks: fewer are available; then none is taken.
         """
         if count > self.available:
-            raise OutOfBlocks(f"{count} blocks are needed, {self.available} of {self.blocks} are available")
+            needed = "1 block is" if count == 1 else f"{count} blocks are"
+            raise OutOfBlocks(f"{needed} needed, {self.available} of {self.blocks} are available")
         return [self._take_one() for _ in range(count)]
 
     def _take_one(self) -> int:

@@ -135,9 +135,12 @@ def gather_blocks(pool: Tensor, block_tables: Tensor, lengths: Tensor, S: int) -
     """
     block_size = pool.shape[2]
     used_blocks = blocks_for(S, block_size)
-    held = torch.arange(used_blocks * block_size, device=pool.device) < lengths[:, None]  # (batch, slots)
-    blocks = block_tables[:, :used_blocks].long().masked_fill(~held[:, ::block_size], 0)  # (batch, used_blocks)
-    x = as_numbers(pool)[blocks].transpose(1, 2).flatten(2, 3)[:, :, :S]  # (batch, kv_heads, S, head_dim)
+    slots = torch.arange(used_blocks * block_size, device=pool.device)
+    held = slots < lengths[:, None]  # (batch, slots)
+    blocks = block_tables[:, :used_blocks].long()  # (batch, used_blocks)
+    blocks = blocks.masked_fill(~held[:, ::block_size], 0)
+    x = as_numbers(pool)[blocks].transpose(1, 2)  # (batch, kv_heads, used_blocks, block_size, head_dim)
+    x = x.flatten(2, 3)[:, :, :S]  # (batch, kv_heads, S, head_dim)
     return x.masked_fill(~held[:, None, :S, None], 0).view(pool.dtype)
 
 

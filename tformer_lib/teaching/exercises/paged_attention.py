@@ -145,25 +145,25 @@ def chain(tokens, size, key_of):
 
 @exercise(
     "paged_attention.combine",
-    title="Merge the splits of a context",
+    title="Merge the parts of a context",
     hints=(
-        "Each split's output was divided by its own sum, whose logarithm is its lse. What undoes that?",
-        "lse = logsumexp of the splits' lse; the weight of a split is exp(its lse - lse).",
-        "Where all splits are empty, lse is -inf, and -inf - (-inf) is not a number: subtract 0 there.",
+        "Each part's output was divided by its own sum, whose logarithm is its lse. What undoes that?",
+        "lse = logsumexp of the parts' lse; the weight of a part is exp(its lse - lse).",
+        "Where all parts are empty, lse is -inf, and -inf - (-inf) is not a number: subtract 0 there.",
     ),
 )
 def check_combine(fn):
-    check_combined(fn, splits=4, empty=3, heads=5, d=8)
-    check_combined(fn, splits=3, empty=0, heads=7, d=6)
+    check_combined(fn, count=4, empty=3, heads=5, d=8)
+    check_combined(fn, count=3, empty=0, heads=7, d=6)
 
 
-def check_combined(fn, splits: int, empty: int, heads: int, d: int) -> None:
-    """Merge splits of ten keys, one of them empty; head 0 has large scores, and head 4 sees nothing."""
-    scores = 3 * torch.randn(heads, 10 * splits, dtype=torch.float64)  # (heads, keys)
+def check_combined(fn, count: int, empty: int, heads: int, d: int) -> None:
+    """Merge parts of ten keys, one of them empty; head 0 has large scores, and head 4 sees nothing."""
+    scores = 3 * torch.randn(heads, 10 * count, dtype=torch.float64)  # (heads, keys)
     scores[:, 10 * empty : 10 * empty + 10] = -torch.inf
     scores[4] = -torch.inf
     scores[0] += 800  # exp of these overflows
-    values = torch.randn(10 * splits, d, dtype=torch.float64)
+    values = torch.randn(10 * count, d, dtype=torch.float64)
     parts = [partial_attention(s, v) for s, v in zip(scores.split(10, 1), values.split(10), strict=True)]
     outs, lses = (torch.stack(x) for x in zip(*parts, strict=True))
     wanted, wanted_lse = partial_attention(scores, values)
@@ -173,7 +173,7 @@ def check_combined(fn, splits: int, empty: int, heads: int, d: int) -> None:
     out, lse = answer
     require_shape(out, (heads, d), "the output")
     require_shape(lse, (heads,), "the log-sum-exp")
-    require(not out[4].isnan().any(), "head 4 sees no key in any split: its output is NaN, and should be zeros")
+    require(not out[4].isnan().any(), "head 4 sees no key in any part: its output is NaN, and should be zeros")
     require(out[0].isfinite().all(), "head 0 has large scores: exp overflows, unless the largest lse is subtracted")
     plain = [head for head in range(heads) if head not in (0, 4)]
     require_close(out[plain], wanted[plain], "the output is not that of all keys at once", name="the output")
@@ -191,7 +191,7 @@ def partial_attention(scores, values):
 
 @exercise(
     "paged_attention.lru",
-    title="An allocator that evicts what was used least recently",
+    title="An allocator that remembers",
     hints=(
         "Three places for a block: empty, cached with a key, or in use. Which one does take() look at first?",
         "take() prefers empty blocks; else it evicts the cached block that was freed longest ago, and its key.",

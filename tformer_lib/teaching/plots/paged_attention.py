@@ -178,6 +178,9 @@ CONTESTANTS = {
     "step 2, CUDA graph": "2_split_kv.cu in a CUDA graph",
     "dense cache, sdpa cudnn": "contiguous, PyTorch with cuDNN",
 }
+LABELS = {"padding": 2, "fontsize": 9.5, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.6}, "zorder": 5}
+"""Of the bars: each covers the dashed line behind it."""
+
 WORK = ("64 x 8,192", "64 rows of 100 to 16,384", "16 x 2,048", "1 x 32,768", "1 x 1,024")
 
 
@@ -190,7 +193,7 @@ def recorded(record: dict) -> None:
         values = [rates.get(f"decode, {work}: {contestant}", 0.0) for work in WORK]
         places = [place + 0.2 * (i - 1.5) for place in range(len(WORK))]
         bars = top.barh(places, values, 0.18, color=style.PALETTE[i], hatch=HATCHES[i], label=label)
-        top.bar_label(bars, [f"{value:.2f}" if value else "" for value in values], padding=2, fontsize=9.5)
+        top.bar_label(bars, [f"{value:.2f}" if value else "" for value in values], **LABELS)
     top.axvline(limit, color=style.INK, linestyle="--", linewidth=1.2, label="device copy, same run")
     top.set_yticks(range(len(WORK)), [work.replace(" rows of ", " rows,\n") for work in WORK])
     top.invert_yaxis()
@@ -208,7 +211,7 @@ def by_block(ax, rates: dict[str, float], limit: float) -> None:
     }
     known = [size for size in sizes if names[size] in rates]
     bars = ax.bar([str(size) for size in known], [rates[names[size]] for size in known], color=style.PALETTE[1])
-    ax.bar_label(bars, fmt="%.1f", padding=2, fontsize=9.5)
+    ax.bar_label(bars, fmt="%.1f", **LABELS)
     ax.axhline(limit, color=style.INK, linestyle="--", linewidth=1.2)
     ax.set(title="TB/s at 64 x 8,192", xlabel="tokens in a block", ylim=(0, 1.2 * limit))
 

@@ -38,7 +38,7 @@ function drawTables({ tables }, size, kit) {
       kit.svg("text", { x: 130 + 40 * place, y: 24 + 34 * i + 18, "text-anchor": "middle", "font-size": 14 }, block),
     ]),
   ]);
-  const title = lines.length ? "Block tables: which block holds the tokens 0 to 3, 4 to 7, ..." : "No sequence";
+  const title = lines.length ? "Block tables: where tokens 0 to 3, 4 to 7, ... lie" : "No sequence";
   return kit.picture(WIDE, 28 + 34 * Math.max(lines.length, 1), `Block tables. ${words || "none"}`,
     kit.svg("text", { x: 0, y: 14, "font-size": 12.5 }, title), rows);
 }

@@ -163,7 +163,7 @@ def prefix_and_eviction(stage: Stage) -> None:
     stage.finish("B", publish=True)
     stage.show("B ends. It gives its blocks back from the end, so that the head of the prompt is evicted last.")
     stage.start("C")
-    stage.append("C", "A long text that has nothing in common with what came before it here and never ends")
+    stage.append("C", "A long text that is new from its very first word to the last and never ends")
     stage.show("C takes the empty blocks, then evicts the cached one that was freed first: the tail of the prompt.")
     table = stage.start("D")
     prompt = f"{system} : Hoo".split()
