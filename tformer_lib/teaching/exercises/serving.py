@@ -8,7 +8,7 @@ from tformer_lib.teaching.exercises.engine import exercise, in_digits, require, 
 
 @exercise(
     "serving.decode_bound",
-    title="The most tokens a second that a step can write",
+    title="The bound of a decode step",
     hints=(
         "A step writes one token a row. Which bytes must it read once, whatever the number of rows?",
         "All weights once, and the keys and values of every row: rows * context * bytes per token.",
@@ -33,7 +33,7 @@ def check_decode_bound(fn):
 
 @exercise(
     "serving.admit",
-    title="Who may join, first come, first served",
+    title="Who may join?",
     hints=(
         "Go through those that wait in their order. How many blocks does a prompt of n tokens take?",
         "-(-n // block_size), rounded up. Stop at the first that does not fit: who came later must not pass it.",
@@ -89,7 +89,7 @@ def passing(needed: list[int], running: int, max_num_seqs: int, free: int, spare
 
 @exercise(
     "serving.chunk",
-    title="A step's tokens under a budget",
+    title="A step under a budget",
     hints=(
         "Rows that write come first, one token each: what is left of the budget?",
         "Give it to the prompts in their order: each gets what it still lacks, or all that is left.",
@@ -121,7 +121,7 @@ def check_chunk(fn):
 
 @exercise(
     "serving.certain",
-    title="How much of the text can be shown",
+    title="How much can be shown?",
     hints=(
         "What may not be shown yet is an end of the text with which a stop string could begin.",
         "Look for the longest end of the text that is a beginning of the stop string.",
