@@ -83,7 +83,7 @@ def check_worth(fn: Callable) -> None:
 
 @exercise(
     "profiling.busy",
-    title="How busy a device was in a window",
+    title="How busy was the device?",
     hints=(
         "Two kernels on two streams may run at the same time: that time counts once.",
         "Sort by the start and walk: remember where the busy stretch ends that you are in. Cut at the window's ends.",
@@ -117,7 +117,7 @@ def check_busy(fn: Callable) -> None:
 
 @exercise(
     "profiling.without_copies",
-    title="Attention over keys that lie in the wrong order, without moving them",
+    title="Attention without copies",
     hints=(
         "`profiling.count()` around your function lists the operators that move bytes. Which of them is not attention?",
         "`.contiguous()`, `.clone()` and most `.reshape()`s of a transposed tensor write it anew. What reads strides?",
@@ -151,7 +151,7 @@ def moved(work: profiling.Work, name: str) -> int:
 
 @exercise(
     "profiling.slower",
-    title="A guard that tells a slow kernel from a slow machine",
+    title="A guard for slow kernels",
     hints=(
         "The two lists were measured in turns: ours[i] and peers[i] saw the same machine. What do you compare?",
         "A ratio for each pair, and of those the median: one disturbed pair must not decide.",
@@ -225,7 +225,7 @@ def moment_by_moment(ranges: list[tuple]) -> tuple[list, dict, dict]:
 
 @exercise(
     "profiling.own_time",
-    title="Whose time is it: a trace as a table of own and total times",
+    title="Whose time is it?",
     hints=(
         "Walk over a thread's ranges in the order in which they begin, and keep a stack of those that are still open. "
         "The top of the stack, once you have closed what ended, is the parent.",
