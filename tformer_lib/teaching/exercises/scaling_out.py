@@ -18,7 +18,7 @@ from tformer_lib.teaching.exercises.engine import (
 
 @exercise(
     "scaling_out.send",
-    title="What a process of the ring sends in each turn",
+    title="A ring all-reduce",
     hints=(
         "In turn 0 each process sends the chunk of its own number. What has just arrived is what it sends next.",
         "What arrives in a turn has the number that the process before has just sent. The number falls by 1.",
@@ -54,7 +54,7 @@ def check_send(fn: Callable) -> None:
 
 @exercise(
     "scaling_out.feed_forward",
-    title="A feed-forward layer cut for several processes",
+    title="A feed-forward layer for several devices",
     hints=(
         "The first matrix is cut by columns, so that each process has some of the inner units, whole.",
         "inner = W_up.shape[1] // size; mine = slice(rank * inner, (rank + 1) * inner). W_down has a row a unit.",
@@ -96,7 +96,7 @@ def check_feed_forward(fn: Callable) -> None:
 
 @exercise(
     "scaling_out.merge",
-    title="Two attentions over two sets of keys, as one",
+    title="Joining two attentions",
     hints=(
         "exp(lse) is the sum of a part's exponentials: its denominator. How large is it beside the other's?",
         "Subtract the larger of the two log-sum-exps before you take exponentials, or large scores overflow.",
