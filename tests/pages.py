@@ -325,9 +325,10 @@ NEEDLESSLY_MOVED = f"""
 """
 
 BROKEN_TOKENS = r"""
-[...document.querySelectorAll('article code')]
-  .filter((code) => /^(['"]? \S+|-\S{1,24})$/.test(code.textContent) && code.getClientRects().length > 1)
-  .map((code) => code.parentElement.textContent.trim().slice(0, 60))
+[...document.querySelectorAll('article code, article code .pre')]
+  .filter((code) => (code.matches('.pre') ? /^--?[\w-]{1,24}$/ : /^['"]? \S+$/).test(code.textContent))
+  .filter((code) => code.getClientRects().length > 1)
+  .map((code) => code.closest('code').parentElement.textContent.trim().slice(0, 60))
 """
 
 NAMELESS = r"""

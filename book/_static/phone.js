@@ -18,7 +18,10 @@
           text.replaceWith(...parts.flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part])));
         }
       }
-      if (/^(['"]? \S+|-\S{1,24})$/.test(code.textContent)) code.classList.add("tf-token");
+      if (/^['"]? \S+$/.test(code.textContent)) code.classList.add("tf-token");
+      for (const word of code.querySelectorAll(".pre")) {
+        if (/^--?[\w-]{1,24}$/.test(word.textContent)) word.classList.add("tf-token");
+      }
     }
   };
 
