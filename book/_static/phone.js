@@ -1,27 +1,31 @@
-// A long name in the code of a line of text breaks behind a full stop, an underscore or a slash rather than anywhere, and the
-// space before a token stays beside it, as the dashes of an option do. On a phone a table that fits is not moved sideways, and a comment is not either:
-// it goes on below its beginning.
+// A long name, in code or alone in a cell, breaks behind a full stop, an underscore or a slash rather than anywhere,
+// and the space before a token stays beside it, as the dashes of an option do. On a phone a table that fits is not
+// moved sideways, and a comment is not either: it goes on below its beginning.
 (() => {
   const PHONE = 600; // pixels, as in custom.css
   const TALLEST = 9; // lines of a row: what would be taller is moved sideways instead
   const NARROWEST = 80; // pixels that a comment needs beside its code
 
   const breaks = () => {
-    for (const code of document.querySelectorAll("article code:not(pre code)")) {
-      const long = code.textContent.length > (code.closest("table") ? 12 : 28); // the others have room in a line
-      const walk = document.createTreeWalker(code, NodeFilter.SHOW_TEXT);
+    const words = (element) => {
+      const walk = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
       const texts = [];
       while (walk.nextNode()) texts.push(walk.currentNode);
       for (const text of texts) {
         const parts = text.data.split(/(?<=[\p{L}\d)][._/]+)(?=[\p{L}\d(])/u);
-        if (long && parts.length > 1) {
-          text.replaceWith(...parts.flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part])));
-        }
+        if (parts.length === 1) continue;
+        text.replaceWith(...parts.flatMap((part) => [document.createElement("wbr"), part]).slice(1));
       }
+    };
+    for (const code of document.querySelectorAll("article code:not(pre code)")) {
+      if (code.textContent.length > (code.closest("table") ? 12 : 28)) words(code); // the others have room in a line
       if (/^['"]? \S+$/.test(code.textContent)) code.classList.add("tf-token");
       for (const word of code.querySelectorAll(".pre")) {
         if (/^--?[\w-]{1,24}$/.test(word.textContent)) word.classList.add("tf-token");
       }
+    }
+    for (const cell of document.querySelectorAll("article td")) {
+      if (!cell.childElementCount && /^\S{16,}$/.test(cell.textContent.trim())) words(cell);
     }
   };
 
@@ -38,7 +42,7 @@
       table.classList.remove("tf-close");
     }
     if (!phone) return;
-    const wide = all.filter((table) => !fits(table)); // all are measured before any is changed: one layout, not one each
+    const wide = all.filter((table) => !fits(table)); // all measured before any is changed: one layout, not one each
     for (const table of wide) table.classList.add("tf-close");
     for (const table of wide.filter((table) => !fits(table))) table.classList.remove("tf-fits", "tf-close");
   };
