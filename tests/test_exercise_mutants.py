@@ -284,8 +284,6 @@ EQUAL = {
     },
     "training.groups": {
         "its result is in reverse": "a group of parameters has no order",
-        "model.parameters() -> list(model.parameters())[1:]": "the first one is frozen",
-        "line 3: training -> list(training)[:-1]": "the last one is a bias",
     },
     "training.muon": {
         "1e-07 -> 2e-07": "any small number will do",

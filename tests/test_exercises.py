@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tformer_lib.teaching import exercises
-from tformer_lib.teaching.exercises import engine, record
+from tformer_lib.teaching.exercises import engine, flash_kernels, record
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
@@ -240,9 +240,11 @@ ALWAYS = {
 
 
 def facts(name: str, value) -> dict[str, object]:
-    """What an answer could know of an argument beforehand: a number or a text, the sizes and numbers of a tensor."""
+    """What an answer could know of an argument beforehand: a number, a text, a tensor's sizes and numbers, a module."""
     if isinstance(value, torch.Tensor):
         return {f"{name}.shape[{i}]": size for i, size in enumerate(value.shape)} | {name: value}
+    if isinstance(value, torch.nn.Module):
+        return {name: repr(value)}
     return {name: value} if isinstance(value, (int, float, str, bytes, list, tuple, dict, set)) else {}
 
 
@@ -268,6 +270,10 @@ def test_no_argument_is_the_same_in_every_call(name):
     engine.examine(name, watched)
     known = {fact for fact in same if (name, fact) not in ALWAYS}
     assert not known, f"an answer may hold these as constants, and passes: {sorted(known)}"
+
+
+def test_kernels_are_tried_with_heads_of_several_sizes():
+    assert {q.shape[1] for _, q, *_ in flash_kernels.small_cases()} >= {5, 8, 12}
 
 
 HOSTILE = {

@@ -288,6 +288,8 @@ def small_cases() -> Iterator[tuple[str, Tensor, Tensor, Tensor, bool]]:
     for T, S, causal in ((16, 32, False), (16, 64, False), (5, 70, False), (37, 90, True), (37, 24, True)):
         q, k, v = torch.randn(T, 8), torch.randn(S, 8), torch.randn(S, 8)
         yield f"{T} queries, {S} keys{', causal' if causal else ''}", q, k, v, causal
+    yield "heads of 5 numbers", torch.randn(20, 5), torch.randn(70, 5), torch.randn(70, 5), True
+    yield "heads of 12 numbers", torch.randn(20, 12), torch.randn(70, 12), torch.randn(70, 12), False
     rising = torch.linspace(-20, 20, 96)[:, None] * torch.ones(8)
     yield "scores that rise from tile to tile", torch.ones(16, 8), rising, torch.randn(96, 8), False
     yield "scores that fall from tile to tile", torch.ones(16, 8), -rising, torch.randn(96, 8), False

@@ -211,7 +211,12 @@ def check_groups(fn):
             self.out.weight = self.table.weight
             self.frozen = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
 
-    model = copy.deepcopy(Small())
+    check_one_model(fn, copy.deepcopy(Small()))
+    check_one_model(fn, nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2, bias=False)))
+
+
+def check_one_model(fn, model: nn.Module) -> None:
+    """Fail unless the parameters of a model are where they belong."""
     result = fn(model)
     require(
         isinstance(result, (tuple, list)) and len(result) == 2,
