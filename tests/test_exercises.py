@@ -142,6 +142,38 @@ def test_right_answer_that_changes_what_it_was_given_is_told_so(name):
     assert outcome.passed or "your function changes what it was given" in outcome.message
 
 
+@pytest.mark.parametrize("change", ["clear", "reverse"])
+@pytest.mark.parametrize("name", ["rope.positions", "paged_attention.slots", "tokens.encode", "ten_minutes.write"])
+def test_right_answer_that_changes_its_list_is_told_so(name, change):
+    def careless(*args):
+        result = RIGHT[name](*(list(x) if isinstance(x, list) else x for x in args))
+        for x in args:
+            if isinstance(x, list):
+                getattr(x, change)()
+        return result
+
+    message = engine.examine(name, careless).message
+    assert re.fullmatch(r"right, but your function changes what it was given, [\w ]+: work on a copy", message)
+
+
+def test_answers_that_use_up_what_they_are_given_are_told_so():
+    def positions(lengths):
+        found = []
+        while lengths:
+            found += range(lengths.pop(0))
+        return torch.tensor(found)
+
+    told = "right, but your function changes what it was given, lengths: work on a copy"
+    assert engine.examine("rope.positions", positions).message == told
+
+    def worth(seconds, speedups):
+        saved = {phase: seconds.pop(phase) * (1 - 1 / speedups.pop(phase)) for phase in list(speedups)}
+        return max(saved, key=saved.get)
+
+    told = "right, but your function changes what it was given, seconds, speedups: work on a copy"
+    assert engine.examine("profiling.worth", worth).message == told
+
+
 def test_answer_that_is_wrong_and_changes_what_it_was_given_is_told_what_is_wrong():
     def no_scale(q, k, v):
         q += 1

@@ -24,7 +24,7 @@ import marshal
 import operator
 import pkgutil
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import SupportsFloat
@@ -61,6 +61,8 @@ class Exercise:
     title: str
     hints: tuple[str, ...]
     check: Callable[[Callable], None]
+    in_place: bool = False
+    """Whether the answer is to change what it is given."""
 
     @property
     def topic(self) -> str:
@@ -80,19 +82,20 @@ REGISTRY: dict[str, Exercise] = {}
 HINTS_GIVEN: dict[str, int] = {}
 
 
-def exercise(name: str, *, title: str, hints: Sequence[str]) -> Callable[[Callable], Callable]:
+def exercise(name: str, *, title: str, hints: Sequence[str], in_place: bool = False) -> Callable[[Callable], Callable]:
     """Register the decorated check under ``name``.
 
     Args:
         name: ``topic.word``, the topic being the file's name.
         title: a few words, shown by ``progress()``.
         hints: from the gentlest to the one that almost tells.
+        in_place: whether the answer is to change what it is given.
     """
     if "." not in name or isinstance(hints, str) or not hints:
         raise ValueError(f"an exercise needs a name 'topic.word' and a sequence of hints, got {name!r} and {hints!r}")
 
     def register(check: Callable[[Callable], None]) -> Callable[[Callable], None]:
-        REGISTRY[name] = Exercise(name, title, tuple(hints), check)
+        REGISTRY[name] = Exercise(name, title, tuple(hints), check, in_place)
         return check
 
     return register
@@ -137,7 +140,7 @@ def examine(name: str, answer: Callable) -> Outcome:
     """
     watched = Watched(answer) if callable(answer) else answer
     outcome = attempt(name, answer, watched)
-    if outcome.passed or not callable(answer) or not watched.changed:
+    if outcome.passed or not callable(answer) or not watched.changed or REGISTRY[name].in_place:
         return outcome
     again = attempt(name, answer, Watched(answer, restore=True))
     if not again.passed:
@@ -183,11 +186,11 @@ def ordinary_state() -> Iterator[None]:
 
 
 class Watched:
-    """The learner's function, with an eye on the caller's tensors that it changes.
+    """The learner's function, with an eye on the caller's tensors, lists, dictionaries and sets that it changes.
 
     Args:
         answer: the function.
-        restore: whether tensors get their numbers back after a call, so that the check can judge the rest.
+        restore: whether they get back what they held after a call, so that the check can judge the rest.
     """
 
     def __init__(self, answer: Callable, *, restore: bool = False):
@@ -195,18 +198,18 @@ class Watched:
         self.changed: list[str] = []
 
     def __call__(self, *args, **options):
-        if not any(isinstance(x, torch.Tensor) for x in (*args, *options.values())):
+        if not any(isinstance(x, CHANGEABLE) for x in (*args, *options.values())):
             return self.answer(*args, **options)  # some checks ask for thousands of numbers
-        given = {name: x for name, x in self.named(args, options).items() if isinstance(x, torch.Tensor)}
-        versions = {name: x._version for name, x in given.items()}
-        numbers = {name: x.detach().numpy().copy() for name, x in given.items()} if self.restore else {}
+        given = {name: x for name, x in self.named(args, options).items() if isinstance(x, CHANGEABLE)}
+        marks = {name: mark_of(x) for name, x in given.items()}
+        held = {name: held_by(x) for name, x in given.items()} if self.restore else {}
         result = self.answer(*args, **options)
-        changed = {name: x for name, x in given.items() if x._version != versions[name]}
+        changed = {name: x for name, x in given.items() if mark_of(x) != marks[name]}
         self.changed += [name for name in changed if name not in self.changed]
         if self.restore and changed:
-            result = apart(result, {x.untyped_storage().data_ptr() for x in changed.values()})
+            result = apart(result, changed.values())
             for name, x in changed.items():
-                x.detach().numpy()[...] = numbers[name]
+                put_back(x, held[name])
         return result
 
     def named(self, args: tuple, options: dict) -> dict[str, object]:
@@ -221,10 +224,39 @@ class Watched:
         return {f"argument {i}": x for i, x in enumerate(args, 1)} | options
 
 
-def apart(result, places: set[int]):
-    """The result with copies of the tensors that lie in the memory of changed ones."""
+CHANGEABLE = (torch.Tensor, list, dict, set)
+
+
+def mark_of(x) -> object:
+    """What is another after a change: a tensor's version, or which things a list, a dictionary or a set holds."""
+    if isinstance(x, torch.Tensor):
+        return x._version
+    return list(map(id, x)), list(map(id, x.values())) if isinstance(x, dict) else None
+
+
+def held_by(x) -> object:
+    """A copy of what a tensor, a list, a dictionary or a set holds."""
+    return x.detach().numpy().copy() if isinstance(x, torch.Tensor) else x.copy()
+
+
+def put_back(x, held) -> None:
+    """Let it hold again what it held."""
+    if isinstance(x, torch.Tensor):
+        x.detach().numpy()[...] = held
+    elif isinstance(x, list):
+        x[:] = held
+    else:
+        x.clear()
+        x.update(held)
+
+
+def apart(result, changed: Iterable):
+    """The result with copies of what is one of the changed things, or a tensor in the memory of one."""
+    if any(result is x for x in changed):
+        return result.copy() if not isinstance(result, torch.Tensor) else result.clone()
     if isinstance(result, (tuple, list)):
-        return type(result)(apart(part, places) for part in result)
+        return type(result)(apart(part, changed) for part in result)
+    places = {x.untyped_storage().data_ptr() for x in changed if isinstance(x, torch.Tensor)}
     shared = isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() in places
     return result.clone() if shared else result
 

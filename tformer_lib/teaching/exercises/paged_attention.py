@@ -42,6 +42,7 @@ def check_slots(fn):
         "At length % size == 0 a new block is needed and nothing is copied. Else look at who holds the last block.",
         "If holders[last] > 1: take a block, count it 1, take 1 off the old one, replace it, return the pair.",
     ),
+    in_place=True,
 )
 def check_append(fn):
     cases = [(length, shared, 4) for length, shared in ((0, False), (4, False), (3, False), (6, True), (8, True))]
