@@ -169,6 +169,32 @@ def test_a_measured_figure_with_room_stays_as_it_is():
     plt.close(fig)
 
 
+def test_a_higher_end_that_does_not_clear_the_legend_is_not_kept():
+    fig, ax = plt.subplots()
+    for height in range(1, 30):
+        ax.plot([0, 2], [0.01 * height] * 2, label="low lines" if height == 1 else None)
+    ax.set(ylim=(0, 1))
+    ax.legend(loc="lower left")
+    fig.canvas.draw()
+    assert style.legend_covers(ax)
+    style.clear_legends(fig)
+    assert ax.get_ylim() == (0, 1)
+    plt.close(fig)
+
+
+def test_a_line_may_cross_the_margin_of_a_legend_without_a_frame():
+    fig, ax = plt.subplots()
+    ax.plot([0, 1, 2], [0.9, 0.8, 0.7], label="a line")
+    ax.axhline(0.03)
+    ax.set(ylim=(0, 1))
+    legend = ax.legend(loc="lower left", frameon=False)
+    fig.canvas.draw()
+    bottom = ax.transData.inverted().transform(legend.get_window_extent().min)[1]
+    assert bottom < 0.03, "the line is inside the box"
+    assert not style.legend_covers(ax)
+    plt.close(fig)
+
+
 # --- no text on another
 
 

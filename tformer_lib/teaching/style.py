@@ -21,6 +21,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.transforms import Bbox
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, YELLOW, INK, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#1B1F24", "#8A9099"
@@ -158,20 +159,27 @@ def show() -> None:
 
 
 def clear_legends(figure: Figure, tries: int = 15) -> None:
-    """Raise the upper end of an axis until the legend of its axes lies over no line."""
+    """Raise the upper end of an axis until the legend of its axes lies over no line, if this helps."""
     for ax in figure.axes:
-        for _ in range(tries if ax.get_legend() else 0):
+        if ax.get_legend() is None:
+            continue
+        before = ax.get_ylim()
+        for _ in range(tries):
             figure.canvas.draw()
             if not legend_covers(ax):
                 break
             scale = ax.yaxis.get_transform()
             low, high = scale.transform(np.asarray(ax.get_ylim()))
             ax.set_ylim(top=float(scale.inverted().transform(np.asarray([high + 0.05 * (high - low)]))[0]))
+        else:
+            ax.set_ylim(before)
 
 
 def legend_covers(ax: Axes) -> bool:
-    """Whether the legend lies over a line of its axes, as they are drawn."""
-    box = ax.get_legend().get_window_extent()
+    """Whether the words or the samples of the legend lie over a line of its axes, as they are drawn."""
+    legend = ax.get_legend()
+    seen = (*legend.get_texts(), *legend.legend_handles)  # its frame is not drawn, so the margin inside may be crossed
+    box = Bbox.union([part.get_window_extent() for part in seen])
     for line in ax.lines:
         path = line.get_transform().transform_path(line.get_path())
         stroke = line.get_linestyle() not in ("None", "none", " ", "") and len(path.vertices) > 1
