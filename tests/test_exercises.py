@@ -304,6 +304,34 @@ def test_no_argument_is_the_same_in_every_call(name):
     assert not known, f"an answer may hold these as constants, and passes: {sorted(known)}"
 
 
+NEVER_ONE = {
+    "attention.previous": "of one token there is nothing to look back at",
+    "flash_kernels.row_max": "a warp has 32 lanes",
+    "grouped_query_attention.align": "a group of heads of one number has nothing to turn",
+    "grouped_query_attention.pool": "a weight has more rows and columns",
+    "linear_attention.step": "a state has a column for the denominator",
+    "positional_encoding.shift": "sines and cosines come in pairs",
+    "rope.convert": "a weight has more rows and columns",
+    "training.adamw": "a weight of any shape",
+    "training.muon": "a matrix of one row or column is a vector",
+}
+"""Exercises whose results have no dimension of size 1, and why."""
+
+
+@pytest.mark.parametrize("name", sorted(RIGHT.keys() - GENERATED - NEVER_ONE.keys()))
+def test_a_result_that_lost_its_dimensions_of_size_one_is_refused(name):
+    answer, dimensions = RIGHT[name], [0]
+    if isinstance(answer, type):
+        return
+
+    def squeezed(x):
+        dimensions.append(x.dim() if type(x) is torch.Tensor else 0)
+        return x.squeeze() if type(x) is torch.Tensor else x
+
+    outcome = engine.examine(name, lambda *args, **options: everywhere(squeezed, answer(*args, **options)))
+    assert max(dimensions) < 2 or not outcome.passed
+
+
 def test_kernels_are_tried_with_heads_of_several_sizes():
     assert {q.shape[1] for _, q, *_ in flash_kernels.small_cases()} >= {5, 8, 12}
 

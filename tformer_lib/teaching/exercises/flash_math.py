@@ -116,6 +116,7 @@ def check_merge(fn):
         cases[name] = (scores, 4)
     cases["rows whose scores are 1,000 apart"] = (torch.randn(5, 9) + 1000 * torch.arange(-2.0, 3)[:, None], 4)
     cases["values of 7 numbers"] = (torch.randn(3, 9), 4)
+    cases["one query"] = (torch.randn(1, 9), 4)
     for name, (scores, cut) in cases.items():
         v = torch.randn(9, 7) if name == "values of 7 numbers" else v
         parts = (*exact(scores[:, :cut], v[:cut]), *exact(scores[:, cut:], v[cut:]))
@@ -139,7 +140,12 @@ def check_merge(fn):
 )
 def check_backward(fn):
     part = slice(2, 5)
-    for T, S, tile, d, value_dim in ((4, 6, slice(0, 6), 4, 4), (5, 8, part, 4, 4), (5, 8, part, 9, 3)):
+    for T, S, tile, d, value_dim in (
+        (4, 6, slice(0, 6), 4, 4),
+        (5, 8, part, 4, 4),
+        (5, 8, part, 9, 3),
+        (1, 4, slice(0, 4), 4, 4),
+    ):
         shapes = (T, d), (S, d), (S, value_dim)
         q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
         scores = q @ k.T / d**0.5

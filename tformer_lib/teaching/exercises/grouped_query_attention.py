@@ -59,7 +59,7 @@ class Sizes(TorchDispatchMode):
     ),
 )
 def check_scores(fn):
-    shapes = (2, 8, 2, 1, 40, 16), (2, 8, 1, 3, 40, 16), (2, 4, 4, 2, 33, 16), (3, 6, 3, 1, 50, 12)
+    shapes = (2, 8, 2, 1, 40, 16), (2, 8, 1, 3, 40, 16), (2, 4, 4, 2, 33, 16), (3, 6, 3, 1, 50, 12), (1, 4, 2, 1, 30, 8)
     for batch, heads, kv_heads, T, S, d in shapes:
         q, k = torch.randn(batch, heads, T, d), torch.randn(batch, kv_heads, S, d)
         with Sizes(q, k) as sizes:

@@ -113,7 +113,7 @@ def check_steps(fn, features: int, width: int) -> None:
     ),
 )
 def check_chunked(fn):
-    for T, chunk, width in ((8, 4, 3), (8, 8, 3), (8, 1, 3), (10, 4, 7), (3, 16, 3)):
+    for T, chunk, width in ((8, 4, 3), (8, 8, 3), (8, 1, 3), (10, 4, 7), (3, 16, 3), (1, 4, 3)):
         phi_q, phi_k, v = draw(T, features=5, width=width)
         found = fn(phi_q, phi_k, v, chunk)
         require_shape(found, (T, width), f"the output for {T} tokens in chunks of {chunk}")
@@ -160,7 +160,12 @@ def reason(found, phi_q, phi_k, v, t, chunk):
     ),
 )
 def check_decay(fn):
-    for log_decay in (torch.full((4,), -0.5), -torch.rand(6), torch.tensor([-1.0, -60.0, -60.0, -0.1, -60.0])):
+    for log_decay in (
+        torch.full((4,), -0.5),
+        -torch.rand(6),
+        torch.tensor([-1.0, -60.0, -60.0, -0.1, -60.0]),
+        -torch.ones(1),
+    ):
         T = len(log_decay)
         found = fn(log_decay)
         require_shape(found, (T, T), f"the mask for {T} tokens")
@@ -254,7 +259,7 @@ def run_delta(fn, inputs, chunk):
 )
 def check_delta(fn):
     overwritten(fn)
-    for T, chunk, *sizes in ((6, 1), (8, 4), (10, 4), (3, 16), (24, 8), (9, 4, 4, 5)):
+    for T, chunk, *sizes in ((6, 1), (8, 4), (10, 4), (3, 16), (24, 8), (9, 4, 4, 5), (1, 1), (1, 8)):
         inputs = draw_delta(T, *sizes)
         found, state = run_delta(fn, inputs, chunk)
         place = f"for {T} tokens in chunks of {chunk}"

@@ -54,7 +54,15 @@ def check_causal(fn):
     ),
 )
 def check_sinks(fn):
-    for T, S, window, sinks in ((8, 8, 3, 2), (1, 8, 3, 1), (8, 8, 1, 0), (3, 9, 4, 2), (6, 6, 2, 6), (5, 3, 2, 1)):
+    for T, S, window, sinks in (
+        (8, 8, 3, 2),
+        (1, 8, 3, 1),
+        (8, 8, 1, 0),
+        (3, 9, 4, 2),
+        (6, 6, 2, 6),
+        (5, 3, 2, 1),
+        (1, 1, 1, 1),
+    ):
         expected = masks.sliding_window(T, S, window=window) | (masks.causal(T, S) & (torch.arange(S) < sinks))
         found = fn(T, S, window, sinks)
         require_mask(found, expected, f"the mask for T = {T}, S = {S}, window = {window}, sinks = {sinks}")
@@ -72,6 +80,7 @@ def check_sinks(fn):
 def check_packed(fn):
     check_rows(fn, torch.tensor([[0, 0, 0, 1, 1, 2], [4, 4, 4, 4, 4, 4], [3, 3, 1, 1, 1, 0]]))
     check_rows(fn, torch.tensor([[5, 5, 2, 2]]))
+    check_rows(fn, torch.tensor([[7]]))
 
 
 def check_rows(fn, ids: torch.Tensor) -> None:

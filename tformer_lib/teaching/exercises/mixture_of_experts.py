@@ -24,7 +24,7 @@ from tformer_lib.teaching.exercises.engine import (
     ),
 )
 def check_route(fn):
-    for tokens, count, k, offset in ((5, 8, 2, 0.0), (4, 6, 3, 1000.0), (3, 4, 1, 0.0), (2, 4, 4, 0.0)):
+    for tokens, count, k, offset in ((5, 8, 2, 0.0), (4, 6, 3, 1000.0), (3, 4, 1, 0.0), (2, 4, 4, 0.0), (1, 5, 2, 0.0)):
         logits = torch.randn(tokens, count, dtype=torch.float64) + offset * torch.arange(1, tokens + 1)[:, None]
         found = fn(logits.clone(), k)
         require(
@@ -133,7 +133,7 @@ def require_gradient(loss, shares: Tensor, counts: Tensor, k: int) -> None:
     ),
 )
 def check_keep(fn):
-    for tokens, count, k, capacity in ((6, 2, 1, 2), (8, 4, 2, 3), (5, 3, 3, 1), (7, 5, 2, 20)):
+    for tokens, count, k, capacity in ((6, 2, 1, 2), (8, 4, 2, 3), (5, 3, 3, 1), (7, 5, 2, 20), (1, 4, 2, 1)):
         experts = torch.rand(tokens, count).argsort(1)[:, :k]
         experts[0, 0] = count - 1 if (experts[0] != count - 1).all() else experts[0, 0]
         found = fn(experts.clone(), capacity)

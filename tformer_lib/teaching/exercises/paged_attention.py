@@ -156,6 +156,11 @@ def chain(tokens, size, key_of):
 def check_combine(fn):
     check_combined(fn, count=4, empty=3, heads=5, d=8)
     check_combined(fn, count=3, empty=0, heads=7, d=6)
+    scores, values = torch.randn(1, 9, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    wanted, wanted_lse = partial_attention(scores, values)
+    answer = fn(wanted[None], wanted_lse[None])
+    require_close(answer[0], wanted, "one head and one part: there is nothing to merge", name="the output of one head")
+    require_close(answer[1], wanted_lse, "one head and one part: there is nothing to merge", name="its log-sum-exp")
 
 
 def check_combined(fn, count: int, empty: int, heads: int, d: int) -> None:

@@ -99,7 +99,7 @@ def check_window(fn):
     from tformer_lib.profiling import count
     from tformer_lib.teaching.exercises.linear_attention import LargestTensor
 
-    for T, window, loud in ((12, 4, 1), (10, 4, 1), (7, 1, 1), (5, 9, 1), (16, 3, 1), (12, 4, 1000)):
+    for T, window, loud in ((12, 4, 1), (10, 4, 1), (7, 1, 1), (5, 9, 1), (16, 3, 1), (1, 3, 1), (12, 4, 1000)):
         d, value_dim = (6, 6) if T == 12 else (9, 4)
         q, k, v = loud * torch.randn(T, d), torch.randn(T, d), torch.randn(T, value_dim)
         found = fn(q, k, v, window)
