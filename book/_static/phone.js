@@ -18,7 +18,8 @@
       }
     };
     for (const code of document.querySelectorAll("article code:not(pre code)")) {
-      if (code.textContent.length > (code.closest("table") ? 12 : 28)) words(code); // the others have room in a line
+      const isNarrow = code.closest("table") && window.innerWidth <= PHONE;
+      if (code.textContent.length > (isNarrow ? 12 : 28)) words(code); // the others have room in a line
       if (/^['"]? \S+$/.test(code.textContent)) code.classList.add("tf-token");
       for (const word of code.querySelectorAll(".pre")) {
         if (/^--?[\w-]{1,24}$/.test(word.textContent)) word.classList.add("tf-token");
