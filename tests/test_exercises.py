@@ -250,6 +250,11 @@ def test_check_does_not_depend_on_what_the_notebook_has_set(name, state):
         assert (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()) == before
 
 
+@pytest.mark.parametrize("name", ["training.adamw", "training.muon", "kv_cache.step", "linear_attention.step"])
+def test_right_answer_whose_results_are_inference_tensors_passes(name):
+    assert engine.examine(name, torch.inference_mode()(RIGHT[name])) == engine.Outcome(True)
+
+
 @pytest.mark.parametrize(("name", "i"), WRONG_CASES)
 def test_wrong_answer_is_told_why(name, i):
     outcome = engine.examine(name, WRONG[name][i])

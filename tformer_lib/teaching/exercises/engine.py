@@ -230,7 +230,7 @@ CHANGEABLE = (torch.Tensor, list, dict, set)
 def mark_of(x) -> object:
     """What is another after a change: a tensor's version, or which things a list, a dictionary or a set holds."""
     if isinstance(x, torch.Tensor):
-        return x._version
+        return None if x.is_inference() else x._version
     return list(map(id, x)), list(map(id, x.values())) if isinstance(x, dict) else None
 
 
