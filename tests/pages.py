@@ -97,6 +97,7 @@ class Visit:
         figures: how many interactive figures the page has.
         drawn: how many of them drew themselves.
         still: those that stay the same when their controls are moved, counted from 0.
+        cut_words: words that end outside of their interactive figure, before and after its controls are moved.
         nonsense: what only a fault of a figure's program writes into a page.
         grounds: the background colours of plotted figures, in both themes.
         copy_buttons: how many blocks of code have a button that copies them.
@@ -117,6 +118,7 @@ class Visit:
     figures: int
     drawn: int
     still: list[int]
+    cut_words: list[str]
     nonsense: list[str]
     grounds: list[str]
     copy_buttons: int
@@ -138,7 +140,7 @@ def visit(tab: Tab, url: str, *, patience: float = 10.0) -> Visit:
     drawn = evaluate(f"({DRAWN})({1000 * patience})") if figures else 0
     missing, raw = evaluate(MISSING_IMAGES), evaluate(RAW_MATHEMATICS)
     too_wide = evaluate(f"({TOO_WIDE})({width})") + evaluate(SCROLLED)
-    small = evaluate(f"({SMALL})({READABLE})")
+    small, cut_words = evaluate(f"({SMALL})({READABLE})"), evaluate(CUT_WORDS)
     still = [i for i in range(drawn) if not evaluate(f"({MOVE})({i})")]
     return Visit(
         errors=list(tab.messages),
@@ -155,6 +157,7 @@ def visit(tab: Tab, url: str, *, patience: float = 10.0) -> Visit:
         figures=figures,
         drawn=drawn,
         still=still,
+        cut_words=[*cut_words, *evaluate(CUT_WORDS)],
         nonsense=evaluate(NONSENSE),
         grounds=evaluate(GROUNDS),
         copy_buttons=evaluate("document.querySelectorAll('button.copybtn').length"),
@@ -379,6 +382,16 @@ async (index) => {
 }
 """
 """Whether moving one of a figure's controls, each in turn, changes something that is not a control."""
+
+CUT_WORDS = """
+[...document.querySelectorAll('.tf-widget svg')].flatMap((picture) => {
+  const { left, right } = picture.getBoundingClientRect();
+  return [...picture.querySelectorAll('text')]
+    .filter((words) => words.getBoundingClientRect().width)
+    .filter((words) => words.getBoundingClientRect().left < left - 1 || words.getBoundingClientRect().right > right + 1)
+    .map((words) => words.textContent.trim().slice(0, 60));
+})
+"""
 
 NONSENSE = """
 (() => {

@@ -183,6 +183,12 @@ def test_interactive_figures_move(seen, page, width):
     assert found.nonsense == []
 
 
+@pytest.mark.parametrize("page", CHAPTERS)
+@pytest.mark.parametrize("width", [DESKTOP, PHONE])
+def test_words_of_interactive_figures_are_whole(seen, page, width):
+    assert seen(page, width).cut_words == []
+
+
 def test_there_are_interactive_figures(seen):
     assert sum(seen(page, DESKTOP).figures for page in CHAPTERS) >= 10
 
@@ -546,8 +552,13 @@ def test_faults_of_a_page_are_found(planted):
             lambda found: found.drawn == 1 and found.still == [0],
         ),
         ("(c) => { renderWith(draw)(c); c.el.firstChild.append(0 / 0) }", lambda found: found.nonsense == ["NaN"]),
+        (
+            "(c) => { renderWith(draw)(c); c.el.querySelector('.tf-widget').insertAdjacentHTML('beforeend',"
+            " '<svg width=60><text x=50 y=20>too far</text></svg>') }",
+            lambda found: "too far" in found.cut_words,
+        ),
     ],
-    ids=["draws nothing", "throws", "does not answer", "writes NaN"],
+    ids=["draws nothing", "throws", "does not answer", "writes NaN", "cuts words off"],
 )
 def test_faults_of_a_figure_are_found(planted, render, finds):
     found = planted(WITH_FIGURE, "render: renderWith(draw)", f"render: {render}", DESKTOP)

@@ -1,7 +1,7 @@
 // The sampler. data: shown, how many tokens have a bar of their own; places: [{name, words, logs}], logs = 100 log p of
 // every token, from the likeliest on.
 
-const [WIDTH, ROW, TOP, LEFT, SPAN] = [430, 29, 24, 92, 180];
+const [WIDTH, ROW, TOP, LEFT, SPAN] = [434, 29, 24, 96, 180];
 const STEPS = { k: [0, 1, 2, 3, 5, 10, 20, 50, 100], p: 20, m: 20 };
 const AXES = [0.1, 0.2, 0.4, 0.6, 0.8, 1];
 const off = (text, value) => (value ? text : "off");

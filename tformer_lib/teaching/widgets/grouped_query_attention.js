@@ -99,6 +99,7 @@ function bars(now, state, data, kit) {
   const gpu = data.gpus[state.gpu];
   const all = now.weights + now.cache;
   const x = (bytes) => (width * bytes) / Math.max(all, gpu.bytes);
+  const edge = Math.min(x(gpu.bytes), width);
   const label = `Weights ${short(now.weights)}, cache ${short(now.cache)}, memory ${short(gpu.bytes)}`;
   return kit.picture(width, top + height + 1.9 * font, label,
     kit.svg("text", { x: 0, y: font, "font-size": font }, `weights ${short(now.weights)} (plain), cache ${short(now.cache)} (striped)`),
@@ -109,7 +110,7 @@ function bars(now, state, data, kit) {
     kit.svg("rect", { x: 0, y: top, width: x(now.weights), height, style: `fill:${kit.colours[0]}` }),
     kit.svg("rect", { x: x(now.weights), y: top, width: x(now.cache), height, fill: "url(#tf-stripes)" }),
     kit.svg("line", { x1: Math.min(x(gpu.bytes), width - 1.5), x2: Math.min(x(gpu.bytes), width - 1.5), y1: top - 4, y2: top + height + 6, style: "stroke:var(--tf-ink)", "stroke-width": 3 }),
-    kit.svg("text", { x: Math.min(x(gpu.bytes), width), y: top + height + 1.5 * font, "font-size": font, "text-anchor": "end" }, `the GPU's ${short(gpu.bytes)}`),
+    kit.svg("text", { x: edge, y: top + height + 1.5 * font, "font-size": font, "text-anchor": edge > width / 2 ? "end" : "start" }, `the GPU's ${short(gpu.bytes)}`),
   );
 }
 
