@@ -189,6 +189,15 @@ def test_words_of_interactive_figures_are_whole(seen, page, width):
     assert seen(page, width).cut_words == []
 
 
+def test_names_are_whole_in_a_table_that_fits_a_desktop(desktop, address):
+    desktop.open(address + "notebooks/17-flash-hopper.html")
+    names = desktop.page.evaluate("""[...document.querySelectorAll("article table code")]
+        .filter((code) => /^[\\w.]{8,24}$/.test(code.textContent))
+        .map((code) => [code.textContent, code.getClientRects().length])""")
+    assert "4a_one_warpgroup.cu" in dict(names)
+    assert {name: lines for name, lines in names if lines > 1} == {}
+
+
 def test_there_are_interactive_figures(seen):
     assert sum(seen(page, DESKTOP).figures for page in CHAPTERS) >= 10
 

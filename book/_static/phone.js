@@ -18,7 +18,8 @@
       }
     };
     for (const code of document.querySelectorAll("article code:not(pre code)")) {
-      const isNarrow = code.closest("table") && window.innerWidth <= PHONE;
+      const table = code.closest("table");
+      const isNarrow = table && (window.innerWidth <= PHONE || table.scrollWidth > table.parentElement.clientWidth + 1);
       if (code.textContent.length > (isNarrow ? 12 : 28)) words(code); // the others have room in a line
       if (/^['"]? \S+$/.test(code.textContent)) code.classList.add("tf-token");
       for (const word of code.querySelectorAll(".pre")) {
