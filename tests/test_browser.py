@@ -588,7 +588,14 @@ axe.run({ exclude: [['mjx-container'], ['.highlight'], ['svg.tf-picture > *']] }
   .map((v) => `${v.id}, ${v.nodes.length} times: ${v.nodes[0].html.slice(0, 200)} ${v.nodes[0].failureSummary}`))
 """
 
-AT_REST = "Promise.all(document.getAnimations().map((one) => one.finished.catch(() => 0))).then(() => 0)"
+AT_REST = """
+new Promise((resolve) => {
+  const look = () => {  // not by their promises: that of a transition inside a part that is folded may stay open
+    document.getAnimations().some((one) => one.playState === 'running') ? setTimeout(look, 50) : resolve(0);
+  };
+  look();
+})
+"""
 
 FIRST_FOUND = """
 new Promise((resolve) => {
