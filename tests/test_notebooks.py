@@ -12,6 +12,7 @@ from notebook_rules import cells, load, source, texts
 from pictures import same_picture
 
 from tformer_lib.teaching import display, kernels
+from tformer_lib.teaching.exercises.engine import all_exercises
 from tools import chapters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +60,18 @@ def test_learner_is_told_what_fails_and_the_solution_passes(notebook):
         outputs = outputs_of_check(notebook, name)
         assert any(o.startswith("passed: ") for o in outputs), f"no solution on the page passes {name}: {outputs}"
     assert any(line.startswith("not yet: ") for line in said), "the learner's cells start with an honest stub"
+
+
+def test_an_exercise_and_its_check_share_a_title(notebook):
+    titles = {exercise.name: exercise.title for exercise in all_exercises()}
+    title, found = None, {}
+    for cell in load(notebook)["cells"]:
+        heads = re.findall(r"^[:`]{3,}\{exercise(?:-start)?\} *(.*)", source(cell), flags=re.MULTILINE)
+        title = heads[-1] if heads else title
+        for name in re.findall(r"exercises\.check\(\s*[\"']([\w.]+)[\"']", source(cell)):
+            found.setdefault(name, title)
+    assert found
+    assert {name: titles[name] for name in found} == found
 
 
 def outputs_of_check(path: Path, name: str) -> list[str]:

@@ -18,7 +18,7 @@ from tformer_lib.teaching.exercises.engine import (
 
 @exercise(
     "attention.colours",
-    title="Three projections by hand: a thing finds its colour",
+    title="A thing finds its colour",
     hints=(
         "Say it in words first: who asks (the thing), for what (a colour), and what is the answer (which colour)?",
         "W_q must turn the column `thing` into a query that fits the key that W_k makes from the column `colour`.",
@@ -89,7 +89,7 @@ def check_simple(fn):
 
 @exercise(
     "attention.attend",
-    title="Scaled dot-product attention with a mask",
+    title="Attention with a mask",
     hints=(
         "Three steps: scores (T, S), a softmax over the keys, and the mean of the values by those shares.",
         "The scores are q @ k.transpose(-2, -1) / sqrt(head_dim); hidden ones become -inf before the softmax (dim=-1).",
@@ -159,7 +159,7 @@ def diagnose(found, q, k, v) -> None:
 
 @exercise(
     "attention.split_heads",
-    title="From one wide vector to heads, without mixing tokens",
+    title="Take the heads apart",
     hints=(
         "The last dimension holds the heads one after another: width = heads * head_dim. Take it apart first.",
         "view or unflatten gives (batch, T, heads, head_dim). Which two dimensions are still the wrong way round?",
@@ -183,7 +183,7 @@ def check_split_heads(fn):
 
 @exercise(
     "attention.previous",
-    title="Queries and keys by hand: a head that looks one token back",
+    title="A head that looks one token back",
     hints=(
         "Give each position a vector of its own, such as a row of the identity. What is the dot product of two?",
         "Query t must match key t - 1: let the query of t be the vector of position t - 1.",
@@ -211,7 +211,7 @@ def check_previous(fn):
 
 @exercise(
     "attention.cost",
-    title="The work and the memory of one attention",
+    title="What one attention costs",
     hints=(
         "A product of (n, m) and (m, p) matrices takes n * m * p multiplications and as many additions.",
         "There are two such products a head: q k^T, and weights times v. The softmax is not counted.",
@@ -234,7 +234,7 @@ def check_cost(fn):
 
 @exercise(
     "attention.backward",
-    title="The gradients of attention, by hand (an evening)",
+    title="The gradients of attention, by hand",
     hints=(
         "Go backwards through out = a @ v, a = softmax(s), s = scale * q @ k^T, one step at a time. Where c = a @ b, "
         "a's gradient is dc @ b^T and b's is a^T @ dc: the shapes leave no other choice.",

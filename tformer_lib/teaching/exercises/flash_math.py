@@ -62,7 +62,7 @@ STREAMS = {
 
 @exercise(
     "flash_math.online",
-    title="Online softmax of a stream",
+    title="Softmax of a stream",
     hints=(
         "Keep three things: m = -inf, l = 0, O = 0. What must be done to l and O before m is replaced?",
         "m_new = max(m, score); l and O are multiplied by exp(m - m_new), then exp(score - m_new) is added.",
@@ -95,7 +95,7 @@ def check_online(fn):
 
 @exercise(
     "flash_math.merge",
-    title="Merging two partial results",
+    title="Merge two partial results",
     hints=(
         "Each part's output was divided by its own sum, exp(lse). Undo that, add, and divide by the common sum.",
         "The common log-sum-exp is torch.logaddexp(lse_a, lse_b). Part a enters with the weight exp(lse_a - lse).",
@@ -184,7 +184,7 @@ def true_gradients(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, t
 
 @exercise(
     "flash_math.tiles",
-    title="Counting the tiles of a causal mask",
+    title="Count the tiles of a causal mask",
     hints=(
         "Query i stands at position i + S - T: the last query sees the last key.",
         "Skip a tile if its last query comes before its first key; it is whole if its first query sees its last key.",

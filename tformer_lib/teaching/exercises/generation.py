@@ -80,7 +80,7 @@ def explain_extremes(fn) -> None:
 
 @exercise(
     "generation.top_p",
-    title="Top-p: the smallest set that holds p",
+    title="Top-p",
     hints=(
         "Sort the probabilities from large to small, and add them up from the left.",
         "A token is kept if the sum of those before it is still less than p: so the token that reaches p is kept.",
@@ -133,7 +133,7 @@ def check_top_p(fn):
 
 @exercise(
     "generation.draw",
-    title="Draw a token with one uniform number",
+    title="Draw a token",
     hints=(
         "Lay the probabilities side by side on the line from 0 to 1. In whose part does u lie?",
         "The token is the first whose running sum is greater than u.",
@@ -261,7 +261,7 @@ def check_penalty(fn):
 
 @exercise(
     "generation.shown",
-    title="How much of the text may be shown?",
+    title="How much may be shown?",
     hints=(
         "If a stop string stands in the text, show what comes before the first of them.",
         "If not, the end of the text may still be the beginning of a stop string: hold that back.",

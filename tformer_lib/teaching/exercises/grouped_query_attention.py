@@ -17,7 +17,7 @@ from tformer_lib.teaching.exercises.engine import (
 
 @exercise(
     "grouped_query_attention.kv_head",
-    title="Which kv head a query head reads",
+    title="Which KV head?",
     hints=(
         "Query heads come in consecutive groups. How many heads has a group?",
         "heads // kv_heads of them; head 0 to that number less one read kv head 0.",
@@ -51,7 +51,7 @@ class Sizes(TorchDispatchMode):
 
 @exercise(
     "grouped_query_attention.scores",
-    title="Scores of grouped heads without a copy of the keys",
+    title="Scores without a copy",
     hints=(
         "The queries of a group all meet the same keys. What if they were rows of one matrix?",
         "Give q the shape (batch, kv_heads, group * T, head_dim): consecutive heads lie side by side already.",
@@ -86,7 +86,7 @@ def whose_keys(heads: int, kv_heads: int) -> str:
 
 @exercise(
     "grouped_query_attention.pool",
-    title="Fewer kv heads from a trained projection",
+    title="Pool the heads of a group",
     hints=(
         "The weight is (heads * head_dim, width), one head after the other. Which shape shows the groups?",
         "(kv_heads, heads // kv_heads, head_dim, width): over which axis is the mean?",
@@ -135,7 +135,7 @@ def explain_pool(found: torch.Tensor, weight: torch.Tensor, kv_heads: int, head_
 
 @exercise(
     "grouped_query_attention.absorb",
-    title="Scores against latents, with no keys made",
+    title="Scores against latents",
     hints=(
         "q . (W c) is a number; which other order of the products gives the same one?",
         "(W^T q) . c: carry the query to the latent space, once per head, and leave the cache alone.",
@@ -183,7 +183,7 @@ def rotated_scores(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor, head_dim: 
 
 @exercise(
     "grouped_query_attention.align",
-    title="Heads turned towards each other before they are pooled",
+    title="Align heads before you pool them",
     hints=(
         "Values first. Head i adds out_i @ v_i to the result. Which matrices can you put between the two for free?",
         "The orthogonal R that brings R @ v_i nearest to v_first comes from the SVD of v_first @ v_i.T (Procrustes).",

@@ -19,7 +19,7 @@ from tformer_lib.teaching.exercises.engine import (
 
 @exercise(
     "kv_cache.tokens_that_fit",
-    title="How many tokens fit into a memory",
+    title="How many tokens fit?",
     hints=(
         "Count the bytes of one token first: which tensors does each layer keep for it, and of what shape?",
         "A key and a value, in every layer, for every kv head (not for every query head), head_dim numbers each.",
@@ -56,7 +56,7 @@ def check_tokens_that_fit(fn):
 
 @exercise(
     "kv_cache.step",
-    title="Attention with a cache, for one new token or several",
+    title="Attention with a cache",
     hints=(
         "Append the new keys and values along the axis of the length, which is the third.",
         "With several new tokens, the first of them must not see the last: which mask is aligned to the last key?",
@@ -152,7 +152,7 @@ def explain(b: int, t: int, length: int, seen: list[int]) -> str:
 
 @exercise(
     "kv_cache.slot",
-    title="The slot of a token in a ring with sinks",
+    title="The slot of a token in a ring",
     hints=(
         "The first `sinks` positions keep their own slots for good. What is left for the others?",
         "`window` slots behind the sinks, used round and round: count positions from the first that is no sink.",
@@ -257,7 +257,7 @@ def passes_needed(text: list[int], count: int, draft, n: int) -> int:
 
 @exercise(
     "kv_cache.speculate",
-    title="Speculative decoding, greedy",
+    title="Speculative decoding",
     hints=(
         "Keep one thing true: before each pass the cache holds the text but for its last token. So a pass takes that "
         "token and the guesses behind it.",

@@ -43,7 +43,7 @@ def by_weights(phi_q, phi_k, v, causal):
 
 @exercise(
     "linear_attention.associative",
-    title="Attention to all keys without the table of weights",
+    title="Without the table of weights",
     hints=(
         "(A B) C = A (B C). Which of the two products gives the smaller matrix in between?",
         "phi_k.T @ v is (features, width), whatever the number of keys. The denominator needs phi_k.sum(0).",
@@ -69,7 +69,7 @@ def check_associative(fn):
 
 @exercise(
     "linear_attention.step",
-    title="One step of linear attention as an RNN",
+    title="One step of the recurrence",
     hints=(
         "Two things happen to a token: its key and value enter the state, its query reads it. In which order?",
         "Append a 1 to v, so that the last column of the state collects the denominator.",
@@ -105,7 +105,7 @@ def check_steps(fn, features: int, width: int) -> None:
 
 @exercise(
     "linear_attention.chunked",
-    title="Causal linear attention, chunk by chunk",
+    title="Chunk by chunk",
     hints=(
         "A query sees two groups of keys: all those of earlier chunks, and those of its own chunk up to itself.",
         "Earlier chunks: phi_q @ sums. Its own: (phi_q @ phi_k.T).tril() @ v. Then the chunk enters the sums.",
@@ -152,7 +152,7 @@ def reason(found, phi_q, phi_k, v, t, chunk):
 
 @exercise(
     "linear_attention.decay",
-    title="The mask of a state that forgets",
+    title="The mask of decays",
     hints=(
         "Between key s and query t the state is multiplied by exp(g) once for each of the tokens s + 1 .. t.",
         "With a running sum c of the log decays, that product is exp(c[t] - c[s]).",
@@ -245,7 +245,7 @@ def run_delta(fn, inputs, chunk):
 
 @exercise(
     "linear_attention.delta",
-    title="The delta rule, a chunk at a time",
+    title="The delta rule in chunks",
     hints=(
         "Write the loop over tokens first, and test the rest against it. Each token adds outer(k[t], u[t]) to the "
         "state; what is u[t]?",

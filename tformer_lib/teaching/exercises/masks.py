@@ -32,7 +32,7 @@ def reason(shape, t: int, s: int, sees: bool) -> str:
 
 @exercise(
     "masks.causal",
-    title="A causal mask for T queries at the end of S positions",
+    title="The causal mask",
     hints=(
         "Write down the position of each query and of each key, then compare every pair.",
         "The last query stands on the last key, so query t stands at position S - T + t.",
@@ -46,7 +46,7 @@ def check_causal(fn):
 
 @exercise(
     "masks.sinks",
-    title="A sliding window that keeps the first tokens in sight",
+    title="A window that keeps the first tokens",
     hints=(
         "Three conditions on every pair: not in the future, inside the window, among the first `sinks` keys.",
         "A pair is allowed if it is not in the future and (it is inside the window or the key is a sink).",
@@ -70,7 +70,7 @@ def check_sinks(fn):
 
 @exercise(
     "masks.packed",
-    title="Documents packed into one row, each seeing its own past",
+    title="Documents in one row",
     hints=(
         "Two positions belong together if their document ids are equal; which comparison makes all pairs at once?",
         "ids[:, :, None] == ids[:, None, :] has shape (batch, T, T). Nothing in it knows about time yet.",
@@ -101,7 +101,7 @@ def check_rows(fn, ids: torch.Tensor) -> None:
 
 @exercise(
     "masks.peeks",
-    title="A detector of models that look ahead",
+    title="A detector of leaks",
     hints=(
         "Run the model twice: on x, and on an x whose last tokens are different. Which outputs may change?",
         "Cut at every position: after a change from position t on, all outputs before t must be as they were.",
@@ -190,7 +190,7 @@ def attention_on(x, mask):
 
 @exercise(
     "masks.tree",
-    title="A tree of drafts, verified in one pass (an evening)",
+    title="The mask of a tree",
     hints=(
         "Start with the drafts alone: a (D, D) table that says who is whose parent. Who sees a grandparent?",
         "A draft sees what its parent sees, and itself. The parent may stand behind it, so one pass in order is not "

@@ -16,7 +16,7 @@ from tformer_lib.teaching.exercises.engine import (
 
 @exercise(
     "mixture_of_experts.route",
-    title="Choose k experts and weigh them",
+    title="Route",
     hints=(
         "topk returns values and indices. Which of the two are the experts?",
         "The weights sum to 1 over the chosen experts: over which logits does the softmax run?",
@@ -54,7 +54,7 @@ def check_route(fn):
 
 @exercise(
     "mixture_of_experts.sort",
-    title="Sort the choices by expert",
+    title="Sort the choices",
     hints=(
         "Flatten the choices: choice i belongs to token i // k. Which order puts equal experts side by side?",
         "experts.flatten().argsort() is that order. Whose token does each place of it belong to?",
@@ -125,7 +125,7 @@ def require_gradient(loss, shares: Tensor, counts: Tensor, k: int) -> None:
 
 @exercise(
     "mixture_of_experts.keep",
-    title="Who finds a place",
+    title="Who finds a place?",
     hints=(
         "A choice is kept if fewer than `capacity` choices before it went to the same expert.",
         "One-hot rows of the flattened choices, summed up from the top, count how many each expert has had so far.",
@@ -157,7 +157,7 @@ def explain_places(mask: Tensor, experts: Tensor, capacity: int, place: str) -> 
 
 @exercise(
     "mixture_of_experts.expected",
-    title="How many experts a decode step reads",
+    title="What a step reads",
     hints=(
         "One token leaves a given expert out with probability 1 - k / E. What about all tokens?",
         "All tokens leave it out with that probability to the power of their number.",

@@ -9,7 +9,7 @@ from tformer_lib.teaching.exercises.engine import exercise, is_close, require, r
 
 @exercise(
     "positional_encoding.sinusoidal",
-    title="The sinusoidal table",
+    title="The table, from the formula",
     hints=(
         "There are width / 2 frequencies, and each fills two neighbouring channels.",
         "torch.arange(0, width, 2) is the 2i of the formula; divide it by width, not by width / 2.",
@@ -36,7 +36,7 @@ def check_sinusoidal(fn):
 
 @exercise(
     "positional_encoding.shift",
-    title="A shift is a rotation",
+    title="The map of a shift",
     hints=(
         "Write sin(a + b) and cos(a + b) with the angle-sum formulas; a is the old angle, b the shift's.",
         "The map is block-diagonal: width / 2 blocks of 2 x 2, one for each frequency.",
@@ -107,7 +107,7 @@ def expected_alibi(slopes: torch.Tensor, T: int, S: int) -> torch.Tensor:
 
 @exercise(
     "positional_encoding.bucket",
-    title="T5's buckets of distance",
+    title="A bucket for every distance",
     hints=(
         "Distances under buckets / 2 are their own bucket; the others share the other half.",
         "The share of the way from exact to max_distance, by logarithms, is log(d / exact) / log(max / exact).",

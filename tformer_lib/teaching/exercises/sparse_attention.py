@@ -30,7 +30,7 @@ def require_mask(found, expected: torch.Tensor, name: str) -> None:
 
 @exercise(
     "sparse_attention.strided",
-    title="The strided pattern of the Sparse Transformer",
+    title="The strided pattern",
     hints=(
         "Write a table of the distances i - j first. Every rule of this pattern is about the distance alone.",
         "Three rules: the distance is not negative; and it is less than the stride, or a multiple of it.",
@@ -44,7 +44,7 @@ def check_strided(fn):
 
 @exercise(
     "sparse_attention.layout",
-    title="From a mask to the blocks that must be computed",
+    title="From a mask to live blocks",
     hints=(
         "A block is live if any pair inside it is allowed. How can one dimension of length T become two?",
         "Pad the mask with False to whole blocks, then view it as (rows, block, columns, block).",
@@ -88,7 +88,7 @@ def layout_of(mask: torch.Tensor, block: int) -> torch.Tensor:
 
 @exercise(
     "sparse_attention.window",
-    title="Window attention without the table of all scores",
+    title="A window without the table of scores",
     hints=(
         "Cut the queries into blocks of `window`. Which keys can the queries of one block see?",
         "A block of queries at start .. start + window sees keys from start - window + 1 on: two blocks at most.",
@@ -124,7 +124,7 @@ def check_window(fn):
 
 @exercise(
     "sparse_attention.layers",
-    title="How many layers until everyone has heard from everyone",
+    title="How many layers?",
     hints=(
         "After one layer, a token knows what its row of the mask allows. After two, what those tokens knew after one.",
         "reach = reach @ mask > 0, in floats, is one more layer.",
@@ -234,7 +234,7 @@ def say_which_query(found, q, k, v, live, allows, block: int, case: str) -> None
 
 @exercise(
     "sparse_attention.blocks",
-    title="Exact attention over any layout of blocks",
+    title="Attention over any layout of blocks",
     hints=(
         "One row of blocks at a time: its queries, and the list of its live columns. The last block may be shorter.",
         "Either gather the keys of the live columns and do one softmax, or keep a maximum, a sum of weights and a sum "

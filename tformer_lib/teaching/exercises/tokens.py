@@ -13,7 +13,7 @@ from tformer_lib.teaching.exercises.engine import exercise, in_digits, require
 
 @exercise(
     "tokens.merge",
-    title="Merge a pair, from left to right",
+    title="Merge a pair",
     hints=(
         "Walk with an index i: if the pair stands at i, merge it and move on by two, otherwise move on by one.",
         "After a merge, the second token of the pair is used up: it cannot begin another pair.",
@@ -41,7 +41,7 @@ def check_one_merge(fn, word: tuple[bytes, ...], pair: tuple[bytes, bytes]) -> N
 
 @exercise(
     "tokens.encode",
-    title="Encode a word as the merges were learned",
+    title="Encode a word",
     hints=(
         "Begin with single bytes. Which of the pairs that stand in the word now was learned first?",
         "Merge that pair everywhere, then look again, until none of the pairs in the word was ever learned.",
@@ -73,7 +73,7 @@ def replay(word: bytes, merges: list[tuple[bytes, bytes]]) -> list[bytes]:
 
 @exercise(
     "tokens.bits_per_byte",
-    title="A loss that can be compared between vocabularies",
+    title="Bits per byte",
     hints=(
         "The loss is a mean: how many nats does the whole text cost?",
         "The same text has the same bytes whatever the vocabulary, so divide by those.",
@@ -102,7 +102,7 @@ def close(x: float, y: float) -> bool:
 
 @exercise(
     "tokens.stream",
-    title="Show text as it is written, one token at a time",
+    title="Show text as it is written",
     hints=(
         "A token may hold half a character. Keep its bytes until the rest has come.",
         "Collect bytes; try to decode what you have; where that fails because the end is cut off, wait.",

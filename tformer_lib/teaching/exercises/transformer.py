@@ -38,7 +38,7 @@ def check_rms_norm(fn):
 
 @exercise(
     "transformer.shift",
-    title="Inputs and targets from one row of tokens",
+    title="Inputs and targets",
     hints=(
         "At every place the model sees the tokens up to it and must name the next one.",
         "From n + 1 tokens come n pairs: the inputs leave the last token out, the targets the first.",
@@ -62,7 +62,7 @@ def check_shift(fn):
 
 @exercise(
     "transformer.smoothing",
-    title="The lowest loss that label smoothing allows",
+    title="The lowest loss that smoothing allows",
     hints=(
         "The best the model can do is to predict the smoothed target itself; the loss is then that target's entropy.",
         "One token has probability 1 - e + e / V, each of the other V - 1 has e / V.",
@@ -91,7 +91,7 @@ def check_smoothing(fn):
 
 @exercise(
     "transformer.parameters",
-    title="Count a block's parameters without building it",
+    title="Count a block",
     hints=(
         "Four projections in attention, two matrices in the feed-forward (three for SwiGLU), two norms.",
         "k_proj and v_proj have kv_heads * head_dim columns, not width.",
@@ -123,7 +123,7 @@ def check_parameters(fn):
 
 @exercise(
     "transformer.beam",
-    title="Beam search (an evening)",
+    title="Beam search",
     hints=(
         "Keep `beams` partial outputs with the sum of their log-probabilities; greedy search is beams = 1.",
         "Extend each by every token, keep the best `beams` of all beams * vocabulary sums.",
