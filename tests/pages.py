@@ -139,19 +139,22 @@ def visit(tab: Tab, url: str, *, patience: float = 10.0) -> Visit:
     figures = evaluate(FIGURES)
     drawn = evaluate(f"({DRAWN})({1000 * patience})") if figures else 0
     missing, raw = evaluate(MISSING_IMAGES), evaluate(RAW_MATHEMATICS)
-    too_wide = evaluate(f"({TOO_WIDE})({width})") + evaluate(SCROLLED)
+    too_wide = evaluate(f"({TOO_WIDE})({width})")
+    evaluate(UNFOLD)  # once: a page of long listings takes seconds to lay out
+    too_wide += evaluate(SCROLLED)
     small, cut_words = evaluate(f"({SMALL})({READABLE})"), evaluate(CUT_WORDS)
+    cut = {name: evaluate(code) for name, code in IN_FOLDS.items()}
     still = [i for i in range(drawn) if not evaluate(f"({MOVE})({i})")]
+    small += evaluate(f"({SMALL})({READABLE})") if drawn else []
+    evaluate(FOLD)
     return Visit(
         errors=list(tab.messages),
         outside=[asked for asked in tab.requests if not asked.startswith((server, "data:", "blob:"))],
         missing=missing,
         raw=raw,
         too_wide=too_wide,
-        small=[*small, *(evaluate(f"({SMALL})({READABLE})") if drawn else [])],
-        cut_tables=evaluate(CUT_TABLES),
-        cut_comments=evaluate(CUT_COMMENTS),
-        needlessly_moved=evaluate(NEEDLESSLY_MOVED),
+        small=small,
+        **cut,
         broken_tokens=evaluate(BROKEN_TOKENS),
         nameless=evaluate(NAMELESS),
         figures=figures,
@@ -250,6 +253,16 @@ SCROLLED = """
 })()
 """
 
+UNFOLD = """
+(async () => {
+  window.opened = [...document.querySelectorAll('article details:not([open])')];
+  window.opened.forEach((one) => { one.open = true; });
+  await new Promise((told) => setTimeout(told, 100));
+  for (let frame = 0; frame < 2; frame++) await new Promise(requestAnimationFrame); // phone.js fits before a frame
+})()
+"""
+FOLD = "window.opened.forEach((one) => { one.open = false; })"
+
 UNFOLDED = """
   const folded = [...document.querySelectorAll('article details:not([open])')];
   folded.forEach((one) => { one.open = true; });
@@ -290,7 +303,8 @@ CUT_TABLES = f"""
 FITTED = """
   const opened = [...document.querySelectorAll('article details:not([open])')];
   opened.forEach((one) => { one.open = true; });
-  await new Promise((fitted) => setTimeout(fitted, 100));
+  await new Promise((told) => setTimeout(told, 100));
+  for (let frame = 0; frame < 2; frame++) await new Promise(requestAnimationFrame); // phone.js fits before a frame
 """
 
 CUT_COMMENTS = f"""
@@ -326,6 +340,8 @@ NEEDLESSLY_MOVED = f"""
   return found;
 }})()
 """
+
+IN_FOLDS = {"cut_tables": CUT_TABLES, "cut_comments": CUT_COMMENTS, "needlessly_moved": NEEDLESSLY_MOVED}
 
 BROKEN_TOKENS = r"""
 [...document.querySelectorAll('article code, article code .pre')]

@@ -31,8 +31,10 @@
     }
   };
 
-  const tables = () => {
-    const all = [...document.querySelectorAll("article table")].filter((table) => table.parentElement.clientWidth);
+  const inside = (roots, selector) => [...new Set(roots.flatMap((root) => [...root.querySelectorAll(selector)]))];
+
+  const tables = (roots) => {
+    const all = inside(roots, "table").filter((table) => table.parentElement.clientWidth);
     const phone = window.innerWidth <= PHONE;
     const fits = (table) => {
       const line = parseFloat(getComputedStyle(table).lineHeight);
@@ -49,15 +51,15 @@
     for (const table of wide.filter((table) => !fits(table))) table.classList.remove("tf-fits", "tf-close");
   };
 
-  const comments = () => {
-    const all = [...document.querySelectorAll("article .highlight pre :is(.c1, .sd, .ch, .cp)")]
+  const comments = (roots) => {
+    const all = inside(roots, ".highlight pre :is(.c1, .sd, .ch, .cp)")
       .filter((one) => !one.textContent.includes("\n"));
     for (const one of all) one.classList.remove("tf-comment");
     if (window.innerWidth > PHONE) return;
     const rooms = all.map((one) => {
       const pre = one.closest("pre");
-      const inside = pre.getBoundingClientRect().left + parseFloat(getComputedStyle(pre).paddingLeft);
-      const left = one.getBoundingClientRect().left + pre.scrollLeft - inside;
+      const start = pre.getBoundingClientRect().left + parseFloat(getComputedStyle(pre).paddingLeft);
+      const left = one.getBoundingClientRect().left + pre.scrollLeft - start;
       return pre.clientWidth - 2 * parseFloat(getComputedStyle(pre).paddingLeft) - left;
     });
     all.forEach((one, i) => {
@@ -67,18 +69,32 @@
     });
   };
 
-  const fit = () => {
-    tables();
-    comments();
+  const fit = (roots) => {
+    tables(roots);
+    comments(roots);
+  };
+  const whole = () => fit([...document.querySelectorAll("article")]);
+
+  const opened = new Set(); // folds that were opened since the last frame: what is in them had no width before
+  const unfold = ({ target }) => {
+    if (!target.open) return;
+    if (!opened.size) {
+      requestAnimationFrame(() => {
+        const roots = [...opened];
+        opened.clear();
+        fit(roots);
+      });
+    }
+    opened.add(target);
   };
   document.addEventListener("DOMContentLoaded", () => {
     breaks();
-    fit();
+    whole();
   });
   window.addEventListener("load", () => {
-    fit();
-    window.MathJax?.startup?.promise?.then(fit);
+    whole();
+    window.MathJax?.startup?.promise?.then(whole);
   });
-  window.addEventListener("resize", fit);
-  document.addEventListener("toggle", fit, true); // what was folded had no width before
+  window.addEventListener("resize", whole);
+  document.addEventListener("toggle", unfold, true);
 })();
