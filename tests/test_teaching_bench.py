@@ -46,7 +46,7 @@ def test_a_right_edit_is_checked_and_timed():
         (LOOP, LOOP + " unknown();", r"does not compile: cpu\.cpp:\d+:\d+: error: .*unknown"),
         (LOOP, LOOP + " continue;", r"1 queries, 1 keys.*the output is wrong \(at .*it is (0|nan), expected"),
         (LOOP, LOOP + " __builtin_trap();", "it crashed: does it read or write outside of its arrays, on 1 queries"),
-        ("ROWS = LANES == 16 ? 12 : 6;", "ROWS = LANES == 16 ? 12 : 6; static_assert(false);", "does not compile"),
+        ("QUERY_TILE = 96;", "QUERY_TILE = 96; static_assert(false);", "does not compile"),
     ],
 )
 def test_a_wrong_kernel_and_a_crash_end_in_words(old, new, message):

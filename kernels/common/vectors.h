@@ -1,6 +1,7 @@
-// Vectors of floats on a CPU: as wide as the machine's registers, and 2^x of one.
+// Vectors of floats on a CPU: as wide as the machine's registers, 2^x of one, and the online softmax of a row.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 
@@ -50,6 +51,22 @@ inline Floats exp2(Floats x) {
     Ints bits = reinterpret_cast<Ints&>(p) + (reinterpret_cast<Ints&>(shifted) << 23);
     bits &= Ints(x >= -126.0f);  // smaller: exactly zero, as for -inf
     return x == x ? reinterpret_cast<Floats&>(bits) : x;  // a NaN stays one
+}
+
+// One row of the online softmax, in base 2: scores become exp2(score - m), O's row is corrected, m and l are updated. Both
+// sizes are multiples of LANES; what fills the scores up is -inf.
+inline void softmax_row(float* scores, int64_t columns, float& m, float& l, float* O, int64_t width) {
+    Floats most = Floats{} - INF;
+    for (int64_t j = 0; j < columns; j += LANES) most = at(scores + j) > most ? at(scores + j) : most;
+    const float m_new = std::max(m, max_of(most));
+    const float anchor = m_new == -INF ? 0.0f : m_new;  // a row that has seen no key
+    Floats sum{};
+    for (int64_t j = 0; j < columns; j += LANES) sum += at(scores + j) = exp2(at(scores + j) - anchor);
+    const float correction = std::exp2(m - anchor);
+    l = l * correction + sum_of(sum);
+    if (m_new != m)
+        for (int64_t j = 0; j < width; j += LANES) at(O + j) *= correction;
+    m = m_new;
 }
 
 }  // namespace vectors

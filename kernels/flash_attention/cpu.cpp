@@ -6,11 +6,7 @@
 //       m, l, P = online softmax of S
 //       O = O * correction + P V
 //
-// A matrix product reads its right side as panels of PANEL columns, packed once per call, so that its innermost loop
-// reads one cache line after another:
-//
-//   pack_columns(K):  S / PANEL panels of (d, PANEL)   for K^T as the right side: a panel is PANEL keys
-//   pack_rows(V):     d / PANEL panels of (S, PANEL)   for V as the right side:   a panel is PANEL columns
+// The matrix products read their right sides as panels, packed once per call (common/products.h).
 //
 // Ledger (2 threads, float32, 4,096 tokens, 8 heads, d 64, figures in benchmarks/results/cpu/flash_attention.json)
 //   hypothesis  a tile of scores that stays in the L2 cache makes attention cost what its two matrix products cost; naive
@@ -29,85 +25,19 @@
 #include <vector>
 
 #include "arguments.h"
-#include "common/vectors.h"
+#include "common/products.h"
 
 namespace flash {
 namespace {
 
+using products::multiply, products::pack_columns, products::pack_rows, products::PANEL, products::Panels;
 using vectors::at, vectors::exp2, vectors::Floats, vectors::INF, vectors::LANES, vectors::LN2, vectors::LOG2E,
-    vectors::max_of, vectors::round_up, vectors::sum_of;
+    vectors::round_up, vectors::softmax_row;
 
-// Rows of a block of a product: with 32 registers 12 x 2 accumulators, with 16 registers 6 x 2; the others hold two
-// vectors of the panel and one of the left side.
-constexpr int ROWS = LANES == 16 ? 12 : 6;
-constexpr int PANEL = 2 * LANES;
-constexpr int QUERY_TILE = 96;  // a multiple of ROWS
+constexpr int QUERY_TILE = 96;  // a multiple of products::ROWS
 constexpr int KEY_TILE = 256;   // a multiple of PANEL: a tile of scores is 96 KB, in the L2 cache
 
-// --- matrix products ------------------------------------------------------------------------------------------------
-
-// The left side of a product: element (row, k) is data[row * row_stride + k * k_stride], so that a transpose is free.
-struct Left {
-    const float* data;
-    int64_t row_stride, k_stride;
-};
-
-// C (M, PANEL) = A (M, depth) times one panel (depth, PANEL), or C += it: 2 M accumulators live in registers.
-template <int M, bool ADD>
-inline void multiply_block(Left a, const float* panel, int64_t depth, float* c, int64_t c_stride) {
-    Floats sum[M][2];
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-        sum[i][0] = ADD ? at(c + i * c_stride) : Floats{};
-        sum[i][1] = ADD ? at(c + i * c_stride + LANES) : Floats{};
-    }
-    for (int64_t k = 0; k < depth; ++k) {
-        const Floats b0 = at(panel + k * PANEL), b1 = at(panel + k * PANEL + LANES);
-#pragma GCC unroll 16
-        for (int i = 0; i < M; ++i) {
-            const float x = a.data[i * a.row_stride + k * a.k_stride];
-            sum[i][0] += x * b0;
-            sum[i][1] += x * b1;
-        }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-        at(c + i * c_stride) = sum[i][0];
-        at(c + i * c_stride + LANES) = sum[i][1];
-    }
-}
-
-// The rows that are left when ROWS does not divide the tile.
-template <int M, bool ADD>
-void multiply_rest(int rows, Left a, const float* panel, int64_t depth, float* c, int64_t c_stride) {
-    if constexpr (M > 0) {
-        if (rows == M) return multiply_block<M, ADD>(a, panel, depth, c, c_stride);
-        multiply_rest<M - 1, ADD>(rows, a, panel, depth, c, c_stride);
-    }
-}
-
-// C (rows, panels * PANEL) = A (rows, depth) times panels, each (depth, PANEL) and `panel_stride` floats apart; or C +=.
-template <bool ADD>
-void multiply(int64_t rows, int64_t panels, int64_t depth, Left a, const float* b, int64_t panel_stride, float* c,
-              int64_t c_stride) {
-    for (int64_t j = 0; j < panels; ++j) {
-        int64_t i = 0;
-        for (; i + ROWS <= rows; i += ROWS)
-            multiply_block<ROWS, ADD>({a.data + i * a.row_stride, a.row_stride, a.k_stride}, b + j * panel_stride, depth,
-                                      c + i * c_stride + j * PANEL, c_stride);
-        multiply_rest<ROWS - 1, ADD>(rows - i, {a.data + i * a.row_stride, a.row_stride, a.k_stride},
-                                     b + j * panel_stride, depth, c + i * c_stride + j * PANEL, c_stride);
-    }
-}
-
-// --- packing ---------------------------------------------------------------------------------------------------------
-
-// All heads of one matrix as float panels. `head(b, h)` is where the panels of one head begin.
-struct Panels {
-    std::vector<float> data;
-    int64_t heads, head_size, panel_stride;
-    const float* head(int64_t b, int64_t h) const { return data.data() + (b * heads + h) * head_size; }
-};
+// --- rows of a matrix in memory --------------------------------------------------------------------------------------
 
 template <class T>
 const T* row_of(const Matrix& x, int64_t b, int64_t h, int64_t row) {
@@ -119,37 +49,9 @@ T* row_of(Matrix& x, int64_t b, int64_t h, int64_t row) {
     return static_cast<T*>(x.data) + b * x.batch + h * x.head + row * x.row;
 }
 
-// (length, d) -> length / PANEL panels of (d, PANEL): the transpose, PANEL rows of x side by side.
 template <class T>
-Panels pack_columns(const Matrix& x, int64_t batch, int64_t heads, int64_t length, int64_t d) {
-    Panels out{{}, heads, round_up(length, PANEL) * d, PANEL * d};
-    out.data.assign(batch * heads * out.head_size, 0.0f);
-    at::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t bh = begin; bh < end; ++bh)
-            for (int64_t row = 0; row < length; ++row) {
-                const T* source = row_of<T>(x, bh / heads, bh % heads, row);
-                float* target = out.data.data() + bh * out.head_size + row / PANEL * out.panel_stride + row % PANEL;
-                for (int64_t column = 0; column < d; ++column) target[column * PANEL] = float(source[column]);
-            }
-    });
-    return out;
-}
-
-// (length, d) -> d / PANEL panels of (length, PANEL): PANEL columns of x, row after row.
-template <class T>
-Panels pack_rows(const Matrix& x, int64_t batch, int64_t heads, int64_t length, int64_t d) {
-    Panels out{{}, heads, length * round_up(d, PANEL), length * PANEL};
-    out.data.assign(batch * heads * out.head_size, 0.0f);
-    at::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t bh = begin; bh < end; ++bh)
-            for (int64_t row = 0; row < length; ++row) {
-                const T* source = row_of<T>(x, bh / heads, bh % heads, row);
-                float* target = out.data.data() + bh * out.head_size + row * PANEL;
-                for (int64_t column = 0; column < d; ++column)
-                    target[column / PANEL * out.panel_stride + column % PANEL] = float(source[column]);
-            }
-    });
-    return out;
+auto rows_of(const Matrix& x) {
+    return [&x](int64_t b, int64_t h, int64_t row) { return row_of<T>(x, b, h, row); };
 }
 
 // One tile of rows as floats (rows, d), times `factor`.
@@ -248,21 +150,6 @@ void modify_scores(const Arguments& a, float* S, float* gradient, int64_t b, int
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-// One row of the online softmax, in base 2: scores become exp2(score - m), O's row is corrected, m and l are updated.
-void softmax_row(float* scores, int64_t columns, float& m, float& l, float* O, int64_t width) {
-    Floats most = Floats{} - INF;
-    for (int64_t j = 0; j < columns; j += LANES) most = at(scores + j) > most ? at(scores + j) : most;
-    const float m_new = std::max(m, max_of(most));
-    const float anchor = m_new == -INF ? 0.0f : m_new;  // a row that has seen no key
-    Floats sum{};
-    for (int64_t j = 0; j < columns; j += LANES) sum += at(scores + j) = exp2(at(scores + j) - anchor);
-    const float correction = std::exp2(m - anchor);
-    l = l * correction + sum_of(sum);
-    if (m_new != m)
-        for (int64_t j = 0; j < width; j += LANES) at(O + j) *= correction;
-    m = m_new;
-}
-
 template <class T>
 void forward_tile(Arguments& a, const Panels& K, const Panels& V, int64_t b, int64_t h, int64_t row, float* scratch) {
     const Sequence seq = sequence_of(a, b);
@@ -318,8 +205,8 @@ int64_t batches_in_memory(const Arguments& a) { return a.cu_seqlens_q ? 1 : a.ba
 template <class T>
 void run_forward(Arguments& a) {
     const int64_t batch = batches_in_memory(a), width = round_up(a.value_dim, PANEL);
-    const Panels K = pack_columns<T>(a.k, batch, a.kv_heads, a.total_k, a.head_dim);
-    const Panels V = pack_rows<T>(a.v, batch, a.kv_heads, a.total_k, a.value_dim);
+    const Panels K = pack_columns(rows_of<T>(a.k), batch, a.kv_heads, a.total_k, a.total_k, a.head_dim, 1.0f);
+    const Panels V = pack_rows(rows_of<T>(a.v), batch, a.kv_heads, a.total_k, a.value_dim);
     const int64_t scratch = QUERY_TILE * (a.head_dim + width + KEY_TILE);
     for_each_tile(a, a.heads, false, QUERY_TILE, scratch, [&](int64_t b, int64_t h, int64_t row, float* buffer) {
         forward_tile<T>(a, K, V, b, h, row, buffer);
@@ -444,9 +331,11 @@ template <class T>
 void run_backward(Arguments& a) {
     const int64_t batch = batches_in_memory(a), d = a.head_dim, dv = a.value_dim, width = round_up(d, PANEL);
     const BackwardPanels panels{
-        pack_columns<T>(a.k, batch, a.kv_heads, a.total_k, d), pack_columns<T>(a.v, batch, a.kv_heads, a.total_k, dv),
-        pack_rows<T>(a.k, batch, a.kv_heads, a.total_k, d),    pack_rows<T>(a.q, batch, a.heads, a.total_q, d),
-        pack_rows<T>(a.dout, batch, a.heads, a.total_q, dv),
+        pack_columns(rows_of<T>(a.k), batch, a.kv_heads, a.total_k, a.total_k, d, 1.0f),
+        pack_columns(rows_of<T>(a.v), batch, a.kv_heads, a.total_k, a.total_k, dv, 1.0f),
+        pack_rows(rows_of<T>(a.k), batch, a.kv_heads, a.total_k, d),
+        pack_rows(rows_of<T>(a.q), batch, a.heads, a.total_q, d),
+        pack_rows(rows_of<T>(a.dout), batch, a.heads, a.total_q, dv),
     };
     compute_delta<T>(a);
     const int64_t tiles = QUERY_TILE * (d + dv) + sizeof(ScoreTile) / sizeof(float);

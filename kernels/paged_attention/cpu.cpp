@@ -20,7 +20,7 @@ namespace {
 
 using Fp8 = c10::Float8_e4m3fn;
 using vectors::at, vectors::exp2, vectors::Floats, vectors::INF, vectors::LANES, vectors::LN2, vectors::LOG2E,
-    vectors::max_of, vectors::round_up, vectors::sum_of;
+    vectors::round_up, vectors::softmax_row, vectors::sum_of;
 
 constexpr int KEYS = 64;     // of a tile
 constexpr int ROWS = 64;     // query heads of a task, all its queries together, unless one query has more
@@ -121,22 +121,6 @@ void gather(const Arguments& a, const Pool& pool, int64_t b, int64_t kv, int64_t
     }
 }
 
-// One row of the online softmax over `keys` scores, padded to whole vectors with -inf.
-void softmax_row(float* S, int64_t keys, float& m, float& l, float* O, int64_t width) {
-    const int64_t padded = round_up(keys, LANES);
-    std::fill(S + keys, S + padded, -INF);
-    Floats most = Floats{} - INF;
-    for (int64_t j = 0; j < padded; j += LANES) most = at(S + j) > most ? at(S + j) : most;
-    const float m_new = std::max(m, max_of(most)), anchor = m_new == -INF ? 0.0f : m_new;  // -inf: no key seen yet
-    Floats sum{};
-    for (int64_t j = 0; j < padded; j += LANES) sum += at(S + j) = exp2(at(S + j) - anchor);
-    const float correction = std::exp2(m - anchor);
-    l = l * correction + sum_of(sum);
-    if (m_new != m)
-        for (int64_t c = 0; c < width; c += LANES) at(O + c) *= correction;
-    m = m_new;
-}
-
 struct Buffers {
     std::vector<float> Q, K, V, S, transposed;
 };
@@ -172,9 +156,10 @@ void run_task(const Arguments& a, const Task& task, Buffers& buffers, Sums& sums
             const int64_t query = task.query + r / group;
             const int64_t first = std::clamp<int64_t>(row.first(query, a.window) - key, 0, keys);
             const int64_t last = std::clamp<int64_t>(row.last(query) - key, first, keys);
+            const int64_t padded = round_up(keys, LANES);
             std::fill(scores, scores + first, -INF);
-            std::fill(scores + last, scores + keys, -INF);
-            softmax_row(scores, keys, sums.m[r], sums.l[r], sums.O.data() + r * width, width);
+            std::fill(scores + last, scores + padded, -INF);
+            softmax_row(scores, padded, sums.m[r], sums.l[r], sums.O.data() + r * width, width);
         }
         by_blocks(rows, [&](int64_t i, auto M) { mix<M>(S + i * KEYS, V, width, keys, sums.O.data() + i * width); });
     }

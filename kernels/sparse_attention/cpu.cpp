@@ -28,7 +28,7 @@ namespace {
 
 using products::Left, products::multiply, products::pack_columns, products::pack_rows, products::PANEL, products::Panels;
 using vectors::at, vectors::exp2, vectors::Floats, vectors::INF, vectors::LANES, vectors::LN2, vectors::LOG2E,
-    vectors::max_of, vectors::round_up, vectors::sum_of;
+    vectors::round_up, vectors::softmax_row;
 
 using Scores = float[TILE * BLOCK];
 
@@ -105,21 +105,6 @@ void for_each_tile(const Arguments& a, int64_t heads, int64_t length, int64_t sc
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-// One row of the online softmax, in base 2: scores become exp2(score - m), O's row is corrected, m and l are updated.
-void softmax_row(float* scores, float& m, float& l, float* O, int64_t width) {
-    Floats most = Floats{} - INF;
-    for (int j = 0; j < BLOCK; j += LANES) most = at(scores + j) > most ? at(scores + j) : most;
-    const float m_new = std::max(m, max_of(most));
-    const float anchor = m_new == -INF ? 0.0f : m_new;  // a row that has seen no key
-    Floats sum{};
-    for (int j = 0; j < BLOCK; j += LANES) sum += at(scores + j) = exp2(at(scores + j) - anchor);
-    const float correction = std::exp2(m - anchor);
-    l = l * correction + sum_of(sum);
-    if (m_new != m)
-        for (int64_t j = 0; j < width; j += LANES) at(O + j) *= correction;
-    m = m_new;
-}
-
 template <class T>
 void forward_tile(const Arguments& a, const Panels& K, const Panels& V, int64_t b, int64_t h, int64_t tile,
                   float* scratch) {
@@ -134,7 +119,7 @@ void forward_tile(const Arguments& a, const Panels& K, const Panels& V, int64_t 
         for (int64_t i = 0; i < rows; ++i) {
             const int64_t end = a.causal ? std::min(a.keys, top + i + shift + 1) : a.keys;
             mask_row(S + i * BLOCK, 0, end - entry.column, entry.words != nullptr ? entry.words + i : nullptr);
-            softmax_row(S + i * BLOCK, m[i], l[i], O + i * width, width);
+            softmax_row(S + i * BLOCK, BLOCK, m[i], l[i], O + i * width, width);
         }
         const int64_t depth = std::min<int64_t>(BLOCK, a.keys - entry.column);
         multiply<true>(rows, width / PANEL, depth, {S, BLOCK, 1}, V.head(b, kv) + entry.column * PANEL, V.panel_stride, O,
