@@ -21,7 +21,7 @@ from tyro.conf import Positional
 import benchmarks
 from tformer_lib import command_line
 
-ROOMS = {"doors", "harness", "sanitize", "scaling_command", "serving_latency", "serving_peer", "__main__"}
+ROOMS = {"doors", "harness", "repeat", "sanitize", "scaling_command", "serving_latency", "serving_peer", "__main__"}
 
 
 def topics() -> list[str]:

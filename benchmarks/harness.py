@@ -473,6 +473,11 @@ def results_folder(out: Path | str | None, name: str) -> Path:
     return Path(out or os.environ.get("TFORMER_RESULTS") or RESULTS / name)
 
 
+def writing_to(out: Path | str) -> dict[str, str]:
+    """The environment of a process whose benchmarks write to ``out``, whatever their own command says."""
+    return os.environ | {"TFORMER_RESULTS": str(out)}
+
+
 class Report:
     """The rows of one benchmark, written as one JSON that says where, when and how they were made.
 

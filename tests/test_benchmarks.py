@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import flash_attention, harness, paged_attention, ratios
+from benchmarks import flash_attention, harness, paged_attention, ratios, repeat
 from benchmarks import tokens as tokens_benchmark
 from benchmarks import training as training_benchmark
 from tformer_lib import jit, profiling, stories, teaching, tokens
@@ -391,6 +391,102 @@ def test_benchmarks_refuse_in_one_line(topic, capsys):
 )
 def test_times_have_units(seconds, text):
     assert extension("results").time(seconds).replace("\u00a0", " ") == text
+
+
+# --- records made again
+
+
+def a_record(command: str, commit: str | None = "abc", **rows: tuple[float, float, float]) -> dict:
+    """A record of one row for each name: its median, 10th and 90th percentile in seconds."""
+    rows = [{"name": name, **dict(zip(("seconds", "p10", "p90"), times, strict=True))} for name, times in rows.items()]
+    return {"command": command, "commit": commit, "date": "2026-11-30T00:00", "device": "a CPU", "rows": rows}
+
+
+@pytest.fixture
+def two_commands(tmp_path, monkeypatch):
+    """A folder of records, three of two commands and one that no command made alone."""
+    monkeypatch.setattr(repeat, "RESULTS", tmp_path)
+    records = {
+        "x": a_record("python -m benchmarks.x --device cpu", a=(1.0, 0.9, 1.1), b=(2.0, 1.9, 2.1)),
+        "x-more": a_record("python -m benchmarks.x --device cpu", None, a=(1.0, 0.9, 1.1)),
+        "y": a_record("python -m benchmarks.y 'a b' --device cpu", "abc+changes"),
+        "z": a_record("python -m benchmarks.z ... (one command for each row)"),
+        "ledger": {"rows": []},
+    }
+    (tmp_path / "cpu").mkdir()
+    for name, record in records.items():
+        (tmp_path / "cpu" / f"{name}.json").write_text(json.dumps(record))
+    return tmp_path
+
+
+def test_records_are_made_again_by_their_commands_and_compared(two_commands, monkeypatch, capsys):
+    asked = []
+
+    def run(words, out, seconds):
+        asked.append((words, seconds))
+        out.mkdir(exist_ok=True)
+        if words[2] == "benchmarks.y":
+            return "exit status 3"
+        found = a_record("", a=(1.05, 1.0, 1.2), b=(1.0, 0.9, 1.1), c=(3.0, 3.0, 3.0))
+        (out / "x.json").write_text(json.dumps(found))
+        return ""
+
+    monkeypatch.setattr(repeat, "run", run)
+    out = two_commands / "again"
+    assert repeat.main(["x", "x-more", "y", "--of", "cpu", "--out", str(out)]) == 1
+    assert [words for words, _ in asked] == [
+        ("python", "-m", "benchmarks.x", "--device", "cpu"),
+        ("python", "-m", "benchmarks.y", "a b", "--device", "cpu"),
+    ]
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "a 1000.000 1050.000 1.05" in lines
+    assert "b 2000.000 1000.000 0.50 changed" in lines
+    assert "c 3000.000 new" in lines
+    assert "x-more: the command did not write it" in lines
+    assert "y: exit status 3" in lines
+    assert lines[-1].startswith("1 of 2 commands ran;")
+
+
+def test_the_list_says_what_speaks_against_a_record(two_commands, capsys):
+    assert repeat.main(["--of", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = {line.split()[0]: " ".join(line.split()[2:]) for line in lines[::2]}
+    assert said == {
+        "x": "as its sources are",  # there are no sources of this name
+        "x-more": "made without a commit",
+        "y": "made beside changes",
+        "z": "as its sources are",
+    }
+    assert lines[1::2][-1].strip() == "no command alone made it"
+
+
+def test_stale_records_are_those_that_something_speaks_against(two_commands):
+    records = repeat.load(two_commands / "cpu")
+    assert [r.name for r in repeat.choose(records, repeat.Asked(stale=True))] == ["x-more", "y"]
+    assert [r.name for r in repeat.choose(records, repeat.Asked())] == ["x", "x-more", "y"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["w", "--of", "cpu"], "no record is called w"), (["z", "--of", "cpu"], "alone made z"), (["--of", "tpu"], "cpu")],
+)
+def test_records_that_cannot_be_made_again_are_refused(two_commands, arguments, words, capsys):
+    assert repeat.main(arguments) == 2
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_a_recorded_command_runs_and_is_ended(tmp_path):
+    write = "import os, pathlib; pathlib.Path(os.environ['TFORMER_RESULTS'], 'here').touch()"
+    assert repeat.run(["python", "-c", write], tmp_path, float("inf")) == ""
+    assert (tmp_path / "here").exists()
+    assert repeat.run(["python", "-c", "raise SystemExit(3)"], tmp_path, 60.0) == "exit status 3"
+    assert repeat.run(["python", "-c", "import time; time.sleep(60)"], tmp_path, 0.2) == "the time is up"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout")
+def test_sources_that_changed_since_a_commit_are_found():
+    assert repeat.changed_since("HEAD", ["LICENSE"]) in ([], ["LICENSE"])
+    assert repeat.changed_since("no-such-commit", ["LICENSE"]) is None
 
 
 # --- figures in prose
