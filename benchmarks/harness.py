@@ -39,6 +39,8 @@ from tformer_lib import jit, profiling
 from tformer_lib.checkpoint import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
+BEGAN = time.monotonic()
+"""When this process loaded the harness."""
 
 
 @dataclass(frozen=True)
@@ -618,7 +620,7 @@ def format_row(row: Row) -> str:
 
 
 def environment(device: torch.device) -> dict:
-    """The hardware, the versions, the commit, the date and the command of this run."""
+    """The hardware, the versions, the commit, the date and the command of this run, and its seconds so far."""
     return {
         "device": device_label(device),
         "machine": {
@@ -630,6 +632,7 @@ def environment(device: torch.device) -> dict:
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(),
+        "took": round(time.monotonic() - BEGAN, 1),
     }
 
 

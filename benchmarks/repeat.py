@@ -194,9 +194,10 @@ def repeat(records: Sequence[Record], asked: Asked) -> int:
 
 
 def show(records: Sequence[Record]) -> None:
-    """A line for each record: its day, what speaks against it, and the command."""
+    """Two lines for each record: its day and what speaks against it; the command, and its seconds if known."""
     for record in records:
         command = shlex.join(record.words) if record.words else "no command alone made it"
+        command += f"  # {record.content['took']:.0f} s" if "took" in record.content else ""
         print(
             f"{record.name:<40} {record.content['date'][:10]}  {record.against or 'as its sources are'}\n    {command}"
         )

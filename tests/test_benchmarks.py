@@ -408,7 +408,7 @@ def two_commands(tmp_path, monkeypatch):
     monkeypatch.setattr(repeat, "RESULTS", tmp_path)
     records = {
         "x": a_record("python -m benchmarks.x --device cpu", a=(1.0, 0.9, 1.1), b=(2.0, 1.9, 2.1)),
-        "x-more": a_record("python -m benchmarks.x --device cpu", None, a=(1.0, 0.9, 1.1)),
+        "x-more": a_record("python -m benchmarks.x --device cpu", None, a=(1.0, 0.9, 1.1)) | {"took": 41.2},
         "y": a_record("python -m benchmarks.y 'a b' --device cpu", "abc+changes"),
         "z": a_record("python -m benchmarks.z ... (one command for each row)"),
         "ledger": {"rows": []},
@@ -457,6 +457,7 @@ def test_the_list_says_what_speaks_against_a_record(two_commands, capsys):
         "y": "made beside changes",
         "z": "as its sources are",
     }
+    assert lines[3].strip() == "python -m benchmarks.x --device cpu  # 41 s"
     assert lines[1::2][-1].strip() == "no command alone made it"
 
 
