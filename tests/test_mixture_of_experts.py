@@ -482,6 +482,22 @@ def test_balance_loss_is_one_when_even_and_e_over_k_when_collapsed():
     assert balance_loss(even[:0].sum(0, keepdim=True), torch.zeros(4)).item() == 0
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+def test_no_token_and_no_score_leave_a_loss_that_is_a_number(router):
+    """A batch may bring a process no token, and sigmoids of logits far below 0 are all 0."""
+    layer = mixture(count=5, per_token=2, router=router).train()
+    assert layer(torch.zeros(3, 0, WIDTH, dtype=torch.float64)).shape == (3, 0, WIDTH)
+    total = take_balance_loss([layer])
+    total.backward()
+    assert total.item() == 0
+    logits = torch.full((4, 5), -2000.0, requires_grad=True)
+    routing = layer.router.choose(logits)
+    total = balance_loss(routing.shares, torch.tensor([4, 4, 0, 0, 0])) + routing.weights.sum()
+    total.backward()
+    assert total.isfinite()
+    assert logits.grad.isfinite().all()
+
+
 def test_gradient_of_the_balance_loss_takes_from_the_busiest():
     logits = torch.zeros(6, 3, requires_grad=True)
     balance_loss(logits.softmax(-1), torch.tensor([9, 2, 1])).backward()

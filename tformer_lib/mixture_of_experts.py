@@ -157,7 +157,7 @@ class Router(nn.Module):
         """logits: (N, E), how well each expert fits each token."""
         config = self.config
         scores = logits.sigmoid() if config.router == "sigmoid_then_topk" else logits.softmax(-1)  # (N, E)
-        shares = scores / scores.sum(-1, keepdim=True)
+        shares = scores / (scores.sum(-1, keepdim=True) + 1e-20)  # all sigmoids may be 0
         after = config.router == "topk_then_softmax"
         ranked = logits if after else scores
         if self.selection_bias is not None:
@@ -561,7 +561,8 @@ def balance_loss(shares: Tensor, counts: Tensor) -> Tensor:
         counts: (E,) how many choices fell on each expert.
     """
     of_choices = counts / counts.sum().clamp(min=1)
-    return len(counts) * (of_choices.to(shares.dtype) * shares.mean(0)).sum()
+    of_scores = shares.mean(0) if len(shares) else shares.sum(0)  # a mean of no tokens is NaN
+    return len(counts) * (of_choices.to(shares.dtype) * of_scores).sum()
 
 
 def mixtures(model: nn.Module) -> list[MixtureOfExperts]:
