@@ -222,6 +222,17 @@ def test_a_text_without_a_cut_is_searched_a_few_times_only(monkeypatch):
     assert sum(searched) <= 2 * 12 * 5000
 
 
+@pytest.mark.parametrize("allowed", [(), ["<|x|>"], {"<|y|>"}, ("<|x|>", "<|y|>"), "all", ["<|z|>"]])
+def test_special_tokens_are_allowed_one_by_one_as_in_tiktoken(allowed):
+    specials, text = ["<|x|>", "<|y|>"], "a<|x|>b<|y|><|x|>"
+    encoding = tokens.CharEncoding("abxy<|>", specials)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    theirs = tiktoken.Encoding("bytes", pat_str=".", mergeable_ranks=ranks, special_tokens={"<|x|>": 256, "<|y|>": 257})
+    ids = encoding.encode(text, allowed_special=allowed, disallowed_special=())
+    expected = theirs.encode(text, allowed_special="all" if allowed == "all" else set(allowed), disallowed_special=())
+    assert [encoding.decode([i]) for i in ids] == [theirs.decode([i]) for i in expected]
+
+
 @pytest.mark.parametrize("bad", [-1, 5, 10**9])
 def test_an_id_outside_the_vocabulary_is_refused(bad):
     encoding = tokens.characters(f"hello{END_OF_TEXT}")

@@ -43,13 +43,16 @@ def encode_bytes(encoding: tiktoken.Encoding, data: bytes) -> list[int]:
     return ids
 
 
-def encode_special(encoding: "Encoding", text: str) -> list[int]:
+def encode_special(encoding: "Encoding", text: str, allowed: Iterable[str] | None = None) -> list[int]:
     """The ids of ``text`` with its special tokens read as such; of those that start alike, the longest is meant.
+
+    Where only some are ``allowed``, the others are read as the plain text that they are.
 
     (``encoding.encode(text, allowed_special="all")`` does the same where no two start alike; else it takes either one.)
     """
+    known = encoding.special_tokens_set
     ids = []
-    for i, part in enumerate(split_special(text, encoding.special_tokens_set)):
+    for i, part in enumerate(split_special(text, known if allowed is None else known.intersection(allowed))):
         ids += [encoding._special_tokens[part]] if i % 2 else encoding.encode_ordinary(part)
     return ids
 
@@ -115,9 +118,7 @@ class CharEncoding:
         self, text: str, *, allowed_special: Literal["all"] | Iterable[str] = (), disallowed_special: object = ()
     ) -> list[int]:
         """The ids of ``text``; special tokens are read as plain characters unless they are allowed."""
-        if allowed_special != "all" and not self.special_tokens_set <= set(allowed_special):
-            return self.encode_ordinary(text)
-        return encode_special(self, text)
+        return encode_special(self, text, self.special_tokens_set if allowed_special == "all" else allowed_special)
 
     def encode_single_token(self, token: str) -> int:
         """The id of a character or special token."""
