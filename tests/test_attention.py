@@ -433,6 +433,19 @@ def test_variants_are_their_formulas_over_every_form(form, window, added):
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("form", [attend, attend_sdpa, flash_attention])
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0}, {"sinks": torch.ones(2)}], ids=str)
+def test_a_variant_with_alibi_compiles_to_one_graph(form, options):
+    torch._dynamo.reset()
+    variant = AttentionVariant(form, alibi=True, **options)
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 7, 8))
+    found = torch.compile(lambda *x: variant(*x, causal=True), fullgraph=True, backend="aot_eager")(q, k, v)
+    expected = variant(q, k, v, causal=True)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_a_variant_looks_by_the_places_that_it_is_told():
     """Keys in any order, with their places beside them, are keys in order."""
     q, k, v = (torch.randn(1, 2, n, 4, dtype=torch.float64) for n in (3, 7, 7))

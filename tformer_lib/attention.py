@@ -299,7 +299,8 @@ class AttentionVariant:
         elif self.window is not None:
             options["mask"] = masks.combine(mask, self.near(q, k, places))
         if self.alibi and self.bias is None and aligned and takes(self.form, "alibi_slopes"):
-            options["alibi_slopes"] = slopes_on(q.shape[1], q.device)
+            # torch.compile does not know whether a constant wants a gradient, and flash attention asks.
+            options["alibi_slopes"] = slopes_on(q.shape[1], q.device).detach()
         elif self.alibi or self.bias is not None:
             options["bias"] = self.added(q, k, places)
         if self.softcap is not None:
