@@ -8,6 +8,7 @@ measure: a form may have twice that error in its results, three times in its gra
 import importlib
 import importlib.util
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -515,6 +516,16 @@ def test_inputs_are_left_alone_and_results_repeat(form, device):
 # ---- wrong inputs
 
 
+def nested(x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that its interface will change
+        return torch.nested.nested_tensor(list(x))
+
+
+def ragged(x):
+    return torch.nested.nested_tensor(list(x.transpose(1, 2)), layout=torch.jagged).transpose(1, 2)
+
+
 def wrong_inputs():
     """Pairs of a change to good inputs and what the error must say."""
     return {
@@ -528,6 +539,12 @@ def wrong_inputs():
         "dtypes differ": (lambda q, k, v: (q, k.double(), v), r"share a dtype, got torch.\w+, torch.float64"),
         "integers": (lambda q, k, v: (q.long(), k, v), r"q must be float64.*got torch.int64"),
         "not a tensor": (lambda q, k, v: (q, k, v.tolist()), r"v must be a tensor, got list"),
+        "sparse": (
+            lambda q, k, v: (q, k.to_sparse(), v),
+            "k must be a dense tensor, got .*sparse_coo",
+        ),
+        "nested": (lambda q, k, v: (nested(q), nested(k), nested(v)), "q must be a dense tensor, got a nested tensor"),
+        "ragged": (lambda q, k, v: (ragged(q), ragged(k), ragged(v)), "q must be a dense tensor, got a nested tensor"),
         "devices differ": (lambda q, k, v: (q, k.to("meta"), v), r"on one device, got .*meta"),
     }
 

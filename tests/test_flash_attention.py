@@ -13,6 +13,7 @@ import torch
 from draws import draws
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from benchmarks.harness import edited_kernel
@@ -810,6 +811,63 @@ def test_who_watches_operators_sees_planned_calls_too():
     assert "tformer_lab::flash_attention" in {event.name for event in trace.events()}
     batched = torch.func.vmap(flash_attention)(*(x[None] for x in (q, k, v)))
     torch.testing.assert_close(batched[0], flash_attention(q, k, v), rtol=0, atol=0)
+
+
+@needs_cpu_twin
+def test_who_watches_the_gradients_of_a_planned_call_sees_an_operator():
+    q, k, v = inputs((1, 2, 2, 5, 6, 8), torch.float32, "cpu", grad=True)
+    second_call(q, k, v)
+    out = flash_attention(q, k, v)
+    douts = torch.randn(3, *out.shape)
+    expected = [torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for dout in douts]
+    batched = torch.autograd.grad(out, (q, k, v), douts, is_grads_batched=True, retain_graph=True)
+    for found, *each in zip(batched, *expected, strict=True):
+        torch.testing.assert_close(found, torch.stack(each), rtol=0, atol=0)
+    with profiling.count() as work:
+        torch.autograd.grad(out, (q, k, v), douts[0], retain_graph=True)
+    assert work.flops == 5 * 2 * 2 * 5 * 6 * 8
+    with torch.profiler.profile() as trace:
+        torch.autograd.grad(out, (q, k, v), douts[0])
+    assert "tformer_lab::flash_attention_backward" in {event.name for event in trace.events()}
+
+
+def negative_view(x):
+    """The numbers of x as a view of their negatives, as the imaginary part of a conjugate is one."""
+    return torch._neg_view(-x)
+
+
+@needs_cpu_twin
+@pytest.mark.parametrize("step", [0, "cpu"])
+def test_numbers_are_those_of_a_tensor_and_not_what_lies_at_its_address(step):
+    """Its memory may hold their negatives, or zeros may have none: a plan knows layouts alone."""
+    given = [x.detach() for x in inputs((1, 2, 2, 5, 6, 8), torch.float32, "cpu")]
+    flash_attention(*given, step=step)
+    expected = flash_attention(*given, step=step)
+    zeros = flash_attention(torch.zeros_like(given[0]), *given[1:], step=step)
+    for place, x in enumerate(given):
+        changed = [*given[:place], negative_view(x), *given[place + 1 :]]
+        torch.testing.assert_close(flash_attention(*changed, step=step), expected)
+    found = flash_attention(torch._efficientzerotensor(given[0].shape), *given[1:], step=step)
+    torch.testing.assert_close(found, zeros)
+    leaves = [x.requires_grad_() for x in given]
+    out, lse = flash_attention(*leaves, step=step, return_lse=True)
+    pair = torch.randn_like(out), torch.randn_like(lse)
+    wanted = torch.autograd.grad((out, lse), leaves, pair, retain_graph=True)
+    found = torch.autograd.grad((out, lse), leaves, [negative_view(x) for x in pair])
+    torch.testing.assert_close(found, wanted)
+
+
+def test_packed_tensors_without_numbers_have_a_shape():
+    q, k, v, starts = (
+        torch.empty(9, 4, 8),
+        torch.empty(9, 2, 8),
+        torch.empty(9, 2, 6),
+        torch.zeros(3, dtype=torch.int32),
+    )
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in (q, k, v, starts, starts)]
+        assert flash_attention_varlen(*fake, causal=True).shape == (9, 4, 6)
+    assert flash_attention_varlen(*(x.to("meta") for x in (q, k, v, starts, starts))).shape == (9, 4, 6)
 
 
 @needs_cpu_twin

@@ -397,6 +397,70 @@ def test_gradients_come_from_step_0():
     assert q.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("step", [0, None])
+def test_a_parameter_has_the_gradient_of_any_tensor(step):
+    x = case((5, 40))
+    parameter, tensor = torch.nn.Parameter(x["q"].clone()), x["q"].clone().requires_grad_()
+    for q in (parameter, tensor):
+        attention(**{**x, "q": q}, step=step).square().sum().backward()
+    torch.testing.assert_close(parameter.grad, tensor.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("step", [0, None])
+def test_transforms_map_over_calls_or_are_refused_in_words(step):
+    x = case((5, 40))
+    other = {**x, "q": 2 * x["q"], "k_pool": -x["k_pool"], "lengths": x["lengths"] - 3}
+    for names in (("q",), ("k_pool",), ("lengths",), ("q", "k_pool", "lengths")):
+
+        def call(*changed, names=names):
+            return attention(**{**x, **dict(zip(names, changed, strict=True))}, step=step)
+
+        both = torch.func.vmap(call)(*(torch.stack((x[name], other[name])) for name in names))
+        torch.testing.assert_close(both[1], call(*(other[name] for name in names)))
+    total = lambda q: attention(**{**x, "q": q}, step=step).sum()  # noqa: E731
+    gradient = torch.func.grad(total)
+    for transformed, q in (
+        (gradient, x["q"]),
+        (torch.func.jacrev(total), x["q"]),
+        (torch.func.vmap(gradient), x["q"][None]),
+    ):
+        with pytest.raises(NotImplementedError, match=r"paged attention has no derivative for torch\.func"):
+            transformed(q)
+    with pytest.raises(NotImplementedError, match="paged attention has no forward-mode derivative"):
+        torch.func.jvp(total, (x["q"],), (x["q"],))
+
+
+@pytest.mark.parametrize("step", [0, None])
+def test_numbers_are_those_of_a_tensor_and_not_what_lies_at_its_address(step):
+    """Its memory may hold their negatives: the imaginary part of a conjugate is such a view."""
+    x = case((5, 40))
+    expected = attention(**x, step=step)
+    for name in ("q", "k_pool", "v_pool"):
+        torch.testing.assert_close(attention(**{**x, name: torch._neg_view(-x[name])}, step=step), expected)
+    k, v, slots = torch.randn(3, 2, 64), torch.randn(3, 2, 64), torch.tensor([7, -1, 0])
+    pools = [[torch.zeros_like(x[name]) for name in ("k_pool", "v_pool")] for _ in range(2)]
+    write_cache(k, v, *pools[0], slots, step=step)
+    write_cache(torch._neg_view(-k), torch._neg_view(-v), *pools[1], slots, step=step)
+    torch.testing.assert_close(pools[1], pools[0], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="nothing is written to a view of their negatives"):
+        write_cache(k, v, torch._neg_view(pools[0][0]), pools[0][1], slots, step=step)
+
+
+def test_tensors_without_numbers_have_a_shape_and_no_plan():
+    x = case((5, 40))
+    meta = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in x.items()}
+    out, lse = attention(**meta, return_lse=True)
+    assert (out.shape, lse.shape) == (x["q"].shape, x["q"].shape[:2])
+    k, slots = torch.zeros(3, 2, 64, device="meta"), torch.zeros(3, dtype=torch.int64, device="meta")
+    write_cache(k, k, meta["k_pool"], meta["v_pool"], slots)
+    with pytest.raises(ValueError, match="the pools are on meta, q came on cpu"):
+        attention(**{**meta, "q": x["q"]})
+    with pytest.raises(ValueError, match="the pools are on meta, k came on cpu"):
+        write_cache(torch.zeros(3, 2, 64), k, meta["k_pool"], meta["v_pool"], slots)
+    with pytest.raises(ValueError, match="a plan is made of tensors whose numbers lie in memory"):
+        plan_attention(**meta)
+
+
 # ---- a GPU alone
 
 

@@ -43,12 +43,20 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+        check_dense(name, x)
         if x.dtype not in ATTENTION_DTYPES:
             raise ValueError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
         if x.dtype != q.dtype:
             raise ValueError(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
         if x.device != q.device:
             raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    """Refuse a tensor whose numbers do not lie by strides: nested, sparse, or in a layout of a library's own."""
+    if x.is_nested or x.layout != torch.strided:
+        came = "nested tensor" if x.is_nested else f"tensor of layout {x.layout}"
+        raise ValueError(f"{name} must be a dense tensor, got a {came}: pad its sequences, or pack them end to end")
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:

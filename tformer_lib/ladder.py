@@ -241,6 +241,25 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # and no subclass, which may be of any nature
+
+
+def address_of(x: Tensor) -> int | None:
+    """Where the numbers of ``x`` lie, for a kernel that is called without ``torch.library``; None if nowhere.
+
+    A view may stand for the negatives of what lies there (``z.conj().imag``), zeros may have no memory at all (PyTorch
+    makes such in derivatives of complex numbers), and a tensor inside ``torch.func.vmap`` or on the meta device has
+    none. An operator is given such tensors after they were copied, one after another, or never.
+    """
+    if type(x) not in PLAIN_TENSORS or x.is_neg() or x.is_nested:
+        return None
+    try:
+        address = x.data_ptr()
+    except RuntimeError:  # of a tensor without storage
+        return None
+    return address if address or x.numel() == 0 else None
+
+
 def is_aligned(x: Tensor, size: int = 16) -> bool:
     """Whether every row of x, that is every run along its last dimension, begins at a multiple of ``size`` bytes."""
     step = max(1, size // x.element_size())

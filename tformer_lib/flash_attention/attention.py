@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tformer_lib.contract import check_bias, check_inputs, score_scale
+from tformer_lib.contract import check_bias, check_inputs, has_no_numbers, score_scale
 from tformer_lib.flash_attention import operators, plans
 from tformer_lib.flash_attention.checks import Window, check_options, check_packed
 from tformer_lib.flash_attention.kernels import LADDER
@@ -120,8 +120,8 @@ def flash_attention_varlen(
     deterministic = is_deterministic(deterministic)
     if max_seqlen_q is None or max_seqlen_k is None:
         check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
-        max_seqlen_q = longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q
-        max_seqlen_k = longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k
+        max_seqlen_q = longest(cu_seqlens_q, q) if max_seqlen_q is None else max_seqlen_q
+        max_seqlen_k = longest(cu_seqlens_k, k) if max_seqlen_k is None else max_seqlen_k
     given = (causal, scale, softcap, step, deterministic, max_seqlen_q, max_seqlen_k, checked)
     key = plans.key_of((q, k, v, alibi_slopes, cu_seqlens_q, cu_seqlens_k), window, given)
     plan = None if key is None else plans.find(key)
@@ -192,8 +192,10 @@ def as_batch(x: Tensor) -> Tensor:
     return x.transpose(0, 1).unsqueeze(0)
 
 
-def longest(cu_seqlens: Tensor) -> int:
-    """The length of the longest packed sequence."""
+def longest(cu_seqlens: Tensor, x: Tensor) -> int:
+    """The length of the longest sequence packed in x; all of x, where ``cu_seqlens`` is a shape without numbers."""
+    if not torch.compiler.is_compiling() and has_no_numbers(cu_seqlens):
+        return x.shape[0]
     return int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tformer_lib.contract import check_bias, check_inputs, check_positive
+from tformer_lib.contract import check_bias, check_dense, check_inputs, check_positive
 from tformer_lib.flash_attention.options import Options, Packing
 from tformer_lib.ladder import accumulation_dtype
 
@@ -67,6 +67,7 @@ def check_slopes(slopes: Tensor, q: Tensor, batch: int) -> None:
 def check_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
     """Refuse packed inputs of the wrong shape; what cu_seqlens hold is not read, since that waits for the GPU."""
     for name, x in (("q", q), ("k", k), ("v", v)):
+        check_dense(name, x)
         if x.dim() != 3:
             raise ValueError(f"{name} must have 3 dimensions (total, heads, head_dim), got shape {tuple(x.shape)}")
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):

@@ -10,8 +10,8 @@ from tformer_lib.flash_attention import kernels, reference
 from tformer_lib.flash_attention.checks import check_gradients, check_operands
 from tformer_lib.flash_attention.kernels import GRADIENTS, LADDER, refusal
 from tformer_lib.flash_attention.options import Options, Packing
-from tformer_lib.flash_attention.plans import Plan
-from tformer_lib.ladder import AUTO
+from tformer_lib.flash_attention.plans import Plan, is_watched
+from tformer_lib.ladder import AUTO, address_of
 
 
 @torch.library.custom_op("tformer_lab::flash_attention", mutates_args=())
@@ -204,11 +204,12 @@ class Planned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout: Tensor | None, dlse: Tensor | None = None) -> tuple:
-        """The gradients of q, k and v. For a second derivative the operator is called, which says that it has none."""
+        """The gradients of q, k and v, by the operator where somebody watches, or asks for a second derivative."""
         plan, (q, k, v, out, lse, slopes, *starts) = ctx.plan, ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         given, o, packing = (dout, dlse, q, k, v, out, lse), plan.options, pack(*starts, *plan.longest)
-        if torch.is_grad_enabled():
+        plain = all(address_of(x) is not None for x in (dout, dlse) if x is not None)
+        if torch.is_grad_enabled() or is_watched() or not plain:
             asked = (*plan.longest, o.causal, o.window, o.scale, plan.step, o.deterministic, o.ahead, o.softcap, slopes)
             *gradients, _ = torch.ops.tformer_lab.flash_attention_backward(*given, None, *starts, *asked)
         else:

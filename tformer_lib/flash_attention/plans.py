@@ -21,7 +21,7 @@ from tformer_lib import jit
 from tformer_lib.flash_attention import kernels
 from tformer_lib.flash_attention.options import Options, Packing
 from tformer_lib.flash_attention.reference import empty_outputs
-from tformer_lib.ladder import Kernel, counters
+from tformer_lib.ladder import Kernel, address_of, counters
 
 MOST_PLANS = 4096
 _plans: dict[tuple, "Plan | None"] = {}  # None: the operator's work
@@ -102,15 +102,15 @@ def key_of(tensors: tuple[Tensor | None, ...], window: object, options: tuple) -
         if x is None:
             layouts.append(None)
             continue
-        if type(x) not in PLAIN_TENSORS:
+        place = address_of(x)
+        if place is None:
             return None
         layouts.append((x.shape, x.stride(), x.dtype, x.device))
-        address |= x.data_ptr()
+        address |= place
     slopes = tensors[3]
     return (*layouts, address & 15, slopes is not None and slopes.requires_grad, window, options, jit.kernels_folder())
 
 
-PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # and no subclass, which may be of any nature
 SIMPLE = (NoneType, bool, int, float, str)
 
 

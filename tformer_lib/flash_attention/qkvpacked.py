@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tformer_lib import profiling
-from tformer_lib.contract import check_inputs, score_scale
+from tformer_lib.contract import check_dense, check_inputs, score_scale
 from tformer_lib.flash_attention import operators, reference
 from tformer_lib.flash_attention.attention import flash_attention, is_deterministic
 from tformer_lib.flash_attention.checks import Window, check_gradients, check_options
@@ -59,6 +59,7 @@ flash_attention.qkvpacked = flash_attention_qkvpacked
 
 def check_joined(qkv: Tensor, heads: int) -> None:
     """Refuse a tensor whose heads are not as many keys as values beside the queries."""
+    check_dense("qkv", qkv)
     if qkv.dim() != 4:
         raise ValueError(f"qkv must be (batch, T, heads + 2 kv_heads, head_dim), got shape {tuple(qkv.shape)}")
     others = qkv.shape[2] - heads

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from tformer_lib.contract import score_scale
+from tformer_lib.ladder import check_no_tangent
+from tformer_lib.paged_attention.checks import check_paged, check_write
 from tformer_lib.paged_attention.kernels import DECODE
 from tformer_lib.paged_attention.operators import is_traced
 from tformer_lib.paged_attention.options import Options, Places, Rows, WriteOptions
@@ -45,7 +47,9 @@ def write_cache(
     """
     places = Places(slots, cos, sin)
     options = WriteOptions(layout, float(k_scale), float(v_scale), DECODE.name(step), checked)
-    if is_traced(k):
+    if is_traced(k, v, k_pool, v_pool, slots):
+        if not torch.compiler.is_compiling():
+            check_write(k, v, k_pool, v_pool, places, options)
         torch.ops.tformer_lab.write_cache(k, v, k_pool, v_pool, *places, *options)
     else:
         make_write_plan(k, v, k_pool, v_pool, places, options).call(k, v, k_pool, v_pool)
@@ -101,7 +105,10 @@ def paged_attention(
     """
     rows = Rows(block_tables, lengths, query_starts, max_queries)
     options = attention_options(q, scale, window, k_scale, v_scale, step, checked, batch_invariant)
-    if is_traced(q):
+    if is_traced(q, k_pool, v_pool, block_tables, lengths):
+        if not torch.compiler.is_compiling():
+            check_paged(q, k_pool, v_pool, rows, options)
+        check_no_tangent("paged attention", q, k_pool, v_pool, instead="attention.attend over gather_blocks")
         out, lse = torch.ops.tformer_lab.paged_attention(q, k_pool, v_pool, *rows, *options)
     else:
         out, lse = make_plan(q, k_pool, v_pool, rows, options).call(q, k_pool, v_pool, return_lse)

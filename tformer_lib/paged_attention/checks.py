@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tformer_lib.contract import ATTENTION_DTYPES, check_heads
+from tformer_lib.contract import ATTENTION_DTYPES, check_dense, check_heads
 from tformer_lib.ladder import FP8
 from tformer_lib.paged_attention.options import Options, Places, Rows, WriteOptions
 from tformer_lib.rope import LAYOUTS
@@ -19,6 +19,7 @@ POOL_DTYPES = (*ATTENTION_DTYPES, FP8)
 def check_pools(k_pool: Tensor, v_pool: Tensor) -> None:
     """Refuse pools that are not a pair of one shape, dtype and device."""
     for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
+        check_dense(name, pool)
         if pool.dim() != 4:
             shape = tuple(pool.shape)
             raise ValueError(f"{name} must have shape (blocks, kv_heads, block_size, head_dim), got {shape}")
@@ -53,8 +54,11 @@ def check_write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, places: Pl
     """Refuse what :func:`write_cache` cannot store. Looks at shapes alone: nothing waits for the device."""
     slots, cos, sin = places
     check_pools(k_pool, v_pool)
+    if k_pool.is_neg() or v_pool.is_neg():
+        raise ValueError("pools must hold what they say: nothing is written to a view of their negatives")
     wanted = ("tokens", k_pool.shape[1], k_pool.shape[3])
     for name, x in (("k", k), ("v", v)):
+        check_dense(name, x)
         if x.dim() != 3 or x.shape[1:] != wanted[1:] or x.shape != k.shape:
             raise ValueError(f"{name} must have shape (tokens, {wanted[1]}, {wanted[2]}), got {tuple(x.shape)}")
         if x.device != k_pool.device:
@@ -95,6 +99,7 @@ def check_paged(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, options: 
     """Refuse what :func:`paged_attention` cannot read. Looks at shapes alone: nothing waits for the device."""
     block_tables, lengths, query_starts, max_queries = rows
     check_pools(k_pool, v_pool)
+    check_dense("q", q)
     if q.dim() != 3 or q.shape[2] != k_pool.shape[3]:
         raise ValueError(f"q must have shape (queries, heads, {k_pool.shape[3]}), got {tuple(q.shape)}")
     check_heads(q.shape[1], k_pool.shape[1])

@@ -4,12 +4,14 @@ Checking shapes, choosing a step and collecting strides takes Python longer than
 """
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
 
 from tformer_lib import jit
-from tformer_lib.ladder import DTYPE_CODES, Kernel, loadable, wants_gradients
+from tformer_lib.ladder import DTYPE_CODES, Kernel, address_of, loadable, wants_gradients
 from tformer_lib.paged_attention.checks import check_indices, check_paged, check_slots, check_write
 from tformer_lib.paged_attention.kernels import (
     ARGUMENTS,
@@ -73,10 +75,15 @@ def layout_of(x: Tensor | None) -> tuple | None:
 
 def facts_of(*tensors: Tensor) -> tuple:
     """What a call depends on, of tensors whose addresses come later: layouts, alignment, and who asks for gradients."""
-    address = 0
-    for x in tensors:
-        address |= x.data_ptr()
-    return (*map(layout_of, tensors), address & 15, wants_gradients(*tensors))
+    places = [address_of(x) for x in tensors]
+    aligned = None if None in places else reduce(or_, places) & 15
+    return (*map(layout_of, tensors), aligned, wants_gradients(*tensors))
+
+
+def check_in_memory(facts: tuple) -> None:
+    """Refuse to plan for tensors that lie nowhere: a plan hands out addresses."""
+    if facts[-2] is None:
+        raise ValueError("a plan is made of tensors whose numbers lie in memory: call paged_attention or write_cache")
 
 
 def check_facts(planned: tuple, *tensors: Tensor) -> None:
@@ -167,6 +174,7 @@ def make_plan(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, options: Op
     shared = _calls.get(key)
     if shared is None:
         check_paged(q, k_pool, v_pool, rows, options)
+        check_in_memory(facts)
         shared = keep_call(key, attention_call(q, k_pool, v_pool, rows, options))
     if options.checked or shared.device.type == "cpu":
         check_indices(k_pool, rows, q.shape[0])
@@ -257,6 +265,7 @@ def make_write_plan(
     shared = _calls.get(key)
     if shared is None:
         check_write(k, v, k_pool, v_pool, places, options)
+        check_in_memory(facts)
         shared = keep_call(key, write_call(k, v, k_pool, v_pool, places, options))
     if options.checked or shared.device.type == "cpu":
         check_slots(places.slots, k_pool)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from tformer_lib.contract import check_dense
+
 LAYOUTS = ("half", "interleaved")
 
 
@@ -84,6 +86,7 @@ def check_rotary_dim(rotary_dim: int, head_dim: int) -> None:
 def check_rotation(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> None:
     """Refuse an x that the angles do not fit."""
     check_layout(layout)
+    check_dense("x", x)
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x must be (batch, heads, T, head_dim) floats, got shape {tuple(x.shape)} of {x.dtype}")
     if cos.shape != sin.shape or cos.dim() not in (2, 3):

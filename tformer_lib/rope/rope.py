@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tformer_lib.contract import readable
+from tformer_lib.contract import check_dense, readable
 from tformer_lib.positional_encoding import check_positions
 from tformer_lib.rope.kernels import rotate, rotate_both
 from tformer_lib.rope.pairs import check_layout, check_rotary_dim
@@ -185,6 +185,7 @@ class Rotation:
 
     def check(self, x: Tensor) -> None:
         """Refuse an x of another head_dim."""
+        check_dense("x", x)
         if x.shape[-1] != self.head_dim:
             raise ValueError(f"x must have head_dim {self.head_dim}, got shape {tuple(x.shape)}")
 
