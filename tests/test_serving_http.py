@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import gzip
 import json
 import math
 import os
@@ -154,6 +155,34 @@ def test_a_stream_is_the_same_text_in_pieces(running):
     assert [choice.finish_reason for piece in pieces for choice in piece.choices][-1] == "length"
     assert pieces[-1].choices == []
     assert pieces[-1].usage.completion_tokens == 6
+    assert {piece.usage for piece in pieces[:-1]} == {None}
+    events = events_of(running.post(body_of(stream=True, stream_options={"include_usage": True})))
+    assert all("usage" in event for event in events), "OpenAI's servers say null until the last one"
+    assert not any("usage" in event for event in events_of(running.post(body_of(stream=True))))
+
+
+def events_of(response) -> list[dict]:
+    *events, last = [event.removeprefix("data: ") for event in response.text.split("\n\n") if event]
+    assert last == "[DONE]"
+    return [json.loads(event) for event in events]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_each_event_counts_its_text_where_a_load_generator_asks_for_it(running, path):
+    """GuideLLM and vLLM's own benchmarks send continuous_usage_stats with every request."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = body_of(stream=True, stream_options=options, n=2, temperature=1.5, seed=3, max_tokens=12)
+    if "chat" in path:
+        body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
+    *events, last = events_of(running.post(body, path))
+    assert all(event["usage"]["prompt_tokens"] == last["usage"]["prompt_tokens"] for event in events)
+    for index in range(2):
+        counts = [event["usage"]["completion_tokens"] for event in events if event["choices"][0]["index"] == index]
+        assert counts == sorted(counts)
+        assert (counts[0] < 12, counts[-1]) == (True, 12)
+    assert last["usage"]["completion_tokens"] == 24
+    del options["include_usage"]
+    assert not any("usage" in event for event in events_of(running.post(body, path))), "nothing was to be counted"
 
 
 def test_a_chat_is_answered_whole_and_in_pieces(running):
@@ -350,7 +379,8 @@ def test_a_client_that_does_not_read_is_not_waited_for(monkeypatch):
         ({"temperature": "hot"}, 400, "temperature must be a number, got 'hot'"),
         ({"temperature": {}}, 400, "temperature must be a number"),
         ({"top_p": 0}, 400, "top_p must be in (0, 1]"),
-        ({"top_k": -1}, 400, "top_k must be at least 1"),
+        ({"top_k": -2}, 400, "top_k must be at least 1"),
+        ({"top_k": "all"}, 400, "top_k must be of type int, got 'all'"),
         ({"repetition_penalty": 0}, 400, "repetition_penalty must be greater than 0"),
         ({"seed": 1.5}, 400, "seed must be of type int"),
         ({"stop": 5}, 400, "stop must be a list of strings"),
@@ -363,8 +393,9 @@ def test_a_client_that_does_not_read_is_not_waited_for(monkeypatch):
         ({"stream_options": {"include_usage": 1}}, 400, "include_usage must be of type bool"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty is not supported"),
         ({"echo": True}, 400, "echo is not supported"),
+        ({"best_of": 3, "n": 2}, 400, "best_of is not supported"),
         ({"tempo": 1}, 400, "unknown field: tempo"),
-        ({"stream_options": {"include_usage": True, "continuous_usage_stats": True}}, 400, "in stream_options: 'cont"),
+        ({"stream_options": {"include_usage": True, "include_weather": True}}, 400, "in stream_options: 'include_weat"),
         ({"model": "other"}, 404, "there is no model 'other', this is 'tiny'"),
         ({"model": None}, 400, "model is missing"),
         ({"model": 5}, 400, "model must be of type str"),
@@ -389,9 +420,11 @@ def test_absurd_parameters_are_refused_and_the_next_request_is_served(running, c
         (None, "messages is missing"),
         ("hi", "messages must be of type list"),
         ([{"role": "user"}], "content must be text"),
-        ([{"role": "wizard", "content": "x"}], "needs a role and a content"),
+        ([{"role": "wizard", "content": "x"}], "role must be system or developer or user or assistant, got 'wizard'"),
+        ([{"role": ["user"], "content": "x"}], "role must be system or developer or user or assistant, got ['user']"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "content must be text"),
         ([[]], "needs a role and a content"),
+        ([{"role": "tool", "tool_call_id": "1", "content": "x"}], "role must be system or developer or user or assis"),
         ([{"role": "user", "content": "x", "name": 1}], "name must be of type str"),
         ([{"role": "user", "content": "x", "weight": 1}], "unknown field in messages: 'weight'"),
         ([{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}], "in messages: 'tool_calls'"),
@@ -403,6 +436,52 @@ def test_absurd_conversations_are_refused(running, messages, message):
     assert response.status_code == 400
     assert message in response.json()["error"]["message"]
     running.check_it_still_answers()
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_a_tool_is_refused_by_its_name_whatever_must_be_chosen(running):
+    """Pydantic AI and instructor send a choice with their tools, and before them."""
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
+    for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+        response = running.post({"tool_choice": choice, **body, "tools": [TOOL]}, "/v1/chat/completions")
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "tools")
+
+
+def test_what_clients_add_by_themselves_and_changes_nothing_is_served(running):
+    """Agents' frameworks say how to call tools where there are none, who asks, and at which price."""
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "temperature": 0}
+    neutral = {
+        "tools": [],
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+        "functions": [],
+        "function_call": "none",
+        "response_format": {"type": "text"},
+        "modalities": ["text"],
+        "service_tier": "auto",
+        "prompt_cache_key": "key",
+        "safety_identifier": "user",
+        "top_k": -1,
+        "stop": None,
+    }
+    plain = running.post(body, "/v1/chat/completions").json()
+    answer = running.post({**body, **neutral}, "/v1/chat/completions")
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"] == plain["choices"]
+    for name, value in (("modalities", ["text", "audio"]), ("functions", [{"name": "f"}]), ("service_tier", "flex")):
+        response = running.post({**body, name: value}, "/v1/chat/completions")
+        assert (response.status_code, response.json()["error"]["param"]) == (400, name)
+    both = body_of(n=2, best_of=2, temperature=1.5, seed=4)
+    assert running.post(both).json()["choices"] == running.post({**both, "best_of": 1}).json()["choices"]
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_vllms_words_for_all_tokens_are_understood(running, top_k):
+    ask = body_of(temperature=3.0, seed=7, max_tokens=20)
+    assert running.post({**ask, "top_k": top_k}).json()["choices"] == running.post(ask).json()["choices"]
+    assert running.post({**ask, "top_k": 1}).json()["choices"] != running.post(ask).json()["choices"]
 
 
 def test_a_message_may_say_who_speaks():
@@ -497,10 +576,20 @@ def test_any_body_is_answered_or_refused_in_words(running, data, path):
 
 
 def test_other_paths_methods_and_kinds_of_bodies(running):
-    assert httpx.get(running.url + "/v1/nothing").json()["error"]["message"] == "GET /v1/nothing: Not Found"
+    lost = httpx.post(running.url + "/completions", json=body_of()).json()["error"]["message"]
+    assert lost.startswith("POST /completions: Not Found; there are /v1/completions, /v1/chat/completions, /v1/models")
     assert httpx.get(running.url + "/v1/completions").status_code == 405
     text = httpx.post(running.url + "/v1/completions", content=b"{}", headers={"Content-Type": "text/plain"})
     assert text.status_code == 415, "what any web page may send without being asked"
+    packed = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    body = gzip.compress(json.dumps(body_of()).encode())
+    answer = httpx.post(running.url + "/v1/completions", content=body, headers=packed)
+    assert answer.status_code == 415
+    assert "Content-Encoding gzip is not read" in answer.json()["error"]["message"]
+    assert answer.headers["accept-encoding"] == "identity"
+    packed["Content-Encoding"] = "Identity"
+    plain = httpx.post(running.url + "/v1/completions", json=body_of(), headers=packed)
+    assert plain.status_code == 200
     with pytest.raises(openai.NotFoundError):
         running.client().models.retrieve("other")
 
@@ -510,6 +599,7 @@ def test_a_key_is_asked_for():
         for key in ("none", "sesame", "sésamé"):
             response = running.post(ASK, headers={"Authorization": f"Bearer {key}".encode()})
             assert response.status_code == 401
+            assert response.headers["www-authenticate"] == "Bearer"
         assert httpx.get(running.url + "/v1/models").status_code == 401
         assert httpx.get(running.url + "/health").status_code == 200
         for scheme, status in (("Bearer", 200), ("bearer", 200), ("BEARER ", 200), ("Basic", 401)):
@@ -542,6 +632,25 @@ def test_a_full_queue_and_a_slow_answer_are_told_and_cancelled():
 
 def body_of(**changes):
     return {"model": "tiny", "prompt": "hello", "max_tokens": 6, "temperature": 0, "ignore_eos": True, **changes}
+
+
+def test_a_body_that_would_be_too_long_is_refused_before_it_comes(running):
+    """curl asks first, with Expect: 100-continue, where a body is long."""
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1048577\r\n"
+    with socket.create_connection(running.address, timeout=10) as connection:
+        connection.sendall(f"{head}Expect: 100-continue\r\n\r\n".encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_text_that_came_too_late_is_asked_for_once():
+    """OpenAI's client asks again by itself after an error of the server, unless the server advises against it."""
+    with Running(limits=Limits(seconds=0.2)) as running:
+        step = running.engine.step
+        running.engine.step = lambda: (time.sleep(0.05), step())[1]
+        with pytest.raises(openai.InternalServerError, match=r"not done within 0\.2 seconds"):
+            running.client(max_retries=5).completions.create(**ASK | {"max_tokens": 80})
+        asked = {"path": "/v1/completions", "status": "504"}
+        assert running.server.metrics.registry.get_sample_value("tformer_requests_total", asked) == 1
 
 
 def test_a_body_that_never_comes_is_not_waited_for():
@@ -591,6 +700,8 @@ def test_a_shutdown_finishes_what_has_begun():
             ask = {"model": "stories", "prompt": "Once upon", "max_tokens": 200, "temperature": 0, "stream": True}
             stream = client.completions.create(**ask, extra_body={"ignore_eos": True})
             pieces = [next(iter(stream))]
+            offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABk"}
+            assert httpx.get(url.removesuffix("/v1") + "/health", headers=offer).status_code == 200
             process.send_signal(signal.SIGINT)
             pieces += stream
             assert pieces[-1].choices[0].finish_reason == "length"

@@ -1,6 +1,7 @@
 """The command line: complete prompts, or serve them over HTTP."""
 
 import json
+import logging
 import os
 import socket
 import sys
@@ -150,7 +151,8 @@ def serve(command: Serve) -> int:
     name = command.name or Path(command.model).resolve().name
     server = Server(command.open().engine, name, api_key=key, limits=limits)
     options = {"log_level": "warning", "access_log": False, "server_header": False}
-    config = uvicorn.Config(server.app, timeout_graceful_shutdown=command.grace, **options)
+    config = uvicorn.Config(server.app, timeout_graceful_shutdown=command.grace, ws="none", **options)
+    logging.getLogger("uvicorn.error").addFilter(is_not_of_upgrades)
     family = socket.AF_INET6 if ":" in command.host else socket.AF_INET
     with socket.create_server((command.host, command.port), family=family, backlog=2048) as listening:
         address = f"[{command.host}]" if ":" in command.host else command.host
@@ -162,6 +164,15 @@ def serve(command: Serve) -> int:
         print(f"serving {name} on http://{address}:{listening.getsockname()[1]}/v1", flush=True)
         uvicorn.Server(config).run(sockets=[listening])
     return 0
+
+
+def is_not_of_upgrades(record: logging.LogRecord) -> bool:
+    """Whether a line belongs into the log.
+
+    A client that offers HTTP/2 or a web socket, as Java's does with each connection, is answered by HTTP/1.1. Nothing
+    is wrong then, but uvicorn would advise the operator to install a library of web sockets.
+    """
+    return not record.getMessage().startswith(("Unsupported upgrade", "No supported WebSocket"))
 
 
 def complete(command: Complete) -> int:

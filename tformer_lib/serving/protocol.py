@@ -1,7 +1,8 @@
 """What OpenAI's clients say and hear: bodies become prompts and parameters, requests become bodies.
 
 The fields are those of the completions and chat completions of OpenAI's API reference, and those that vLLM adds to them
-(top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos). A field that is not served is refused, never ignored.
+(top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos, continuous_usage_stats). A field that is not served is
+refused, never ignored.
 """
 
 import codecs
@@ -25,8 +26,11 @@ SHARED = {
 }  # fmt: skip
 FIELDS = {
     "completion": SHARED | {"prompt", "echo", "suffix", "best_of"},
-    "chat": SHARED | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "response_format"},
-}
+    "chat": SHARED | {
+        "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls", "functions",
+        "function_call", "response_format", "modalities", "service_tier", "prompt_cache_key", "safety_identifier",
+    },
+}  # fmt: skip
 NEUTRAL = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -36,9 +40,15 @@ NEUTRAL = {
     "best_of": (1,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
 }
 """Fields that are known and not served: all that they may be is what changes nothing."""
+
+ROLES = ("system", "developer", "user", "assistant")
 
 
 class Refused(Exception):
@@ -81,6 +91,8 @@ class Ask:
     seed: int
     stream: bool
     include_usage: bool
+    continuous_usage: bool
+    """Whether each event counts the tokens of its text so far; vLLM's load generators ask for this."""
 
     @property
     def choices(self) -> int:
@@ -105,14 +117,18 @@ def read(body: Any, *, chat: bool, encoding: Encoding) -> Ask:
     for name in fields:
         if name not in FIELDS["chat" if chat else "completion"]:
             raise Refused(400, f"unknown field: {name}", "unknown_parameter", name)
-        if name in NEUTRAL and fields[name] not in NEUTRAL[name]:
-            raise Refused(400, f"{name} is not supported", "unsupported_parameter", name)
     n = take(fields, "n", int, 1)
+    if fields.get("best_of") == n:  # the best n of n are all of them
+        del fields["best_of"]
+    for name, allowed in NEUTRAL.items():  # in this order: tools before the choice of one
+        if name in fields and fields[name] not in allowed:
+            raise Refused(400, f"{name} is not supported", "unsupported_parameter", name)
     prompts = [render(take(fields, "messages", list))] if chat else prompts_of(fields)
     if not 1 <= n * len(prompts) <= MOST_CHOICES:
         raise Refused(400, f"1 to {MOST_CHOICES} texts may be asked for at once, got {n * len(prompts)}", param="n")
     options = take(fields, "stream_options", dict, {})
-    refuse_unknown(options, {"include_usage"}, "stream_options")
+    refuse_unknown(options, {"include_usage", "continuous_usage_stats"}, "stream_options")
+    include_usage = take(options, "include_usage", bool, False)
     return Ask(
         chat=chat,
         model=take(fields, "model", str),
@@ -121,7 +137,8 @@ def read(body: Any, *, chat: bool, encoding: Encoding) -> Ask:
         wish=wish_of(fields, chat, encoding),
         seed=take(fields, "seed", int, secrets.randbits(48)),
         stream=take(fields, "stream", bool, False),
-        include_usage=take(options, "include_usage", bool, False),
+        include_usage=include_usage,
+        continuous_usage=take(options, "continuous_usage_stats", bool, False) and include_usage,
     )
 
 
@@ -160,6 +177,8 @@ def wish_of(fields: dict, chat: bool, encoding: Encoding) -> dict:
         raise Refused(400, f"at most {MOST_STOPS} stop strings are looked for, got {len(stop)}", param="stop")
     ends = [] if take(fields, "ignore_eos", bool, False) else [encoding.eot_token]
     wish = {name: fields[name] for name in ("top_p", "top_k", "min_p", "repetition_penalty") if name in fields}
+    if take(wish, "top_k", int, 0) in (0, -1):  # vLLM's words for all
+        wish.pop("top_k", None)
     most = fields.get("max_completion_tokens", fields.get("max_tokens", None if chat else 16))
     return wish | {
         "temperature": fields.get("temperature", 1.0),
@@ -207,8 +226,12 @@ def render(messages: list) -> str:
     lines = []
     for message in messages:
         role = message.get("role") if isinstance(message, dict) else None
-        if role not in ("system", "developer", "user", "assistant"):
+        if role is None:
             raise Refused(400, f"a message needs a role and a content, got {shortened(message)}", param="messages")
+        if role not in ROLES:
+            raise Refused(
+                400, f"a message's role must be {' or '.join(ROLES)}, got {shortened(role)}", param="messages"
+            )
         refuse_unknown(message, {"role", "content", "name"}, "messages")
         name = take(message, "name", str, "") if message.get("name") is not None else ""
         lines.append(f"{role}{name and f' {name}'}: {content_of(message)}\n")
@@ -243,6 +266,7 @@ class Reply:
         self.lengths = [0] * ask.choices  # of the text that the tokens so far make, for the offsets of the next
         self.decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(ask.choices)]
         self.begun = [False] * ask.choices
+        self.written = [0] * ask.choices
 
     def whole(self, requests: list[Request]) -> dict:
         """The answer at once; ``Request.id`` is the number of the choice."""
@@ -252,6 +276,7 @@ class Reply:
     def chunk(self, piece: Piece) -> dict | None:
         """A piece as an event, or None where there is nothing to say."""
         index = piece.request.id
+        self.written[index] += piece.token is not None
         logprobs = None if piece.logprobs is None else self._logprobs(index, [piece.token], [piece.logprobs])
         reason = piece.finish_reason
         if not (piece.text or logprobs or reason):
@@ -263,7 +288,16 @@ class Reply:
         else:
             choice["text"] = piece.text
         self.begun[index] = True
-        return {**self._head("chat.completion.chunk" if self.ask.chat else "text_completion"), "choices": [choice]}
+        kind = "chat.completion.chunk" if self.ask.chat else "text_completion"
+        chunk = {**self._head(kind), "choices": [choice]}
+        return {**chunk, "usage": self._usage_so_far(piece.request)} if self.ask.include_usage else chunk
+
+    def _usage_so_far(self, request: Request) -> dict | None:
+        """What an event counts of its text, or None where the last event alone counts.
+
+        The request itself may have gone on since its piece was written.
+        """
+        return counted(request.prompt_length, self.written[request.id]) if self.ask.continuous_usage else None
 
     def last_chunk(self, requests: list[Request]) -> dict:
         """The event that counts the tokens."""
@@ -329,5 +363,9 @@ def usage(requests: list[Request], n: int) -> dict:
     read = sum(request.prompt_length for request in prompts)
     written = sum(len(request.new_tokens) for request in requests)
     cached = sum(min(request.reused, request.prompt_length) for request in prompts)
-    total = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-    return {**total, "prompt_tokens_details": {"cached_tokens": cached}}
+    return {**counted(read, written), "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def counted(read: int, written: int) -> dict:
+    """Tokens in the words of the protocol."""
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}

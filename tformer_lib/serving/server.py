@@ -33,6 +33,14 @@ from tformer_lib.serving.request import Params, Piece, Request
 
 log = logging.getLogger(__name__)
 
+ADVICE = {
+    401: {"WWW-Authenticate": "Bearer"},
+    415: {"Accept": "application/json", "Accept-Encoding": "identity"},
+    429: {"Retry-After": "1"},
+    504: {"x-should-retry": "false"},  # OpenAI's client asks again by itself; the same text would be as late again
+}
+"""Headers that tell a client what to do about a refusal, by its status."""
+
 FAILURES = 3
 """After so many steps that fail one after the other, those that wait are ended as well."""
 
@@ -336,8 +344,7 @@ class Server:
                 self.check_key(request)
                 response = await endpoint(request)
             except Refused as refusal:
-                headers = {"Retry-After": "1"} if refusal.status == 429 else None
-                response = JSONResponse(refusal.body(), refusal.status, headers)
+                response = JSONResponse(refusal.body(), refusal.status, ADVICE.get(refusal.status))
             except ClientDisconnect:
                 response = Response(status_code=499)
             except Exception:
@@ -403,15 +410,24 @@ class Server:
         """What is said when time is up."""
         return Refused(504, f"not done within {self.limits.seconds:g} seconds", "timeout")
 
+    def too_long(self) -> Refused:
+        """What is said to a body over the limit."""
+        return Refused(413, f"the body is longer than {self.limits.body:,} bytes", "body_too_long")
+
     async def body_of(self, request: HTTPRequest) -> object:
         """The JSON that came, if it is not too long."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "the body must be JSON, and its Content-Type application/json")
+        coding = request.headers.get("content-encoding", "identity")
+        if coding.lower() != "identity":
+            raise Refused(415, f"a body of Content-Encoding {coding} is not read: send the JSON uncompressed")
+        if int(request.headers.get("content-length", 0)) > self.limits.body:  # before any of it comes
+            raise self.too_long()
         parts, size = [], 0
         async for part in request.stream():
             size += len(part)
             if size > self.limits.body:
-                raise Refused(413, f"the body is longer than {self.limits.body:,} bytes", "body_too_long")
+                raise self.too_long()
             parts.append(part)
         try:
             return json.loads(b"".join(parts))
@@ -444,8 +460,11 @@ class Server:
 
 
 async def refuse_route(request: HTTPRequest, error: Exception) -> Response:
-    """A path or a method that is not here."""
-    refusal = Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+    """A path or a method that is not here, and which are."""
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    if error.status_code == 404:
+        message += f"; there are {', '.join(route.path for route in request.app.routes)}"
+    refusal = Refused(error.status_code, message)
     return JSONResponse(refusal.body(), refusal.status, error.headers)
 
 
