@@ -217,6 +217,47 @@ def test_results_page_tells_ratios_that_lie_near_one_apart(ratios, told):
     assert script(BOOK / "_ext" / "results.py").spread_of(ratios) == told
 
 
+def test_results_page_shows_something_of_every_file():
+    results = script(BOOK / "_ext" / "results.py")
+    for file, record in results.records_of(ROOT / "benchmarks" / "results"):
+        assert "\n| " in results.body(record), f"{file.name} has a heading and a command on the page, and no number"
+
+
+def test_results_page_says_which_faults_were_planted():
+    findings = [
+        {"case": "step 1", "tool": "memcheck", "summary": "0 errors", "expected": "clean", "clean": True},
+        {"case": "control: short", "tool": "memcheck", "summary": "1 error", "expected": "errors", "clean": False},
+    ]
+    told = script(BOOK / "_ext" / "results.py").sanitizer_table(findings)
+    assert "| step 1 | memcheck | 0 errors | nothing |" in told
+    assert "| control: short | memcheck | 1 error | the planted fault |" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("copy_bytes_per_second", 4.256e12, "4.26\xa0TB/s"),
+        ("matmul_flops_per_second", 1.4222e11, "142\xa0GFLOP/s"),
+        ("bytes sent: ring", 402653184.0, "402,653,184"),
+        ("relative_error", 0.0023451, "0.002345"),
+        ("copy_bytes_per_second", None, "None"),
+    ],
+)
+def test_results_page_tells_rates_with_their_unit(name, value, told):
+    assert script(BOOK / "_ext" / "results.py").fact(name, value) == told
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(1.0, "2.00 times as fast as b"), (4.0, "takes 2.00 times as long as b"), (2.004, "as fast as b")],
+)
+def test_results_page_compares_a_row_with_its_peer(seconds, told):
+    rows = {name: {"case": "c", "contestant": name, "name": name} for name in "ab"}
+    rows["a"] |= {"seconds": seconds, "peer": "b"}
+    rows["b"] |= {"seconds": 2.0, "peer": None}
+    assert script(BOOK / "_ext" / "results.py").beside(rows["a"], rows) == told
+
+
 @pytest.mark.parametrize("page", sorted([*BOOK.glob("*.md"), *BOOK.glob("parts/*.md")]), ids=lambda page: page.stem)
 def test_page_has_one_title(page):
     text = re.sub(r"^(`{3,}).*?^\1", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)

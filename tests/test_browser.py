@@ -198,6 +198,49 @@ def test_names_are_whole_in_a_table_that_fits_a_desktop(desktop, address):
     assert {name: lines for name, lines in names if lines > 1} == {}
 
 
+MOVED = """
+() => {
+  const container = (table) => table.closest('.pst-scrollable-table-container');
+  const table = [...document.querySelectorAll('article table')].find((t) => t.matches('.tf-named'));
+  const box = container(table);
+  const cell = table.rows[1].cells[0];
+  const look = () => [getComputedStyle(box).maskImage !== 'none', Math.round(cell.getBoundingClientRect().left)];
+  const before = look();
+  box.scrollLeft = box.scrollWidth;
+  return new Promise((told) => requestAnimationFrame(() => requestAnimationFrame(() => told([before, look()]))));
+}
+"""
+
+
+def test_a_table_that_is_moved_shows_that_it_goes_on_and_keeps_its_names(tabs, address):
+    tabs[PHONE].open(f"{address}teachers.html")
+    page = tabs[PHONE].page
+    (faded, left), (still_faded, moved_to) = page.evaluate(MOVED)
+    assert faded
+    assert not still_faded, "at its end nothing goes on"
+    assert abs(moved_to - left) <= 1  # a border
+    fading = "[...document.querySelectorAll('.tf-more')].every((box) => box.scrollWidth > box.clientWidth + 2)"
+    assert page.evaluate(fading)
+
+
+def test_links_in_a_table_have_the_colour_of_links(desktop, address):
+    desktop.open(f"{address}setup.html")
+    colours = "[...document.querySelectorAll('article td a, article p a')].map((link) => getComputedStyle(link).color)"
+    assert len(set(desktop.page.evaluate(colours))) == 1
+
+
+def test_the_frame_of_a_command_ends_in_its_cell(desktop, address):
+    desktop.open(f"{address}status.html")
+    outside = """
+    [...document.querySelectorAll('article td code')].filter((code) => {
+      const end = code.closest('td').getBoundingClientRect().right;
+      return [...code.querySelectorAll('.pre')].some((part) => part.getBoundingClientRect().right > end + 1)
+        || code.getBoundingClientRect().right > end + 1;
+    }).map((code) => code.textContent)
+    """
+    assert desktop.page.evaluate(outside) == []
+
+
 def test_there_are_interactive_figures(seen):
     assert sum(seen(page, DESKTOP).figures for page in CHAPTERS) >= 10
 

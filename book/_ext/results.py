@@ -38,6 +38,7 @@ def fill(app: Sphinx, page: str, source: list[str]) -> None:
     if page == "results":
         folder = Path(app.srcdir).resolve().parent / "benchmarks" / "results"
         source[0] = source[0].replace("{{ summary }}", summary(folder)).replace("{{ results }}", sections(folder))
+        app.env.note_reread()  # the files may change while the page does not
 
 
 def records_of(folder: Path) -> list[tuple[Path, dict]]:
@@ -116,11 +117,27 @@ def body(record: dict) -> str:
     parts = [provenance(record)]
     if timed_rows(record):
         parts.append(rows_table(record))
+    if "results" in record:
+        parts.append(folded("What the sanitizer found", sanitizer_table(record["results"])))
     facts = [(name, value) for name, value in flat(record.get("facts", {})) if shown(value)]
     if facts:
-        lines = table(("what", "value"), [(f"`{name}`", number(value)) for name, value in facts])
-        parts.append(f"::::{{admonition}} What else was noted\n:class: dropdown\n\n{lines}\n::::")
+        lines = table(("what", "value"), [(f"`{name}`", fact(name, value)) for name, value in facts])
+        parts.append(folded("What else was noted", lines))
     return "\n\n".join(parts)
+
+
+def folded(title: str, text: str) -> str:
+    """A box that stays folded until it is opened."""
+    return f"::::{{admonition}} {title}\n:class: dropdown\n\n{text}\n::::"
+
+
+def sanitizer_table(findings: list[dict]) -> str:
+    """What each tool said about each case; a control holds a planted fault, which the tool must find."""
+    rows = [
+        (one["case"], one["tool"], one["summary"], "nothing" if one["expected"] == "clean" else "the planted fault")
+        for one in findings
+    ]
+    return table(("case", "tool", "what it said", "what it should find"), rows)
 
 
 def provenance(record: dict) -> str:
@@ -161,6 +178,8 @@ def beside(row: dict, rows: dict[str, dict]) -> str:
     peer = rows[row["peer"]]
     ratio = peer["seconds"] / row["seconds"]
     told = f"{ratio:.2f} times as fast as" if ratio >= 1 else f"takes {1 / ratio:.2f} times as long as"
+    if "1.00" in (f"{ratio:.2f}", f"{1 / ratio:.2f}"):
+        told = "as fast as"
     return f"{told} {peer['contestant'] if peer['case'] == row['case'] else peer['name']}"
 
 
@@ -207,10 +226,23 @@ def shown(value) -> bool:
     return isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 200)
 
 
+RATES = (("bytes_per_second", "B/s"), ("link_rate", "B/s"), ("copy_rate", "B/s"))
+RATES += (("flops_per_second", "FLOP/s"), ("matmul_rate", "FLOP/s"))
+"""How the name of a rate ends, and its unit."""
+
+
+def fact(name: str, value) -> str:
+    """A fact as a person reads it; a rate with its unit."""
+    unit = next((unit for ending, unit in RATES if name.endswith(ending)), None)
+    if unit is None or not isinstance(value, float):
+        return number(value)
+    return scaled(value, tuple((prefix + unit, size) for prefix, size in PREFIXES))
+
+
 def number(value) -> str:
     """A value as a person reads it."""
     if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1e6 else f"{value:.4g}"
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}" if abs(value) < 1e12 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value).replace("|", "\\|")
 
 

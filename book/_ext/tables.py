@@ -148,7 +148,7 @@ def measurement(file: Path) -> tuple[str, ...] | None:
     if not isinstance(record, dict) or "command" not in record:
         return None
     torch = record.get("versions", {}).get("torch", "")
-    commit = record.get("commit") or "not recorded"
+    commit = (record.get("commit") or "not recorded").replace("+changes", "<br>and changes")
     return file.stem, record.get("device", ""), torch, record.get("date", "")[:10], commit, f"`{record['command']}`"
 
 

@@ -1,10 +1,11 @@
 // A long name, in code or alone in a cell, breaks behind a full stop, an underscore or a slash rather than anywhere,
 // and the space before a token stays beside it, as the dashes of an option do. On a phone a table that fits is not
-// moved sideways, and a comment is not either: it goes on below its beginning.
+// moved sideways, and a comment is not either: it goes on below its beginning. What is moved shows that it goes on.
 (() => {
   const PHONE = 600; // pixels, as in custom.css
   const TALLEST = 9; // lines of a row: what would be taller is moved sideways instead
   const NARROWEST = 80; // pixels that a comment needs beside its code
+  const NAMES = 0.4; // of the screen: a first column of at most this width stays while the others are moved
 
   const breaks = () => {
     const words = (element) => {
@@ -43,12 +44,29 @@
     };
     for (const table of all) {
       table.classList.toggle("tf-fits", phone);
-      table.classList.remove("tf-close");
+      table.classList.remove("tf-close", "tf-named");
     }
     if (!phone) return;
     const wide = all.filter((table) => !fits(table)); // all measured before any is changed: one layout, not one each
     for (const table of wide) table.classList.add("tf-close");
-    for (const table of wide.filter((table) => !fits(table))) table.classList.remove("tf-fits", "tf-close");
+    const moved = wide.filter((table) => !fits(table));
+    for (const table of moved) table.classList.remove("tf-fits", "tf-close");
+    const named = moved.filter((table) => {
+      const room = table.parentElement.clientWidth;
+      return table.scrollWidth > room + 1 && table.rows[0].cells[0].offsetWidth <= NAMES * room;
+    });
+    for (const table of named) table.classList.add("tf-named");
+  };
+
+  // The right edge fades while there is more to the right of it.
+  const mark = (box) => box.classList.toggle("tf-more", box.scrollWidth - box.clientWidth - box.scrollLeft > 2);
+  const edges = (roots) => {
+    const boxes = inside(roots, ".pst-scrollable-table-container, .cell_output:has(img)");
+    const wide = boxes.filter((box) => box.classList.contains("tf-more") || box.scrollWidth > box.clientWidth + 2);
+    for (const box of wide) {
+      mark(box);
+      box.onscroll = () => mark(box);
+    }
   };
 
   const comments = (roots) => {
@@ -72,6 +90,7 @@
   const fit = (roots) => {
     tables(roots);
     comments(roots);
+    edges(roots);
   };
   const whole = () => fit([...document.querySelectorAll("article")]);
 
