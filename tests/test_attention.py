@@ -388,7 +388,7 @@ def test_one_compiled_function_serves_any_scale(form):
     torch._dynamo.reset()
     compiled = torch.compile(lambda q, scale: form(q, q, q, scale=scale), fullgraph=True, backend="eager")
     q = torch.randn(1, 2, 5, 8)
-    for scale in (0.5, 0.25, 0.1, 2):
+    for scale in (0.5, 0.25, 0.1, 2, -0.5, 0.0):
         torch.testing.assert_close(compiled(q, scale), form(q, q, q, scale=scale))
 
 

@@ -313,6 +313,30 @@ def test_scale_is_used(form, device):
 
 
 @over_forms
+@pytest.mark.parametrize("scale", [0.0, -0.4])
+def test_a_scale_need_not_be_positive(form, device, scale):
+    """Of 0 it makes means, below 0 it prefers what matches least; what is hidden stays hidden."""
+    q, k, v = make(form, device, form.dtype, (33, 33))
+    if form.oracle is plain_linear_attention:
+        with pytest.raises(ValueError, match="scale must be positive, since its root goes to each side"):
+            form.attend(q, k, v, causal=True, scale=scale)
+        return
+    for dtype in form.dtypes:
+        for lengths in ((33, 33), (7, 33), (1, 33)):
+            q, k, v = make(form, device, dtype, lengths)
+            for mask, causal in situations(form, q, k):
+                check_against_oracle(form, q, k, v, mask, causal, scale=scale)
+    if not form.gradients:
+        return
+    given = (*make(form, device, form.dtype, (33, 33)), make(form, device, form.dtype, (33, 33), seed=3)[0])
+    found = gradients(partial(form.attend, scale=scale), *given, None, True)
+    plain = gradients(partial(form.oracle, scale=scale), *given, None, True)
+    truth = gradients(partial(form.oracle, scale=scale), *(x.double() for x in given), None, True)
+    for name, f, p, t in zip("qkv", found, plain, truth, strict=True):
+        assert_within(f, p, t, 3, f"gradient of {name} at scale {scale}")
+
+
+@over_forms
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), 1e39])
 def test_a_scale_that_is_not_finite_is_refused(form, device, scale):
     q, k, v = make(form, device, form.dtype, (7, 33))

@@ -139,6 +139,8 @@ def attend_sdpa(
     T, S, scale = q.shape[2], k.shape[2], score_scale(scale, q.shape[-1])
     if q.numel() == 0 or k.numel() == 0:
         return attend(q, k, v, mask=mask, causal=causal, scale=scale, bias=bias)
+    if scale <= 0:  # torch's kernels scale what they have hidden: -inf times 0 is NaN, and times -1 the largest score
+        q, scale = (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
     if T == 1 and q.shape[1] != k.shape[1] and q.device.type == "cpu" and bias is None and for_all_heads(mask):
         # The heads of a group become the queries of one head: a CPU then reads its keys once, not once a head.
         rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # (batch, kv_heads, group, head_dim)

@@ -43,7 +43,9 @@ def flash_attention(
         alibi_slopes: (heads,) or (batch, heads) float32: a score loses its head's slope times the distance of the key
             from the query's own position, ALiBi (arXiv:2108.12409). It has no gradient.
         bias: floating-point, broadcastable to (batch, heads, T, S): is added to the scores after they were capped.
-            Kernels read it as float32. Where it wants a gradient, all gradients are step 0's.
+            Kernels read it as float32. Where it wants a gradient, all gradients are step 0's. A key is hidden by -inf.
+            A large finite number, such as -1e9, hides it only beside others that are seen: of a row that sees no more
+            than such keys, float32 keeps neither the scores nor, in lse and gradients, how many keys there are.
         step: which implementation, see the table above; the top one that can do it if not given.
         return_lse: return the log-sum-exp of every row's scores too.
         deterministic: the same bits of dq in every run, on a GPU at some cost in speed; follows
