@@ -97,7 +97,7 @@ class EncoderDecoder(nn.Module):
 
         Args:
             source: (batch, S) int64.
-            start: the token that opens a target.
+            start: the token that opens a target; it may be the one that closes it.
             end: the token that closes it; rows that have written it go on with it.
             max_length: the most tokens to write; by default ``config.max_length - 1``.
             source_lengths: (batch,) int64, how many tokens of each source row are real; None is all.
@@ -111,14 +111,15 @@ class EncoderDecoder(nn.Module):
         with evaluating(self):
             memory = self.encode(source, source_lengths)
             target = torch.full((source.shape[0], 1), start, device=source.device)
+            ended = torch.zeros_like(target, dtype=torch.bool)
             for _ in range(self.config.max_length - 1 if max_length is None else max_length):
                 logits = self.decode(target, memory, source_lengths=source_lengths)[:, -1]  # (batch, vocab_size)
                 if not (finite := logits.amax(-1).isfinite()).all():
                     row, written = int(finite.int().argmin()), target.shape[1] - 1
                     raise ValueError(f"the logits of row {row} are not finite after {written} new tokens")
-                step = logits.argmax(-1, keepdim=True).masked_fill(target[:, -1:] == end, end)  # (batch, 1)
-                target = torch.cat([target, step], dim=1)
-                if (step == end).all():
+                step = logits.argmax(-1, keepdim=True).masked_fill(ended, end)  # (batch, 1)
+                target, ended = torch.cat([target, step], dim=1), ended | (step == end)
+                if ended.all():
                     break
         return target[:, 1:]
 
