@@ -36,7 +36,7 @@ setup: $(READY)
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "TFormer Lab needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	@echo "Setting up $(VENV): some minutes and 1.5 GB; several GB more where PyTorch brings CUDA, which TORCH=cpu leaves out."
+	@echo "Setting up $(VENV): some minutes and 2 GB; several GB more where PyTorch brings CUDA, which TORCH=cpu leaves out."
 ifneq ($(UV),)
 	uv venv --quiet --allow-existing --python $(PYTHON) $(VENV)
 	uv pip install --python $(BIN)/python $(if $(TORCH),--torch-backend $(TORCH)) --editable '.[test]'
@@ -59,6 +59,7 @@ lab: $(READY)
 	$(BIN)/python -m tools.lab
 
 fresh: $(READY)
+	@test '$(origin NB)' != file || { echo 'Which chapter? For example: make fresh NB=02-attention'; exit 2; }
 	$(BIN)/python -m tools.lab --fresh '$(NB)'
 
 class: $(READY)
@@ -78,6 +79,8 @@ chapter: $(READY)
 	$(BIN)/python -m tools.new_chapter $(NAME) $(if $(TITLE),--title '$(TITLE)')
 
 address: $(READY)
+	@test '$(origin URL)' != undefined || \
+	  { echo 'Which address? make address URL=https://github.com/owner/name, or URL= to take it back'; exit 2; }
 	$(BIN)/python -m tools.address '$(URL)'
 
 lint: $(READY)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -105,6 +107,38 @@ def test_the_lab_opens_what_was_saved_last(course):
         os.utime(learn / f"{name}.ipynb", (second, second))
     assert lab.latest(learn).stem == "03-masks"
     assert "--LabApp.default_url=/lab/tree/03-masks.ipynb" in lab.options(learn)
+
+
+@pytest.mark.parametrize(("chosen", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_of_a_learners_kernel_sleep_while_they_wait_unless_told_otherwise(course, monkeypatch, chosen, policy):
+    if chosen is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    else:
+        monkeypatch.setenv("OMP_WAIT_POLICY", chosen)
+    monkeypatch.chdir(course)
+    monkeypatch.setattr(lab, "ROOT", course)
+    started = []
+    monkeypatch.setattr(os, "execv", lambda program, command: started.append(os.environ["OMP_WAIT_POLICY"]))
+    try:
+        assert lab.main([]) in (0, None)
+    finally:
+        if chosen is None:
+            os.environ.pop("OMP_WAIT_POLICY", None)
+    assert started == [policy]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+@pytest.mark.parametrize(("target", "said"), [("fresh", "Which chapter?"), ("address", "Which address?")])
+def test_a_command_that_was_not_told_on_what_says_so_and_does_nothing(tmp_path, target, said):
+    """``make fresh`` alone took a clean copy of the last chapter, and ``make address`` alone forgot the address."""
+    ready = tmp_path / "ready"
+    ready.touch()  # no set-up here
+    command = ["make", "-C", str(Path(lab.__file__).parents[1]), target, f"READY={ready}", f"BIN={tmp_path}"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("NB", "URL", "MAKEFLAGS")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert said in done.stdout
+    assert "tools." not in done.stdout
 
 
 @pytest.mark.parametrize(

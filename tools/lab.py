@@ -66,6 +66,7 @@ def act(arguments: list[str] | None) -> None:
         print(line)
     if asked.no_open:
         return
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait stall beside a busy browser
     os.chdir(folder)
     command = [sys.executable, "-m", "jupyterlab", *options(folder), *asked.jupyter]
     os.execv(sys.executable, command)
