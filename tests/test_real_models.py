@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tests.checkpoints import CHATML, train_tokenizer
 from tformer_lib import pretrained
-from tformer_lib.generation import generate
+from tformer_lib.generation import TextStream, generate
 from tformer_lib.generation.conversation import first_tokens
 from tformer_lib.kv_cache import CacheShape, GrowingCache, ModelCache, cache_bytes
 from tformer_lib.pretrained import fetch, hub, int8, interface, rendering, shards, templates
@@ -575,6 +575,33 @@ def test_a_tokenizer_is_that_of_transformers_and_its_tokens_are_bytes(kind, tmp_
         ours.encode_single_token("<|nothing|>")
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     assert pretrained.load_tokenizer(tmp_path).stop_tokens == [7, 9]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_added_tokens_and_streams_read_as_the_library_decodes(kind, tmp_path):
+    """Runs of spaces, which Gemma has added, and special tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    train_tokenizer(tmp_path, kind)
+    plain = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    plain.add_tokens(["\u2581\u2581", "  two", "日本"])
+    plain.add_special_tokens(["<｜begin\u2581of｜>"])
+    plain.save(str(tmp_path / "tokenizer.json"))
+    ours = pretrained.load_tokenizer(tmp_path)
+    for token in range(ours.n_vocab):
+        found = ours.decode_single_token_bytes(token).decode("utf-8", "replace")
+        assert found == ours.decode([token]), ours.tokenizer.id_to_token(token)
+    for text in (*TEXTS, "  two 日本\u2581\u2581 <｜begin\u2581of｜>"):
+        tokens, stream = ours.encode(text), TextStream(ours)
+        assert "".join(map(stream.push, tokens)) + stream.finish() == ours.decode(tokens)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_half_a_surrogate_pair_is_read_as_tiktoken_reads_it(kind, tmp_path):
+    train_tokenizer(tmp_path, kind)
+    ours = pretrained.load_tokenizer(tmp_path)
+    for text, expected in (("a\ud800b", "a\ufffdb"), ("\udc00\ud800", "\ufffd\ufffd"), ("\ud83d\ude42", "🙂")):
+        assert ours.encode(text) == ours.encode(expected)
+        assert ours.encode_ordinary(text) == ours.encode_ordinary(expected)
 
 
 def test_threads_may_read_one_text_both_ways_at_once(tmp_path):

@@ -113,13 +113,13 @@ class HubEncoding:
         """
         with self.switch:
             self.tokenizer.encode_special_tokens = False
-            return self.tokenizer.encode(text, add_special_tokens=specials).ids
+            return self.tokenizer.encode(whole(text), add_special_tokens=specials).ids
 
     def encode_ordinary(self, text: str) -> list[int]:
         """A text to tokens, nothing added; ``<|im_end|>`` in it is that text, not a token that ends a turn."""
         with self.switch:
             self.tokenizer.encode_special_tokens = True
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
+            return self.tokenizer.encode(whole(text), add_special_tokens=False).ids
 
     def encode_single_token(self, token: str) -> int:
         """The number of a token that is known by its text.
@@ -139,16 +139,18 @@ class HubEncoding:
     def decode_single_token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for, which may be a part of a character.
 
+        Beside bytes as characters, a token that was added to the vocabulary is the text that it is. Beside pieces it is
+        read as all are: Gemma has added runs of spaces.
+
         Raises:
             KeyError: there is no such token.
         """
         text = self.tokenizer.id_to_token(token)
         if text is None:
             raise KeyError(token)
-        if token in self.tokenizer.get_added_tokens_decoder():
-            return text.encode()
         if self.is_byte_level:
-            return bytes(BYTES[character] for character in text)
+            is_added = token in self.tokenizer.get_added_tokens_decoder()
+            return text.encode() if is_added else bytes(BYTES[character] for character in text)
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             return bytes([int(text[3:5], 16)])
         return text.replace(SPACE, " ").encode()
@@ -208,6 +210,11 @@ class HubEncoding:
         A turn that says ``<|im_end|>`` writes that token, as in every library: let nobody write turns for others.
         """
         return self.encode(self.render(messages, **options), specials=False)
+
+
+def whole(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, which JSON may bring and UTF-8 cannot write."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def read_json(path: Path) -> dict:
