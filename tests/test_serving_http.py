@@ -578,6 +578,7 @@ def test_any_body_is_answered_or_refused_in_words(running, data, path):
 def test_other_paths_methods_and_kinds_of_bodies(running):
     lost = httpx.post(running.url + "/completions", json=body_of()).json()["error"]["message"]
     assert lost.startswith("POST /completions: Not Found; there are /v1/completions, /v1/chat/completions, /v1/models")
+    assert lost.endswith("/v1/models/{name}, /health, /metrics")
     assert httpx.get(running.url + "/v1/completions").status_code == 405
     text = httpx.post(running.url + "/v1/completions", content=b"{}", headers={"Content-Type": "text/plain"})
     assert text.status_code == 415, "what any web page may send without being asked"
@@ -723,6 +724,21 @@ def test_a_server_does_not_stop_to_look_through_what_it_began_with(monkeypatch):
     finally:
         gc.unfreeze()
     assert seen[0] < before / 20
+
+
+def test_the_command_chooses_how_connections_are_read_and_kept(monkeypatch):
+    """Whatever else is installed: a request on a connection that the server closes just now is lost."""
+    from tformer_lib.serving.command import main
+
+    configs = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: configs.append(server.config))
+    try:
+        assert main(["serve", "--port", "0"]) == 0
+    finally:
+        gc.unfreeze()
+    (config,) = configs
+    assert config.http == "h11", "httptools takes the body of a request that offers HTTP/2 for HTTP/2 itself"
+    assert config.timeout_keep_alive > 90, "Go's clients keep an idle connection for 90 seconds"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,10 @@ HELP = """Serve a model to many requests at once.
 Where no command is named, it is "complete".
 """
 
+IDLE = 120
+"""Seconds that a connection is kept between two requests: longer than clients keep theirs (aiohttp 15, Go 90). Where
+the server is the first to close one, a request that is just being sent on it is lost."""
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -150,8 +154,9 @@ def serve(command: Serve) -> int:
     limits = Limits(command.max_body, command.max_queue, command.timeout)
     name = command.name or Path(command.model).resolve().name
     server = Server(command.open().engine, name, api_key=key, limits=limits)
-    options = {"log_level": "warning", "access_log": False, "server_header": False}
-    config = uvicorn.Config(server.app, timeout_graceful_shutdown=command.grace, ws="none", **options)
+    options = {"log_level": "warning", "access_log": False, "server_header": False, "timeout_keep_alive": IDLE}
+    options |= {"ws": "none", "http": "h11"}  # httptools loses the body of a client that offers HTTP/2, as Java's does
+    config = uvicorn.Config(server.app, timeout_graceful_shutdown=command.grace, **options)
     logging.getLogger("uvicorn.error").addFilter(is_not_of_upgrades)
     family = socket.AF_INET6 if ":" in command.host else socket.AF_INET
     with socket.create_server((command.host, command.port), family=family, backlog=2048) as listening:

@@ -463,7 +463,7 @@ async def refuse_route(request: HTTPRequest, error: Exception) -> Response:
     """A path or a method that is not here, and which are."""
     message = f"{request.method} {request.url.path}: {error.detail}"
     if error.status_code == 404:
-        message += f"; there are {', '.join(route.path for route in request.app.routes)}"
+        message += f"; there are {', '.join(route.path_format for route in request.app.routes)}"
     refusal = Refused(error.status_code, message)
     return JSONResponse(refusal.body(), refusal.status, error.headers)
 
