@@ -68,6 +68,14 @@ def test_a_wide_vocabulary_of_an_odd_size(device):
         assert distance(ours, theirs) <= (2e-3 if device == "cuda" else 1e-5)  # TF32 may be allowed there
 
 
+def test_autocast_leaves_float64_alone_and_shapes_have_no_autocast():
+    hidden, weight, targets = problem(torch.float64, "cpu")
+    expected = chunked_cross_entropy(hidden, weight, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(chunked_cross_entropy(hidden, weight, targets), expected)
+    assert chunked_cross_entropy(*(x.to("meta") for x in (hidden, weight, targets))).shape == ()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_autocast_takes_the_products_in_its_type_and_keeps_the_weights_gradient_wide(device):
     torch.manual_seed(0)

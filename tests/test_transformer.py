@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tformer_lib import positional_encoding
 from tformer_lib.attention import attend
+from tformer_lib.mixture_of_experts import ExpertsConfig
 from tformer_lib.transformer import (
     ACTIVATIONS,
     Block,
@@ -349,11 +350,28 @@ def test_gradients_of_each_text_by_one_map_over_the_batch(kind):
             torch.testing.assert_close(found[name][i], p.grad, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "hybrid"])
+OTHER_KINDS = {
+    "hybrid": {**LLAMA_LIKE, "linear": LINEAR, "layer_types": ("linear", "full")},
+    "experts": {**LLAMA_LIKE, "experts": ExpertsConfig(count=4, per_token=2, width=16)},
+    "narrow residual": {**LLAMA_LIKE, "positions": "learned"},
+}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *OTHER_KINDS])
+def test_autocast_leaves_float64_alone_as_torch_does(kind):
+    """Each part that chooses a type for its products chooses the one that torch's own take."""
+    torch.manual_seed(3)
+    model, text = Decoder(config(**(KINDS | OTHER_KINDS)[kind])).double(), torch.randint(61, (2, 9))
+    model.stack.residual_in_fp32 = kind != "narrow residual"
+    expected = model(text)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(model(text), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *OTHER_KINDS])
 def test_models_are_built_and_run_without_any_memory(kind):
     """Under a FakeTensorMode, and on the meta device: shapes alone."""
-    hybrid = {**LLAMA_LIKE, "linear": LINEAR, "layer_types": ("linear", "full")}
-    options = hybrid if kind == "hybrid" else KINDS[kind]
+    options = (KINDS | OTHER_KINDS)[kind]
     with FakeTensorMode():
         assert Decoder(config(**options))(torch.randint(61, (2, 9))).shape == (2, 9, 61)
     with torch.device("meta"):

@@ -160,3 +160,13 @@ def test_a_run_may_ask_for_it(tmp_path):
         assert run.model.stack.fused_norms == fused
         losses.append([line["val_loss"] for line in run.history if "val_loss" in line])
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_autocast_leaves_float64_alone_and_shapes_have_no_autocast(kind):
+    x, branch = torch.randn(2, 3, 8, dtype=torch.float64)
+    norm = NORMS[kind](8, dtype=torch.float64)
+    expected = add_norm(x, branch, norm)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(add_norm(x, branch, norm), expected, rtol=0, atol=0)
+    assert add_norm(x.to("meta"), branch.to("meta"), norm.to("meta"))[1].shape == x.shape

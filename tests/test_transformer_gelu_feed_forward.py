@@ -185,3 +185,11 @@ def test_the_fastest_algorithm_is_taken_and_every_candidate_is_right():
         assert error(out, F.gelu(exact, approximate="tanh")) <= 4e-3
         assert error(before, exact) <= 4e-3
     plan.best = chosen
+
+
+def test_autocast_leaves_float64_alone_and_shapes_have_no_autocast():
+    x, up, down = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 8), (12, 8), (8, 12)))
+    expected = gelu_feed_forward(x, up, down)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gelu_feed_forward(x, up, down), expected)
+    assert gelu_feed_forward(*(part.to("meta") for part in (x, up, down))).shape == expected.shape

@@ -136,12 +136,24 @@ def in_named_dtypes(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(form)
     def outside_autocast(*inputs, **options) -> Tensor:
         device = next((x.device.type for x in inputs if isinstance(x, Tensor)), "meta")
-        if device == "meta" or not torch.is_autocast_enabled(device):
+        if not has_autocast(device):
             return form(*inputs, **options)
         with torch.autocast(device, enabled=False):
             return form(*inputs, **options)
 
     return outside_autocast
+
+
+def has_autocast(device: str) -> bool:
+    """Whether autocast is on for a type of device. "meta" has none, and torch does not answer for it."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product with ``x`` comes in: its dtype, or autocast's, which leaves float64 alone."""
+    if x.dtype == torch.float64 or not has_autocast(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def readable(x: Tensor) -> bool:

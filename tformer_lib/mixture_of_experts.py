@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tformer_lib.contract import SINGLE, in_named_dtypes, readable
+from tformer_lib.contract import SINGLE, has_autocast, in_named_dtypes, product_dtype, readable
 
 ROUTERS = ("softmax_then_topk", "topk_then_softmax", "sigmoid_then_topk")
 
@@ -329,8 +329,8 @@ def weighted_sum(made: Tensor, routing: Routing) -> Tensor:
 
 def grouped_linear(counts: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The linear map of each group's expert: rows (M, inputs), sorted by expert -> (M, outputs)."""
-    if torch.is_autocast_enabled(rows.device.type):
-        dtype = torch.get_autocast_dtype(rows.device.type)
+    if has_autocast(rows.device.type):
+        dtype = product_dtype(rows)
         rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     out = grouped_matmul(rows, weight, counts)
     if bias is None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tformer_lib import masks
 from tformer_lib.attention import Attend, AttentionVariant
+from tformer_lib.contract import product_dtype
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class CacheShape:
         config, weight = model.config, next(model.parameters())
         heads, head_dim, value_dim = config.cached_dims
         layers = config.layers - config.types_of_layers.count("linear")
-        return cls(layers, batch, heads, head_dim, projected_dtype(weight), weight.device, value_dim)
+        return cls(layers, batch, heads, head_dim, product_dtype(weight), weight.device, value_dim)
 
     @property
     def size_of_value(self) -> int:
@@ -48,14 +49,6 @@ class CacheShape:
     def bytes_per_token(self) -> int:
         """Bytes that one token of one row takes: a key and a value in every layer and kv head."""
         return self.layers * self.kv_heads * (self.head_dim + self.size_of_value) * self.dtype.itemsize
-
-
-def projected_dtype(weight: Tensor) -> torch.dtype:
-    """What a matrix product with ``weight`` comes in: its dtype, or autocast's, which leaves float64 alone."""
-    device = weight.device.type
-    if device == "meta" or weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return weight.dtype
-    return torch.get_autocast_dtype(device)
 
 
 @dataclass

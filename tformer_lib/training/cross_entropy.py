@@ -15,7 +15,7 @@ Sources: Wijmans et al. 2025, "Cut Your Losses in Large-Vocabulary Language Mode
 import torch
 from torch import Tensor
 
-from tformer_lib.contract import check_positive
+from tformer_lib.contract import check_positive, has_autocast, product_dtype
 from tformer_lib.training import cross_entropy_triton
 from tformer_lib.training.data import IGNORED
 
@@ -65,9 +65,8 @@ def chunked_cross_entropy(
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if softcap is not None:
         check_positive("softcap", softcap)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
+    if has_autocast(hidden.device.type):
+        hidden = hidden.to(product_dtype(hidden))
     elif hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype}, weight is {weight.dtype}")
     if chunk is not None and chunk < 1:

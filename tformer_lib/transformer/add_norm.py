@@ -25,6 +25,7 @@ The gradient of the gains is summed over a program's rows in registers, and over
 import torch
 from torch import Tensor, nn
 
+from tformer_lib.contract import product_dtype
 from tformer_lib.ladder import accumulation_dtype
 
 try:
@@ -52,8 +53,7 @@ def add_norm(x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor
     Returns:
         The sum in x's dtype, and its norm: in the dtype of matrix products under autocast, else in x's.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = product_dtype(x)
     centred, eps = isinstance(norm, nn.LayerNorm), norm.eps
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     return torch.ops.tformer_lab.add_norm(x, branch, norm.weight, eps, centred, dtype)[:2]

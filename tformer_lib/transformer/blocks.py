@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tformer_lib import positional_encoding, profiling
 from tformer_lib.attention import AttentionVariant, MultiHeadAttention
-from tformer_lib.contract import readable
+from tformer_lib.contract import product_dtype, readable
 from tformer_lib.grouped_query_attention import MultiHeadLatentAttention
 from tformer_lib.linear_attention import GatedDeltaLayer
 from tformer_lib.mixture_of_experts import MixtureOfExperts
@@ -266,8 +266,8 @@ class Stack(nn.Module):
             rotate: RoPE's rotation, or one for each kind of layer, by its name.
             options: the other arguments of each :class:`Block`.
         """
-        if not self.residual_in_fp32 and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if not self.residual_in_fp32:
+            x = x.to(product_dtype(x))
         if self.fused_norms and cache is None and options.get("memory") is None and self.can_fuse_norms():
             return self.forward_fused(x, rotate, **options)
         for i, block in enumerate(self.blocks):

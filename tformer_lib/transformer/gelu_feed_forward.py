@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tformer_lib.contract import product_dtype
 from tformer_lib.ladder import accumulation_dtype
 from tformer_lib.transformer import cublas_lt
 
@@ -37,8 +38,7 @@ def gelu_feed_forward(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     Returns:
         (..., width_out).
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = product_dtype(x)
     flat, up, down = x.to(dtype).flatten(0, -2), up.to(dtype), down.to(dtype)
     return torch.ops.tformer_lab.gelu_feed_forward(flat, up, down)[0].unflatten(0, x.shape[:-1])
 
