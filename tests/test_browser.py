@@ -223,6 +223,34 @@ def test_a_table_that_is_moved_shows_that_it_goes_on_and_keeps_its_names(tabs, a
     assert page.evaluate(fading)
 
 
+def test_a_phone_shows_what_is_a_little_too_wide_and_marks_what_is_cut(tabs, address):
+    tabs[PHONE].open(f"{address}notebooks/21-scaling-out.html")
+    page = tabs[PHONE].page
+    page.evaluate("document.querySelectorAll('article details').forEach((one) => { one.open = true; })")
+    page.evaluate("new Promise((told) => requestAnimationFrame(() => requestAnimationFrame(told)))")
+    unmarked = """[...document.querySelectorAll('article table')]
+        .map((table) => [table, table.parentElement])
+        .filter(([table, box]) => box.scrollWidth > box.clientWidth + 2 && !box.classList.contains('tf-more'))
+        .map(([table]) => table.textContent.trim().slice(0, 60))"""
+    assert page.evaluate(unmarked) == []
+    assert page.evaluate("document.querySelectorAll('.tf-more').length") > 0
+    longest = """[...document.querySelectorAll('.output.stream.tf-small pre')].map((pre) => {
+        const lines = pre.textContent.trimEnd().split('\\n').length;
+        return pre.clientHeight / parseFloat(getComputedStyle(pre).lineHeight) - lines;
+    })"""
+    extra = page.evaluate(longest)
+    assert extra
+    assert max(extra) < 3, "a line was broken although it is set smaller"
+
+
+def test_a_number_in_code_is_not_broken(tabs, address):
+    tabs[PHONE].open(f"{address}results.html")
+    broken = """[...document.querySelectorAll('article code wbr')]
+        .map((mark) => `${mark.previousSibling?.textContent}|${mark.nextSibling?.textContent}`)
+        .filter((around) => /\\d\\.\\|\\d/.test(around))"""
+    assert tabs[PHONE].page.evaluate(broken) == []
+
+
 def test_links_in_a_table_have_the_colour_of_links(desktop, address):
     desktop.open(f"{address}setup.html")
     colours = "[...document.querySelectorAll('article td a, article p a')].map((link) => getComputedStyle(link).color)"

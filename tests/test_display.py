@@ -5,7 +5,7 @@ import textwrap
 import pytest
 
 from tformer_lib.attention import attend
-from tformer_lib.teaching.display import part, show_source
+from tformer_lib.teaching.display import are_identifiers, part, row_name, show_source
 
 SOURCE = '''    def area(self):
         """The area."""
@@ -43,3 +43,18 @@ def test_show_source_says_the_file(capsys):
     shown = capsys.readouterr().out
     assert shown.startswith("From `tformer_lib/attention.py`:\n\n```python\ncheck_inputs(q, k, v, mask)\nscores =")
     assert len(shown.strip().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("names", "code"),
+    [
+        (["vocab_size", "head_dim", "layers"], True),
+        (["model", "beta1, beta2", "weight_decay"], True),
+        (["256", "1,024"], False),  # a number is not code
+        (["matrix products", "norms, activations, residual sums"], False),
+        (["reading the files", "from_hub, bfloat16"], False),
+    ],
+)
+def test_only_identifiers_are_set_as_code(names, code):
+    assert are_identifiers(names) == code
+    assert row_name("a<b", code) == ("<code>a&lt;b</code>" if code else "a&lt;b")

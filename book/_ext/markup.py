@@ -39,7 +39,7 @@ def mark_tables(body: str) -> str:
 
 def join_units(body: str) -> str:
     """Keep a unit on the line of its number: a space that does not break takes the place of the space between them."""
-    unit = re.compile(r"(?:(?<=\d)|^) (?=(?:%|[KMGT]i?B|[GT]B/s|TFLOP/s|ms|µs)(?![\w/]))")
+    unit = re.compile(r"(?:(?<=\d)|^) (?=(?:%|[kKMGT]i?B|[GT]B/s|[GT]FLOP/s|s|ms|µs|ns)(?![\w/]))")
     pieces = re.split(r"(<(pre|code|script|style)\b.*?</\2>|<[^>]+>)", body, flags=re.DOTALL)
     pieces[::3] = (unit.sub("\N{NO-BREAK SPACE}", text) for text in pieces[::3])
     return "".join(text or "" for i, text in enumerate(pieces) if i % 3 != 2)

@@ -5,6 +5,7 @@
   const PHONE = 600; // pixels, as in custom.css
   const TALLEST = 9; // lines of a row: what would be taller is moved sideways instead
   const NARROWEST = 80; // pixels that a comment needs beside its code
+  const SMALLER = 0.88; // of a printed line's size, as in custom.css
   const NAMES = 0.4; // of the screen: a first column of at most this width stays while the others are moved
 
   const breaks = () => {
@@ -13,7 +14,7 @@
       const texts = [];
       while (walk.nextNode()) texts.push(walk.currentNode);
       for (const text of texts) {
-        const parts = text.data.split(/(?<=[\p{L}\d)][._/]+)(?=[\p{L}\d(])/u);
+        const parts = text.data.split(/(?<=[\p{L}\d)][._/]+)(?<!\d\.(?=\d))(?=[\p{L}\d(])/u);
         if (parts.length === 1) continue;
         text.replaceWith(...parts.flatMap((part) => [document.createElement("wbr"), part]).slice(1));
       }
@@ -61,7 +62,7 @@
   // The right edge fades while there is more to the right of it.
   const mark = (box) => box.classList.toggle("tf-more", box.scrollWidth - box.clientWidth - box.scrollLeft > 2);
   const edges = (roots) => {
-    const boxes = inside(roots, ".pst-scrollable-table-container, .cell_output:has(img)");
+    const boxes = inside(roots, "*:has(> table), .tf-scroll, .cell_output:has(img)");
     const wide = boxes.filter((box) => box.classList.contains("tf-more") || box.scrollWidth > box.clientWidth + 2);
     for (const box of wide) {
       mark(box);
@@ -87,8 +88,25 @@
     });
   };
 
+  // Printed lines that are a few characters too long for a phone are set smaller rather than broken.
+  const pen = document.createElement("canvas").getContext("2d");
+  const prints = (roots) => {
+    for (const output of inside(roots, ".output.stream:not(.tf-table)")) {
+      output.classList.remove("tf-small");
+      const pre = output.querySelector("pre");
+      if (window.innerWidth > PHONE || !pre || !pre.clientWidth) continue;
+      const look = getComputedStyle(pre);
+      pen.font = `${look.fontSize} ${look.fontFamily}`;
+      const longest = Math.max(...pre.textContent.split("\n").map((line) => [...line.trimEnd()].length));
+      const width = longest * pen.measureText("0").width;
+      const room = pre.clientWidth - parseFloat(look.paddingLeft) - parseFloat(look.paddingRight);
+      output.classList.toggle("tf-small", width > room && SMALLER * width <= room);
+    }
+  };
+
   const fit = (roots) => {
     tables(roots);
+    prints(roots);
     comments(roots);
     edges(roots);
   };

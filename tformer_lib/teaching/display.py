@@ -61,7 +61,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Show a table in a notebook; print it elsewhere. (The book reads Markdown in outputs without its tables.)
 
     Args:
-        columns: the heads of the columns; the first column names the rows.
+        columns: the heads of the columns; the first column names the rows, as code if the names are those of a program.
         rows: the cells of each row; what stands between two asterisks ``**`` is bold.
     """
     plain = "\n".join(" | ".join(row) for row in (columns, *rows))
@@ -69,12 +69,24 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print(plain)
         return
     heads = "".join(f'<th scope="col">{html.escape(head)}</th>' for head in columns)
+    as_code = are_identifiers([row[0] for row in rows])
     body = "\n".join(
-        f'<tr><th scope="row"><code>{html.escape(name)}</code></th>{"".join(map(table_cell, cells))}</tr>'
+        f'<tr><th scope="row">{row_name(name, as_code)}</th>{"".join(map(table_cell, cells))}</tr>'
         for name, *cells in rows
     )
     table = f'<table class="table">\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
     display({"text/html": table, "text/plain": plain}, raw=True)
+
+
+def are_identifiers(names: Sequence[str]) -> bool:
+    """Whether a column names variables, settings or tensors: no spaces within a name, and one has an underscore."""
+    words = [word for name in names for word in name.split(", ")]
+    return not any(" " in word for word in words) and any("_" in word for word in words)
+
+
+def row_name(name: str, as_code: bool) -> str:
+    """The name of a row, in HTML."""
+    return f"<code>{html.escape(name)}</code>" if as_code else html.escape(name)
 
 
 def table_cell(text: str) -> str:

@@ -103,7 +103,7 @@ function picture(mask, reach, live, text, data, kit) {
   );
   return kit.picture(
     LEFT + size + 4, TOP + size + 22, text,
-    kit.svg("text", { x: LEFT, y: 14, "font-size": 12 }, "key →   dark: meet, light: in reach, frame: computed"),
+    kit.svg("text", { x: LEFT, y: 14, "font-size": 12 }, "key →   strong: meet, faint: in reach, frame: computed"),
     kit.svg("text", { x: 0, y: 0, "font-size": 12, transform: `translate(14 ${TOP + size / 2}) rotate(-90)`, "text-anchor": "middle" }, "← query"),
     kit.svg("rect", { x: LEFT, y: TOP, width: size, height: size, fill: "none", stroke: "currentColor", opacity: 0.5 }),
     cells,
