@@ -279,6 +279,13 @@ def test_terms_are_found_as_whole_words():
     assert all((ROOT / "notebooks" / f"{chapter}.ipynb").exists() for chapter in terms.OTHER_SENSE)
 
 
+def test_the_names_of_one_entry_are_linked_once():
+    terms = script(BOOK / "_ext" / "terms.py")
+    known = terms.definitions((BOOK / "glossary.md").read_text(encoding="utf-8"))
+    assert set(terms.names_of_one_entry("TTFT", known)) == {"time to first token", "TTFT"}
+    assert terms.names_of_one_entry("query", known) == ["query"]
+
+
 def test_printed_tables_are_told_from_printed_sentences():
     mark = script(BOOK / "_ext" / "markup.py").mark_tables
     output = '<div class="output stream highlight-myst"><div><pre><span></span>{}\n</pre></div></div>'

@@ -22,12 +22,15 @@ OTHER_SENSE = {
     "02-attention": {"rank", "shuffle"},
     "03-masks": {"value"},
     "05-transformer": {"shuffle"},
-    "06-training": {"value"},
+    "06-training": {"activations", "value"},
     "07-generation": {"value"},
     "08-rope": {"kernel"},
-    "12-linear-attention": {"loss"},
-    "13-mixture-of-experts": {"rank", "value"},
-    "14-real-models": {"kernel"},
+    "09-kv-cache": {"activations"},
+    "12-linear-attention": {"loss", "mask"},
+    "13-mixture-of-experts": {"bias", "rank", "score", "top-k", "value"},
+    "14-real-models": {"bias", "kernel"},
+    "16-flash-kernels": {"padding", "scheduler"},
+    "17-flash-hopper": {"scheduler"},
     "18-paged-attention": {"head"},
 }
 """Chapter -> terms that it uses in another sense."""
@@ -91,11 +94,19 @@ def linked(app: Sphinx, page: str, text: nodes.Text, left: dict[str, str], ancho
     while left and (found := pattern(left).search(rest)):
         term = named(found[0], left)
         where, anchor = anchors[term]
-        reference = make_refnode(app.builder, page, where, anchor, nodes.Text(found[0]), left.pop(term))
+        meaning = left[term]
+        reference = make_refnode(app.builder, page, where, anchor, nodes.Text(found[0]), meaning)
+        for name in names_of_one_entry(term, left):
+            del left[name]
         reference["classes"].append("tf-term")
         pieces += [nodes.Text(rest[: found.start()]), reference]
         rest = rest[found.end() :]
     return [*pieces, nodes.Text(rest)]
+
+
+def names_of_one_entry(term: str, meanings: dict[str, str]) -> list[str]:
+    """The term and its other names: "logit" and "logits", "time to first token" and "TTFT" have one definition."""
+    return [name for name, meaning in meanings.items() if name == term or (meaning and meaning == meanings[term])]
 
 
 def pattern(terms) -> re.Pattern:
