@@ -741,6 +741,27 @@ def test_the_command_chooses_how_connections_are_read_and_kept(monkeypatch):
     assert config.timeout_keep_alive > 90, "Go's clients keep an idle connection for 90 seconds"
 
 
+def test_the_first_client_does_not_wait_for_kernels_to_be_built(monkeypatch):
+    from tformer_lib.serving.command import main
+
+    engines, make = [], Server.__init__
+
+    def make_and_note(server, engine, *others, **options):
+        engines.append((engine, engine.arrivals))
+        make(server, engine, *others, **options)
+
+    monkeypatch.setattr(Server, "__init__", make_and_note)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)
+    try:
+        assert main(["serve", "--port", "0"]) == 0
+    finally:
+        gc.unfreeze()
+    ((engine, arrivals),) = engines
+    assert arrivals == 1, "no step was tried before the server listened"
+    assert not engine.busy
+    assert engine.allocator.held == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "refusal"),
     [
@@ -766,7 +787,9 @@ def test_a_port_that_is_taken_is_refused(capsys):
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", "--port", str(taken.getsockname()[1])]) == 2
-    assert "in use" in capsys.readouterr().err
+        told = capsys.readouterr().err
+    assert "in use by another program; --port names another one" in told
+    assert told.count("\n") == 1
 
 
 def test_numbers_in_reports_are_numbers(running):

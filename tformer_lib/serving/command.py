@@ -1,5 +1,6 @@
 """The command line: complete prompts, or serve them over HTTP."""
 
+import errno
 import json
 import logging
 import os
@@ -153,13 +154,16 @@ def serve(command: Serve) -> int:
     key = command.api_key or os.environ.get("TFORMER_API_KEY") or None
     limits = Limits(command.max_body, command.max_queue, command.timeout)
     name = command.name or Path(command.model).resolve().name
-    server = Server(command.open().engine, name, api_key=key, limits=limits)
+    llm = command.open()
+    llm.generate(
+        [[llm.engine.encoding.eot_token]], {"max_new_tokens": 2}
+    )  # builds kernels; else the first client waits
+    server = Server(llm.engine, name, api_key=key, limits=limits)
     options = {"log_level": "warning", "access_log": False, "server_header": False, "timeout_keep_alive": IDLE}
     options |= {"ws": "none", "http": "h11"}  # httptools loses the body of a client that offers HTTP/2, as Java's does
     config = uvicorn.Config(server.app, timeout_graceful_shutdown=command.grace, **options)
     logging.getLogger("uvicorn.error").addFilter(is_not_of_upgrades)
-    family = socket.AF_INET6 if ":" in command.host else socket.AF_INET
-    with socket.create_server((command.host, command.port), family=family, backlog=2048) as listening:
+    with listen(command.host, command.port) as listening:
         address = f"[{command.host}]" if ":" in command.host else command.host
         if command.host not in LOOPBACK and key is None:
             print(
@@ -169,6 +173,22 @@ def serve(command: Serve) -> int:
         print(f"serving {name} on http://{address}:{listening.getsockname()[1]}/v1", flush=True)
         uvicorn.Server(config).run(sockets=[listening])
     return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that clients can connect to.
+
+    Raises:
+        OSError: there is no such address here, or another program listens there.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        hint = "--port names another one, and --port 0 takes one that is free"
+        raise OSError(f"port {port} of {host} is in use by another program; {hint}") from None
 
 
 def is_not_of_upgrades(record: logging.LogRecord) -> bool:
