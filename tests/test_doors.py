@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from benchmarks import doors
 from benchmarks.doors.paged_attention import paged_call
 from tformer_lib import attention, jit, linear_attention, rope, sparse_attention
-from tformer_lib.flash_attention import flash_attention, flash_attention_varlen
+from tformer_lib.flash_attention import flash_attention, flash_attention_qkvpacked, flash_attention_varlen
 from tformer_lib.paged_attention import paged_attention, plan_attention
+from tformer_lib.transformer.gelu_feed_forward import gelu_feed_forward
 
 needs_cpu_twin = pytest.mark.skipif(not jit.can_build_cpp(), reason="needs a C++ compiler and ninja")
 every_step = pytest.mark.parametrize("step", [0, pytest.param("cpu", marks=needs_cpu_twin)])
@@ -230,6 +231,57 @@ def test_gradients_of_gradients_are_refused():
     (dq,) = torch.autograd.grad(flash_attention(q, k, v).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no autograd formula|not require grad|does not require"):
         torch.autograd.grad(dq.sum(), k)
+
+
+# ---- autocast
+
+
+def int32(numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def calls_of_operators():
+    """Functions of q, k and v whose operators name the dtypes in which they compute, by name."""
+    mask, starts = torch.rand(70, 70) > 0.5, int32([0, 30, 70])
+    gates, beta, chosen = -torch.rand(1, 2, 70, 1), torch.rand(1, 2, 70, 1), torch.zeros(1, 2, 1, 1, dtype=torch.int64)
+    window = sparse_attention.sliding_window(9)
+    packed = lambda *x: (each[0].transpose(0, 1) for each in x)  # noqa: E731
+    pools = lambda x: x[0].unflatten(1, (2, 35)).transpose(0, 1).contiguous()  # noqa: E731
+    paged = {"block_tables": int32([[0, 1]]), "lengths": int32([70]), "query_starts": int32([0, 70]), "step": 0}
+    return {
+        "flash": lambda q, k, v: flash_attention(q, k, v, causal=True, step=0),
+        "flash, a mask": lambda q, k, v: flash_attention(q, k, v, mask=mask),
+        "flash, packed": lambda q, k, v: flash_attention_varlen(*packed(q, k, v), starts, starts, step=0),
+        "flash, one tensor": lambda q, k, v: flash_attention_qkvpacked(torch.cat((q, k, v), 1).transpose(1, 2), 4),
+        "linear": lambda q, k, v: linear_attention.attend(q, k, v, causal=True, step="cpu"),
+        "linear, step 0": lambda q, k, v: linear_attention.attend(q, k, v, causal=True, step=0),
+        "gates": lambda q, k, v: linear_attention.gated_attend(q, k, v, log_decay=gates, step="cpu"),
+        "delta": lambda q, k, v: linear_attention.delta_attend(
+            q, torch.nn.functional.normalize(k, dim=-1), v, log_decay=gates, beta=beta, step="cpu"
+        ),
+        "sparse": lambda q, k, v: sparse_attention.attend(q, k, v, pattern=window, step="cpu"),
+        "chosen": lambda q, k, v: sparse_attention.attend_chosen(q, k, v, chosen),
+        "paged": lambda q, k, v: paged_attention(q[0].transpose(0, 1), pools(k), pools(v), **paged),
+        "feed-forward": lambda q, k, v: gelu_feed_forward(q[0, 0], k[0, 0], v[0, 0].mT),
+    }
+
+
+@needs_cpu_twin
+@pytest.mark.parametrize("name", calls_of_operators())
+def test_operators_compute_in_their_own_dtypes_under_autocast(name):
+    """Forward, and backward too, which whoever calls backward() inside of autocast runs there."""
+    torch.manual_seed(0)
+    call = calls_of_operators()[name]
+    leaves = [torch.randn(1, heads, 70, 8, requires_grad=True) for heads in (4, 2, 2)]
+    out = call(*leaves)
+    dout = torch.randn_like(out)
+    expected = torch.autograd.grad(out, leaves, dout, retain_graph=True, materialize_grads=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(out, leaves, dout, materialize_grads=True)
+        if name != "feed-forward":  # which takes its products in autocast's type
+            torch.testing.assert_close(call(*leaves), out, rtol=0, atol=0)
+    if name != "paged":  # whose gradients are those of torch's own products
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 # ---- plans

@@ -53,6 +53,7 @@ def forward_rows(
     return (O / l.masked_fill(l == 0, 1.0)[..., None]).to(q.dtype), anchor + torch.log(l)
 
 
+@in_named_dtypes
 def tiled_backward(
     dout: Tensor,
     dlse: Tensor | None,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tformer_lib.contract import in_named_dtypes
 from tformer_lib.ladder import AUTO, KERNEL_DTYPES, check_no_tangent
 from tformer_lib.linear_attention.decay import FORGET
 from tformer_lib.linear_attention.feature_maps import FeatureMap
@@ -16,6 +17,7 @@ from tformer_lib.linear_attention.shared import check_cu_seqlens, check_packing,
 
 
 @torch.library.custom_op("tformer_lab::linear_attention", mutates_args=())
+@in_named_dtypes
 def linear_attention_op(
     q: Tensor,
     k: Tensor,
@@ -76,6 +78,7 @@ def linear_attention_fake(
 
 
 @torch.library.custom_op("tformer_lab::linear_attention_backward", mutates_args=())
+@in_named_dtypes
 def linear_attention_backward_op(
     dout: Tensor,
     dfinal: Tensor | None,

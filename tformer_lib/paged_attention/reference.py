@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tformer_lib.attention import Attend, AttentionVariant, gather, masked_softmax, scaled_scores
+from tformer_lib.contract import in_named_dtypes
 from tformer_lib.ladder import FP8, accumulation_dtype
 from tformer_lib.paged_attention.blocks import blocks_for
 from tformer_lib.paged_attention.options import Options, Places, Rows, WriteOptions
@@ -41,6 +42,7 @@ def as_numbers(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == FP8 else x
 
 
+@in_named_dtypes
 def attend_in_pytorch(q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, options: Options) -> tuple[Tensor, Tensor]:
     """Step 0 of :func:`paged_attention`: rows with equally many queries are gathered and attended together."""
     tables, lengths, query_starts, _ = rows

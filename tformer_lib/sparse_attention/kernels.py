@@ -5,6 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from tformer_lib.contract import in_named_dtypes
 from tformer_lib.ladder import (
     AUTO,
     DTYPE_CODES,
@@ -333,6 +334,7 @@ def lists_of(q: Tensor, k: Tensor, chosen: Tensor | None, handle: int, causal: b
 
 
 @torch.library.custom_op("tformer_lab::sparse_attention", mutates_args=())
+@in_named_dtypes
 def sparse_attention_op(
     q: Tensor,
     k: Tensor,
@@ -361,6 +363,7 @@ def sparse_attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[
 
 
 @torch.library.custom_op("tformer_lab::sparse_attention_backward", mutates_args=())
+@in_named_dtypes
 def sparse_attention_backward_op(
     dout: Tensor,
     dlse: Tensor | None,

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tformer_lib.contract import product_dtype
+from tformer_lib.contract import in_named_dtypes, product_dtype
 from tformer_lib.ladder import accumulation_dtype
 from tformer_lib.transformer import cublas_lt
 
@@ -75,6 +75,7 @@ def gelu_feed_forward_fake(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor,
 
 
 @torch.library.custom_op("tformer_lab::gelu_feed_forward_backward", mutates_args=())
+@in_named_dtypes
 def gelu_feed_forward_backward_op(
     d_out: Tensor, x: Tensor, up: Tensor, down: Tensor, hidden: Tensor, before: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
