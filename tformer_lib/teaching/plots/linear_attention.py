@@ -59,9 +59,9 @@ def feature_error(features: Sequence[int], errors: dict[str, Sequence[float]]) -
     """Error of the estimated weights over the number of features, with the line that falls as 1/√features."""
     _, ax = style.figure(width=style.NARROW, height=3.3)
     style.lines(ax, features, errors)
-    first = next(iter(errors.values()))[0]
-    ax.plot(features, [first * (features[0] / m) ** 0.5 for m in features], color=style.GREY, linewidth=1.0)
-    ax.text(features[-1], first * (features[0] / features[-1]) ** 0.5, " ∝ 1/√features", va="center", fontsize=9.5)
+    above = [1.4 * next(iter(errors.values()))[0] * (features[0] / m) ** 0.5 for m in features]
+    ax.plot(features, above, color=style.GREY, linewidth=1.0)
+    ax.text(features[-1], above[-1], " ∝ 1/√features", va="center", fontsize=9.5)
     style.log2_axis(ax, features, [str(m) for m in features], log_y=True, minor=True)
     ax.set(xlabel="features", ylabel="relative error of a weight", xlim=(None, 4.5 * features[-1]))
     style.show()
