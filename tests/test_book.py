@@ -314,6 +314,16 @@ def test_a_unit_stays_on_the_line_of_its_number():
         assert join(left) == left
 
 
+def test_a_mark_stays_beside_its_formula():
+    join = script(BOOK / "_ext" / "markup.py").join_marks
+    formula = '<span class="math notranslate nohighlight">\\(O\\)</span>'
+    assert join(f"<p>an output ({formula}), kept</p>") == (
+        f'<p>an output <span class="tf-joined">({formula}),</span> kept</p>'
+    )
+    for left in (f"<p>the output {formula} is</p>", f"<p>(the output {formula} is)</p>"):
+        assert join(left) == left
+
+
 # Opening the chapters elsewhere
 
 

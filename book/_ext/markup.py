@@ -8,7 +8,7 @@ from sphinx.application import Sphinx
 def mend(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
     """Mend one page before it is written."""
     context["script_files"] = [s for s in context.get("script_files", []) if not is_thebe(s)]
-    context["body"] = join_units(link_drawings(mark_tables(mend_citations(context.get("body", "")))))
+    context["body"] = join_marks(join_units(link_drawings(mark_tables(mend_citations(context.get("body", ""))))))
 
 
 def is_thebe(script) -> bool:
@@ -43,6 +43,13 @@ def join_units(body: str) -> str:
     pieces = re.split(r"(<(pre|code|script|style)\b.*?</\2>|<[^>]+>)", body, flags=re.DOTALL)
     pieces[::3] = (unit.sub("\N{NO-BREAK SPACE}", text) for text in pieces[::3])
     return "".join(text or "" for i, text in enumerate(pieces) if i % 3 != 2)
+
+
+def join_marks(body: str) -> str:
+    """Keep brackets and full stops on the line of their short formula: a browser would break between them."""
+    formula = r'<span class="math notranslate nohighlight">[^<]{1,36}</span>'
+    near = re.compile(rf"([(\[“]*)({formula})([)\]”,.;:?!]*)")
+    return near.sub(lambda m: f'<span class="tf-joined">{m[0]}</span>' if m[1] or m[3] else m[0], body)
 
 
 def link_drawings(body: str) -> str:

@@ -19,8 +19,8 @@ def layer(tokens: Sequence[str], choices: Sequence[Sequence[int]], weights: Sequ
         for expert, share in zip(chosen, shares, strict=True):
             rise = places[expert] - row
             ax.plot([0, 1], [row, places[expert]], color=style.BLUE, linewidth=1 + 6 * share, alpha=0.75)
-            place = {"ha": "center", "va": "bottom" if expert == min(chosen) else "top", "fontsize": 9.5}
-            ax.text(0.15, row + 0.15 * rise + (0.04 if expert == min(chosen) else -0.04), f"{share:.2f}", **place)
+            ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+            ax.text(0.24, row + 0.24 * rise, f"{share:.2f}", ha="center", va="center", fontsize=9.5, bbox=ground)
     for expert, place in enumerate(places):
         colour = style.BLUE if expert in busy else style.GREY
         ax.plot(1.04, place, "s", markersize=17, color=colour)
