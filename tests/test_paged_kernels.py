@@ -446,6 +446,23 @@ def test_numbers_are_those_of_a_tensor_and_not_what_lies_at_its_address(step):
         write_cache(k, v, torch._neg_view(pools[0][0]), pools[0][1], slots, step=step)
 
 
+@pytest.mark.parametrize("step", [0, None])
+def test_a_write_is_noticed_by_autograd_and_needs_a_place_for_each_number(step):
+    pool, weight = torch.zeros(3, 2, 8, 16), torch.ones(3, 2, 8, 16, requires_grad=True)
+    k, slots = torch.randn(2, 2, 16), torch.tensor([0, 9])
+    product = pool * weight
+    write_cache(k, k, pool, pool.clone(), slots, step=step)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+    with torch.inference_mode():
+        made_here = torch.zeros(3, 2, 8, 16)
+        write_cache(k, k, made_here, made_here.clone(), slots, step=step)
+    torch.testing.assert_close(made_here, pool, rtol=0, atol=0)
+    for pools in ((pool[:1].expand(3, -1, -1, -1), pool), (pool, pool[:, :1].expand(-1, 2, -1, -1))):
+        with pytest.raises(ValueError, match="_pool is written to and must not be expanded"):
+            write_cache(k, k, *pools, slots, step=step)
+
+
 def test_tensors_without_numbers_have_a_shape_and_no_plan():
     x = case((5, 40))
     meta = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in x.items()}

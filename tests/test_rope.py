@@ -610,6 +610,19 @@ def test_what_does_not_fit_together_is_refused(change, message):
         rotate_both(**given)
 
 
+def test_in_place_refuses_what_it_would_turn_wrongly():
+    q, k, cos, sin, *_ = drawn(5)
+    for leaf in (q.clone().requires_grad_(), q.clone().requires_grad_() * 1):
+        with pytest.raises(NotImplementedError, match="RoPE in place has no gradient, and q wants one"):
+            rotate_both_(leaf, k, cos, sin)
+        with pytest.raises(NotImplementedError, match="RoPE in place has no gradient, and k wants one"):
+            rotate_both_(q, leaf[:, : k.shape[1]], cos, sin)
+        with torch.no_grad():
+            rotate_both_(leaf.detach(), None, cos, sin)
+    with pytest.raises(ValueError, match="q is written to and must not be expanded"):
+        rotate_both_(q[:, :1].expand_as(q), k, cos, sin)
+
+
 def test_the_operators_refuse_what_the_doors_do():
     q, k, cos, sin, *_ = drawn(9)
     options = (None, None, 1.0, None, None, None, "half", False, "0")

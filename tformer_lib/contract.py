@@ -59,6 +59,14 @@ def check_dense(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be a dense tensor, got a {came}: pad its sequences, or pack them end to end")
 
 
+def check_writable(name: str, x: Tensor) -> None:
+    """Refuse to write into an expanded tensor, where one place in memory stands for several numbers."""
+    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(
+            f"{name} is written to and must not be expanded, got strides {x.stride()} for {tuple(x.shape)}"
+        )
+
+
 def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Refuse shapes that do not fit the contract."""
     for name, x in (("q", q), ("k", k), ("v", v)):

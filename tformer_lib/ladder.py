@@ -260,6 +260,13 @@ def address_of(x: Tensor) -> int | None:
     return address if address or x.numel() == 0 else None
 
 
+def note_written(*tensors: Tensor) -> None:
+    """Tell autograd that a kernel wrote into tensors, as torch's own operations do; inference tensors keep no count."""
+    for x in tensors:
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+
+
 def is_aligned(x: Tensor, size: int = 16) -> bool:
     """Whether every row of x, that is every run along its last dimension, begins at a multiple of ``size`` bytes."""
     step = max(1, size // x.element_size())

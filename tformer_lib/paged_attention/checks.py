@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tformer_lib.contract import ATTENTION_DTYPES, check_dense, check_heads
+from tformer_lib.contract import ATTENTION_DTYPES, check_dense, check_heads, check_writable
 from tformer_lib.ladder import FP8
 from tformer_lib.paged_attention.options import Options, Places, Rows, WriteOptions
 from tformer_lib.rope import LAYOUTS
@@ -56,6 +56,8 @@ def check_write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, places: Pl
     check_pools(k_pool, v_pool)
     if k_pool.is_neg() or v_pool.is_neg():
         raise ValueError("pools must hold what they say: nothing is written to a view of their negatives")
+    check_writable("k_pool", k_pool)
+    check_writable("v_pool", v_pool)
     wanted = ("tokens", k_pool.shape[1], k_pool.shape[3])
     for name, x in (("k", k), ("v", v)):
         check_dense(name, x)

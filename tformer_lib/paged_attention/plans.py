@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tformer_lib import jit
-from tformer_lib.ladder import DTYPE_CODES, Kernel, address_of, loadable, wants_gradients
+from tformer_lib.ladder import DTYPE_CODES, Kernel, address_of, loadable, note_written, wants_gradients
 from tformer_lib.paged_attention.checks import check_indices, check_paged, check_slots, check_write
 from tformer_lib.paged_attention.kernels import (
     ARGUMENTS,
@@ -253,7 +253,9 @@ class WritePlan:
             *(0 if x is None else x.data_ptr() for x in places),
             *shared.numbers,
         )
-        return shared.launch(arguments)
+        shared.launch(arguments)
+        note_written(k_pool, v_pool)
+        return None
 
 
 def make_write_plan(

@@ -5,6 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from tformer_lib.contract import check_writable
 from tformer_lib.ladder import (
     DTYPE_CODES,
     KERNEL_DTYPES,
@@ -134,10 +135,24 @@ def rotate_both_(
     norm_eps: float | None = None,
     step: int | str | None = None,
 ) -> None:
-    """Turn queries and keys in place; no gradient passes. Arguments as in :func:`rotate_both`."""
+    """Turn queries and keys in place. Arguments as in :func:`rotate_both`.
+
+    Raises:
+        NotImplementedError: q or k wants a gradient, or has a derivative of another kind: here none passes.
+    """
     check_both(q, k, cos, sin, layout, q_weight, k_weight, norm_eps)
     check_no_tangent("RoPE in place", q, k, cos, sin, q_weight, k_weight, instead="rotate with step=0")
+    for name, x in (("q", q), ("k", k)):
+        if x is not None:
+            check_writable(name, x)
+            check_no_gradient(name, x)
     torch.ops.tformer_lab.rope_(q, k, cos, sin, q_weight, k_weight, norm_eps, layout, LADDER.name(step))
+
+
+def check_no_gradient(name: str, x: Tensor) -> None:
+    """Refuse to turn in place what wants a gradient, which would pass as if nothing had been turned."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise NotImplementedError(f"RoPE in place has no gradient, and {name} wants one: use rotate_both")
 
 
 def check_both(
