@@ -532,6 +532,40 @@ def test_models_made_here_are_exported_to_the_family_that_has_their_parts(tmp_pa
         pretrained.hub_config(odd, "bert")
 
 
+@every_kind
+def test_where_all_channels_turn_no_part_of_them_is_asked_for(checkpoint):
+    """The reference code of most families turns a whole head, also where the file says that a part turns."""
+    ropes = checkpoint.config.get("rope_parameters")
+    if ropes is None:
+        pytest.skip("this family has no RoPE")
+    layers = [kind for kind, values in ropes.items() if isinstance(values, dict)]
+    for kind in layers or [None]:
+        changed = {**ropes, "partial_rotary_factor": 0.5}
+        if kind is not None:
+            changed = {**ropes, kind: {**ropes[kind], "partial_rotary_factor": 0.5}}
+        if pretrained.FAMILIES[checkpoint.config["model_type"]].linear:
+            assert pretrained.config_from_hub(checkpoint.config | {"rope_parameters": changed}).rotary_fraction == 0.5
+        else:
+            with pytest.raises(ValueError, match=r"partial_rotary_factor must be 1\.0 to be read here, got 0\.5"):
+                pretrained.config_from_hub(checkpoint.config | {"rope_parameters": changed})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rotary_fraction": 0.5},
+        {"rotary_fraction": 0.5, "qk_norm": "head"},
+        {"attention_softcap": 2.0, "qk_norm": "head", "norm": "rmsnorm_1p", "feed_forward": "geglu"}
+        | {"branch_norm": "both", "scale_embeddings": True, "window": 4, "layer_types": ("window", "full")},
+    ],
+)  # fmt: skip
+def test_what_the_reference_code_would_pass_over_is_not_exported(options):
+    shape = {"vocab_size": VOCABULARY, "width": 32, "layers": 2, "heads": 2, "bias": False, "tie_embeddings": False}
+    config = ModelConfig(**shape | {"norm": "rmsnorm", "feed_forward": "swiglu", "positions": "rope"} | options)
+    with pytest.raises(ValueError, match="every family lacks something"):
+        pretrained.hub_config(config)
+
+
 def test_weights_stay_mapped_where_their_dtype_stays(folder):
     """No memory is taken for a tensor that needs no change; what is written to it does not reach the file."""
     before = {path: path.read_bytes() for path in folder.glob("*.safetensors")}

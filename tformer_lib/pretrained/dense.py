@@ -211,6 +211,7 @@ def write_gemma2(config: ModelConfig) -> dict:
 
 def read_gemma3(keys: Keys) -> ModelConfig:
     keys.must_be(hidden_activation="gelu_pytorch_tanh", use_bidirectional_attention=False)
+    keys.must_be(attn_logit_softcapping=None)  # Gemma 3's reference code knows the key, and caps nothing
     keys.ignore("hidden_act")  # an old name, which the reference code does not read
     every = keys.take("_sliding_window_pattern", keys.take("sliding_window_pattern", 6))
     keys.ignore("sliding_window_pattern")
@@ -238,7 +239,6 @@ def read_gemma3(keys: Keys) -> ModelConfig:
         scale_embeddings=True,
         tie_embeddings=keys.take("tie_word_embeddings", True),
         attention_scale=keys.take("query_pre_attn_scalar", 256) ** -0.5,
-        attention_softcap=keys.take("attn_logit_softcapping", None),
         attention_dropout=keys.take("attention_dropout", 0.0),
         attention_bias=keys.take("attention_bias", False) or None,
         logit_softcap=keys.take("final_logit_softcapping", None),

@@ -7,8 +7,14 @@ from tformer_lib.transformer import ModelConfig
 
 
 def llama_like(keys: Keys, **options) -> ModelConfig:
-    """The config of a model with RMSNorm, SwiGLU and RoPE, whose keys are Llama's."""
-    base, scaling, fraction = rope_of(keys)
+    """The config of a model with RMSNorm, SwiGLU and RoPE, whose keys are Llama's.
+
+    Args:
+        keys: of its ``config.json``.
+        options: fields of the config that the family reads in its own way; with ``rope_base`` all that RoPE needs.
+    """
+    if "rope_base" not in options:
+        options["rope_base"], options["rope_scaling"] = rope_of(keys)
     heads = {"heads": keys.take("num_attention_heads"), "kv_heads": keys.take("num_key_value_heads", None)}
     keys.ignore("pretraining_tp")
     plain = {
@@ -23,9 +29,6 @@ def llama_like(keys: Keys, **options) -> ModelConfig:
         "norm_epsilon": keys.take("rms_norm_eps"),
         "feed_forward": "swiglu",
         "positions": "rope",
-        "rope_base": base,
-        "rope_scaling": scaling,
-        "rotary_fraction": fraction,
         "tie_embeddings": keys.take("tie_word_embeddings", False),
         "attention_dropout": keys.take("attention_dropout", 0.0),
         "bias": False,
@@ -33,17 +36,17 @@ def llama_like(keys: Keys, **options) -> ModelConfig:
     return ModelConfig(**plain | options)
 
 
-def rope_of(keys: Keys) -> tuple[float, dict | None, float]:
-    """RoPE's base, its scaling, and the share of channels that turn.
+def rope_of(keys: Keys) -> tuple[float, dict | None]:
+    """RoPE's base and its scaling, of a family in which all channels of a head turn.
 
     They stand in ``rope_parameters``, or in older files apart, as ``rope_theta`` and ``rope_scaling``.
 
     Raises:
-        ValueError: both places are there, and they disagree.
+        ValueError: both places are there, and they disagree; or only some of the channels are to turn.
     """
     check_one_rope(keys.config)
     old = {"rope_theta": keys.take("rope_theta", 10_000.0), **(keys.take("rope_scaling", None) or {})}
-    return rope_parameters({**old, **(keys.take("rope_parameters", None) or {})})
+    return whole_rope({**old, **(keys.take("rope_parameters", None) or {})})
 
 
 def check_one_rope(config: dict) -> None:
@@ -70,6 +73,18 @@ def rope_parameters(parameters: dict) -> tuple[float, dict | None, float]:
     base, fraction = parameters.pop("rope_theta", 10_000.0), parameters.pop("partial_rotary_factor", 1.0)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     return base, None if kind == "default" else parameters, fraction
+
+
+def whole_rope(parameters: dict) -> tuple[float, dict | None]:
+    """The same of a family whose reference code turns all channels of a head, whatever the object says.
+
+    Raises:
+        ValueError: it says that only some of them turn.
+    """
+    base, scaling, fraction = rope_parameters(parameters)
+    if fraction != 1:
+        raise ValueError(f"partial_rotary_factor must be 1.0 to be read here, got {fraction!r}")
+    return base, scaling
 
 
 def layer_types(keys: Keys, config: dict, default: Callable[[int], str]) -> dict:
@@ -144,16 +159,15 @@ def ropes_by_type(keys: Keys) -> dict:
     check_one_rope(keys.config)
     parameters = keys.take("rope_parameters", None)
     if parameters is None:
-        base, scaling, _ = rope_of(keys)
+        base, scaling = rope_of(keys)
         window_base = keys.take("rope_local_base_freq", base)
     else:
         keys.ignore("rope_theta", "rope_scaling", "rope_local_base_freq")
         full = parameters.get("full_attention", parameters)
-        base, scaling, _ = rope_parameters(full)
-        window_base, stretched, _ = rope_parameters(parameters.get("sliding_attention", full))
+        base, scaling = whole_rope(full)
+        window_base, stretched = whole_rope(parameters.get("sliding_attention", full))
         if stretched is not None:
             raise ValueError(f"RoPE of window layers is read plain, got {stretched}")
-    keys.config = {name: value for name, value in keys.config.items() if not name.startswith("rope_")}
     return {"rope_base": base, "rope_scaling": scaling, "window_rope_base": window_base}
 
 
