@@ -243,6 +243,18 @@ def test_a_phone_shows_what_is_a_little_too_wide_and_marks_what_is_cut(tabs, add
     assert max(extra) < 3, "a line was broken although it is set smaller"
 
 
+def test_a_table_in_a_folded_box_is_fitted_when_the_box_is_opened(tabs, address):
+    tabs[PHONE].open(f"{address}results.html")
+    page = tabs[PHONE].page
+    box = page.locator(".admonition.toggle", has_text="sanitizer").first
+    box.locator(".toggle-button").click()
+    page.evaluate("new Promise((told) => requestAnimationFrame(() => requestAnimationFrame(told)))")
+    cut = box.evaluate("""(box) => [...box.querySelectorAll("table")].map((table) => table.parentElement)
+        .filter((box) => box.scrollWidth > box.clientWidth + 2 && !box.classList.contains("tf-more")).length""")
+    assert box.locator("table").first.is_visible()
+    assert cut == 0
+
+
 def test_a_number_in_code_is_not_broken(tabs, address):
     tabs[PHONE].open(f"{address}results.html")
     broken = """[...document.querySelectorAll('article code wbr')]

@@ -134,4 +134,8 @@
   });
   window.addEventListener("resize", whole);
   document.addEventListener("toggle", unfold, true);
+  document.addEventListener("click", ({ target }) => {
+    const box = target.closest(".admonition.toggle"); // folded by another program, which tells nobody
+    if (box && target.closest(".admonition-title")) requestAnimationFrame(() => fit([box]));
+  });
 })();
