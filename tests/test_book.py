@@ -303,6 +303,9 @@ def test_a_unit_stays_on_the_line_of_its_number():
     assert join("<p>It takes 13 % of 5.7 ms and <b>6</b> GB</p>") == (
         "<p>It takes 13\xa0% of 5.7\xa0ms and <b>6</b>\xa0GB</p>"
     )
+    assert join('<p id="top-k">With top-k, desktop-k</p>') == (
+        '<p id="top-k">With <span class="tf-joined">top-k</span>, desktop-k</p>'
+    )
     assert join("<p>3.05 and 3.06 s. 257 kB, 2 sums</p>") == "<p>3.05 and 3.06\xa0s. 257\xa0kB, 2 sums</p>"
     for left in (
         "<pre>13 % of\n<span>5</span> ms</pre>",
