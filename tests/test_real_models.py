@@ -9,6 +9,7 @@ import os
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -564,6 +565,25 @@ def test_what_the_reference_code_would_pass_over_is_not_exported(options):
     config = ModelConfig(**shape | {"norm": "rmsnorm", "feed_forward": "swiglu", "positions": "rope"} | options)
     with pytest.raises(ValueError, match="every family lacks something"):
         pretrained.hub_config(config)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "olmo3"])
+def test_windows_that_turn_as_the_other_layers_do_are_written_as_such(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    family, settings = KINDS[kind]
+    read = pretrained.config_from_hub(
+        getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**settings).to_dict()
+    )
+    torch.manual_seed(0)
+    model = Decoder(replace(read, window_rope_base=None, rope_scaling=None)).double().eval()
+    pretrained.to_hub(model, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    tokens = tokens_of(1, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, model(tokens), atol=1e-5, rtol=1e-5)
+    for turned in ({"window_rope_base": None}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}):
+        with pytest.raises(ValueError, match="every family lacks something"):  # windows are never stretched there
+            pretrained.hub_config(replace(read, **{"window_rope_base": None, "rope_scaling": YARN} | turned))
 
 
 def test_weights_stay_mapped_where_their_dtype_stays(folder):

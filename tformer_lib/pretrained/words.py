@@ -174,7 +174,8 @@ def ropes_by_type(keys: Keys) -> dict:
 def written_ropes(config: ModelConfig) -> dict:
     """The inverse of :func:`ropes_by_type`."""
     full = {"rope_theta": config.rope_base, **(config.rope_scaling or {"rope_type": "default"})}
-    window = {"rope_theta": config.window_rope_base, "rope_type": "default"}
+    base = config.rope_base if config.window_rope_base is None else config.window_rope_base
+    window = {"rope_theta": base, "rope_type": "default"}
     return {"full_attention": full, "sliding_attention": window}
 
 
