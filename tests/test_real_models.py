@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -133,7 +134,7 @@ class Checkpoint:
 
     def __init__(self, kind: str, folder: Path):
         transformers = pytest.importorskip("transformers")
-        family, settings = KINDS[kind]
+        self.kind, (family, settings) = kind, KINDS[kind]
         config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**settings)
         config._attn_implementation = "eager"
         architecture = getattr(transformers, ARCHITECTURES.get(family, f"{family}ForCausalLM"))
@@ -531,6 +532,53 @@ def test_models_made_here_are_exported_to_the_family_that_has_their_parts(tmp_pa
         pretrained.hub_config(odd, "llama")
     with pytest.raises(ValueError, match="family must be one of"):
         pretrained.hub_config(odd, "bert")
+
+
+def without_each(config: dict) -> Iterator[tuple[str, dict]]:
+    """The config without one of its keys, for each of them, also of those in RoPE's objects."""
+    for key, value in config.items():
+        yield key, {name: other for name, other in config.items() if name != key}
+        if key.startswith("rope_") and isinstance(value, dict):
+            for inner, changed in without_each({f"rope_{name}": x for name, x in value.items()}):
+                parts = {name.removeprefix("rope_"): x for name, x in changed.items()}
+                yield f"{key}.{inner}", config | {key: parts}
+
+
+@every_kind
+def test_a_missing_key_means_what_it_means_in_the_reference_code_or_is_refused(checkpoint):
+    transformers = pytest.importorskip("transformers")
+    family, _ = KINDS[checkpoint.kind]
+    theirs = getattr(transformers, CONFIGS.get(family, f"{family}Config"))
+    weights = shards.Shards(checkpoint.folder)
+    for key, config in without_each(checkpoint.config):
+        try:
+            read, _ = pretrained.config_from_hub(config), hub.load_family(weights, config)
+        except ValueError:
+            continue
+        try:
+            whole = theirs.from_dict(copy.deepcopy(config)).to_dict()
+            hub.load_family(weights, whole)
+        except Exception:
+            continue  # transformers does not read the config, or means a size that the weights do not have
+        assert hub.same_model(read, pretrained.config_from_hub(whole)), key
+
+
+@pytest.mark.parametrize("kind", ["qwen3 next", "qwen3.5"])
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
+def test_the_share_of_channels_that_turns_is_exported(kind, fraction, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = pretrained.config_from_hub(
+        getattr(transformers, "Qwen3_5TextConfig" if kind == "qwen3.5" else "Qwen3NextConfig")(
+            **KINDS[kind][1]
+        ).to_dict()
+    )
+    torch.manual_seed(0)
+    model = Decoder(replace(config, rotary_fraction=fraction)).eval()
+    pretrained.to_hub(model, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    tokens = tokens_of(1, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, model(tokens), atol=1e-4, rtol=1e-4)
 
 
 @every_kind

@@ -103,7 +103,9 @@ def read_smollm3(keys: Keys) -> ModelConfig:
     turned = listed or [int((i + 1) % every != 0) for i in range(layers)]  # 1 where RoPE turns, despite the key's name
     types = {} if all(turned) else {"layer_types": tuple("full" if turn else "nope" for turn in turned)}
     bias = keys.take("attention_bias", False) or None
-    return llama_like(keys, attention_bias=bias, tie_embeddings=keys.take("tie_word_embeddings", True), **types)
+    return llama_like(
+        keys, base=2_000_000.0, attention_bias=bias, tie_embeddings=keys.take("tie_word_embeddings", True), **types
+    )
 
 
 def write_smollm3(config: ModelConfig) -> dict:
@@ -115,7 +117,7 @@ def write_smollm3(config: ModelConfig) -> dict:
 
 def read_mistral(keys: Keys) -> ModelConfig:
     keys.must_be(hidden_act="silu")
-    return llama_like(keys, window=keys.take("sliding_window", None))
+    return llama_like(keys, window=keys.take_or_null("sliding_window", 4096))
 
 
 def write_mistral(config: ModelConfig) -> dict:
@@ -182,8 +184,8 @@ def read_gemma2(keys: Keys) -> ModelConfig:
         tie_embeddings=keys.take("tie_word_embeddings", True),
         attention_bias=keys.take("attention_bias", False) or None,
         attention_scale=keys.take("query_pre_attn_scalar") ** -0.5,
-        attention_softcap=keys.take("attn_logit_softcapping", None),
-        logit_softcap=keys.take("final_logit_softcapping", None),
+        attention_softcap=keys.take_or_null("attn_logit_softcapping", 50.0),
+        logit_softcap=keys.take_or_null("final_logit_softcapping", 30.0),
         **kinds,
     )
 
@@ -204,7 +206,7 @@ def gemma_keys(config: ModelConfig) -> dict:
 
 def write_gemma2(config: ModelConfig) -> dict:
     changes = gemma_keys(config)
-    # null says "no cap"; a missing key would be the reference code's 50 and 30
+    # null says "no cap"; a missing key is the reference code's 50 and 30
     caps = {name: changes[name] for name in ("attn_logit_softcapping", "final_logit_softcapping")}
     return llama_keys("gemma2", "Gemma2ForCausalLM", config, **changes) | caps
 

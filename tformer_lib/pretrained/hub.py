@@ -307,7 +307,9 @@ def same_model(a: ModelConfig, b: ModelConfig) -> bool:
 def facts(config: ModelConfig) -> dict:
     """What a config says about a model, with what follows from other fields written out."""
     said = {name: value for name, value in vars(config).items() if name not in ("attention", "dropout", "layer_types")}
-    if config.window_rope_base is None and config.rope_scaling is None:
+    if config.rope_scaling is not None:
+        said["rope_scaling"] = {"original_max_position_embeddings": config.max_length, **config.rope_scaling}
+    elif config.window_rope_base is None:
         said["window_rope_base"] = config.rope_base
     return said | {
         "kv_heads": config.number_of_kv_heads,

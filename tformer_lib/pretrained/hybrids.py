@@ -45,16 +45,19 @@ def read_hybrid(keys: Keys, **options) -> ModelConfig:
 
 
 def hybrid_rope(keys: Keys) -> dict:
-    """RoPE on the first quarter of a head's channels. Sections for the axes of an image mean nothing in a text."""
+    """RoPE on the first channels of a head, a quarter of them where the file says no other share.
+
+    Sections for the axes of an image mean nothing in a text.
+    """
     check_one_rope(keys.config)
     given = keys.take("rope_parameters", None) or keys.take("rope_scaling", None) or {}
     text = {name: value for name, value in given.items() if name not in ("mrope_section", "mrope_interleaved")}
-    base, scaling, fraction = rope_parameters({"rope_theta": keys.take("rope_theta", 10_000_000.0), **text})
-    return {
-        "rope_base": base,
-        "rope_scaling": scaling,
-        "rotary_fraction": keys.take("partial_rotary_factor", fraction),
+    apart = {
+        "rope_theta": keys.take("rope_theta", None),
+        "partial_rotary_factor": keys.take("partial_rotary_factor", 0.25),
     }
+    base, scaling, fraction = rope_parameters({**apart, **text}, keys)
+    return {"rope_base": base, "rope_scaling": scaling, "rotary_fraction": fraction}
 
 
 def hybrid_keys(model_type: str, architecture: str, config: ModelConfig, **changes) -> dict:

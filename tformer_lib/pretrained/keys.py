@@ -68,9 +68,17 @@ class Keys:
         value = self.config.get(name)
         if value is None:
             if default is MISSING:
-                raise ValueError(f"{self.source} is of another version: it lacks {name}")
+                raise self.lacks(name)
             return default
         return value
+
+    def take_or_null(self, name: str, default: Any) -> Any:
+        """The value of a key, of which null says that there is none; a missing one has the default."""
+        return self.take(name, None) if name in self.config else default
+
+    def lacks(self, name: str) -> ValueError:
+        """The error of a key that is missing."""
+        return ValueError(f"{self.source} is of another version: it lacks {name}")
 
     def ignore(self, *names: str) -> None:
         """Keys of this family that change nothing in the forward pass."""

@@ -32,7 +32,7 @@ def experts_of(keys: Keys, **options) -> ExpertsConfig:
 def read_mixtral(keys: Keys) -> ModelConfig:
     keys.must_be(hidden_act="silu")
     experts = experts_of(keys, count=keys.take("num_local_experts"))
-    return llama_like(keys, window=keys.take("sliding_window", None), experts=experts)
+    return llama_like(keys, base=1_000_000.0, window=keys.take("sliding_window", None), experts=experts)
 
 
 def write_mixtral(config: ModelConfig) -> dict:
@@ -100,9 +100,11 @@ def read_gpt_oss(keys: Keys) -> ModelConfig:
         router_bias=True,
         swiglu_limit=keys.take("swiglu_limit", 7.0),
     )
+    if not keys.config.get("rope_parameters") and not keys.config.get("rope_scaling"):
+        raise keys.lacks("rope_parameters")  # without them the reference code stretches by its own
     window = {"window": keys.take("sliding_window")}
     kinds = layer_types(keys, window, lambda i: "full_attention" if i % 2 else "sliding_attention")
-    return llama_like(keys, bias=True, attention_sinks=True, experts=experts, **kinds)
+    return llama_like(keys, base=None, bias=True, attention_sinks=True, experts=experts, **kinds)
 
 
 def write_gpt_oss(config: ModelConfig) -> dict:

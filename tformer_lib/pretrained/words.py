@@ -6,15 +6,16 @@ from tformer_lib.pretrained.keys import Keys
 from tformer_lib.transformer import ModelConfig
 
 
-def llama_like(keys: Keys, **options) -> ModelConfig:
+def llama_like(keys: Keys, *, base: float | None = 10_000.0, **options) -> ModelConfig:
     """The config of a model with RMSNorm, SwiGLU and RoPE, whose keys are Llama's.
 
     Args:
         keys: of its ``config.json``.
+        base: RoPE's, where the file does not say it and the reference code has a base of its own; None: it must say.
         options: fields of the config that the family reads in its own way; with ``rope_base`` all that RoPE needs.
     """
     if "rope_base" not in options:
-        options["rope_base"], options["rope_scaling"] = rope_of(keys)
+        options["rope_base"], options["rope_scaling"] = rope_of(keys, base)
     heads = {"heads": keys.take("num_attention_heads"), "kv_heads": keys.take("num_key_value_heads", None)}
     keys.ignore("pretraining_tp")
     plain = {
@@ -36,17 +37,18 @@ def llama_like(keys: Keys, **options) -> ModelConfig:
     return ModelConfig(**plain | options)
 
 
-def rope_of(keys: Keys) -> tuple[float, dict | None]:
+def rope_of(keys: Keys, base: float | None = None) -> tuple[float, dict | None]:
     """RoPE's base and its scaling, of a family in which all channels of a head turn.
 
     They stand in ``rope_parameters``, or in older files apart, as ``rope_theta`` and ``rope_scaling``.
 
     Raises:
-        ValueError: both places are there, and they disagree; or only some of the channels are to turn.
+        ValueError: both places are there, and they disagree; neither says the base, and there is no other; or only some
+            of the channels are to turn.
     """
     check_one_rope(keys.config)
-    old = {"rope_theta": keys.take("rope_theta", 10_000.0), **(keys.take("rope_scaling", None) or {})}
-    return whole_rope({**old, **(keys.take("rope_parameters", None) or {})})
+    old = {"rope_theta": keys.take("rope_theta", base), **(keys.take("rope_scaling", None) or {})}
+    return whole_rope({**old, **(keys.take("rope_parameters", None) or {})}, keys)
 
 
 def check_one_rope(config: dict) -> None:
@@ -67,21 +69,27 @@ def check_one_rope(config: dict) -> None:
         raise ValueError(f"rope_scaling and rope_parameters disagree on {', '.join(sorted(apart))}")
 
 
-def rope_parameters(parameters: dict) -> tuple[float, dict | None, float]:
-    """The same from one object: its base, the rest if it stretches anything, and its ``partial_rotary_factor``."""
+def rope_parameters(parameters: dict, keys: Keys) -> tuple[float, dict | None, float]:
+    """The same from one object: its base, the rest if it stretches anything, and its ``partial_rotary_factor``.
+
+    Raises:
+        ValueError: it does not say its base.
+    """
     parameters = dict(parameters)
-    base, fraction = parameters.pop("rope_theta", 10_000.0), parameters.pop("partial_rotary_factor", 1.0)
+    base, fraction = parameters.pop("rope_theta", None), parameters.pop("partial_rotary_factor", 1.0)
+    if base is None:
+        raise keys.lacks("rope_theta")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     return base, None if kind == "default" else parameters, fraction
 
 
-def whole_rope(parameters: dict) -> tuple[float, dict | None]:
+def whole_rope(parameters: dict, keys: Keys) -> tuple[float, dict | None]:
     """The same of a family whose reference code turns all channels of a head, whatever the object says.
 
     Raises:
         ValueError: it says that only some of them turn.
     """
-    base, scaling, fraction = rope_parameters(parameters)
+    base, scaling, fraction = rope_parameters(parameters, keys)
     if fraction != 1:
         raise ValueError(f"partial_rotary_factor must be 1.0 to be read here, got {fraction!r}")
     return base, scaling
@@ -114,7 +122,7 @@ def written_layer_types(config: ModelConfig) -> list[str]:
 def llama_keys(model_type: str, architecture: str, config: ModelConfig, **changes) -> dict:
     """The keys of a ``config.json`` that all families with Llama's words have."""
     parameters = config.rope_scaling or {"rope_type": "default"}
-    fraction = {} if config.rotary_fraction == 1 else {"partial_rotary_factor": config.rotary_fraction}
+    fraction = {} if config.linear is None else {"partial_rotary_factor": config.rotary_fraction}
     keys = {
         "architectures": [architecture],
         "model_type": model_type,
@@ -137,7 +145,7 @@ def llama_keys(model_type: str, architecture: str, config: ModelConfig, **change
 
 def qwen_window(keys: Keys) -> dict:
     """Qwen's layers from ``max_window_layers`` on have a window, if ``use_sliding_window`` turns it on."""
-    window, first = keys.take("sliding_window", None), keys.take("max_window_layers", 0)
+    window, first = keys.take("sliding_window", None), keys.take("max_window_layers", 28)
     if not keys.take("use_sliding_window", False):
         keys.ignore("layer_types")
         return {}
@@ -163,12 +171,26 @@ def ropes_by_type(keys: Keys) -> dict:
         window_base = keys.take("rope_local_base_freq", base)
     else:
         keys.ignore("rope_theta", "rope_scaling", "rope_local_base_freq")
-        full = parameters.get("full_attention", parameters)
-        base, scaling = whole_rope(full)
-        window_base, stretched = whole_rope(parameters.get("sliding_attention", full))
+        full, window = (rope_of_type(kind, parameters, keys) for kind in ("full_attention", "sliding_attention"))
+        base, scaling = whole_rope(full, keys)
+        window_base, stretched = whole_rope(window, keys)
         if stretched is not None:
             raise ValueError(f"RoPE of window layers is read plain, got {stretched}")
     return {"rope_base": base, "rope_scaling": scaling, "window_rope_base": window_base}
+
+
+def rope_of_type(kind: str, parameters: dict, keys: Keys) -> dict:
+    """The object of one type of layer; one object for all types, or another's where no layer is of this type.
+
+    Raises:
+        ValueError: there is none for layers that the model has.
+    """
+    given = [values for values in parameters.values() if isinstance(values, dict)]
+    if kind in parameters or not given:
+        return parameters.get(kind, parameters)
+    if kind in (keys.config.get("layer_types") or [kind]):
+        raise keys.lacks(f"rope_parameters of {kind}")
+    return given[0]
 
 
 def written_ropes(config: ModelConfig) -> dict:
