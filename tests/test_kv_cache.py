@@ -657,10 +657,12 @@ def test_a_mask_that_covers_another_number_of_tokens_is_refused(name):
 
 
 @pytest.mark.parametrize("row", [-1, 2])
-def test_reuse_refuses_a_row_that_is_not_there(row):
+def test_reuse_and_publish_refuse_a_row_that_is_not_there(row):
     cache = CACHES["paged"](CacheShape(layers=1, batch=2, kv_heads=1, head_dim=4))
     with pytest.raises(ValueError, match=f"2 rows of at most 80 tokens, got row {row} and 3 tokens"):
         cache.reuse(row, [1, 2, 3])
+    with pytest.raises(ValueError, match=f"2 rows of at most 80 tokens, got row {row} and 3 tokens"):
+        cache.publish(row, [1, 2, 3])
 
 
 # Refusals
@@ -704,8 +706,15 @@ def test_wrong_counts_rows_layers_and_sizes_are_refused():
         (lambda: cache.truncate([0.0, 0.0]), "must be integers"),
         (lambda: cache.reorder([0.5]), "must be integers"),
         (lambda: cache.reorder([2]), "rows 0 to 1"),
+        (lambda: cache.truncate(0), "must be integers, got 0"),
+        (lambda: cache.reorder(1), "must be integers, got 1"),
+        (lambda: cache.expect(torch.tensor(3)), "must be integers"),
         (lambda: PreallocatedCache(shape, 0), "at least 1 token"),
+        (lambda: PreallocatedCache(shape, 2.5), "capacity must be an integer, got 2.5"),
         (lambda: RingCache(shape, 0), "window must be at least 1"),
+        (lambda: RingCache(shape, float("nan")), "window must be an integer, got nan"),
+        (lambda: PagedKVCache(shape, 4, 2, max_length=-1), "max_length must be at least 1 token, got -1"),
+        (lambda: PagedKVCache(shape, 4, 2, max_length=0.5), "max_length must be an integer, got 0.5"),
     ):
         with pytest.raises(ValueError, match=match):
             call()

@@ -6,6 +6,9 @@ The oracle of attention is the reference over contiguous tensors in float64. The
 """
 
 import copy
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -225,6 +228,49 @@ def test_a_block_is_not_freed_twice_and_nothing_is_shared_that_is_not_there():
         allocator.share(block)
 
 
+@pytest.mark.parametrize("block", [-1, -3, 3, 10**9])
+@pytest.mark.parametrize("call", ["free", "share", "make_writable", "publish"])
+def test_what_is_no_block_is_refused_and_changes_nothing(call, block):
+    """Python reads -1 as the last one: freed by that name, it would be lent to two under two names."""
+    allocator = BlockAllocator(3, 1)
+    allocator.take(3)
+    more = (None, [1]) if call == "publish" else ()
+    with pytest.raises(ValueError, match=f"there are blocks 0 to 2, got {block}"):
+        getattr(allocator, call)(block, *more)
+    assert (allocator.holders, allocator.available) == ([1, 1, 1], 0)
+
+
+def pickled(x):
+    return pickle.loads(pickle.dumps(x))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_of_long_texts_is_a_pool_of_its_own(copied):
+    """The second text gets the blocks of the first in the reverse order: the child of each prefix comes before it."""
+    allocator, count = BlockAllocator(1200, 1), 1200
+    table_of(allocator, range(count)).free()
+    text = range(count, 2 * count)
+    other = copied(table_of(allocator, text))
+    assert other.blocks == allocator.match([*text, 0])
+    other.truncate(3)
+    assert other.allocator.match([*text, 0]) == other.blocks + allocator.match([*text, 0])[3:]
+    other.append(1)  # takes the last of the text's blocks
+    assert len(other.allocator.match([*text, 0])) == count - 1
+    assert (allocator.held, len(allocator.match([*text, 0]))) == (count, count)
+    assert len(repr(allocator.prefix_of[0])) < 100
+
+
+def test_what_a_file_keeps_of_prefixes_is_found_by_another_process(tmp_path):
+    """In Python 3.11 the hash of None is an address, and is another one there."""
+    allocator = BlockAllocator(4, 2)
+    table_of(allocator, [1, 2, 3, 4])
+    file = tmp_path / "allocator"
+    file.write_bytes(pickle.dumps(allocator))
+    program = f"import pickle; print(pickle.load(open({str(file)!r}, 'rb')).match([1, 2, 3, 4, 5]))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str(allocator.match([1, 2, 3, 4, 5])) == "[0, 1]"
+
+
 def test_a_fork_copies_on_write_and_only_the_block_that_is_written():
     allocator = BlockAllocator(8, 4)
     table = BlockTable(allocator)
@@ -321,9 +367,16 @@ def test_writing_into_a_published_block_takes_its_name_away():
     [
         (lambda: BlockAllocator(0), "at least 1 block of at least 1 token, got 0 of 16"),
         (lambda: BlockAllocator(4, 0), "got 4 of 0"),
+        (lambda: BlockAllocator(4, 2.5), "got 4 of 2.5"),
+        (lambda: BlockAllocator(float("nan")), "got nan of 16"),
+        (lambda: BlockAllocator(4).take(-1), "the number of blocks that are taken must be at least 0, got -1"),
         (lambda: BlockAllocator(4, 2).publish(0, None, [1]), "only a full block of 2 tokens"),
         (lambda: BlockAllocator(4, 2).publish(0, None, [1, 1]), "block 0 is published, but nobody holds it"),
         (lambda: BlockTable(BlockAllocator(4)).advance(1), "1 tokens were written where 0 slots were reserved"),
+        (lambda: table_of(BlockAllocator(4, 2), [1, 2]).advance(-1), "must be at least 0, got -1"),
+        (lambda: table_of(BlockAllocator(4, 2), [1, 2]).append(-1), "must be at least 0, got -1"),
+        (lambda: table_of(BlockAllocator(4, 2), [1, 2]).slots(-1, 1), "there are slots 0 to 2, got -1 to 1"),
+        (lambda: table_of(BlockAllocator(4, 2), [1, 2]).slots(0, 3), "there are slots 0 to 2, got 0 to 3"),
         (lambda: BlockTable(BlockAllocator(4)).truncate(1), "a sequence of 0 tokens cannot be truncated to 1"),
         (lambda: table_of(BlockAllocator(4, 2), [1, 2]).reuse([1]), "only an empty table can reuse blocks"),
     ],
@@ -707,6 +760,15 @@ def test_a_cached_prompt_is_computed_from_where_it_differs(model, length):
         cache.expect([length - reused, 0])
         got = model(rest, cache=cache)[0, -1]
         torch.testing.assert_close(got, model(torch.tensor([tokens[:length]]))[0, -1], rtol=0, atol=1e-12)
+
+
+def test_prompts_may_be_tensors(model):
+    tokens = torch.arange(12)
+    cache = PagedKVCache(CacheShape.of(model, 2), 8, 4)
+    prefill(model, [tokens.tolist(), [1]], cache)
+    cache.publish(0, tokens)
+    cache.truncate([12, 0])
+    assert cache.reuse(1, tokens) == 8
 
 
 def test_bytes_are_those_of_the_pool_and_of_the_blocks_held(model):

@@ -308,10 +308,10 @@ def whole_numbers(numbers: Sequence[int] | Tensor) -> list[int]:
     """A list of Python integers, whatever they came in.
 
     Raises:
-        ValueError: one of them is no integer.
+        ValueError: one of them is no integer, or there is no list of them.
     """
-    numbers = numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
     try:
+        numbers = numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
         return [whole(number) for number in numbers]
     except TypeError:
         raise ValueError(f"lengths, counts and rows must be integers, got {numbers}") from None

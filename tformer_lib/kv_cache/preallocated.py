@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tformer_lib.contract import check_integer
 from tformer_lib.kv_cache.interface import CacheShape, Pass
 from tformer_lib.kv_cache.static import StaticCache
 
@@ -18,6 +19,7 @@ class PreallocatedCache(StaticCache):
     """
 
     def __init__(self, shape: CacheShape, capacity: int):
+        check_integer("capacity", capacity)
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1 token, got {capacity}")
         super().__init__(shape)

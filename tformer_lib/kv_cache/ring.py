@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tformer_lib.attention import Attend, AttentionVariant
+from tformer_lib.contract import check_integer
 from tformer_lib.kv_cache.interface import CacheShape, Pass
 from tformer_lib.kv_cache.preallocated import PreallocatedCache
 
@@ -29,6 +30,8 @@ class RingCache(PreallocatedCache):
     """
 
     def __init__(self, shape: CacheShape, window: int, sinks: int = 4):
+        check_integer("window", window)
+        check_integer("sinks", sinks)
         if window < 1 or sinks < 0:
             raise ValueError(f"window must be at least 1 and sinks at least 0, got {window} and {sinks}")
         super().__init__(shape, sinks + window)

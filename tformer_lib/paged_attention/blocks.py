@@ -6,7 +6,8 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Integral
 
 BLOCK_SIZE = 16
 
@@ -23,7 +24,7 @@ class Prefix:
     does.
     """
 
-    parent: "Prefix | None"
+    parent: "Prefix | None" = field(repr=False)
     tokens: tuple[int, ...]
     key: int
     """The hash of the parent's key and these tokens. Equal keys prove nothing: hashes collide."""
@@ -52,7 +53,7 @@ class BlockAllocator:
     """
 
     def __init__(self, blocks: int, block_size: int = BLOCK_SIZE, *, hash_of: Callable[[tuple], int] = hash):
-        if blocks < 1 or block_size < 1:
+        if not all(isinstance(number, Integral) and number >= 1 for number in (blocks, block_size)):
             raise ValueError(f"there must be at least 1 block of at least 1 token, got {blocks} of {block_size}")
         self.blocks, self.block_size, self.hash_of = blocks, block_size, hash_of
         self.evictions = 0
@@ -65,6 +66,22 @@ class BlockAllocator:
         self.unheld: OrderedDict[int, None] = OrderedDict()  # cached blocks that nobody holds, the oldest first
         self.prefix_of: list[Prefix | None] = [None] * self.blocks
         self.block_of: dict[int, int] = {}  # the key of a prefix -> the block that holds it
+
+    def __getstate__(self) -> dict:
+        """What a copy or a file gets. Prefixes come first, each after its parent: to reach the parent of a parent from
+        the child would take as many calls inside each other as a text has blocks."""
+        chains: dict[int, Prefix] = {}
+        for prefix in self.prefix_of:
+            chain = []
+            while prefix is not None and id(prefix) not in chains:
+                chain.append(prefix)
+                prefix = prefix.parent
+            chains.update((id(link), link) for link in reversed(chain))
+        return {"prefixes": list(chains.values()), **self.__dict__}
+
+    def __setstate__(self, state: dict) -> None:
+        del state["prefixes"]  # they are in the other fields
+        self.__dict__.update(state)
 
     @property
     def available(self) -> int:
@@ -81,7 +98,9 @@ class BlockAllocator:
 
         Raises:
             OutOfBlocks: fewer are available; then none is taken.
+            ValueError: the count is negative.
         """
+        check_count("blocks that are taken", count)
         if count > self.available:
             needed = "1 block is" if count == 1 else f"{count} blocks are"
             raise OutOfBlocks(f"{needed} needed, {self.available} of {self.blocks} are available")
@@ -101,8 +120,9 @@ class BlockAllocator:
         """One more holder; a cached block that nobody held comes back to life.
 
         Raises:
-            ValueError: the block is empty.
+            ValueError: the block is empty, or there is no such block.
         """
+        self._check(block)
         if self.holders[block] == 0:
             if block not in self.unheld:
                 raise ValueError(f"block {block} is empty: there is nothing to share")
@@ -113,8 +133,9 @@ class BlockAllocator:
         """One holder fewer; a block without holders is cached if its contents are known, else empty.
 
         Raises:
-            ValueError: nobody holds it.
+            ValueError: nobody holds it, or there is no such block.
         """
+        self._check(block)
         if self.holders[block] == 0:
             raise ValueError(f"block {block} is freed, but nobody holds it")
         self.holders[block] -= 1
@@ -125,12 +146,22 @@ class BlockAllocator:
                 self.unheld[block] = None
 
     def make_writable(self, block: int) -> bool:
-        """Whether its one holder may write into the block. If so, what was known of its contents is forgotten."""
+        """Whether its one holder may write into the block. If so, what was known of its contents is forgotten.
+
+        Raises:
+            ValueError: there is no such block.
+        """
+        self._check(block)
         if self.holders[block] != 1:
             return False
         if self.prefix_of[block] is not None:
             self._forget(block)
         return True
+
+    def _check(self, block: int) -> None:
+        """Refuse what is no block; Python would take -1 for the last one."""
+        if not 0 <= block < self.blocks:
+            raise ValueError(f"there are blocks 0 to {self.blocks - 1}, got {block}")
 
     def _forget(self, block: int) -> None:
         del self.block_of[self.prefix_of[block].key]
@@ -151,8 +182,9 @@ class BlockAllocator:
             The prefix that ends with this block: the parent of the next.
 
         Raises:
-            ValueError: the block is not full, nobody holds it, or it is known to hold other tokens.
+            ValueError: the block is not full, nobody holds it, it is known to hold other tokens, or there is none such.
         """
+        self._check(block)
         if len(tokens) != self.block_size:
             raise ValueError(f"only a full block of {self.block_size} tokens can be found again, got {len(tokens)}")
         if self.holders[block] == 0:
@@ -176,7 +208,8 @@ class BlockAllocator:
         return block if prefix.tokens == tuple(tokens) and same_prefix(prefix.parent, parent) else None
 
     def _key(self, parent: Prefix | None, tokens: Sequence[int]) -> int:
-        return self.hash_of((None if parent is None else parent.key, tuple(tokens)))
+        before = () if parent is None else parent.key  # the hash of None differs from process to process in Python 3.11
+        return self.hash_of((before, tuple(tokens)))
 
     def match(self, tokens: Sequence[int]) -> list[int]:
         """The blocks that hold the longest cached beginning of a prompt. Nobody holds them by this: share each.
@@ -238,7 +271,9 @@ class BlockTable:
 
         Raises:
             OutOfBlocks: there are too few; then nothing has changed.
+            ValueError: the number is negative.
         """
+        check_count("tokens that are written", tokens)
         wanted = self.blocks_wanted(tokens)
         taken = self.allocator.take(wanted) if wanted else []
         copies = []
@@ -255,8 +290,9 @@ class BlockTable:
         """So many reserved tokens have been written.
 
         Raises:
-            ValueError: more than were reserved.
+            ValueError: more than were reserved, or fewer than none.
         """
+        check_count("tokens that are written", tokens)
         if tokens > self.slack:
             raise ValueError(f"{tokens} tokens were written where {self.slack} slots were reserved")
         self.length += tokens
@@ -268,8 +304,14 @@ class BlockTable:
         return copies
 
     def slots(self, start: int, stop: int) -> list[int]:
-        """The slots of the tokens from start to stop: block * block_size + offset."""
+        """The slots of the tokens from start to stop: block * block_size + offset.
+
+        Raises:
+            ValueError: some of them have no block.
+        """
         size = self.allocator.block_size
+        if start < 0 or stop > len(self.blocks) * size:
+            raise ValueError(f"there are slots 0 to {len(self.blocks) * size}, got {start} to {stop}")
         return [self.blocks[i // size] * size + i % size for i in range(start, stop)]
 
     def fork(self) -> "BlockTable":
@@ -333,6 +375,12 @@ class BlockTable:
             parent = self.prefixes[-1] if self.prefixes else None
             part = tokens[place * size : (place + 1) * size]
             self.prefixes.append(self.allocator.publish(self.blocks[place], parent, part))
+
+
+def check_count(what: str, count: int) -> None:
+    """Refuse a negative number."""
+    if count < 0:
+        raise ValueError(f"the number of {what} must be at least 0, got {count}")
 
 
 def blocks_for(tokens: int, block_size: int) -> int:

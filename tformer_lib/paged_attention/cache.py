@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from tformer_lib.attention import AttentionVariant, attend, attend_sdpa
+from tformer_lib.contract import check_integer
 from tformer_lib.flash_attention import flash_attention
-from tformer_lib.kv_cache import CacheShape, LayerCache, Pass, StaticCache
+from tformer_lib.kv_cache import CacheShape, LayerCache, Pass, StaticCache, whole_numbers
 from tformer_lib.paged_attention.attention import paged_attention, write_cache
 from tformer_lib.paged_attention.blocks import BLOCK_SIZE, BlockAllocator, BlockTable, Copies, OutOfBlocks, blocks_for
 from tformer_lib.paged_attention.reference import gather_blocks
@@ -82,6 +83,10 @@ class PagedKVCache(StaticCache):
     ):
         if shape.size_of_value != shape.head_dim:
             raise ValueError(f"a pool holds values of head_dim {shape.head_dim} numbers, got {shape.size_of_value}")
+        if max_length is not None:
+            check_integer("max_length", max_length)
+            if max_length < 1:
+                raise ValueError(f"max_length must be at least 1 token, got {max_length}")
         super().__init__(shape)
         self.allocator = BlockAllocator(blocks, block_size)
         self.max_length = blocks * block_size if max_length is None else max_length
@@ -240,10 +245,12 @@ class PagedKVCache(StaticCache):
         self._make_tables(forks)
 
     def reuse(self, row: int, tokens: Sequence[int]) -> int:
-        """Let an empty row hold the cached beginning of a prompt; returns how many tokens need not be computed."""
-        if not 0 <= row < self.shape.batch or len(tokens) > self.max_length:
-            room = f"{self.shape.batch} rows of at most {self.max_length} tokens"
-            raise ValueError(f"the cache has {room}, got row {row} and {len(tokens)} tokens")
+        """Let an empty row hold the cached beginning of a prompt; returns how many tokens need not be computed.
+
+        Raises:
+            ValueError: the row holds tokens, there is no such row, or the prompt is longer than a row may be.
+        """
+        row, tokens = self._text_of(row, tokens)
         reused = self.rows[row].reuse(tokens)
         lengths = list(self.host_lengths)
         lengths[row] = reused
@@ -252,8 +259,21 @@ class PagedKVCache(StaticCache):
         return reused
 
     def publish(self, row: int, tokens: Sequence[int]) -> None:
-        """Let later prompts find the full blocks of a row, which holds these tokens."""
+        """Let later prompts find the full blocks of a row, which holds these tokens.
+
+        Raises:
+            ValueError: there is no such row, or there are more tokens than a row may hold.
+        """
+        row, tokens = self._text_of(row, tokens)
         self.rows[row].publish(tokens)
+
+    def _text_of(self, row: int, tokens: Sequence[int] | Tensor) -> tuple[int, list[int]]:
+        """A row and its tokens as integers: two tensors that hold one number are two keys of a dictionary."""
+        (row,), tokens = whole_numbers([row]), whole_numbers(tokens)
+        if not 0 <= row < self.shape.batch or len(tokens) > self.max_length:
+            room = f"{self.shape.batch} rows of at most {self.max_length} tokens"
+            raise ValueError(f"the cache has {room}, got row {row} and {len(tokens)} tokens")
+        return row, tokens
 
 
 def real_places(counts: Sequence[int], T: int) -> list[int]:

@@ -378,8 +378,8 @@ class Engine:
         if row.drafts:
             request.table.truncate(row.start + row.count - len(row.drafts) + kept)
             request.drafted += len(row.drafts)
-            request.accepted += kept
-        for token, report in zip(chosen[: 1 + kept], logprobs, strict=False):
+        for place, (token, report) in enumerate(zip(chosen[: 1 + kept], logprobs, strict=False)):
+            request.accepted += place < kept  # one that ends the text is written, those behind it are not
             pieces.append(self._accept(request, token, report))
             if request.finish_reason is not None:
                 return
