@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from sharp import sharpened
 
 from tformer_lib.generation import generate
-from tformer_lib.serving import Engine
+from tformer_lib.serving import Engine, Speculation
 from tformer_lib.serving.protocol import render
 from tformer_lib.serving.server import Limits, Server
 from tformer_lib.transformer import Decoder, ModelConfig
@@ -328,6 +328,33 @@ def test_clients_that_vanish_take_nothing_with_them(running):
     running.check_nothing_is_held()
     assert running.engine.arrivals > before + 1
     running.check_it_still_answers()
+
+
+@pytest.mark.parametrize("speculation", [None, Speculation(tokens=3, ngram_min=1)])
+def test_metrics_count_what_was_written_whether_or_not_somebody_read_it(speculation):
+    with Running(max_num_seqs=3, speculation=speculation) as running:
+        made, add, step = [], running.engine.add, running.engine.step
+        running.engine.add = lambda *args, **options: made.append(add(*args, **options)) or made[-1]
+        running.engine.step = lambda: (time.sleep(0.03), step())[1]
+        ask = ASK | {"max_tokens": 70}
+        with contextlib.closing(running.client().completions.create(**ask | {"max_tokens": 5}, stream=True)) as stream:
+            list(stream)
+        with contextlib.closing(running.client().completions.create(**ask, n=2, stream=True)) as stream:
+            next(iter(stream))  # and hang up
+        running.server.limits = Limits(seconds=0.3)
+        assert running.post(body_of(max_tokens=70)).status_code == 504  # 70 tokens take a second, or with drafts half
+        running.server.limits, running.engine.step = Limits(), step
+        assert running.post(body_of(prompt=["hello", "hello"], max_tokens=70)).status_code == 200
+        running.check_nothing_is_held()
+        names = {"prompt": "prompt_length", "reused": "reused", "drafted": "drafted", "accepted": "accepted"}
+        happened = {f"tformer_{name}_tokens_total": sum(getattr(r, of) for r in made) for name, of in names.items()}
+        happened["tformer_generation_tokens_total"] = sum(len(request.new_tokens) for request in made)
+        happened["tformer_request_seconds_count"] = len(made)
+        end = time.monotonic() + 10
+        while (told := {name: running.server.metrics.registry.get_sample_value(name) for name in happened}) != happened:
+            assert time.monotonic() < end, f"counted {told}, there were {happened}"
+            time.sleep(0.01)
+        assert {request.finish_reason for request in made} == {"length", "cancelled"}
 
 
 def test_a_client_that_does_not_read_is_not_waited_for(monkeypatch):

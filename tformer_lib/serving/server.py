@@ -167,8 +167,16 @@ class Texts:
             Refused: one of them cannot be served; then none is.
         """
         loop = asyncio.get_running_loop()
-        hear = partial(loop.call_soon_threadsafe, self.pieces.put_nowait)
-        await asyncio.to_thread(self._add_all, ask, hear)
+        await asyncio.to_thread(self._add_all, ask, partial(loop.call_soon_threadsafe, self._hear))
+
+    def _hear(self, piece: Piece) -> None:
+        """A piece has come. It is counted here, because what is written for a client that has gone is written too."""
+        request = piece.request
+        if piece.token is not None:
+            self.firsts.setdefault(request, time.perf_counter())
+        if piece.finish_reason is not None:
+            self.server.metrics.count(request, self.began, self.firsts.get(request))
+        self.pieces.put_nowait(piece)
 
     def _add_all(self, ask: Ask, hear: Callable[[Piece], None]) -> None:
         engine = self.server.engine
@@ -198,12 +206,7 @@ class Texts:
         ended = 0
         while ended < len(self.requests):
             piece = await self.pieces.get()
-            request = piece.request
-            if piece.token is not None:
-                self.firsts.setdefault(request, time.perf_counter())
-            if piece.finish_reason is not None:
-                ended += 1
-                self.server.metrics.count(request, self.began, self.firsts.get(request))
+            ended += piece.finish_reason is not None
             yield piece
 
     async def finish(self) -> None:
