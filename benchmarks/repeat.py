@@ -12,6 +12,7 @@ A row has changed if the medians differ by more than both spreads (10th to 90th 
 how many commands failed.
 """
 
+import contextlib
 import json
 import os
 import shlex
@@ -19,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -49,6 +50,10 @@ class Asked:
     """Where the new records go, in the folder of the course."""
     seconds: float = float("inf")
     """After this time nothing is begun, and what runs is ended."""
+
+    def __post_init__(self):
+        if not self.seconds > 0:
+            raise ValueError(f"seconds must be above 0, got {self.seconds}")
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,22 @@ def choose(records: dict[str, Record], asked: Asked) -> list[Record]:
     return [record for record in named if record.words and (not asked.stale or record.against)]
 
 
+@contextlib.contextmanager
+def leaving_when_asked() -> Iterator[None]:
+    """Let SIGTERM and a terminal that closes leave the block as an exception does, so that it can tidy up."""
+
+    def leave(number: int, _frame) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@leaving_when_asked()
 def run(words: Sequence[str], out: Path, seconds: float) -> str:
     """Run a recorded command, its results into a folder; returns what went wrong, or nothing."""
     command = [sys.executable, *words[1:]]
@@ -170,6 +191,11 @@ def compare(before: dict, after: dict) -> list[str]:
     return lines + [f"  {name:<56} {row['seconds'] * 1e3:12.3f} {'':>12}  not made again" for name, row in was.items()]
 
 
+def written_at(file: Path) -> int | None:
+    """When a file was last written, in nanoseconds; None where there is none."""
+    return file.stat().st_mtime_ns if file.exists() else None
+
+
 def repeat(records: Sequence[Record], asked: Asked) -> int:
     """Make records again, one command after the other; returns how many commands failed."""
     end, out, failed = time.monotonic() + asked.seconds, ROOT / asked.out, []
@@ -179,10 +205,11 @@ def repeat(records: Sequence[Record], asked: Asked) -> int:
     for words, made in commands.items():
         line, left = shlex.join(words), end - time.monotonic()
         print(f"== {line}", flush=True)
+        left_there = {record.name: written_at(out / f"{record.name}.json") for record in made}
         wrong = run(words, out, left) if left > 0 else "the time is up"
         for record in made:
             file = out / f"{record.name}.json"
-            if wrong or not file.exists():
+            if wrong or written_at(file) == left_there[record.name]:
                 print(f"{record.name}: {wrong or 'the command did not write it'}")
                 continue
             after = json.loads(file.read_text(encoding="utf-8"))

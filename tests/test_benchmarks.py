@@ -5,7 +5,9 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -433,6 +435,8 @@ def test_records_are_made_again_by_their_commands_and_compared(two_commands, mon
 
     monkeypatch.setattr(repeat, "run", run)
     out = two_commands / "again"
+    out.mkdir()
+    (out / "x-more.json").write_text(json.dumps(a_record("", a=(9.0, 9.0, 9.0))))  # left by an earlier run
     assert repeat.main(["x", "x-more", "y", "--of", "cpu", "--out", str(out)]) == 1
     assert [words for words, _ in asked] == [
         ("python", "-m", "benchmarks.x", "--device", "cpu"),
@@ -445,6 +449,25 @@ def test_records_are_made_again_by_their_commands_and_compared(two_commands, mon
     assert "x-more: the command did not write it" in lines
     assert "y: exit status 3" in lines
     assert lines[-1].startswith("1 of 2 commands ran;")
+
+
+SLEEPER = "import os, time; print(os.getpid(), flush=True); time.sleep(20); print('still here')"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_benchmark_ends_with_whoever_repeats_it(number, tmp_path):
+    program = (
+        "import pathlib, sys; from benchmarks import repeat\n"
+        f"repeat.run(['python', '-c', {SLEEPER!r}], pathlib.Path(sys.argv[1]), float('inf'))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as parent:
+        child = int(parent.stdout.readline())
+        parent.send_signal(number)
+        assert parent.stdout.read() == ""  # the child had the pipe too, so it has ended when the pipe does
+        assert parent.wait() != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
 
 
 def test_the_list_says_what_speaks_against_a_record(two_commands, capsys):

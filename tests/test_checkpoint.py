@@ -99,6 +99,15 @@ def test_a_folder_is_one_processs_at_a_time(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs files that are none")
+def test_what_is_no_file_is_named_in_the_refusal(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(OSError, match=f"{name} is no file"):
+            checkpoint.read_tensors(tmp_path / name)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_numbers_that_are_not_finite_are_never_saved(tmp_path, bad, dtype):

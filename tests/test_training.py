@@ -134,6 +134,7 @@ def test_a_batch_is_not_cut_into_more_pieces_than_it_has_windows(pieces):
         ({"learning_rate": math.inf}, "learning_rate must be finite, got inf"),
         ({"dtype": "float16"}, "dtype must be auto, float32 or bfloat16, got 'float16'"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": 2**32}, r"seed must be below 2\*\*32, got 4294967296"),
     ],
 )
 def test_settings_that_no_step_can_take_are_refused_at_once(changes, message):
@@ -435,6 +436,8 @@ def test_bad_input_is_one_clear_line(data, tmp_path, capsys):
         ("--min-learning-rate", 1.0): "min_learning_rate must be in [0, learning_rate",
         ("--beta2", 1.0): "beta2 must be in [0, 1), got 1.0",
         ("--device", "tpu9"): "device 'tpu9' is not here",
+        ("--device", "meta"): "device 'meta' is not here",
+        ("--seed", 2**70): f"seed must be below 2**32, got {2**70}",
         ("--data", tmp_path): "is not a corpus",
     }
     for flags, expected in cases.items():

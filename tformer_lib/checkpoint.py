@@ -240,14 +240,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
 
     Raises:
         FileNotFoundError: if there is no such file.
+        OSError: if it cannot be read.
         ValueError: if it is no whole safetensors file, or its facts are no JSON object.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
+    if not path.is_file():
+        raise IsADirectoryError(f"{path} is no file")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+    except OSError as error:  # which the library raises without the file's name
+        raise OSError(f"cannot read {path}: {error}") from error
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
     if not isinstance(facts, dict):

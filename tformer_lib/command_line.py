@@ -145,7 +145,7 @@ def pick_device(name: str) -> "torch.device":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()  # the meta device holds no numbers
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not here: {str(error).splitlines()[0]}") from error
     return device

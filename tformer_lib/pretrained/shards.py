@@ -53,6 +53,8 @@ class Shards:
                     part = file.get_slice(name)
                     self.files[name] = path
                     self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
+        except OSError as error:  # which the library raises without the file's name
+            raise OSError(f"cannot read {path}: {error}") from error
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
 
