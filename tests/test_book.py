@@ -238,13 +238,43 @@ def test_results_page_says_which_faults_were_planted():
     [
         ("copy_bytes_per_second", 4.256e12, "4.26\xa0TB/s"),
         ("matmul_flops_per_second", 1.4222e11, "142\xa0GFLOP/s"),
-        ("bytes sent: ring", 402653184.0, "402,653,184"),
+        ("matmul_bfloat16_tflops", 679.0, "679\xa0TFLOP/s"),
+        ("copy_gb_s", 19.63, "19.6\xa0GB/s"),
+        ("bytes sent: ring: counted", 402653184.0, "402,653,184\xa0B"),
+        ("bytes sent: ring: operations", 8, "8"),
+        ("forecast: 350M ddp: held", 5672796160, "5,672,796,160\xa0B"),
+        ("soak_draft_blocks_held", 0, "0"),
+        ("spilled_bytes", 0, "0\xa0B"),
+        ("launch_seconds", 1.908e-06, "1.91\xa0µs"),
+        ("wall_seconds_ratios", 0.0, "0\xa0s"),
+        ("microseconds_per_live_block: forward", 0.09739, "97.4\xa0ns"),
+        ("kernels of GPT-2: milliseconds: ours: kinds: loss", 5.025, "5.03\xa0ms"),
+        ("eager: window_us_with_operators", 6401, "6.4\xa0ms"),
+        ("engine_tokens_per_second_while_some_wait", 45285.0, "45,285"),
         ("relative_error", 0.0023451, "0.002345"),
         ("copy_bytes_per_second", None, "None"),
+        ("seconds_are_compared", True, "True"),
     ],
 )
-def test_results_page_tells_rates_with_their_unit(name, value, told):
+def test_results_page_tells_measures_with_their_unit(name, value, told):
     assert script(BOOK / "_ext" / "results.py").fact(name, value) == told
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("engine_median_host_seconds_per_decode_step", "engine median host time per decode step"),
+        ("wall_seconds_nano-vllm, 64 GiB", "wall time, nano-vllm, 64 GiB"),
+        ("ttft_objective_ms", "TTFT objective"),
+        ("matmul_bfloat16_tflops", "matmul bfloat16"),
+        ("eager: window_us_with_operators", "eager: window time with operators"),
+        ("attention: attend_sdpa / attend: ratio", r"attention: attend\_sdpa / attend: ratio"),  # names of functions
+        ("config: model: norm_first", "`config: model: norm_first`"),  # a setting, to look for in the code
+        ("a | b", r"a \| b"),
+    ],
+)
+def test_results_page_names_facts_in_words(name, told):
+    assert script(BOOK / "_ext" / "results.py").called(name) == told
 
 
 @pytest.mark.parametrize(
@@ -296,6 +326,13 @@ def test_printed_tables_are_told_from_printed_sentences():
     assert mark(prose) == prose
     assert mark(sentences) == sentences, "numbers that are set right make no table"
     assert mark(prose + table).count("tf-table") == 1
+
+
+def test_a_date_stays_on_one_line():
+    join = script(BOOK / "_ext" / "markup.py").join_units
+    assert join("<td>2026-11-30</td>") == '<td><span class="tf-joined">2026-11-30</span></td>'
+    assert join("<code>2026-11-30</code>") == "<code>2026-11-30</code>"
+    assert join("<td>12026-11-305</td>") == "<td>12026-11-305</td>"
 
 
 def test_a_unit_stays_on_the_line_of_its_number():

@@ -254,6 +254,15 @@ def test_the_two_labels_of_a_bar_of_a_ladder_do_not_meet(drawn, ladder):
     assert [meetings(figure, gap=6) for figure in drawn] == [[]]
 
 
+def test_a_line_does_not_cross_the_label_of_a_bar(drawn):
+    flash_kernels.times({"the table": 0.14, "cpu.cpp": 0.022}, limit=1e11, flops=3.9e9)
+    (ax,) = drawn[0].axes
+    (line,) = ax.lines
+    for label in ax.texts:
+        assert label.get_zorder() > line.get_zorder()
+        assert label.get_bbox_patch().get_facecolor() == (1.0, 1.0, 1.0, 1.0), "the line shows through the label"
+
+
 def drawers() -> Iterator[tuple[str, Callable]]:
     """Every function of the plots that draws without being given anything."""
     for file in DRAWERS:

@@ -38,12 +38,12 @@ def mark_tables(body: str) -> str:
 
 
 def join_units(body: str) -> str:
-    """Keep a unit on the line of its number, by a space that does not break, and the letter of top-k beside "top"."""
+    """Keep a unit on the line of its number, by a space that does not break; keep top-k and dates on one line."""
     unit = re.compile(r"(?:(?<=\d)|^) (?=(?:%|[kKMGT]i?B|[GT]B/s|[GT]FLOP/s|s|ms|µs|ns)(?![\w/]))")
     pieces = re.split(r"(<(pre|code|script|style)\b.*?</\2>|<[^>]+>)", body, flags=re.DOTALL)
-    letter = re.compile(r"(?<![\w-])((?i:top-[kp]|min-p)|[nk]-th)(?![\w-])")
+    whole = re.compile(r"(?<![\w-])((?i:top-[kp]|min-p)|[nk]-th|\d{4}-\d\d-\d\d)(?![\w-])")
     pieces[::3] = (
-        letter.sub(r'<span class="tf-joined">\1</span>', unit.sub("\N{NO-BREAK SPACE}", text)) for text in pieces[::3]
+        whole.sub(r'<span class="tf-joined">\1</span>', unit.sub("\N{NO-BREAK SPACE}", text)) for text in pieces[::3]
     )
     return "".join(text or "" for i, text in enumerate(pieces) if i % 3 != 2)
 

@@ -7,6 +7,7 @@ behind the files.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from statistics import median
@@ -121,7 +122,7 @@ def body(record: dict) -> str:
         parts.append(folded("What the sanitizer found", sanitizer_table(record["results"])))
     facts = [(name, value) for name, value in flat(record.get("facts", {})) if shown(value)]
     if facts:
-        lines = table(("what", "value"), [(f"`{name}`", fact(name, value)) for name, value in facts])
+        lines = table(("what", "value"), [(called(name), fact(name, value)) for name, value in facts])
         parts.append(folded("What else was noted", lines))
     return "\n\n".join(parts)
 
@@ -226,17 +227,69 @@ def shown(value) -> bool:
     return isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 200)
 
 
-RATES = (("bytes_per_second", "B/s"), ("link_rate", "B/s"), ("copy_rate", "B/s"))
-RATES += (("flops_per_second", "FLOP/s"), ("matmul_rate", "FLOP/s"))
-"""How the name of a rate ends, and its unit."""
+MEASURES = (
+    (r".*bytes_per_second|link_rate|copy_rate", "B/s", 1.0),
+    (r".*flops_per_second|matmul_rate", "FLOP/s", 1.0),
+    (r".*_gb_s", "B/s", 1e9),
+    (r".*_tb_s", "B/s", 1e12),
+    (r".*_tflops", "FLOP/s", 1e12),
+    (r".*_ms", "s", 1e-3),
+    (r"latency|exposed", "s", 1.0),
+    (r"sent|held", "B", 1.0),
+    (r"calls|kernels|launches|operations|steps", None, 1.0),
+)
+"""What the last part of a name is, the unit of its value if it has one, and how many of that unit the value counts."""
+
+WORDS = {"microseconds": ("s", 1e-6), "us": ("s", 1e-6), "milliseconds": ("s", 1e-3), "bounds": ("s", 1e-3)}
+WORDS |= {"seconds": ("s", 1.0), "bytes": ("B", 1.0)}
+"""A word anywhere in a name, as in ``seconds_of_a_step`` or ``milliseconds: kinds: attention``: the same of it."""
+
+CAPITALS = {"cuda", "ddp", "fsdp", "gpt2", "kv", "tpot", "ttft"}
+"""Words of names that are abbreviations."""
+
+
+def called(name: str) -> str:
+    """The name of a fact in words; settings keep the names that they have in the code."""
+    if name.startswith("config: "):
+        return f"`{name}`"
+    told = ": ".join(words(part) for part in name.split(": "))
+    if measure(name)[0] == "s":
+        told = re.sub(r"\b(?:micro|milli)?seconds\b|\bus\b", "time", told)
+    return re.sub(r"([\\`*_|$<\[\]])", r"\\\1", told)
+
+
+def words(part: str) -> str:
+    """A part of a name in words, without an abbreviated unit at its end, which stands beside the value.
+
+    A part that has spaces was written for a reader, so it keeps the names of functions that stand in it.
+    """
+    before, found, part = part.rpartition("wall_seconds_")
+    if " " not in part:
+        part = re.sub(r"_(?:gb_s|tb_s|tflops|ms)$", "", part)
+        part = " ".join(word.upper() if word in CAPITALS else word for word in part.split("_"))
+    return f"{before}wall time, {part}" if found else part
 
 
 def fact(name: str, value) -> str:
-    """A fact as a person reads it; a rate with its unit."""
-    unit = next((unit for ending, unit in RATES if name.endswith(ending)), None)
-    if unit is None or not isinstance(value, float):
+    """A fact as a person reads it; a rate, a time or a number of bytes with its unit."""
+    unit, size = measure(name)
+    if unit is None or not isinstance(value, int | float) or isinstance(value, bool):
         return number(value)
-    return scaled(value, tuple((prefix + unit, size) for prefix, size in PREFIXES))
+    if unit == "B" or value == 0:
+        return f"{number(value)}\u00a0{unit}"  # to the last byte, since some are compared
+    if unit == "s":
+        return time(value * size)
+    return scaled(value * size, tuple((prefix + unit, scale) for prefix, scale in PREFIXES))
+
+
+def measure(name: str) -> tuple[str | None, float]:
+    """The unit that the name of a fact tells, and how many of it the value counts; no unit where it tells none."""
+    last = name.split(": ")[-1]
+    for form, unit, size in MEASURES:
+        if re.fullmatch(form, last):
+            return unit, size
+    found = [WORDS[word] for word in re.split(r"[^a-z]+", name) if word in WORDS]
+    return found[-1] if found else (None, 1.0)
 
 
 def number(value) -> str:

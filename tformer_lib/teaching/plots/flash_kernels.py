@@ -12,6 +12,8 @@ from tformer_lib.teaching import style
 SMALL = 9.5
 LANES = 32
 BANKS = 32
+GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+"""Behind a label that a line may cross."""
 ROOM = 62
 """Points that a bar of the ladder leaves free for its two labels: a speed behind its end, a share at the right edge."""
 
@@ -319,7 +321,8 @@ def times(seconds: dict[str, float], limit: float = 0.0, flops: float = 0.0) -> 
         height=0.6,
     )
     for i, value in enumerate(values):
-        ax.text(value * 1.03, i, f"{value:,.0f} ms", va="center", fontsize=SMALL)
+        label = f"{value:,.0f} ms"
+        ax.annotate(label, (value, i), (5, 0), textcoords="offset points", va="center", fontsize=SMALL, bbox=GROUND)
     if limit:
         at = 1e3 * flops / limit
         ax.axvline(at, color=style.VERMILION, linestyle="--", label="a matmul of as many FLOPs")
