@@ -281,6 +281,24 @@ def test_the_frame_of_a_command_ends_in_its_cell(desktop, address):
     assert desktop.page.evaluate(outside) == []
 
 
+def test_the_list_of_contents_stays_on_the_screen(desktop, address):
+    """The theme does not break names in code, so long names of files ran out of the window."""
+    desktop.open(f"{address}/results.html")
+    ends = desktop.page.evaluate(
+        "[...document.querySelectorAll('.bd-sidebar-secondary code')].map(e => e.getBoundingClientRect().right)"
+    )
+    assert ends
+    assert max(ends) <= desktop.page.viewport_size["width"]
+
+
+def test_a_date_in_a_table_stays_on_one_line(desktop, address):
+    desktop.open(f"{address}/status.html")
+    lines = desktop.page.evaluate(
+        "[...document.querySelectorAll('td:nth-child(4) .tf-joined')].map(e => e.getClientRects().length)"
+    )
+    assert set(lines) == {1}
+
+
 def test_there_are_interactive_figures(seen):
     assert sum(seen(page, DESKTOP).figures for page in CHAPTERS) >= 10
 
