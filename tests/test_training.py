@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tformer_lib import tokens, training
+from tformer_lib.checkpoint import save_tensors
 from tformer_lib.mixture_of_experts import ExpertsConfig
 from tformer_lib.tokens import CorpusConfig
 from tformer_lib.training import IGNORED, Run, TrainingConfig, machine
@@ -488,6 +489,35 @@ def test_another_corpus_a_damaged_file_and_bare_weights_are_refused(data, tmp_pa
     file.write_bytes(safetensors.torch.save({"a": torch.ones(2)}))
     with pytest.raises(ValueError, match="holds weights, but no training run"):
         Run.resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_checkpoint_in_another_dtype_goes_on_in_the_runs_own_or_is_refused(data, tmp_path, optimizer, dtype):
+    trained(tiny(data, tmp_path, steps=2, optimizer=optimizer))
+    file = tmp_path / "checkpoint.safetensors"
+    tensors, facts = training.read_tensors(file)
+    for kind in ("weights.", "average.", "optimizer."):
+        changed = {name: x.to(dtype) if name.startswith(kind) else x for name, x in tensors.items()}
+        save_tensors(file, changed, facts)
+        if dtype == torch.int32:
+            with pytest.raises(ValueError, match=r"in torch\.int32: quantised weights cannot be read"):
+                Run.resume(tmp_path)
+            continue
+        run = Run.resume(tmp_path, steps=3)
+        assert {x.dtype for x in run.state().values()} == {torch.float32}
+        run.train(quiet=True)
+        assert run.step == 3
+
+
+@pytest.mark.parametrize(("name", "value"), [("step", -3), ("best", float("nan")), ("best", -1.0)])
+def test_how_far_no_run_can_have_come_is_refused(data, tmp_path, name, value):
+    trained(tiny(data, tmp_path, steps=1))
+    file = tmp_path / "checkpoint.safetensors"
+    tensors, facts = training.read_tensors(file)
+    save_tensors(file, tensors, facts | {name: value})
+    with pytest.raises(ValueError, match=f"has a {name} that no run can have: {value}"):
+        Run.resume(tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from tformer_lib import command_line, distributed
 from tformer_lib.checkpoint import (
     check_like,
+    check_not_quantised,
     is_of,
     load_weights,
     locked,
@@ -351,6 +352,8 @@ class Run:
         for name, kind in (("step", int), ("best", float)):
             if not is_of(facts[name], kind):
                 raise ValueError(f"{source} has a value of the wrong kind: {name} is {facts[name]!r:.40}")
+            if not facts[name] >= 0:  # NaN is not either
+                raise ValueError(f"{source} has a {name} that no run can have: {facts[name]}")
         run = cls(replace(config_from_dict(facts["config"], f"{source}: config"), out=str(out), **changes), corpus)
         if facts["corpus"] != fingerprint(run.corpus):
             raise ValueError(f"the run in {out} was trained on another corpus than {run.config.data} holds now")
@@ -419,7 +422,8 @@ class Run:
         if self.average:
             average = part(tensors, "average.")  # copied below, for what was read is a map of the file
             check_like(average, self.average, f"{source}: average")
-            self.average = {name: average[name].to(self.device, copy=True) for name in self.average}
+            check_not_quantised(average, f"{source}: average")
+            self.average = {name: average[name].to(x, copy=True) for name, x in self.average.items()}
         states = part(tensors, "optimizer.")
         if facts["step"] and not states:
             raise ValueError(f"{source} is of another version: it lacks the optimizer's state")
@@ -453,11 +457,14 @@ class Run:
             for key in state_names(self.optimizer, p)
         }
         check_like(states, expected, source)
+        check_not_quantised(states, source)
         for name, parameter in parameters.items():
             state = part(states, f"{name}.")  # the step counts on the host, unless the optimizer is fused
             counter = parameter.device if self.optimizer.defaults["fused"] else "cpu"
             places = {key: counter if key == "step" else parameter.device for key in state}
-            self.optimizer.state[parameter] = {key: x.to(places[key], copy=True) for key, x in state.items()}
+            self.optimizer.state[parameter] = {
+                key: x.to(places[key], parameter.dtype, copy=True) for key, x in state.items()
+            }
 
     def start(self) -> None:
         """Make the run's folder and its first files.
