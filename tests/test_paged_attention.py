@@ -240,6 +240,19 @@ def test_what_is_no_block_is_refused_and_changes_nothing(call, block):
     assert (allocator.holders, allocator.available) == ([1, 1, 1], 0)
 
 
+def test_blocks_that_are_not_to_be_trusted_are_found_no_more():
+    allocator = BlockAllocator(4, 1)
+    table, rest = table_of(allocator, [1, 2]), table_of(allocator, [1, 3])
+    table.unpublish()
+    assert (allocator.match([1, 2, 0]), allocator.match([1, 3, 0])) == ([], [])
+    table.free()
+    assert (allocator.held, rest.length) == (2, 2)
+    rest.free()
+    (block,) = allocator.unheld  # of the token 3, whose beginning nobody finds
+    allocator.unpublish(block)
+    assert (len(allocator.empty), len(allocator.unheld)) == (4, 0)
+
+
 def pickled(x):
     return pickle.loads(pickle.dumps(x))
 

@@ -768,6 +768,23 @@ def test_logits_that_are_no_numbers_end_their_own_request(number, ahead, wish):
     check_all_blocks_are_back(engine)
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_a_text_that_ends_without_numbers_leaves_no_beginning_to_others(ahead, block_size):
+    """In its second layer a NaN is in every key of its pass: masked, its value is still multiplied by 0."""
+    poison, model = 7, make_model()
+    with torch.no_grad():
+        model.embedding.tokens.weight[poison] = math.nan
+    engine = Engine(model, blocks=24, block_size=block_size, max_num_seqs=2, budget=16, ahead=ahead)
+    bad = engine.add([1, 2, 3, poison, 4, 5], {"max_new_tokens": 6})
+    engine.run()
+    good = engine.add([1, 2, 3, 4, 5], {"max_new_tokens": 3})
+    engine.run()
+    assert (bad.finish_reason, good.finish_reason, good.reused) == ("error", "length", 0)
+    assert good.new_tokens == generate(model, [[1, 2, 3, 4, 5]], max_new_tokens=3)[0]
+    check_all_blocks_are_back(engine)
+
+
 def test_a_stream_tells_of_those_that_were_refused():
     pieces = list(LLM(MODEL).stream([[1, 2], [], [3]], [{"max_new_tokens": 2}, {}, {"tempo": 3}]))
     refused = [piece for piece in pieces if piece.token is None]

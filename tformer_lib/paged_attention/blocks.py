@@ -199,6 +199,19 @@ class BlockAllocator:
             self.block_of[prefix.key], self.prefix_of[block] = block, prefix
         return prefix
 
+    def unpublish(self, block: int) -> None:
+        """Let nobody find a block any more, because its contents are not to be trusted; who holds it goes on.
+
+        Raises:
+            ValueError: there is no such block.
+        """
+        self._check(block)
+        if self.prefix_of[block] is not None:
+            self._forget(block)
+        if block in self.unheld:
+            del self.unheld[block]
+            self.empty.append(block)
+
     def find(self, parent: Prefix | None, tokens: Sequence[int]) -> int | None:
         """The block that holds these tokens after that prefix; None if there is none. A hit is proved, not believed."""
         block = self.block_of.get(self._key(parent, tokens))
@@ -375,6 +388,12 @@ class BlockTable:
             parent = self.prefixes[-1] if self.prefixes else None
             part = tokens[place * size : (place + 1) * size]
             self.prefixes.append(self.allocator.publish(self.blocks[place], parent, part))
+
+    def unpublish(self) -> None:
+        """Let no later prompt find these blocks, because what they hold is not to be trusted."""
+        for block in self.blocks:
+            self.allocator.unpublish(block)
+        self.prefixes.clear()
 
 
 def check_count(what: str, count: int) -> None:

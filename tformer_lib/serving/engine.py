@@ -388,7 +388,8 @@ class Engine:
 
     def _accept(self, request: Request, token: int, logprobs: LogProbabilities | None) -> Piece:
         """A token has come back: it becomes text, and may be the last."""
-        if token == NONE:
+        if token == NONE:  # a NaN spreads to the tokens before it, because a weight of 0 times NaN is NaN
+            request.table.unpublish()
             return self._end(request, "error", error="the logits after its tokens are not finite")
         request.tokens.append(token)
         if logprobs is not None:
