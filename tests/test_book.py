@@ -267,6 +267,7 @@ def test_results_page_tells_measures_with_their_unit(name, value, told):
         ("wall_seconds_nano-vllm, 64 GiB", "wall time, nano-vllm, 64 GiB"),
         ("ttft_objective_ms", "TTFT objective"),
         ("matmul_bfloat16_tflops", "matmul bfloat16"),
+        ("best_val_loss", "best validation loss"),
         ("eager: window_us_with_operators", "eager: window time with operators"),
         ("attention: attend_sdpa / attend: ratio", r"attention: attend\_sdpa / attend: ratio"),  # names of functions
         ("config: model: norm_first", "`config: model: norm_first`"),  # a setting, to look for in the code

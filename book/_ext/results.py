@@ -244,8 +244,9 @@ WORDS = {"microseconds": ("s", 1e-6), "us": ("s", 1e-6), "milliseconds": ("s", 1
 WORDS |= {"seconds": ("s", 1.0), "bytes": ("B", 1.0)}
 """A word anywhere in a name, as in ``seconds_of_a_step`` or ``milliseconds: kinds: attention``: the same of it."""
 
-CAPITALS = {"cuda", "ddp", "fsdp", "gpt2", "kv", "tpot", "ttft"}
-"""Words of names that are abbreviations."""
+SPELT = {"flops": "FLOPs", "gpt2": "GPT-2", "val": "validation"}
+SPELT |= {word: word.upper() for word in ("cuda", "ddp", "fsdp", "kv", "tpot", "ttft")}
+"""Words of names that are short forms, and how a reader knows them."""
 
 
 def called(name: str) -> str:
@@ -266,7 +267,7 @@ def words(part: str) -> str:
     before, found, part = part.rpartition("wall_seconds_")
     if " " not in part:
         part = re.sub(r"_(?:gb_s|tb_s|tflops|ms)$", "", part)
-        part = " ".join(word.upper() if word in CAPITALS else word for word in part.split("_"))
+        part = " ".join(SPELT.get(word, word) for word in part.split("_"))
     return f"{before}wall time, {part}" if found else part
 
 
