@@ -57,7 +57,7 @@ def test_checksums_are_whole(vendor):
 
 def test_no_npm_leaves_a_book_that_builds(vendor, monkeypatch, capsys):
     monkeypatch.setattr(vendor.shutil, "which", lambda name: None)
-    assert vendor.main() == 0
+    assert vendor.main([]) == 0
     assert "npm is not installed" in capsys.readouterr().out
     assert not vendor.VENDOR.exists()
 
@@ -77,7 +77,7 @@ def fake_npm(tmp_path: Path):
 def test_another_archive_is_refused(vendor, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(vendor.shutil, "which", lambda name: "npm")
     monkeypatch.setattr(vendor.subprocess, "run", fake_npm(tmp_path))
-    assert vendor.main() == 0
+    assert vendor.main([]) == 0
     assert "has SHA-512" in capsys.readouterr().out
     assert not vendor.VENDOR.exists()
 
@@ -86,7 +86,7 @@ def test_network_failure_is_told(vendor, monkeypatch, capsys):
     failed = subprocess.CompletedProcess([], 1, "", "npm error network\nnpm error code ENOTFOUND")
     monkeypatch.setattr(vendor.shutil, "which", lambda name: "npm")
     monkeypatch.setattr(vendor.subprocess, "run", lambda *a, **k: failed)
-    assert vendor.main() == 0
+    assert vendor.main([]) == 0
     assert "ENOTFOUND" in capsys.readouterr().out
 
 

@@ -1,5 +1,6 @@
 """Commands: every refusal is one line on stderr and a status that is not 0; Ctrl-C and a closed pipe end quietly."""
 
+import importlib
 import io
 import json
 import os
@@ -124,6 +125,23 @@ def test_commands_refuse_what_they_do_not_know(name, arguments, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+SCRIPTS = sorted(file.stem for file in (ROOT / "tools").glob("*.py") if "__main__" in file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_maintainers_scripts_do_nothing_if_asked_for_what_they_do_not_know(name, capsys):
+    main = importlib.import_module(f"tools.{name}").main
+    assert main(["--nonsense"]) == command_line.REFUSED
+    out, error = capsys.readouterr()
+    assert not out
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert not end.value.code
+    assert f"python -m tools.{name}" in capsys.readouterr().out
 
 
 def test_training_without_a_command_says_which_there_are(capsys):

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -119,6 +120,28 @@ def parse(kind, arguments: Sequence[str] | None = None, *, program: str, descrip
         if end.code in (0, None):
             raise
         raise Refusal(f"{first_words(said.getvalue())}; {program} --help says more") from None
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A command line that asks for nothing."""
+
+
+def without_options(
+    command: Callable[[], int | None], arguments: Sequence[str] | None = None, *, program: str, description: str
+) -> int:
+    """Do what a command without options does, unless it was asked for anything else; returns the exit status.
+
+    Args:
+        command: as of :func:`run`.
+        arguments, program, description: as of :func:`parse`.
+    """
+
+    def obey() -> int | None:
+        parse(NoOptions, arguments, program=program, description=description)
+        return command()
+
+    return run(obey)
 
 
 def first_words(box: str) -> str:

@@ -8,8 +8,11 @@ The extensions of the book and the layout test read the list through :func:`load
 
 import sys
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tformer_lib import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = "book/chapters.toml"
@@ -174,7 +177,25 @@ def write(root: Path = ROOT) -> list[str]:
     return changed
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What to do with the files."""
+
+    check: bool = False
+    """Only say which of them is out of date; the exit status is 1 if any is."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the files, or look at them."""
+
+    def go() -> int:
+        asked = command_line.parse(Asked, arguments, program="python -m tools.chapters", description=__doc__)
+        behind = stale() if asked.check else write()
+        print("\n".join(behind) or "nothing to do")
+        return int(asked.check and bool(behind))
+
+    return command_line.run(go)
+
+
 if __name__ == "__main__":
-    behind = stale() if "--check" in sys.argv[1:] else write()
-    print("\n".join(behind) or "nothing to do")
-    sys.exit(bool(behind) and "--check" in sys.argv[1:])
+    sys.exit(main())

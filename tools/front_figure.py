@@ -4,11 +4,13 @@ Ten small panels, one idea each, on a wide screen in two rows and on a phone in 
 variables, so that the picture follows the theme. The stripes and the weights are computed by the library.
 """
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from tformer_lib import masks
+from tformer_lib import command_line, masks
 from tformer_lib.positional_encoding import alibi, sinusoidal
 
 PANEL = (176, 168)  # width and height of a panel
@@ -194,8 +196,19 @@ ARROW = (
     f'<path d="M0 0 L8 4 L0 8 z" fill="{DIM}"/></marker></defs></svg>'
 )
 
-if __name__ == "__main__":
+
+def write() -> None:
+    """Write the picture."""
     target = Path(__file__).resolve().parents[1] / "book" / "images" / "front.html"
     body = "\n".join([ARROW, picture(5, "tf-wide"), picture(2, "tf-tall")])
     target.write_text(f'<div class="tf-hero">\n{body}\n</div>\n', encoding="utf-8")
     print(f"wrote {target.name}, {target.stat().st_size // 1000} kB")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw the picture."""
+    return command_line.without_options(write, arguments, program="python -m tools.front_figure", description=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

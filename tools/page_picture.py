@@ -8,9 +8,11 @@ import hashlib
 import io
 import shutil
 import sys
+from collections.abc import Sequence
 
 import matplotlib.image
 
+from tformer_lib import command_line
 from tformer_lib.teaching.widgets.attention import Lookup
 from tools.chapters import ROOT
 
@@ -45,7 +47,7 @@ def shot(browser: str) -> bytes:
         return page.screenshot()
 
 
-def main() -> int:
+def take() -> int:
     """Take the picture, if the book is built and a browser is here."""
     browser = next((path for path in map(shutil.which, BROWSERS) if path), None)
     if browser is None or not PAGE.exists():
@@ -57,5 +59,10 @@ def main() -> int:
     return 0
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Take the picture."""
+    return command_line.without_options(take, arguments, program="python -m tools.page_picture", description=__doc__)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -7,9 +7,11 @@ book, and ``kernels.svg`` and ``engine.svg`` beside it for the README. ``tests/t
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tformer_lib import command_line
 from tools.chapters import ROOT
 from tools.front_figure import ACCENT, DIM, INK, LINE, SECOND, box, line, text
 
@@ -129,7 +131,17 @@ def standalone(drawn: str) -> str:
     return sized.replace("</svg>", f"<style>{THEMES}</style></svg>") + "\n"
 
 
-if __name__ == "__main__":
+def write() -> None:
+    """Write the charts."""
     for path, content in files(ROOT).items():
         path.write_text(content, encoding="utf-8")
         print(path.relative_to(ROOT))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw the charts."""
+    return command_line.without_options(write, arguments, program="python -m tools.record_figure", description=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

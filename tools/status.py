@@ -3,8 +3,12 @@
 import json
 import os
 import platform
+import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+
+from tformer_lib import command_line
 
 PACKAGES = (
     "torch", "numpy", "tiktoken", "safetensors", "matplotlib", "ipywidgets", "anywidget",
@@ -30,7 +34,17 @@ def record() -> dict[str, str]:
     return machine | {name: version(name) for name in PACKAGES}
 
 
-if __name__ == "__main__":
+def write() -> None:
+    """Write what :func:`record` finds."""
     path = Path(__file__).resolve().parents[1] / "book" / "status.json"
     path.write_text(json.dumps(record(), indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path.name}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Record the machine and the versions."""
+    return command_line.without_options(write, arguments, program="python -m tools.status", description=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

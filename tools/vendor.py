@@ -14,8 +14,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+
+from tformer_lib import command_line
 
 VENDOR = Path(__file__).resolve().parents[1] / "book" / "vendor"
 
@@ -49,7 +52,7 @@ class Unavailable(Exception):
     """npm or the network is missing, or an archive is not the one that was checked."""
 
 
-def main() -> int:
+def provide() -> int:
     """Fetch everything, or say why not; the book can be built either way."""
     if current():
         print("book/vendor is up to date")
@@ -142,6 +145,11 @@ def copy_widgets(require: Path, manager: Path, target: Path) -> None:
         (target / folder).mkdir(parents=True, exist_ok=True)
         for font in fonts:
             shutil.copy(font, target / folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fetch what the book needs."""
+    return command_line.without_options(provide, arguments, program="python -m tools.vendor", description=__doc__)
 
 
 if __name__ == "__main__":
