@@ -785,6 +785,23 @@ def test_a_text_that_ends_without_numbers_leaves_no_beginning_to_others(ahead, b
     check_all_blocks_are_back(engine)
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize("speculation", [None, Speculation(tokens=2, ngram_min=1)])
+def test_those_who_share_a_beginning_that_turns_out_without_numbers_are_computed_anew(ahead, speculation):
+    poison, model = 7, make_model()
+    with torch.no_grad():
+        model.embedding.tokens.weight[poison] = math.nan
+    engine = Engine(model, block_size=1, max_num_seqs=4, budget=32, ahead=ahead, speculation=speculation)
+    first, bad, good = ([1, 9], [1, 2, 3, poison, 4, 5], [1, 2, 3, 4, 5])
+    made = [engine.add(prompt, {"max_new_tokens": 8}) for prompt in (first, bad, good)]
+    engine.run()
+    assert [request.finish_reason for request in made] == ["length", "error", "length"]
+    for request, prompt in ((made[0], first), (made[2], good)):
+        assert request.new_tokens == generate(model, [prompt], max_new_tokens=8)[0]
+    assert made[2].preemptions == 1
+    check_all_blocks_are_back(engine)
+
+
 def test_a_stream_tells_of_those_that_were_refused():
     pieces = list(LLM(MODEL).stream([[1, 2], [], [3]], [{"max_new_tokens": 2}, {}, {"tempo": 3}]))
     refused = [piece for piece in pieces if piece.token is None]

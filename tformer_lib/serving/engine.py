@@ -214,6 +214,7 @@ class Engine:
         self.log: deque[Step] = deque(maxlen=STEPS_REMEMBERED)
         self.arrivals, self.turns = 0, Turns()
         self.is_stepping, self.is_stale, self.leaving = False, False, deque()
+        self.doubted: set[Request] = set()  # whose next tokens do not count, see _distrust
         if self.runner.device.type == "cuda" if cuda_graphs is None else cuda_graphs:
             with self.runner.as_current():
                 self.runner.capture([budget] if deterministic else graph_sizes(most_lanes(max_num_seqs, speculation)))
@@ -328,6 +329,7 @@ class Engine:
         if self.drafter is not None:
             self.drafter.reset()
         self.is_stale = False
+        self.doubted.clear()
 
     def forget(self) -> None:
         """Empty the prefix cache, and compute anew what runs, at the next step.
@@ -366,7 +368,9 @@ class Engine:
             chosen = tokens[place : place + 1 + len(row.drafts)]
             place += len(chosen)
             logprobs = [None if wished is None else reported(next(reports), wished) for _ in chosen]
-            if row.request.finish_reason is None:  # else it ended while these tokens were on their way
+            if row.request in self.doubted:
+                row.request.table.truncate(min(row.request.table.length, row.request.known))
+            elif row.request.finish_reason is None:  # else it ended while these tokens were on their way
                 self._accept_row(row, chosen, logprobs, pieces)
         step.finished = time.perf_counter()
         self.log.append(step)
@@ -388,8 +392,8 @@ class Engine:
 
     def _accept(self, request: Request, token: int, logprobs: LogProbabilities | None) -> Piece:
         """A token has come back: it becomes text, and may be the last."""
-        if token == NONE:  # a NaN spreads to the tokens before it, because a weight of 0 times NaN is NaN
-            request.table.unpublish()
+        if token == NONE:
+            self._distrust(request)
             return self._end(request, "error", error="the logits after its tokens are not finite")
         request.tokens.append(token)
         if logprobs is not None:
@@ -405,12 +409,25 @@ class Engine:
             return self._end(request, "stop" if stopped else "length", token, text)
         return self._tell(request, token, text)
 
+    def _distrust(self, request: Request) -> None:
+        """Let nobody use what was computed for a request whose logits are no numbers.
+
+        A NaN spreads to the tokens before it, because a weight of 0 times NaN is NaN. So its beginning is not found any
+        more, and those that have found it already are computed anew.
+        """
+        own = set(request.table.blocks[request.begun // self.allocator.block_size :])
+        found = {other for other in self.scheduler.running if other is not request and own & set(other.table.blocks)}
+        self.doubted |= found
+        self.is_stale = self.is_stale or bool(found)
+        request.table.unpublish()
+
     def _end(self, request: Request, reason: str, token: int | None = None, text: str = "", error=None) -> Piece:
         """Its last piece; its blocks are free."""
         if self.scheduler.prefix_cache and request.batch_slot >= 0 and error is None:
             request.table.publish(request.tokens)
         request.finish_reason, request.error = reason, error
         self.scheduler.remove(request)
+        self.doubted.discard(request)
         if self.drafter is not None:
             self.drafter.forget(request)
         if request.stream is not None and not request.stream.stopped:

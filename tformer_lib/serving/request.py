@@ -96,7 +96,8 @@ class Request:
         error: why it was refused, or what ended it.
         table: its blocks; ``table.length`` tokens have been computed or are being so.
         pending: tokens that were sampled for it and have not come back.
-        reused: tokens that a prefix cache spared it; ``preemptions``: how often it had to start over.
+        reused: tokens that a prefix cache spared it, ``begun`` of them when it was let in last; ``preemptions``: how
+            often it had to start over.
         drafted: tokens that were drafted for it and checked; ``accepted``: how many of them it has written.
     """
 
@@ -110,7 +111,7 @@ class Request:
         self.batch_slot, self.pending, self.reused, self.preemptions = -1, 0, 0, 0
         self.end = self.prompt_length + params.max_new_tokens
         self.stop_tokens = frozenset(params.stop_tokens)
-        self.drafted, self.accepted = 0, 0
+        self.begun, self.drafted, self.accepted = 0, 0, 0
         self.rules, self.random = params.rules, random_stream(params.seed) if params.temperature > 0 else None
         self.uniforms: list[float] = []
         self.is_plain = params.temperature == 0 and params.repetition_penalty == 1

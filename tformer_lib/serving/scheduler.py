@@ -178,8 +178,9 @@ class Scheduler:
         self.waiting.popleft()
         self.running.append(request)
         request.batch_slot = self.free_batch_slots.pop()
+        request.begun = table.reuse(request.tokens) if found else 0
+        request.reused += request.begun
         if found:
-            request.reused += table.reuse(request.tokens)
             self.tables[request.batch_slot, : len(table.blocks)] = table.blocks
         return True
 
