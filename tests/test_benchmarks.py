@@ -412,7 +412,7 @@ def two_commands(tmp_path, monkeypatch):
         "x": a_record("python -m benchmarks.x --device cpu", a=(1.0, 0.9, 1.1), b=(2.0, 1.9, 2.1)),
         "x-more": a_record("python -m benchmarks.x --device cpu", None, a=(1.0, 0.9, 1.1)) | {"took": 41.2},
         "y": a_record("python -m benchmarks.y 'a b' --device cpu", "abc+changes"),
-        "z": a_record("python -m benchmarks.z ... (one command for each row)"),
+        "z": a_record("python -m benchmarks.z ... (each row's own command)"),
         "ledger": {"rows": []},
     }
     (tmp_path / "cpu").mkdir()
@@ -482,6 +482,15 @@ def test_the_list_says_what_speaks_against_a_record(two_commands, capsys):
     }
     assert lines[3].strip() == "python -m benchmarks.x --device cpu  # 41 s"
     assert lines[1::2][-1].strip() == "no command alone made it"
+
+
+@pytest.mark.parametrize("folder", sorted({file.parent.name for file in FILES}))
+def test_every_record_is_listed(folder, capsys):
+    assert repeat.main(["--of", folder]) == 0
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()[::2]}
+    made = {file.stem for file in FILES if file.parent.name == folder and json.loads(file.read_text()).get("command")}
+    assert listed == made
+    assert all(record.words is None or len(record.words) > 2 for record in repeat.load(RESULTS / folder).values())
 
 
 def test_stale_records_are_those_that_something_speaks_against(two_commands):
