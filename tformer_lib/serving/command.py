@@ -155,9 +155,8 @@ def serve(command: Serve) -> int:
     limits = Limits(command.max_body, command.max_queue, command.timeout)
     name = command.name or Path(command.model).resolve().name
     llm = command.open()
-    llm.generate(
-        [[llm.engine.encoding.eot_token]], {"max_new_tokens": 2}
-    )  # builds kernels; else the first client waits
+    # Two tokens build the kernels; else the first client would wait for them.
+    llm.generate([[llm.engine.encoding.eot_token]], {"max_new_tokens": 2})
     server = Server(llm.engine, name, api_key=key, limits=limits)
     options = {"log_level": "warning", "access_log": False, "server_header": False, "timeout_keep_alive": IDLE}
     options |= {"ws": "none", "http": "h11"}  # httptools loses the body of a client that offers HTTP/2, as Java's does
