@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -36,7 +37,7 @@ from benchmarks.harness import (
     Timing,
     command_line,
     copies_past_cache,
-    edited_kernel,
+    edited_copy,
     host_seconds,
     load_twice,
     matmul_rate,
@@ -335,21 +336,30 @@ def time_float32(report: Report) -> None:
 
 
 def time_ablations(report: Report, limit: float) -> None:
-    """What one idea buys: the same kernel without it, beside the whole one."""
-    changes = [(step, "", TENSOR_CORE if step == 3 else HOPPER, []) for step in (3, 4)]
-    for step, change, file, edits in changes + ABLATIONS:
-        with edited_kernel(f"flash_attention/{file}", edits):
-            for d in (64, 128):
+    """What one idea buys: the same kernel without it, in turns with the whole one."""
+    changes = [(step, "", TENSOR_CORE if step == 3 else HOPPER, []) for step in (3, 4)] + ABLATIONS
+    with ExitStack() as stack:
+        folders = [stack.enter_context(edited_copy(f"flash_attention/{file}", edits)) for _, _, file, edits in changes]
+        for d in (64, 128):
+            inputs = [random_inputs(d, 16384, "cuda", torch.bfloat16)]
+            facts = {"d": d, "length": 16384, "causal": False}
+            contestants, compared = {}, {}
+            for (step, change, *_), folder in zip(changes, folders, strict=True):
                 if "keys" in change and d == 64:
                     continue
-                inputs = [random_inputs(d, 16384, "cuda", torch.bfloat16)]
-                timing = measure(own(step, False), inputs, device="cuda", seconds=SECONDS)
-                work = flops(1, WIDTH // d, 16384, 16384, d, False)
                 whole = f"forward, {label(d, 16384, False)}: step {step}"
-                facts = {"d": d, "length": 16384, "causal": False}
-                compared = {"peer": whole} if change else {"alone": "the others are compared with it"}
                 name = f"{whole}, {change}" if change else whole
-                report.add(name, timing, flops=work, limit=limit, **compared, **facts)
+                contestants[name] = partial(call_within, folder, own(step, False)), inputs
+                compared[name] = {"peer": whole} if change else {"alone": "the others are compared with it"}
+            work = flops(1, WIDTH // d, 16384, 16384, d, False)
+            for name, timing in measure_in_turns(contestants, seconds=3 * SECONDS).items():
+                report.add(name, timing, flops=work, limit=limit, **compared[name], **facts)
+
+
+def call_within(folder: str, fn: Callable, *args: Tensor) -> Tensor:
+    """Call a function whose kernels come from this folder."""
+    with jit.kernels_from(folder):
+        return fn(*args)
 
 
 def exact_rows(q: Tensor, k: Tensor, v: Tensor, rows: slice, causal: bool) -> Tensor:

@@ -326,6 +326,13 @@ def edited_kernel(file: str, edits: Sequence[tuple[str, str]]) -> Iterator[None]
     Raises:
         ValueError: the file no longer holds a text that is to be replaced.
     """
+    with edited_copy(file, edits) as folder, jit.kernels_from(folder):
+        yield
+
+
+@contextmanager
+def edited_copy(file: str, edits: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """The folder of such a copy, for ``jit.kernels_from``; it goes when this ends."""
     with TemporaryDirectory() as folder:
         copytree(jit.kernels_folder(), folder, dirs_exist_ok=True)
         path = Path(folder) / file
@@ -335,8 +342,7 @@ def edited_kernel(file: str, edits: Sequence[tuple[str, str]]) -> Iterator[None]
                 raise ValueError(f"{file} no longer holds {old!r}")
             text = text.replace(old, new)
         path.write_text(text)
-        with jit.kernels_from(folder):
-            yield
+        yield folder
 
 
 def load_twice(topic: str, steps: Sequence[int | str]) -> dict[str, float]:
