@@ -17,10 +17,12 @@
 //               dense kernel reaches over whole tiles; K and V are 134 MB, 0.047 ms with Q and out
 //   hypothesis  with 5 tiles of keys the ends of a tile's work show: its first product, its last and its output
 //   predicted   0.19 ms; the flash kernel with `window` (tiles of 176 keys, 4.6 on average, 0.209 ms) computes a quarter more
-//   measured    0.179 (flash with `window` 0.197, FlexAttention 0.289); BigBird of 7.7 % 0.290 (FlexAttention 0.755); windows
-//               of 1,024 to 8,192 at 563 to 654 TFLOP/s: 46 us and 0.098 us a live block; all keys under a causal mask 650
-//               (flash 718, whose tiles of rows overlap). At 65,536 tokens, 64 chosen blocks of 64 keys: 15.9 times faster
-//               than the dense kernel, for 16 times less work
+//   measured    0.176 (FlexAttention 0.289); BigBird of 7.7 % 0.284 (FlexAttention 0.760); windows of 1,024 to 8,192 at 568
+//               to 663 TFLOP/s: 47 us and 0.097 us a live block; all keys under a causal mask 649 (flash 732, whose tiles of
+//               rows overlap). At 65,536 tokens, 64 chosen blocks of 64 keys: 15.3 times faster than the dense kernel, for 16
+//               times less work
+//   loses       flash with `window` takes 0.158: since the prediction, it has tiles of 128 keys for such windows, and it reads
+//               no list
 #include <algorithm>
 
 #include "common/hopper.cuh"

@@ -18,10 +18,10 @@
 //               that the dense kernel reaches
 //   hypothesis  ten entries are enough to hide the loads of K and V and the stores of dK and dV badly: they add a fifth
 //   predicted   0.50 ms with the kernels before and after, which pass over 300 MB (0.08 ms)
-//   measured    0.598 (flash with `window` 0.604, FlexAttention 0.740), of which 0.47 here and 0.13 before and after; BigBird
-//               of 7.7 % 0.929 (FlexAttention 1.569); windows of 1,024 to 8,192 at 434 to 536 TFLOP/s
-//   loses       a tile of keys that everybody sees is the work of one block: 0.75 ms with 4 global tokens beside the window.
-//               Chosen blocks are 7.7 times faster than dense for 16 times less work: a tile of 128 keys is two blocks, and a
+//   measured    0.599 (flash with `window` 0.571, FlexAttention 0.745), of which 0.47 here and 0.13 before and after; BigBird
+//               of 7.7 % 0.935 (FlexAttention 1.580); windows of 1,024 to 8,192 at 430 to 531 TFLOP/s
+//   loses       a tile of keys that everybody sees is the work of one block: 0.76 ms with 4 global tokens beside the window.
+//               Chosen blocks are 7.4 times faster than dense for 16 times less work: a tile of 128 keys is two blocks, and a
 //               list that chose one of them computes both
 #include "common/launch.cuh"
 #include "common/softmax.cuh"
