@@ -226,11 +226,13 @@ def test_results_page_shows_something_of_every_file():
 def test_results_page_says_which_faults_were_planted():
     findings = [
         {"case": "step 1", "tool": "memcheck", "summary": "0 errors", "expected": "clean", "clean": True},
+        {"case": "step 2", "tool": "memcheck", "summary": "3 errors", "expected": "clean", "clean": False},
         {"case": "control: short", "tool": "memcheck", "summary": "1 error", "expected": "errors", "clean": False},
     ]
     told = script(BOOK / "_ext" / "results.py").sanitizer_table(findings)
     assert "| step 1 | memcheck | 0 errors | nothing |" in told
     assert "| control: short | memcheck | 1 error | the planted fault |" in told
+    assert "found in 1 of 2 runs of kernels. The planted fault was found in 1 of 1 controls." in told
 
 
 @pytest.mark.parametrize(

@@ -133,12 +133,20 @@ def folded(title: str, text: str) -> str:
 
 
 def sanitizer_table(findings: list[dict]) -> str:
-    """What each tool said about each case; a control holds a planted fault, which the tool must find."""
+    """How many runs found what they should, and what each tool said about each case.
+
+    A control holds a planted fault, which the tool must find.
+    """
+    kernels = [one["clean"] for one in findings if one["expected"] == "clean"]
+    controls = [not one["clean"] for one in findings if one["expected"] != "clean"]
+    told = f"Nothing was found in {sum(kernels)} of {len(kernels)} runs of kernels."
+    if controls:
+        told += f" The planted fault was found in {sum(controls)} of {len(controls)} controls."
     rows = [
         (one["case"], one["tool"], one["summary"], "nothing" if one["expected"] == "clean" else "the planted fault")
         for one in findings
     ]
-    return table(("case", "tool", "what it said", "what it should find"), rows)
+    return f"{told}\n\n{table(('case', 'tool', 'what it said', 'what it should find'), rows)}"
 
 
 def provenance(record: dict) -> str:
