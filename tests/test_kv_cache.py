@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cache_sessions import CACHES as SESSION_CACHES
-from cache_sessions import CAPACITY, Session
+from cache_sessions import CAPACITY, VOCABULARY, Session
 from cache_sessions import MODELS as SESSION_MODELS
 from draws import draws
 from hypothesis import HealthCheck, given
@@ -376,6 +376,21 @@ def test_operations_in_any_order_equal_recomputation(name):
     run_state_machine_as_test(
         machine, settings=draws(150, stateful_step_count=15, suppress_health_check=[*HealthCheck])
     )
+
+
+@pytest.mark.parametrize("name", SESSION_CACHES)
+@torch.no_grad()
+def test_a_pass_is_counted_with_its_own_length_or_not_at_all(name, monkeypatch):
+    model, tokens = SESSION_MODELS["sdpa"][name], tokens_of(2, 6) % VOCABULARY
+    cache, wanted = SESSION_CACHES[name](model, 2), model(tokens)
+    model(tokens[:, :2], cache=cache)
+    for wrong in (-1, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "advance", lambda T, wrong=wrong: type(cache).advance(cache, T + wrong))
+            with pytest.raises(ValueError, match="brought 3 tokens"):
+                model(tokens[:, 2:5], cache=cache)
+        assert cache.host_lengths == [2, 2]
+    torch.testing.assert_close(model(tokens[:, 2:], cache=cache), wanted[:, 2:], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", CACHES)

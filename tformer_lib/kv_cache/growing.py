@@ -66,6 +66,7 @@ class GrowingCache(KVCache):
 
     def advance(self, T: int) -> None:
         """Count the tokens, and keep the positions of their columns."""
+        self.check_length(T)
         self.column_positions = self._columns_after(self.current_pass(T))
         super().advance(T)
 

@@ -147,11 +147,21 @@ class KVCache(ABC):
         return LayerCache(self, index)
 
     def advance(self, T: int) -> None:
-        """Count the T tokens that all layers have stored (of a ragged pass, the real ones)."""
+        """Count the T tokens that all layers have stored (of a ragged pass, the real ones).
+
+        Raises:
+            ValueError: the pass that is under way has another length.
+        """
+        self.check_length(T)
         counts = [T] * self.shape.batch if self.counts is None else self.counts
         self.lengths += T if self.counts is None else self._on_device(counts)
         self.host_lengths = [n + count for n, count in zip(self.host_lengths, counts, strict=True)]
         self.counts, self._pass, self.unfinished = None, None, None
+
+    def check_length(self, T: int) -> None:
+        """Refuse to count T tokens where the pass that is under way brought another number of them."""
+        if self._pass is not None and self._pass.length != T:
+            raise ValueError(f"the pass that is under way brought {self._pass.length} tokens, {T} are to be counted")
 
     def current_pass(self, T: int) -> Pass:
         """The pass that is under way, or a new one where none is."""

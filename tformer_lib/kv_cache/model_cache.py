@@ -111,6 +111,8 @@ class ModelCache:
 
     def advance(self, T: int) -> None:
         """Count the T tokens that all layers have stored."""
+        for part in self.parts.values():  # all before one counts
+            part.check_length(T)
         for part in self.parts.values():
             part.advance(T)
 

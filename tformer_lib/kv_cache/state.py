@@ -60,6 +60,7 @@ class StateCache(StaticCache):
 
     def advance(self, T: int) -> None:
         """The pass is over: what its layers left becomes the states. A pass that fails before leaves no trace."""
+        self.check_length(T)
         for layer, rows, channels, memory in self.pending:
             self.channels[layer, rows], self.memory[layer, rows] = channels, memory
         self.pending = []
