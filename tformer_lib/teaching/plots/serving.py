@@ -158,14 +158,14 @@ def latency(
 
 
 def driven(rows: Sequence[dict]) -> None:
-    """The waits of an engine that was driven, and those that the cost model predicts, over the rate of arrivals.
+    """The waits of an engine that was driven, and those that the cost models predict, over the rate of arrivals.
 
     Args:
         rows: of a record of ``benchmarks/serving.py``, with those of its part "knee".
     """
     _, axes = style.figure(2, 1, width=style.NARROW, height=6.4)
-    names = {"driven": "measured", "predicted by the bound": "cost model"}
-    names["predicted by its steps"] = "cost model of the measured steps"
+    names = {"driven": "measured", "predicted by the bound": "by the bound"}
+    names["predicted by its steps"] = "by the measured steps"
     rates = sorted({row["extra"]["rate"] for row in rows if "rate" in row["extra"]})
     for ax, waits, percentile in ((axes[0], "ttft_ms", "p90"), (axes[1], "tpot_ms", "p50")):
         found = {(row["contestant"], row["extra"].get("rate")): row["extra"][waits][percentile] for row in rows}
