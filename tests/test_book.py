@@ -357,6 +357,34 @@ def test_a_unit_stays_on_the_line_of_its_number():
         assert join(left) == left
 
 
+def test_a_result_a_point_and_a_name_are_not_broken():
+    join = script(BOOK / "_ext" / "markup.py").join_units
+    assert join("<p>4 · (−1) + 2 · 3 = 2 at (0.5, −2)</p>") == "<p>4\xa0· (−1) + 2\xa0· 3 =\xa02 at (0.5,\xa0−2)</p>"
+    assert join("<p>GPT-4o and DeepSeek-V3</p>") == (
+        '<p><span class="tf-joined">GPT-4o</span> and <span class="tf-joined">DeepSeek-V3</span></p>'
+    )
+    for left in ("<p>(batch, T, 64) = x, a well-known pre-1990 name</p>", "<code>a = 3, (1, 2)</code>"):
+        assert "\xa0" not in join(left)
+
+
+def test_the_number_of_a_chapter_stays_beside_its_title():
+    join = script(BOOK / "_ext" / "markup.py").join_chapters
+    link = '<a class="reference internal" href="03-masks.html"><span class="std std-doc">3. Masks</span></a>'
+    assert join(link) == link.replace("3. Masks", "3.\xa0Masks")
+    assert join("<p>3. Masks</p>") == "<p>3. Masks</p>"
+
+
+def test_a_printed_token_and_an_arrow_are_not_broken():
+    join = script(BOOK / "_ext" / "markup.py").join_printed
+    printed = "<div class=\"output stream\"><pre>['I', ' have', ' a b']\n</pre></div>"
+    token = "<span class=\"tf-joined\">' have'</span>"
+    assert join(printed) == printed.replace("' have'", token)
+    comment = '<span class="c1"># (T, d) -&gt; (T,)</span>'
+    assert join(comment) == comment.replace("-&gt;", '<span class="tf-joined">-&gt;</span>')
+    for left in ("<pre>x = ' have'</pre>", '<span class="o">-&gt;</span>'):
+        assert join(left) == left
+
+
 def test_a_mark_stays_beside_its_formula():
     join = script(BOOK / "_ext" / "markup.py").join_marks
     formula = '<span class="math notranslate nohighlight">\\(O\\)</span>'

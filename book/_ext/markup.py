@@ -8,7 +8,11 @@ from sphinx.application import Sphinx
 def mend(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
     """Mend one page before it is written."""
     context["script_files"] = [s for s in context.get("script_files", []) if not is_thebe(s)]
-    context["body"] = join_marks(join_units(link_drawings(mark_tables(mend_citations(context.get("body", ""))))))
+    body = join_printed(mark_tables(mend_citations(context.get("body", ""))))
+    context["body"] = join_chapters(join_marks(join_units(link_drawings(body))))
+    for side in ("prev", "next"):
+        if context.get(side):
+            context[side] = {**context[side], "title": join_number(context[side]["title"])}
 
 
 def is_thebe(script) -> bool:
@@ -38,13 +42,24 @@ def mark_tables(body: str) -> str:
 
 
 def join_units(body: str) -> str:
-    """Keep a unit on the line of its number, by a space that does not break; keep top-k and dates on one line."""
+    """Keep a unit on the line of its number, by a space that does not break; keep names such as GPT-2 on one line.
+
+    The same goes for dates, a point of a few numbers, and the number behind an equals sign.
+    A product breaks behind its dot.
+    """
     unit = re.compile(r"(?:(?<=\d)|^) (?=(?:%|[kKMGT]i?B|[GT]B/s|[GT]FLOP/s|s|ms|µs|ns)(?![\w/]))")
     pieces = re.split(r"(<(pre|code|script|style)\b.*?</\2>|<[^>]+>)", body, flags=re.DOTALL)
-    whole = re.compile(r"(?<![\w-])((?i:top-[kp]|min-p)|[nk]-th|\d{4}-\d\d-\d\d)(?![\w-])")
-    pieces[::3] = (
-        whole.sub(r'<span class="tf-joined">\1</span>', unit.sub("\N{NO-BREAK SPACE}", text)) for text in pieces[::3]
-    )
+    result = re.compile(r"(?<= =) (?=[−-]?\d)|(?<=\d) (?=· [−-]?[\d(])")
+    point = re.compile(r"\([−-]?[\d.]{1,6}(?:, [−-]?[\d.]{1,6}){1,4}\)")
+    whole = re.compile(r"(?<![\w-])((?i:top-[kp]|min-p)|[nk]-th|[A-Za-z]{2,9}-V?\d\w*|\d{4}-\d\d-\d\d)(?![\w-])")
+
+    def join(text: str) -> str:
+        for gap in (unit, result):
+            text = gap.sub("\N{NO-BREAK SPACE}", text)
+        text = point.sub(lambda numbers: numbers[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+        return whole.sub(r'<span class="tf-joined">\1</span>', text)
+
+    pieces[::3] = map(join, pieces[::3])
     return "".join(text or "" for i, text in enumerate(pieces) if i % 3 != 2)
 
 
@@ -53,6 +68,29 @@ def join_marks(body: str) -> str:
     formula = r'<span class="math notranslate nohighlight">[^<]{1,36}</span>'
     near = re.compile(rf"([(\[“]*)({formula})([)\]”,.;:?!]*)")
     return near.sub(lambda m: f'<span class="tf-joined">{m[0]}</span>' if m[1] or m[3] else m[0], body)
+
+
+def join_number(title: str) -> str:
+    """Keep the number of a chapter or a part on the line of its title's first word."""
+    return re.sub(r"^(\d+\.|Part [IV]+\.) ", "\\1\N{NO-BREAK SPACE}", title)
+
+
+def join_chapters(body: str) -> str:
+    """Keep the number of a chapter beside its title in every link to it."""
+    link = re.compile(r'(<a class="reference internal"[^>]*>(?:<span class="[^"]*">)?)(\d+\. [^<]*)')
+    return link.sub(lambda found: found[1] + join_number(found[2]), body)
+
+
+def join_printed(body: str) -> str:
+    """Keep a printed token on one line with the space before its word, and an arrow in a comment whole."""
+
+    def joined(found: re.Match) -> str:
+        return re.sub(r"' [^\s'<]{1,16}'", r'<span class="tf-joined">\g<0></span>', found[0])
+
+    body = re.sub(r'<div class="output stream[^"]*"[^>]*>.*?</pre>', joined, body, flags=re.DOTALL)
+    comment = re.compile(r'(<span class="(?:sd|c1)">)([^<]*-&gt;[^<]*)')
+    arrow = '<span class="tf-joined">-&gt;</span>'
+    return comment.sub(lambda found: found[1] + found[2].replace("-&gt;", arrow), body)
 
 
 def link_drawings(body: str) -> str:

@@ -1,6 +1,7 @@
 // A long name, in code or alone in a cell, breaks behind a full stop, an underscore or a slash rather than anywhere,
 // and the space before a token stays beside it, as the dashes of an option do. On a phone a table that fits is not
-// moved sideways, and a comment is not either: it goes on below its beginning. What is moved shows that it goes on.
+// moved sideways, and a comment is not either: it goes on below its beginning. What is moved, such as a table, a figure
+// or a listing, shows that it goes on.
 (() => {
   const PHONE = 600; // pixels, as in custom.css
   const TALLEST = 9; // lines of a row: what would be taller is moved sideways instead
@@ -62,7 +63,7 @@
   // The right edge fades while there is more to the right of it.
   const mark = (box) => box.classList.toggle("tf-more", box.scrollWidth - box.clientWidth - box.scrollLeft > 2);
   const edges = (roots) => {
-    const boxes = inside(roots, "*:has(> table), .tf-scroll, .cell_output:has(img)");
+    const boxes = inside(roots, "*:has(> table), .tf-scroll, .cell_output:has(img), .highlight pre");
     const wide = boxes.filter((box) => box.classList.contains("tf-more") || box.scrollWidth > box.clientWidth + 2);
     for (const box of wide) {
       mark(box);
@@ -85,6 +86,9 @@
       if (rooms[i] < NARROWEST) return;
       one.classList.add("tf-comment");
       one.style.maxWidth = `${Math.floor(rooms[i])}px`;
+      const indent = one.textContent.search(/\S/); // of a line in the middle of a docstring
+      if (indent > 0) one.style.paddingLeft = `${indent}ch`;
+      if (indent > 0) one.style.textIndent = `${-indent}ch`;
     });
   };
 
