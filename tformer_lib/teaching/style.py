@@ -237,6 +237,12 @@ def heatmap(
     return image
 
 
+def turn_words(ax: Axes) -> None:
+    """Turn the words below or above a matrix upright. A mark or a single letter stays as it is: "I" would be a dash."""
+    for label in ax.get_xticklabels():
+        label.set_rotation(90 if len(label.get_text().strip()) > 2 else 0)
+
+
 def largest(matrix: np.ndarray) -> float:
     """The value to draw darkest: the largest finite magnitude; above 1 for booleans, so that True is blue."""
     if matrix.dtype == bool:

@@ -16,7 +16,7 @@ def who_sees_whom(mask: Tensor, queries: Sequence[str], keys: Sequence[str]) -> 
     fig, ax = style.figure(height=1.3 + 0.26 * len(queries), width=style.NARROW)
     style.heatmap(ax, mask, rows=queries, columns=keys)
     ax.set(xlabel="key: looked at", ylabel="query: looks")
-    ax.tick_params(axis="x", rotation=90)
+    style.turn_words(ax)
     note(fig, "filled: may look")
     style.show()
 
