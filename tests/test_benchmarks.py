@@ -235,7 +235,7 @@ def test_the_page_has_every_row_of_every_file():
             assert f"`{file.stem}`" in page
             assert record["command"] in page
             for row in results.timed_rows(record):
-                start = f"| {row['case']} | {row['contestant']} | "
+                start = f"| {results.named(row)} | {row['contestant']} | "
                 assert start in page, f"{file.stem} has {row['name']}"
                 cells = page.partition(start)[2].partition("\n")[0].rstrip(" |").split(" | ")
                 assert len(cells) == 5, (file.stem, row["name"], cells)  # time, spread, rate, limit, peer

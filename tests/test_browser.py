@@ -243,6 +243,32 @@ def test_a_phone_shows_what_is_a_little_too_wide_and_marks_what_is_cut(tabs, add
     assert max(extra) < 3, "a line was broken although it is set smaller"
 
 
+def test_what_a_phone_breaks_off_a_printed_line_is_indented(tabs, address):
+    tabs[PHONE].open(f"{address}notebooks/21-scaling-out.html")
+    lines = tabs[PHONE].page.evaluate("""[...document.querySelectorAll('.output.stream pre')]
+        .filter((pre) => pre.querySelector('.tf-line') && pre.clientWidth)
+        .flatMap((pre) => [...pre.querySelectorAll('.tf-line')].map((line) => {
+            const words = document.createRange();
+            words.selectNodeContents(line);
+            const lefts = [...new Set([...words.getClientRects()].map((one) => Math.round(one.left)))];
+            return [lefts, pre.textContent === [...pre.childNodes].map((one) => one.textContent).join('')];
+        }))""")
+    broken = [lefts for lefts, _ in lines if len(lefts) > 1]
+    assert broken
+    assert all(first < min(rest) for first, *rest in broken)
+    assert all(whole for _, whole in lines)
+
+
+def test_the_results_name_case_and_contestant_beside_their_numbers_on_a_phone(tabs, address):
+    names = """[...document.querySelectorAll('article table:has(.tf-of) tr:nth-child(1) td')].slice(0, 3)
+        .map((cell) => [cell.innerText.trim(), cell.offsetWidth > 0])"""
+    for width, seen in ((PHONE, [True, False, True]), (DESKTOP, [True, True, True])):
+        tabs[width].open(f"{address}results.html")
+        cells = tabs[width].page.evaluate(names)
+        assert [shown for _, shown in cells] == seen
+        assert (": train_bpe" in cells[0][0]) == (width == PHONE)
+
+
 def test_a_table_in_a_folded_box_is_fitted_when_the_box_is_opened(tabs, address):
     tabs[PHONE].open(f"{address}results.html")
     page = tabs[PHONE].page

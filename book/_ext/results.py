@@ -174,10 +174,15 @@ def rows_table(record: dict) -> str:
     """Every row with its spread, its rate, its share of the limit, and its peer."""
     rows = {row["name"]: row for row in timed_rows(record)}
     lines = [
-        (row["case"], row["contestant"], time(row["seconds"]), spread(row), rate(row), share(row), beside(row, rows))
+        (named(row), row["contestant"], time(row["seconds"]), spread(row), rate(row), share(row), beside(row, rows))
         for row in rows.values()
     ]
     return table(("case", "contestant", "time", "spread", "rate", "of the limit", "beside its peer"), lines)
+
+
+def named(row: dict) -> str:
+    """The case; a phone has no room for a column of contestants, so it shows them here."""
+    return f'{row["case"]}<span class="tf-of">: {row["contestant"]}</span>'
 
 
 def beside(row: dict, rows: dict[str, dict]) -> str:

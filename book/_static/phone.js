@@ -8,6 +8,8 @@
   const NARROWEST = 80; // pixels that a comment needs beside its code
   const SMALLER = 0.88; // of a printed line's size, as in custom.css
   const NAMES = 0.4; // of the screen: a first column of at most this width stays while the others are moved
+  const WHOLE = 12; // letters: a name in that column that has no more of them is not broken
+  const DEEPEST = 20; // letters: what is broken off a printed line is indented by no more of them
 
   const breaks = () => {
     const words = (element) => {
@@ -15,7 +17,7 @@
       const texts = [];
       while (walk.nextNode()) texts.push(walk.currentNode);
       for (const text of texts) {
-        const parts = text.data.split(/(?<=[\p{L}\d)][._/]+)(?<!\d\.(?=\d))(?=[\p{L}\d(])/u);
+        const parts = text.data.split(/(?<=[\p{L}\d)][._/]+)(?<!\d\.(?=\d))(?=[\p{L}\d(])|(?<=\p{Ll}{3})(?=\p{Lu}\p{Ll})/u);
         if (parts.length === 1) continue;
         text.replaceWith(...parts.flatMap((part) => [document.createElement("wbr"), part]).slice(1));
       }
@@ -29,8 +31,9 @@
         if (/^--?[\w-]{1,24}$/.test(word.textContent)) word.classList.add("tf-token");
       }
     }
-    for (const cell of document.querySelectorAll("article td")) {
-      if (!cell.childElementCount && /^\S{16,}$/.test(cell.textContent.trim())) words(cell);
+    for (const cell of document.querySelectorAll("article :is(td, th), article .tf-of")) {
+      const isName = /^\S{16,}$/.test(cell.textContent.trim()) || cell.matches(".tf-of");
+      if (!cell.childElementCount && isName) words(cell);
     }
   };
 
@@ -57,13 +60,16 @@
       const room = table.parentElement.clientWidth;
       return table.scrollWidth > room + 1 && table.rows[0].cells[0].offsetWidth <= NAMES * room;
     });
-    for (const table of named) table.classList.add("tf-named");
+    for (const table of named) {
+      table.classList.add("tf-named");
+      for (const { cells } of table.rows) cells[0].classList.toggle("tf-whole", cells[0].textContent.trim().length <= WHOLE);
+    }
   };
 
   // The right edge fades while there is more to the right of it.
   const mark = (box) => box.classList.toggle("tf-more", box.scrollWidth - box.clientWidth - box.scrollLeft > 2);
   const edges = (roots) => {
-    const boxes = inside(roots, "*:has(> table), .tf-scroll, .cell_output:has(img), .highlight pre");
+    const boxes = inside(roots, "*:has(> table), .tf-scroll, .cell_output:has(img), .highlight pre, .tf-table pre");
     const wide = boxes.filter((box) => box.classList.contains("tf-more") || box.scrollWidth > box.clientWidth + 2);
     for (const box of wide) {
       mark(box);
@@ -92,6 +98,25 @@
     });
   };
 
+  // What is broken off a printed line is indented, so that it does not look like a line of its own.
+  const indent = (pre) => {
+    if (pre.querySelector(".tf-line") || [...pre.children].some((part) => part.textContent.includes("\n"))) return;
+    const lines = [document.createElement("span")];
+    for (const node of [...pre.childNodes]) {
+      const parts = node.nodeType === Node.TEXT_NODE ? node.data.split(/(?<=\n)/) : [node];
+      for (const part of parts) {
+        lines.at(-1).append(part);
+        if (typeof part === "string" && part.endsWith("\n")) lines.push(document.createElement("span"));
+      }
+    }
+    for (const line of lines) {
+      line.className = "tf-line";
+      const deep = Math.max(line.textContent.search(/\S/), 0) + 2;
+      line.style.setProperty("--tf-deep", `${Math.min(deep, DEEPEST)}ch`);
+    }
+    pre.replaceChildren(...lines.filter((line) => line.textContent));
+  };
+
   // Printed lines that are a few characters too long for a phone are set smaller rather than broken.
   const pen = document.createElement("canvas").getContext("2d");
   const prints = (roots) => {
@@ -105,6 +130,7 @@
       const width = longest * pen.measureText("0").width;
       const room = pre.clientWidth - parseFloat(look.paddingLeft) - parseFloat(look.paddingRight);
       output.classList.toggle("tf-small", width > room && SMALLER * width <= room);
+      if (SMALLER * width > room) indent(pre);
     }
   };
 

@@ -83,9 +83,10 @@ def check_cache(fn):
         expected = 2 * kept * kv_heads * head_dim * itemsize
         found = fn(list(kinds), window, tokens, kv_heads, head_dim, itemsize)
         shown = f"{kinds[:4]}{'...' if len(kinds) > 4 else ''}, a window of {window}, {tokens} tokens"
+        said = f"{found:,}" if isinstance(found, int) else found
         require(
             found == expected,
-            f"{shown}, {kv_heads} kv heads of {head_dim}, {itemsize} bytes a number: {expected:,}, and you say {found}",
+            f"{shown}, {kv_heads} kv heads of {head_dim}, {itemsize} bytes a number: {expected:,}, and you say {said}",
         )
 
 
