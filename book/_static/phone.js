@@ -1,10 +1,11 @@
-// A long name, in code or alone in a cell, breaks behind a full stop, an underscore or a slash rather than anywhere,
+// A long name, in code or alone in a cell, breaks behind a full stop, an underscore or a slash, or before a capital letter,
 // and the space before a token stays beside it, as the dashes of an option do. On a phone a table that fits is not
 // moved sideways, and a comment is not either: it goes on below its beginning. What is moved, such as a table, a figure
 // or a listing, shows that it goes on.
 (() => {
   const PHONE = 600; // pixels, as in custom.css
   const TALLEST = 9; // lines of a row: what would be taller is moved sideways instead
+  const BEHIND = /(?<=[\p{L}\d)][._/]+)(?<!\d\.(?=\d))(?=[\p{L}\d(])|(?<=\p{Ll}{3})(?=\p{Lu}\p{Ll})/u;
   const NARROWEST = 80; // pixels that a comment needs beside its code
   const SMALLER = 0.88; // of a printed line's size, as in custom.css
   const NAMES = 0.4; // of the screen: a first column of at most this width stays while the others are moved
@@ -17,7 +18,7 @@
       const texts = [];
       while (walk.nextNode()) texts.push(walk.currentNode);
       for (const text of texts) {
-        const parts = text.data.split(/(?<=[\p{L}\d)][._/]+)(?<!\d\.(?=\d))(?=[\p{L}\d(])|(?<=\p{Ll}{3})(?=\p{Lu}\p{Ll})/u);
+        const parts = text.data.split(BEHIND);
         if (parts.length === 1) continue;
         text.replaceWith(...parts.flatMap((part) => [document.createElement("wbr"), part]).slice(1));
       }
@@ -62,7 +63,7 @@
     });
     for (const table of named) {
       table.classList.add("tf-named");
-      for (const { cells } of table.rows) cells[0].classList.toggle("tf-whole", cells[0].textContent.trim().length <= WHOLE);
+      for (const { cells: [name] } of table.rows) name.classList.toggle("tf-whole", name.textContent.trim().length <= WHOLE);
     }
   };
 
