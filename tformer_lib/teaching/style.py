@@ -25,6 +25,9 @@ from matplotlib.transforms import Bbox
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, YELLOW, INK, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#1B1F24", "#8A9099"
+LIGHT = "#9AD2F2"
+"""Sky, lighter: behind words, which the dark theme draws light on dark."""
+
 PALETTE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -40,6 +43,9 @@ WIDTH = 7.0
 
 NARROW = 4.2
 """Inches: at this width a label of 9.5 points is 10 pixels high on a phone."""
+
+GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+"""The box behind a number that would otherwise lie on a line of the grid."""
 
 SMALL = 48
 """Rows or columns up to which a heatmap is drawn as shapes."""

@@ -53,7 +53,7 @@ def multiprocessor() -> None:
     }
     for i, (unit, rate) in enumerate(units.items()):
         ax.text(8.5 + 14.3 * i, 19, unit, ha="center", va="center", fontsize=SMALL)
-        box(ax, 2 + 14.3 * i, 23, 13, 9, rate, style.SKY)
+        box(ax, 2 + 14.3 * i, 23, 13, 9, rate, style.LIGHT)
     box(ax, 2, 34.5, 56, 6, "registers: 256 KB", "#F3CE7E")
     box(ax, 2, 42.5, 56, 6, "shared memory and L1 cache: 256 KB", "#F3CE7E")
     ax.text(0.5, 55.5, "shared by all 132 SMs", fontsize=10, fontweight="bold")

@@ -78,8 +78,8 @@ def cache_sizes(names: Sequence[str], numbers: Sequence[int]) -> None:
     ax.plot(numbers, range(len(names)), linestyle="", marker="o", markersize=8, color=style.BLUE)
     for row, number in enumerate(numbers):
         place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
-        ax.annotate(f"{number:,}", (number, row), **place, fontsize=9.5)
+        ax.annotate(f"{number:,}", (number, row), **place, fontsize=9.5, bbox=style.GROUND)
     ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
+    ax.set_ylim(len(names) - 0.6, -0.4)
     ax.set(xscale="log", xlabel="numbers cached per token and layer", xlim=(min(numbers) / 2, max(numbers) * 6))
     style.show()

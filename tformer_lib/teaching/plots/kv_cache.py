@@ -83,9 +83,10 @@ def recorded(record: dict, contexts: dict) -> None:
     values = [row["extra"]["milliseconds_per_token"] for row in whole]
     top.plot(values, range(len(whole)), linestyle="", marker="o", markersize=8, color=style.BLUE)
     for row, value in enumerate(values):
-        top.annotate(f"{value:.2f}", (value, row), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9.5)
+        place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+        top.annotate(f"{value:.2f}", (value, row), **place, fontsize=9.5, bbox=style.GROUND)
     top.set_yticks(range(len(whole)), names, fontsize=9.5)
-    top.invert_yaxis()
+    top.set_ylim(len(whole) - 0.4, -0.6)
     top.set(title="A whole generation", xscale="log", xlabel="milliseconds per token", xlim=(0.5, 3 * max(values)))
     by_context(low, contexts)
     style.show()

@@ -125,6 +125,7 @@ def costs(seconds: dict[str, float]) -> None:
     bars = ax.barh(list(seconds), [1e3 * s for s in seconds.values()], color=style.BLUE)
     ax.bar_label(bars, fmt="%.1f", padding=3)
     ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
     ax.set(xlabel="milliseconds")
     ax.margins(x=0.15)
     style.show()

@@ -21,5 +21,6 @@ def foretold(tokens: Sequence[str], chances: Sequence[float]) -> None:
     ax.set_yticks(range(T), [token.strip() or "␣" for token in tokens])
     ax.set(xlim=(0, 1.25), ylim=(T - 0.4, -0.6))
     ax.set_xticks([])
+    ax.grid(visible=False)
     ax.spines["bottom"].set_visible(False)
     style.show()

@@ -160,7 +160,7 @@ def ladder(losses: dict[str, float], floor: float) -> None:
     names = list(losses)
     ax.barh(names, list(losses.values()), color=style.SKY, edgecolor=style.INK, linewidth=0.6, height=0.6)
     for name, loss in losses.items():
-        ax.text(loss + 0.06, name, f"{loss:.2f}", va="center", fontsize=9.5)
+        ax.text(loss + 0.14, name, f"{loss:.2f}", va="center", fontsize=9.5)
     ax.axvline(floor, color=style.VERMILION, linewidth=1.4, linestyle="--")
     ax.invert_yaxis()
     ax.grid(False, axis="y")

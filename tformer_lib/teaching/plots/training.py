@@ -41,7 +41,8 @@ def sweep(rates: Sequence[float], losses: Sequence[float], steps: int) -> None:
     _, ax = style.figure(width=style.NARROW, height=2.8)
     ax.plot(rates, losses, marker="o")
     for rate, loss in zip(rates, losses, strict=True):
-        ax.annotate(f"{loss:.1f}", (rate, loss), (0, 7), textcoords="offset points", ha="center", fontsize=9.5)
+        place = {"xytext": (0, -8), "va": "top"} if loss == min(losses) else {"xytext": (0, 7)}  # away from the line
+        ax.annotate(f"{loss:.1f}", (rate, loss), **place, textcoords="offset points", ha="center", fontsize=9.5)
     ax.set(xlabel="peak learning rate", ylabel="nats per token", xscale="log", ylim=(2, 7.8))
     ax.set_title(f"validation loss after {steps} steps", fontsize=10.5)
     style.show()

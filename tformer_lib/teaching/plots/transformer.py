@@ -9,19 +9,20 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from tformer_lib.teaching import style
 
-BOXES = {"norm": style.YELLOW, "attention": style.SKY, "feed-forward": "#F4B58F", "add": "white"}
+BOXES = {"norm": style.YELLOW, "attention": style.LIGHT, "feed-forward": "#F4B58F", "add": "white"}
 
 
 def model_diagram() -> None:
     """The whole model, read upwards: decoder-only beside encoder-decoder."""
-    _, axes = style.figure(1, 2, width=style.NARROW, height=5.4, width_ratios=[1, 2.1])
+    fig, axes = style.figure(1, 2, width=style.NARROW, height=6.0, width_ratios=[1, 2.1])
+    fig.get_layout_engine().set(w_pad=0, wspace=0)
     for ax, title, right in ((axes[0], "Decoder-only", 7.0), (axes[1], "Encoder-decoder", 14.7)):
         ax.set(xlim=(0, right), ylim=(0, 17.4))
         ax.set_title(title, fontsize=10.5)
         ax.axis("off")
-    draw_stack(axes[0], 3.5, "tokens  (batch, T)", ["causal attention", "feed-forward"], top=True, norm=True)
+    draw_stack(axes[0], 3.5, "tokens  (batch, T)", ["causal\nattention", "feed-forward"], top=True, norm=True)
     draw_stack(axes[1], 3.5, "source  (batch, S)", ["attention", "feed-forward"], top=False)
-    draw_stack(axes[1], 11.2, "target  (batch, T)", ["causal attention", "cross-attention", "feed-forward"], top=True)
+    draw_stack(axes[1], 11.2, "target  (batch, T)", ["causal\nattention", "cross-\nattention", "feed-forward"], top=True)
     axes[1].plot([3.5, 3.5, 7.33, 7.33], [9.0, 10.6, 10.6, 7.8], color=style.INK, lw=1.3)
     arrow(axes[1], (7.33, 7.8), (7.95, 7.8))
     axes[1].text(3.5, 10.9, "memory\n(batch, S, width)", ha="center", va="bottom", fontsize=9.5)
@@ -59,7 +60,7 @@ def draw_stack(ax: Axes, x: float, name: str, parts: Sequence[str], *, top: bool
 def draw_box(ax: Axes, x: float, y: float, name: str, colour: str) -> None:
     """A box of height 1 around ``x``, its foot at ``y``."""
     ax.add_patch(FancyBboxPatch((x - 3.2, y), 6.4, 1.0, boxstyle="round,pad=0.05", fc=colour, ec=style.INK))
-    ax.text(x, y + 0.5, name, ha="center", va="center", fontsize=9.5)
+    ax.text(x, y + 0.5, name, ha="center", va="center", fontsize=9.5, linespacing=0.95)
 
 
 def block_diagram() -> None:
@@ -124,7 +125,7 @@ def stream(names: Sequence[str], words: Sequence[str], chances: Sequence[float],
         ax.add_patch(FancyBboxPatch((-2.3, y - 0.28), 1.75, 0.56, boxstyle="round,pad=0.02", fc=colour, ec=style.INK))
         ax.text(-1.42, y, name, ha="center", va="center", fontsize=9.5)
         arrow(ax, (-0.53, y), (-0.04, y))
-        ax.barh(y, 1.5 * round(chance, 2), left=1.12, height=0.5, color=style.SKY)
+        ax.barh(y, 1.5 * round(chance, 2), left=1.12, height=0.5, color=style.LIGHT)
         ax.text(0.98, y, word, ha="right", va="center", fontsize=9.5)
         ax.text(1.2, y, f"{chance:.2f}", va="center", fontsize=9.5)
         ax.text(3.4, y, f"{length:.1f}", ha="right", va="center", fontsize=9.5)
