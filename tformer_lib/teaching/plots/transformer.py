@@ -22,7 +22,8 @@ def model_diagram() -> None:
         ax.axis("off")
     draw_stack(axes[0], 3.5, "tokens  (batch, T)", ["causal\nattention", "feed-forward"], top=True, norm=True)
     draw_stack(axes[1], 3.5, "source  (batch, S)", ["attention", "feed-forward"], top=False)
-    draw_stack(axes[1], 11.2, "target  (batch, T)", ["causal\nattention", "cross-\nattention", "feed-forward"], top=True)
+    decoder = ["causal\nattention", "cross-\nattention", "feed-forward"]
+    draw_stack(axes[1], 11.2, "target  (batch, T)", decoder, top=True)
     axes[1].plot([3.5, 3.5, 7.33, 7.33], [9.0, 10.6, 10.6, 7.8], color=style.INK, lw=1.3)
     arrow(axes[1], (7.33, 7.8), (7.95, 7.8))
     axes[1].text(3.5, 10.9, "memory\n(batch, S, width)", ha="center", va="bottom", fontsize=9.5)
