@@ -85,7 +85,7 @@ def join_printed(body: str) -> str:
     """Keep a printed token on one line with the space before its word, and an arrow in a comment whole."""
 
     def joined(found: re.Match) -> str:
-        return re.sub(r"' [^\s'<]{1,16}'", r'<span class="tf-joined">\g<0></span>', found[0])
+        return re.sub(r"' [^\s'<]{0,16}'", r'<span class="tf-joined">\g<0></span>', found[0])
 
     body = re.sub(r'<div class="output stream[^"]*"[^>]*>.*?</pre>', joined, body, flags=re.DOTALL)
     comment = re.compile(r'(<span class="(?:sd|c1)">)([^<]*-&gt;[^<]*)')
