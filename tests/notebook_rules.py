@@ -95,6 +95,14 @@ def figures_have_a_caption(notebook: dict) -> Iterator[str]:
             yield f"no caption (*in italics*) stands below the figure of\n{source(cell)}"
 
 
+def captions_follow_their_figure(notebook: dict) -> Iterator[str]:
+    """What a cell prints stands before its figure, and not between the figure and its caption."""
+    for cell in cells(notebook, "code"):
+        for above, below in pairwise(cell["outputs"]):
+            if below["output_type"] == "stream" and re.search(r"image/|widget-view", " ".join(above.get("data", {}))):
+                yield f"print before you draw:\n{source(cell)}"
+
+
 def drawings_have_a_picture(notebook: dict) -> Iterator[str]:
     """Beside every SVG stands a PNG: JupyterLab draws no SVG of a notebook that is not trusted yet."""
     for cell in cells(notebook, "code"):
@@ -186,6 +194,7 @@ RULES = (
     no_absolute_path,
     pictures_have_words,
     figures_have_a_caption,
+    captions_follow_their_figure,
     drawings_have_a_picture,
     solutions_are_folded,
     no_markdown_table_in_outputs,

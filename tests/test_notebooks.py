@@ -175,6 +175,7 @@ FAULTY = {
     ],
     "pictures_have_words": [code("draw()", PICTURE, count=3)],
     "figures_have_a_caption": [code("draw()", PICTURE, count=3), code("explore()", FIGURE, count=3)],
+    "captions_follow_their_figure": [code("draw(), print(1)", PICTURE, PRINTED, count=3)],
     "drawings_have_a_picture": [code("draw()", DRAWN, count=3)],
     "solutions_are_folded": [
         {
