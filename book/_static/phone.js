@@ -1,9 +1,10 @@
 // A long name, in code or alone in a cell, breaks behind a full stop, an underscore or a slash, or before a capital letter,
 // and the space before a token stays beside it, as the dashes of an option do. On a phone a table that fits is not
 // moved sideways, and a comment is not either: it goes on below its beginning. What is moved, such as a table, a figure
-// or a listing, shows that it goes on.
+// or a listing, shows that it goes on. On a desktop a comment behind code that has no room there takes the next line.
 (() => {
   const PHONE = 600; // pixels, as in custom.css
+  const DESKTOP = 1200; // pixels, as in custom.css: from here on no code scrolls
   const TALLEST = 9; // lines of a row: what would be taller is moved sideways instead
   const BEHIND = /(?<=[\p{L}\d)][._/]+)(?<!\d\.(?=\d))(?=[\p{L}\d(])|(?<=\p{Ll}{3})(?=\p{Lu}\p{Ll})/u;
   const NARROWEST = 80; // pixels that a comment needs beside its code
@@ -78,10 +79,24 @@
     }
   };
 
+  const isBehindCode = (comment) => {
+    let before = "";
+    for (let node = comment.previousSibling; node && !before.includes("\n"); node = node.previousSibling) {
+      before = node.textContent + before;
+    }
+    return /\S/.test(before.slice(before.lastIndexOf("\n") + 1));
+  };
   const comments = (roots) => {
     const all = inside(roots, ".highlight pre :is(.c1, .sd, .ch, .cp)")
       .filter((one) => !one.textContent.includes("\n"));
     for (const one of all) one.classList.remove("tf-comment");
+    if (window.innerWidth >= DESKTOP) {
+      const broken = all.filter((one) => one.matches(".c1") && one.getClientRects().length > 1 && isBehindCode(one));
+      for (const one of broken) {
+        one.classList.add("tf-comment");
+        one.style.maxWidth = "calc(100% - 12ch)"; // the indent of the lines that go on, as in custom.css
+      }
+    }
     if (window.innerWidth > PHONE) return;
     const rooms = all.map((one) => {
       const pre = one.closest("pre");
@@ -163,7 +178,11 @@
     whole();
     window.MathJax?.startup?.promise?.then(whole);
   });
-  window.addEventListener("resize", whole);
+  let resized;
+  window.addEventListener("resize", () => {
+    clearTimeout(resized);
+    resized = setTimeout(whole, 100); // once the styles of the new width hold
+  });
   document.addEventListener("toggle", unfold, true);
   document.addEventListener("click", ({ target }) => {
     const box = target.closest(".admonition.toggle"); // folded by another program, which tells nobody
