@@ -66,7 +66,13 @@ def summary_row(file: Path, record: dict) -> tuple[str, ...]:
     ratios = sorted(rows[row["peer"]]["seconds"] / row["seconds"] for row in ours if row["peer"] in rows)
     told = "" if not ratios else spread_of(ratios)
     link = f"[`{file.stem}`](#{anchor(file)})"
-    return link, DEVICES.get(file.parent.name, file.parent.name), str(len(rows)), most, told
+    device = joined(DEVICES.get(file.parent.name, file.parent.name))
+    return link, device, str(len(rows)), whole_sizes(most), ", ".join(map(joined, told.split(", ")))
+
+
+def joined(words: str) -> str:
+    """The same on one line: beside a column of long words, a narrow one would be broken at every space."""
+    return words.replace(" ", "\u00a0")
 
 
 def spread_of(ratios: list[float]) -> str:
@@ -182,7 +188,12 @@ def rows_table(record: dict) -> str:
 
 def named(row: dict) -> str:
     """The case; a phone has no room for a column of contestants, so it shows them here."""
-    return f'{row["case"]}<span class="tf-of">: {row["contestant"]}</span>'
+    return f'{whole_sizes(row["case"])}<span class="tf-of">: {row["contestant"]}</span>'
+
+
+def whole_sizes(words: str) -> str:
+    """The same, with ``d 64`` or ``N = 512`` on one line."""
+    return re.sub(r"\b([dNT]) (?=(?:= )?\d)", "\\1\u00a0", words)
 
 
 def beside(row: dict, rows: dict[str, dict]) -> str:
