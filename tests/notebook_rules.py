@@ -121,6 +121,17 @@ def solutions_are_folded(notebook: dict) -> Iterator[str]:
             yield f"outputs_hidden is missing in the metadata of\n{source(cell)}"
 
 
+def predictions_stay_open(notebook: dict) -> Iterator[str]:
+    """Between a prediction and its answer every output is folded."""
+    asked = False
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            question, answer = (source(cell).rfind(mark) for mark in (":class: predict", "{admonition} Answer"))
+            asked = question > answer if question != answer else asked
+        elif asked and cell.get("outputs") and not {"hide-output", "hide-cell"} & set(cell["metadata"].get("tags", [])):
+            yield f"an output that answers a prediction is in sight below\n{source(cell)}"
+
+
 def no_markdown_table_in_outputs(notebook: dict) -> Iterator[str]:
     """No output is a table in Markdown, which the book would show as one line with bars; ``show_table`` makes HTML."""
     for cell in cells(notebook, "code"):
@@ -197,6 +208,7 @@ RULES = (
     captions_follow_their_figure,
     drawings_have_a_picture,
     solutions_are_folded,
+    predictions_stay_open,
     no_markdown_table_in_outputs,
     streams_are_whole,
     listings_have_what_is_explained,

@@ -184,6 +184,7 @@ FAULTY = {
         },
         {**code("answer()", count=3), "metadata": {"tags": ["hide-output"]}},
     ],
+    "predictions_stay_open": [[markdown(":::{admonition} Predict\n:class: predict\n:::"), code("1", PRINTED, count=3)]],
     "no_markdown_table_in_outputs": [code("rows()", TABLE, count=3)],
     "listings_have_what_is_explained": [markdown("- `clip` shortens.\n- `optimizer.step` moves.\n\nAnd so on.")],
     "streams_are_whole": [code("print(1), print(2)", PRINTED, PRINTED, count=3)],
@@ -196,7 +197,8 @@ FAULTY = {
 def test_rule_finds_its_fault(name):
     rule = getattr(rules, name)
     assert list(rule(SOUND)) == []
-    faulty = [{**SOUND, "cells": [*SOUND["cells"], cell]} for cell in FAULTY.get(name, [])]
+    faults = [fault if isinstance(fault, list) else [fault] for fault in FAULTY.get(name, [])]
+    faulty = [{**SOUND, "cells": [*SOUND["cells"], *fault]} for fault in faults]
     if name == "kernel_is_python3":
         faulty = [{**SOUND, "metadata": {"kernelspec": {"name": "my-env"}}}]
     assert faulty
