@@ -102,7 +102,7 @@ def registers(layouts: dict[str, Sequence[tuple[str, int, int]]], most: int = 65
         at = 0
         for j, (whose, threads, each) in enumerate(parts):
             size = threads * each
-            ax.barh(i, size, left=at, height=0.5, color=colours[j], alpha=0.75, edgecolor=style.INK, linewidth=0.7)
+            ax.barh(i, size, left=at, height=0.5, color=colours[j], alpha=0.55, edgecolor=style.INK, linewidth=0.7)
             ax.text(at + size / 2, i, each, ha="center", va="center", fontsize=SMALL)
             ax.text(at + size / 2, i - 0.38, whose, ha="center", va="center", fontsize=SMALL)
             at += size
