@@ -218,7 +218,7 @@ def test_a_table_that_is_moved_shows_that_it_goes_on_and_keeps_its_names(tabs, a
     (faded, left), (still_faded, moved_to) = page.evaluate(MOVED)
     assert faded
     assert not still_faded, "at its end nothing goes on"
-    assert abs(moved_to - left) <= 1  # a border
+    assert abs(moved_to - left) <= 2  # its border goes out of sight
     fading = "[...document.querySelectorAll('.tf-more')].every((box) => box.scrollWidth > box.clientWidth + 2)"
     assert page.evaluate(fading)
 
