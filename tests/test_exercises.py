@@ -405,7 +405,7 @@ def deep(x):
         (lambda x: x * torch.nan, "the result holds nan at index [0, 0]"),
         (lambda x: None, "the result is None: is a return missing?"),
         (lambda x: [1], "the result should be a tensor, and is a list"),
-        (lambda x: x[0], "the result should have shape (2, 2), and has (2,)"),
+        (lambda x: x[0], "the result should have shape (2, 2), not (2,)"),
         (stub, "the function is still to be written: it raises NotImplementedError"),
         (7, "expected a function, got int"),
     ],

@@ -433,7 +433,7 @@ def require_tensor(x, name: str = "the result") -> None:
 def require_shape(x, shape: Sequence[int], name: str = "the result") -> None:
     """Fail unless ``x`` is a tensor of this shape."""
     require_tensor(x, name)
-    require(tuple(x.shape) == tuple(shape), f"{name} should have shape {tuple(shape)}, and has {tuple(x.shape)}")
+    require(tuple(x.shape) == tuple(shape), f"{name} should have shape {tuple(shape)}, not {tuple(x.shape)}")
 
 
 def require_dtype(x, dtype: torch.dtype, name: str = "the result") -> None:

@@ -102,7 +102,7 @@ def check_top_p(fn):
         result = fn(yours, p)
         require_shape(result, (4,), "the result")
         require(torch.equal(yours, given), "the probabilities that were given have changed: work on a copy")
-        case = f"for {probabilities} and p = {p}"
+        case = f"for {probabilities} and p = {p},"
         kept, wanted = int((result > 0).sum()), int((shares > 0).sum())
         require(kept >= 1, f"{case} no token is kept: the likeliest always stays")
         require(
@@ -232,7 +232,7 @@ def check_penalty(fn):
         result = fn(given, text.clone(), presence, frequency)
         require_shape(result, (5,), "the result")
         require(torch.equal(given, logits), "the logits that were given have changed: work on a copy")
-        case = f"with presence {presence} and frequency {frequency}"
+        case = f"with presence {presence} and frequency {frequency},"
         require(
             torch.allclose(result[counts == 0].double(), logits[counts == 0].double()),
             f"{case} a token that is not in the text has changed",
