@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,7 +112,7 @@ def test_bibliography_is_complete():
     entries = parse_file(BOOK / "references.bib").entries
     for key, entry in entries.items():
         assert entry.fields.get("title"), key
-        assert re.fullmatch(r"(19|20)\d\d", entry.fields.get("year", "")), key
+        assert re.fullmatch(r"(19|20)\d\d[a-z]?", entry.fields.get("year", "")), key
         assert entry.persons.get("author"), key
         assert "arxiv" not in entry.fields.get("note", "").lower(), f"{key}: as a note, its number is no link"
 
@@ -122,6 +123,14 @@ def test_no_work_is_listed_twice():
     assert sorted(titles) == sorted(set(titles))
     numbers = [entry.fields["eprint"] for entry in entries.values() if "eprint" in entry.fields]
     assert sorted(numbers) == sorted(set(numbers))
+
+
+def test_no_two_works_are_cited_by_the_same_words():
+    named = Counter()
+    for entry in parse_file(BOOK / "references.bib").entries.values():
+        names = [" ".join(person.prelast_names + person.last_names) for person in entry.persons["author"]]
+        named[(names[0], names[1] if len(names) == 2 else len(names) > 2, entry.fields["year"])] += 1
+    assert [words for words, count in named.items() if count > 1] == []  # 2024a and 2024b tell two apart
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)

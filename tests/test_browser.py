@@ -400,6 +400,14 @@ def test_inline_code_keeps_the_space_before_a_token(desktop, address):
 TRANSPOSED = "[...document.querySelectorAll('mjx-container[display=true]')].filter((e) => e.textContent.includes('⊤'))"
 
 
+BETWEEN_PIXELS = """(e) => {
+  const top = e.getBoundingClientRect().top;
+  e.parentElement.style.position = 'relative';
+  e.parentElement.style.top = `${0.5 - (top - Math.floor(top))}px`;
+}"""
+"""Move a formula half way between two rows of pixels: where it begins with a row, a bar that is cut may show."""
+
+
 def pictures(page, style: str) -> list[bytes]:
     """Each displayed formula with a transposition sign, and the room around it, in a style."""
     found = []
@@ -407,6 +415,7 @@ def pictures(page, style: str) -> list[bytes]:
         formula = page.evaluate_handle(f"{TRANSPOSED}[{number}]").as_element()
         formula.evaluate("(e, style) => { [e, e.parentElement].forEach((one) => { one.style = style; }); }", style)
         formula.scroll_into_view_if_needed()
+        formula.evaluate(BETWEEN_PIXELS)
         box = formula.query_selector("mjx-math").bounding_box()
         found.append(page.screenshot(clip=box | {"y": box["y"] - 8, "height": box["height"] + 16}))
     return found

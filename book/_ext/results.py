@@ -22,6 +22,7 @@ TITLES = {
     "scaling": "Scaling out",
     "rope": "RoPE",
     "kv_cache": "The KV cache",
+    "grouped_query_attention": "Grouped-query attention",
     "ratios": "The guard: each kernel beside its peer",
 }
 """Topic -> heading, where it is not the topic's words."""
@@ -46,7 +47,7 @@ def records_of(folder: Path) -> list[tuple[Path, dict]]:
     """Every file of results with what it holds, in the order of the chapters."""
     records = [(file, json.loads(file.read_text(encoding="utf-8"))) for file in sorted(folder.glob("*/*.json"))]
     records = [(file, record) for file, record in records if isinstance(record, dict) and "command" in record]
-    order = list(dict.fromkeys(module for chapter in load().chapters for module in chapter.modules))
+    order = [name for chapter in load().chapters for name in (*chapter.modules, chapter.word.replace("-", "_"))]
     place = lambda topic: (order.index(topic) if topic in order else 99, topic)  # noqa: E731
     return sorted(records, key=lambda pair: place(topic_of(pair[0])))
 
