@@ -254,8 +254,8 @@ class StepCost(NamedTuple):
 def fit_steps(log: Sequence[Step]) -> StepCost:
     """The cost of a step by the least sum of errors over an engine's log. A step begins when the one before has ended.
 
-    Not by least squares, which a few steps that something else held up would decide. The errors themselves are least
-    where squares are that each step's error divides, so the fit is repeated with the errors that it left.
+    A few steps that something else held up would decide a fit by least squares. Here each step's squared error is
+    divided by the size of the error that the fit before left, so that what is summed is the error itself.
     """
     known = np.array([(1.0, step.tokens, step.live_tokens) for step in log[1:]])
     seconds = np.array([now.finished - max(now.started, before.finished) for before, now in pairwise(log)])
