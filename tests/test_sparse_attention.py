@@ -424,7 +424,8 @@ PLACES += [("cuda", "0")] * GPU + [("cuda", "1")] * AMPERE + [("cuda", "2")] * H
 def mask_of_lists(lists, rows, columns, batch):
     """(batch, heads, rows, columns) boolean, entry by entry."""
     heads, tiles = lists.counts.shape[1:]
-    mask = torch.zeros(batch, heads, tiles * 128, sp.blocks_in(columns, 64) * 64, dtype=torch.bool)
+    height = lists.rows
+    mask = torch.zeros(batch, heads, tiles * height, sp.blocks_in(columns, 64) * 64, dtype=torch.bool)
     bits = torch.arange(64)
     for b in range(batch):
         row = min(b, lists.counts.shape[0] - 1)
@@ -434,8 +435,8 @@ def mask_of_lists(lists, rows, columns, batch):
                     block, which = int(lists.blocks[row, h, t, i]), NONE
                     if lists.masks is not None:
                         which = int(lists.masks[row, h, t, i])
-                    inside = lists.words[which, :, None] >> bits & 1 if which != NONE else torch.ones(128, 64)
-                    mask[b, h, t * 128 : t * 128 + 128, block * 64 : block * 64 + 64] |= inside.bool()
+                    inside = lists.words[which, :, None] >> bits & 1 if which != NONE else torch.ones(height, 64)
+                    mask[b, h, t * height : (t + 1) * height, block * 64 : block * 64 + 64] |= inside.bool()
     return mask[:, :, :rows, :columns]
 
 
@@ -533,6 +534,23 @@ def relative_error(found, truth):
     return float((found - truth).abs().max() / truth.abs().max().clamp(min=0.1))
 
 
+def assert_is_the_formula(out, inputs, mask, scale, case, *, gradients=True, floor=2e-5):
+    """At most 2 times the error of the formula in its own dtype against float64, 3 times for the gradients."""
+    inputs = [x for x in inputs if x is not None]
+    dout = torch.randn(out.shape).to(out)
+    found = torch.autograd.grad(out, inputs, dout) if gradients else ()
+    results = []
+    for number in (torch.float64, out.dtype):
+        cast = [x.detach().to(number).requires_grad_() for x in inputs]
+        other = rough_attention(*cast[:3], mask, scale, cast[3] if len(cast) > 3 else None)
+        results.append((other, torch.autograd.grad(other, cast, dout.to(number))))
+    (truth, truth_grads), (rough, rough_grads) = results
+    assert relative_error(out, truth) <= 2 * relative_error(rough, truth) + 1e-5, case
+    for name, a, b, c in zip("qkvs", found, truth_grads, rough_grads, strict=False):
+        assert a.isfinite().all(), case
+        assert relative_error(a, b) <= 3 * relative_error(c, b) + floor, f"d{name} {case}"
+
+
 KINDS = {
     "window": lambda S: sp.sliding_window(max(1, S // 3)),
     "strided": lambda S: sp.strided(max(1, S // 7)),
@@ -569,20 +587,9 @@ def test_the_operator_and_its_gradients_are_the_float64_formula(device, step, ki
             mask = (pattern & sp.causal() if causal else pattern).mask(T, S)
             options = (pattern.handle, causal, scale, step)
             out = torch.ops.tformer_lab.sparse_attention(q, k, v, sinks, None, *options)[0]
-        inputs = [x for x in (q, k, v, sinks) if x is not None]
-        dout = torch.randn(out.shape).to(out)
-        found = torch.autograd.grad(out, inputs, dout)
-        results = []
-        for kind_of_number in (torch.float64, dtype):
-            cast = [x.detach().to(kind_of_number).requires_grad_() for x in inputs]
-            other = rough_attention(*cast[:3], mask.to(device), scale, cast[3] if sinks is not None else None)
-            results.append((other, torch.autograd.grad(other, cast, dout.to(kind_of_number))))
-        (truth, truth_grads), (rough, rough_grads) = results
-        case = f"{kind} {T} {S} {d} {heads} {causal} {dtype}"
-        assert relative_error(out, truth) <= 2 * relative_error(rough, truth) + 1e-5, case
-        for name, a, b, c in zip("qkvs", found, truth_grads, rough_grads, strict=False):
-            assert a.isfinite().all(), case
-            assert relative_error(a, b) <= 3 * relative_error(c, b) + 2e-5, f"d{name} {case}"
+        assert_is_the_formula(
+            out, (q, k, v, sinks), mask.to(device), scale, f"{kind} {T} {S} {d} {heads} {causal} {dtype}"
+        )
 
 
 @pytest.mark.parametrize(("device", "step"), PLACES)
@@ -757,18 +764,12 @@ def test_deterministic_algorithms_are_kept_to():
         assert torch.equal(a, b)
 
 
-@needs_hopper
-@pytest.mark.parametrize("seed", range(24))
-def test_shapes_drawn_afresh_are_the_float64_formula(seed):
-    """Lengths to 4,099, head_dim to 256, ratios of heads, cut and transposed inputs, any pattern; both steps."""
+def drawn_inputs(seed, head_dims):
+    """Lengths to 4,099, ratios of heads, cut and transposed inputs on a GPU; and the generator to draw on with."""
     draw = random.Random(seed)
     T, S = (draw.choice((1, 63, 64, 65, 127, 129, draw.randint(1, 700), draw.randint(700, 4099))) for _ in "qk")
-    d, group, kv_heads = (
-        draw.choice((32, 40, 64, 72, 96, 128, 160, 192, 256)),
-        draw.choice((1, 2, 3, 8)),
-        draw.choice((1, 2)),
-    )
-    dtype, step = draw.choice((torch.bfloat16, torch.float16)), 2 if d > 128 else draw.choice((1, 2))
+    d, group, kv_heads = draw.choice(head_dims), draw.choice((1, 2, 3, 8)), draw.choice((1, 2))
+    dtype = draw.choice((torch.bfloat16, torch.float16))
     torch.manual_seed(seed)
 
     def made(heads, length):
@@ -777,7 +778,17 @@ def test_shapes_drawn_afresh_are_the_float64_formula(seed):
         return x.detach().requires_grad_()
 
     q, k, v = made(group * kv_heads, T), made(kv_heads, S), made(kv_heads, S)
-    window, causal = draw.randint(1, S), draw.random() < 0.5
+    sinks = torch.randn(group * kv_heads, device="cuda", requires_grad=True) if draw.random() < 0.3 else None
+    return draw, q, k, v, sinks
+
+
+@needs_hopper
+@pytest.mark.parametrize("seed", range(24))
+def test_shapes_drawn_afresh_are_the_float64_formula(seed):
+    """Head_dim to 256, any pattern; both steps."""
+    draw, q, k, v, sinks = drawn_inputs(seed, (32, 40, 64, 72, 96, 128, 160, 192, 256))
+    T, S, d = q.shape[2], k.shape[2], q.shape[3]
+    step, window, causal = 2 if d > 128 else draw.choice((1, 2)), draw.randint(1, S), draw.random() < 0.5
     pattern = draw.choice(
         (
             sp.sliding_window(window),
@@ -789,23 +800,26 @@ def test_shapes_drawn_afresh_are_the_float64_formula(seed):
             sp.everything(),
         )
     )
-    sinks = torch.randn(group * kv_heads, device="cuda", requires_grad=True) if draw.random() < 0.3 else None
     mask = (pattern & sp.causal() if causal else pattern).mask(T, S).cuda()
     out = sp.attend(q, k, v, pattern=pattern, causal=causal, sinks=sinks, step=step)
-    inputs = [x for x in (q, k, v, sinks) if x is not None]
-    dout = torch.randn_like(out)
-    found = torch.autograd.grad(out, inputs, dout) if d <= 128 else ()
-    results = []
-    for number in (torch.float64, dtype):
-        cast = [x.detach().to(number).requires_grad_() for x in inputs]
-        other = rough_attention(*cast[:3], mask, d**-0.5, cast[3] if sinks is not None else None)
-        results.append((other, torch.autograd.grad(other, cast, dout.to(number))))
-    (truth, truth_grads), (rough, rough_grads) = results
-    case = f"{T} {S} {d} {group} {kv_heads} {dtype} {step} {pattern} {causal}"
-    assert relative_error(out, truth) <= 2 * relative_error(rough, truth) + 1e-5, case
-    for name, a, b, c in zip("qkvs", found, truth_grads, rough_grads, strict=False):
-        floor = torch.finfo(dtype).eps * 4 if S == 1 or window == 1 else 2e-5  # one key: the true dq and dk are zero
-        assert relative_error(a, b) <= 3 * relative_error(c, b) + floor, f"d{name} {case}"
+    case = f"{T} {S} {d} {q.shape[1]} {k.shape[1]} {q.dtype} {step} {pattern} {causal}"
+    floor = torch.finfo(q.dtype).eps * 4 if S == 1 or window == 1 else 2e-5  # one key: the true dq and dk are zero
+    assert_is_the_formula(out, (q, k, v, sinks), mask, d**-0.5, case, gradients=d <= 128, floor=floor)
+
+
+@needs_hopper
+@pytest.mark.parametrize("seed", range(24))
+def test_choices_drawn_afresh_are_the_float64_formula(seed):
+    """Any number of blocks for every tile, for every head or for all; both steps."""
+    draw, q, k, v, sinks = drawn_inputs(seed, (32, 40, 64, 72, 96, 128))
+    (heads, T, d), S = q.shape[1:], k.shape[2]
+    step, causal = draw.choice((1, 2)), draw.random() < 0.5
+    chosen = draw_chosen(T, S, draw.choice((1, k.shape[1], heads)), draw.choice((1, 2, 5, 64)), seed)
+    mask = mask_of_chosen(chosen, T, S, heads, causal).cuda()
+    out = sp.attend_chosen(q, k, v, chosen.cuda(), causal=causal, sinks=sinks, step=step)
+    case = f"{T} {S} {d} {heads} {k.shape[1]} {q.dtype} {step} {chosen.shape} {causal}"
+    floor = torch.finfo(q.dtype).eps * 4 if S == 1 else 2e-5
+    assert_is_the_formula(out, (q, k, v, sinks), mask, d**-0.5, case, floor=floor)
 
 
 @pytest.mark.parametrize("step", [None, 0])

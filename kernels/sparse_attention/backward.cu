@@ -1,13 +1,16 @@
 // The gradients on Hopper (sm_90a): the flash kernel's plan (kernels/flash_attention/backward_4_hopper.cu) over lists of blocks. A
-// block of threads owns 128 keys, keeps their dK and dV in registers, and lets the blocks of queries on its list pass by.
-// Scores are transposed: a key is a row, a query a column.
+// block of threads owns the keys of one list, keeps their dK and dV in registers, and lets the blocks of queries on the list
+// pass by. Scores are transposed: a key is a row, a query a column.
 //
-//   producer warp             K and V once; then, entry by entry, Q, its statistics, its mask, and dO by TMA, two deep
-//   2 consumer warpgroups     64 keys each:
+//   producer warp               K and V once; then, entry by entry, Q, its statistics, its mask, and dO by TMA, two deep
+//   1 or 2 consumer warpgroups  64 keys each:
 //
 //     S^T = K Q^T     P^T = exp2(S^T - lse)        dV += P^T dO
 //     dP^T = V dO^T   dS^T = P^T (dP^T - delta)    dK += dS^T Q
-//                     dS^T -> shared memory        dQ  = dS K, of which each warpgroup makes one 64 x 64 part
+//                     dS^T -> shared memory        dQ  = dS K, in 64 x 64 parts that the warpgroups share out
+//
+// A pattern's list has 128 keys and two warpgroups. A list of chosen blocks has the 64 keys of one block: one warpgroup, and
+// two blocks of threads on a multiprocessor.
 //
 // At d 128 an entry is a tile of 64 queries; at d 64, where dK and dV leave registers free, two entries are a tile of 128. The
 // blocks of other keys add to the same dQ, in float32 in global memory, in the order of the fragments; round_dq_kernel brings
@@ -20,9 +23,15 @@
 //   predicted   0.50 ms with the kernels before and after, which pass over 300 MB (0.08 ms)
 //   measured    0.599 (flash with `window` 0.571, FlexAttention 0.745), of which 0.47 here and 0.13 before and after; BigBird
 //               of 7.7 % 0.935 (FlexAttention 1.580); windows of 1,024 to 8,192 at 430 to 531 TFLOP/s
-//   loses       a tile of keys that everybody sees is the work of one block: 0.76 ms with 4 global tokens beside the window.
-//               Chosen blocks are 7.4 times faster than dense for 16 times less work: a tile of 128 keys is two blocks, and a
-//               list that chose one of them computes both
+//   loses       a tile of keys that everybody sees is the work of one block: 0.76 ms with 4 global tokens beside the window
+//
+// Ledger of chosen blocks (4 heads x 65,536 x 128, 64 blocks of 1,024 drawn for each 128 queries)
+//   before      a list of 128 keys is two blocks, and where one was chosen both were computed: 4.94 ms, 280 TFLOP/s of what
+//               was asked for; 7.4 times faster than dense with all around it, for 16 times less work
+//   hypothesis  a list for each block of 64 keys has half the products and as many additions to dQ, 8.6 GB of them
+//   predicted   3.6 ms at 2.4 TB/s of additions, 0.3 before and after: 9.8 times faster than dense
+//   measured    3.94 ms (2.2 TB/s), 0.3 before and after. A variant that makes both parts of dQ before it adds the first takes
+//               4.02 to 4.04. Where the chosen blocks are neighbours, 128 keys computed nothing in vain: 3.30 and 3.36 ms
 #include "common/launch.cuh"
 #include "common/softmax.cuh"
 #include "common/tma.cuh"
@@ -33,22 +42,25 @@
 namespace sparse {
 namespace {
 
-constexpr int WARPGROUP = 128, WARPS = WARPGROUP / WARP, GROUPS = 2, GROUP_KEYS = 64, KEYS = GROUPS * GROUP_KEYS;
-constexpr int THREADS = (GROUPS + 1) * WARPGROUP;
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+constexpr int WARPGROUP = 128, WARPS = WARPGROUP / WARP, GROUP_KEYS = 64;
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 232;
 constexpr int STAGES = 2;
 constexpr int ROW_BYTES = BOX_COLUMNS * 2;
 constexpr int PART = 64;              // a part of dQ is PART x PART: 32 registers of each thread of a warpgroup
-constexpr int WORD_BYTES = TILE * 8;
-constexpr int DS_READY = 1;  // hardware barrier
+constexpr int DS_READY = 1, DS_FREE = 2;  // hardware barriers
 
-template <int D_>
+template <int D_, int GROUPS_>
 struct Shape {
-    static constexpr int D = D_, ENTRIES = D == 64 ? 2 : 1, ROWS = ENTRIES * BLOCK;
+    static constexpr int D = D_, GROUPS = GROUPS_, KEYS = GROUPS * GROUP_KEYS, THREADS = (GROUPS + 1) * WARPGROUP;
+    static constexpr int BLOCKS = 2 / GROUPS;  // blocks of threads that a multiprocessor holds
+    static constexpr int ENTRIES = D == 64 ? 2 : 1, ROWS = ENTRIES * BLOCK;
     static constexpr bool EARLY_DP = ROWS == 64;  // whether dP has registers of its own while S becomes P
     static constexpr int BOXES = D / BOX_COLUMNS, PARTS = D / PART;  // parts of dQ that a block of queries has
+    static constexpr int OWN_PARTS = ENTRIES * PARTS / GROUPS;       // parts that a warpgroup makes
     static constexpr int KEY_BYTES = KEYS * D * 2, ROW_TILE_BYTES = ROWS * D * 2, DS_BYTES = KEYS * ROWS * 2;
-    static constexpr int SHARED_BYTES = 2 * KEY_BYTES + 2 * STAGES * ROW_TILE_BYTES + 2 * DS_BYTES + 1024;
+    static constexpr int WORD_BYTES = KEYS * 8;
+    static constexpr int DS_STAGES = GROUPS;
+    static constexpr int SHARED_BYTES = 2 * KEY_BYTES + 2 * STAGES * ROW_TILE_BYTES + DS_STAGES * DS_BYTES + 1024;
 };
 
 struct Maps {
@@ -66,7 +78,7 @@ struct Shared {
     uint64_t kv_full, q_full[STAGES], q_empty[STAGES], dout_full[STAGES], dout_empty[STAGES];
     Note<Sh> notes[STAGES];
     alignas(128) float statistics[STAGES][Sh::ENTRIES][STATISTICS];
-    alignas(128) uint64_t words[STAGES][Sh::ENTRIES][TILE];
+    alignas(128) uint64_t words[STAGES][Sh::ENTRIES][Sh::KEYS];
 };
 
 struct Buffers {
@@ -89,7 +101,7 @@ struct Producer {
         arrive_and_expect(&shared.kv_full, 2 * Sh::KEY_BYTES);
 #pragma unroll
         for (int box = 0; box < Sh::BOXES; ++box) {
-            const int at = box * KEYS * ROW_BYTES, column = box * BOX_COLUMNS, row = work.tile * TILE;
+            const int at = box * Sh::KEYS * ROW_BYTES, column = box * BOX_COLUMNS, row = work.tile * Sh::KEYS;
             load_box(buffers.K + at, &maps.k, &shared.kv_full, column, row, kv, batch);
             load_box(buffers.V + at, &maps.v, &shared.kv_full, column, row, kv, batch);
         }
@@ -112,7 +124,7 @@ struct Producer {
         wait(&shared.q_empty[s], ring.parity ^ 1);
         uint64_t* const q_full = &shared.q_full[s];
         shared.notes[s] = note;
-        arrive_and_expect(q_full, Sh::ROW_TILE_BYTES + Sh::ENTRIES * STATISTICS * 4 + masks * WORD_BYTES);
+        arrive_and_expect(q_full, Sh::ROW_TILE_BYTES + Sh::ENTRIES * STATISTICS * 4 + masks * Sh::WORD_BYTES);
         const int64_t lines = (int64_t(batch) * a.heads + head) * blocks;
 #pragma unroll
         for (int i = 0; i < Sh::ENTRIES; ++i) {  // no block: rows and a line past the end, which arrive as zeros
@@ -144,7 +156,7 @@ template <class Half, class Sh>
 __device__ void issue_transposed(float (&C)[Sh::ROWS / 8][4], uint32_t A, uint32_t B) {
 #pragma unroll
     for (int k = 0; k < Sh::D / 16; ++k)
-        multiply_shared<Half, false, false>(C, k_major(A + k / 4 * KEYS * ROW_BYTES + k % 4 * 32),
+        multiply_shared<Half, false, false>(C, k_major(A + k / 4 * Sh::KEYS * ROW_BYTES + k % 4 * 32),
                                             k_major(B + k / 4 * Sh::ROWS * ROW_BYTES + k % 4 * 32), k > 0);
     commit_products();
 }
@@ -158,11 +170,11 @@ __device__ void issue_gradient(float (&C)[Sh::D / 8][4], const uint32_t (&A)[Sh:
     commit_products();
 }
 
-// One part of dQ (64 queries x 64 columns) = dS K over all KEYS keys: dS is stored with a key a row, as K is.
-template <class Half>
+// One part of dQ (64 queries x 64 columns) = dS K over all keys of the tile: dS is stored with a key a row, as K is.
+template <class Half, class Sh>
 __device__ void issue_dq(float (&dQ)[PART / 8][4], uint32_t dS, uint32_t K) {
 #pragma unroll
-    for (int k = 0; k < KEYS / 16; ++k)
+    for (int k = 0; k < Sh::KEYS / 16; ++k)
         multiply_shared<Half, true, true>(dQ, n_major(dS + k * 16 * ROW_BYTES, 0), n_major(K + k * 16 * ROW_BYTES, 0),
                                           k > 0);
     commit_products();
@@ -190,7 +202,8 @@ struct Consumer {
     template <int ENTRY>
     __device__ void mask_entry(float (&S)[Sh::ROWS / 8][4], int s) const {
         constexpr int FIRST = ENTRY * BLOCK / 8;
-        const int block = noted(shared.notes[s].block[ENTRY]), query = block * BLOCK, key = work.tile * TILE + group * GROUP_KEYS;
+        const int block = noted(shared.notes[s].block[ENTRY]), query = block * BLOCK;
+        const int key = work.tile * Sh::KEYS + group * GROUP_KEYS;
         if (noted(shared.notes[s].mask[ENTRY]) >= 0) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) mask_by_word<FIRST>(S, r, shared.words[s][ENTRY][row_in_tile(r)]);
@@ -200,7 +213,7 @@ struct Consumer {
         if (block >= 0 && key + GROUP_KEYS <= a.keys && all_seen) return;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int row = work.tile * TILE + row_in_tile(r);
+            const int row = work.tile * Sh::KEYS + row_in_tile(r);
             const bool none = block < 0 || row >= a.keys;
             mask_outside<FIRST>(S, r, none ? BLOCK : a.causal ? row - behind - query : 0, BLOCK);
         }
@@ -239,15 +252,15 @@ struct Consumer {
 #pragma unroll
         for (int k = 0; k < Sh::ROWS / 16; ++k) {
             const int chunk = 2 * (k % 4) + lane / 16;
-            stmatrix(dS + k / 4 * KEYS * ROW_BYTES + row * ROW_BYTES + (chunk ^ row % 8) * 16, words[k]);
+            stmatrix(dS + k / 4 * Sh::KEYS * ROW_BYTES + row * ROW_BYTES + (chunk ^ row % 8) * 16, words[k]);
         }
     }
 
-    // A warpgroup's part: at d 64 the block of queries of its own entry, at d 128 its half of the columns.
-    __device__ void add_dq(const float (&dQ)[PART / 8][4], int64_t bh, int s) const {
-        const int block = noted(shared.notes[s].block[Sh::ENTRIES > 1 ? group : 0]);
+    // Part `i` of a tile of queries: at d 64 the block of its entry, at d 128 its half of the columns.
+    __device__ void add_dq(const float (&dQ)[PART / 8][4], int64_t bh, int s, int i) const {
+        const int block = noted(shared.notes[s].block[Sh::ENTRIES > 1 ? i : 0]);
         if (block < 0) return;
-        const int64_t part = (bh * query_blocks(a) + block) * Sh::PARTS + (Sh::PARTS > 1 ? group : 0);
+        const int64_t part = (bh * query_blocks(a) + block) * Sh::PARTS + (Sh::PARTS > 1 ? i : 0);
         float* const target = a.dq_sum + part * PART * PART + threadIdx.x % WARPGROUP * 4;
 #pragma unroll
         for (int j = 0; j < PART / 8; ++j) add_global(target + j * WARPGROUP * 4, dQ[j]);
@@ -266,7 +279,7 @@ struct Consumer {
                 const int s = ring.stage;
                 const uint32_t Q = shared_address(buffers.Q) + s * Sh::ROW_TILE_BYTES;
                 const uint32_t dO = shared_address(buffers.dO) + s * Sh::ROW_TILE_BYTES;
-                const uint32_t dS = shared_address(buffers.dS) + s * Sh::DS_BYTES;
+                const uint32_t dS = shared_address(buffers.dS) + s % Sh::DS_STAGES * Sh::DS_BYTES;
                 float S[Sh::ROWS / 8][4], dP[Sh::ROWS / 8][4];
                 uint32_t P[Sh::ROWS / 16][4];
 
@@ -287,23 +300,30 @@ struct Consumer {
                 score_gradients(dP, P, s);
                 uint32_t ds_words[Sh::ROWS / 16][4];
                 pack_all<Half>(ds_words, dP);
+                if constexpr (Sh::DS_STAGES == 1) meet(DS_FREE, WARPGROUP);  // all warps have read the last one
                 share(dS, ds_words);
                 show_to_async();
                 products_begin();
                 issue_gradient<Half, Sh>(dK, ds_words, Q);
-                meet(DS_READY, GROUPS * WARPGROUP);
+                meet(DS_READY, Sh::GROUPS * WARPGROUP);
 
-                float dQ[PART / 8][4];
-                products_begin();
-                issue_dq<Half>(dQ, dS + (Sh::ENTRIES > 1 ? group : 0) * KEYS * ROW_BYTES,
-                               K + (Sh::BOXES > 1 ? group : 0) * KEYS * ROW_BYTES);
-                wait_products<1>();
-                pin(dV);
-                pin(dK);
-                release(&shared.dout_empty[s]);
-                wait_products<0>();
-                pin(dQ);
-                add_dq(dQ, work.b * a.heads + head, s);
+#pragma unroll
+                for (int i = 0; i < Sh::OWN_PARTS; ++i) {
+                    const int part = Sh::GROUPS > 1 ? group : i;
+                    float dQ[PART / 8][4];
+                    products_begin();
+                    issue_dq<Half, Sh>(dQ, dS + (Sh::ENTRIES > 1 ? part : 0) * Sh::KEYS * ROW_BYTES,
+                                       K + (Sh::BOXES > 1 ? part : 0) * Sh::KEYS * ROW_BYTES);
+                    if (i == 0) {
+                        wait_products<1>();
+                        pin(dV);
+                        pin(dK);
+                        release(&shared.dout_empty[s]);
+                    }
+                    wait_products<0>();
+                    pin(dQ);
+                    add_dq(dQ, work.b * a.heads + head, s, part);
+                }
                 release(&shared.q_empty[s]);
             }
         }
@@ -314,25 +334,25 @@ struct Consumer {
     __device__ void store(const Matrix& x, const float (&C)[Sh::D / 8][4], float factor) const {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int64_t key = work.tile * TILE + row_in_tile(r);
+            const int64_t key = work.tile * Sh::KEYS + row_in_tile(r);
             store_row<Half>(row_of<Half>(x, work.b, work.h, key), C, r, factor, key < a.keys, a.head_dim);
         }
     }
 };
 
 template <class Half, class Sh>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(Sh::THREADS, Sh::BLOCKS)
     backward_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments a) {
     extern __shared__ uint8_t dynamic[];
     __shared__ Shared<Sh> shared;
-    const Work work = work_at(a.lists, blockIdx.x, a.batch, a.kv_heads, int((a.keys + TILE - 1) / TILE));
+    const Work work = work_at(a.lists, blockIdx.x, a.batch, a.kv_heads, int((a.keys + Sh::KEYS - 1) / Sh::KEYS));
     uint8_t* const K = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;  // the swizzle counts from 1,024 bytes
     uint8_t *const V = K + Sh::KEY_BYTES, *const Q = V + Sh::KEY_BYTES;
     uint8_t *const dO = Q + STAGES * Sh::ROW_TILE_BYTES, *const dS = dO + STAGES * Sh::ROW_TILE_BYTES;
     const Buffers buffers{K, V, Q, dO, dS};
 
     if (threadIdx.x == 0) {
-        constexpr int CONSUMER_WARPS = GROUPS * WARPS;
+        constexpr int CONSUMER_WARPS = Sh::GROUPS * WARPS;
         barrier_init(&shared.kv_full, 1);
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(&shared.q_full[i], 1);
@@ -344,9 +364,9 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
     __syncthreads();
 
-    if (threadIdx.x >= GROUPS * WARPGROUP) {
+    if (threadIdx.x >= Sh::GROUPS * WARPGROUP) {
         give_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x == GROUPS * WARPGROUP) Producer<Sh>{maps, a, work, buffers, shared}.run();
+        if (threadIdx.x == Sh::GROUPS * WARPGROUP) Producer<Sh>{maps, a, work, buffers, shared}.run();
     } else {
         take_registers<CONSUMER_REGISTERS>();
         const int group = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
@@ -384,13 +404,13 @@ const char* make_maps(Maps& maps, const Arguments& a) {
     };
     if (const char* error = make(maps.q, a.q, a.heads, a.queries, BLOCK)) return error;
     if (const char* error = make(maps.dout, a.dout, a.heads, a.queries, BLOCK)) return error;
-    if (const char* error = make(maps.k, a.k, a.kv_heads, a.keys, KEYS)) return error;
-    if (const char* error = make(maps.v, a.v, a.kv_heads, a.keys, KEYS)) return error;
+    if (const char* error = make(maps.k, a.k, a.kv_heads, a.keys, Sh::KEYS)) return error;
+    if (const char* error = make(maps.v, a.v, a.kv_heads, a.keys, Sh::KEYS)) return error;
     const int64_t lines = a.batch * a.heads * ((a.queries + BLOCK - 1) / BLOCK);
     if (const char* error = make_line_map(&maps.statistics, a.statistics, lines, STATISTICS)) return error;
     if (a.lists.number_of_masks == 0) return nullptr;
     auto* const words = reinterpret_cast<float*>(const_cast<uint64_t*>(a.lists.words));
-    return make_line_map(&maps.words, words, a.lists.number_of_masks, WORD_BYTES / int(sizeof(float)));
+    return make_line_map(&maps.words, words, a.lists.number_of_masks, Sh::WORD_BYTES / int(sizeof(float)));
 }
 
 template <class Half, class Sh>
@@ -398,9 +418,9 @@ const char* run_backward(const Arguments& a, void* stream) {
     Maps maps;
     if (const char* error = make_maps<Sh>(maps, a)) return error;
     const int64_t row_blocks = a.batch * a.heads * ((a.queries + BLOCK - 1) / BLOCK);
-    const int64_t key_tiles = a.batch * a.kv_heads * ((a.keys + TILE - 1) / TILE);
+    const int64_t key_tiles = a.batch * a.kv_heads * ((a.keys + Sh::KEYS - 1) / Sh::KEYS);
     if (const char* error = launch(prepare_kernel<Half, Sh>, row_blocks, PREPARE_THREADS, 0, stream, a)) return error;
-    if (const char* error = launch(backward_kernel<Half, Sh>, key_tiles, THREADS, Sh::SHARED_BYTES, stream, maps, a))
+    if (const char* error = launch(backward_kernel<Half, Sh>, key_tiles, Sh::THREADS, Sh::SHARED_BYTES, stream, maps, a))
         return error;
     return launch(round_dq_kernel<Half, Sh>, row_blocks * Sh::PARTS, WARPGROUP, 0, stream, a);
 }
@@ -411,7 +431,10 @@ const char* with_shape(const Arguments& a, const Run& run) {
         return a.dtype == BFLOAT16 ? run.template operator()<Bf16, Sh>() : run.template operator()<Fp16, Sh>();
     };
     if (a.head_dim > 128) return "the gradients of a head_dim over 128 do not fit the registers of this kernel";
-    return a.head_dim <= 64 ? with_type(Shape<64>{}) : with_type(Shape<128>{});
+    const auto with_groups = [&]<int GROUPS>() {
+        return a.head_dim <= 64 ? with_type(Shape<64, GROUPS>{}) : with_type(Shape<128, GROUPS>{});
+    };
+    return a.lists.rows == GROUP_KEYS ? with_groups.template operator()<1>() : with_groups.template operator()<2>();
 }
 
 }  // namespace
@@ -432,7 +455,7 @@ extern "C" const char* backward(const Arguments* a, void* stream) {
 
 extern "C" const char* resources(const Arguments* a, Resources* out) {
     return with_shape(*a, [&]<class Half, class Sh>() {
-        return measure_resources(backward_kernel<Half, Sh>, THREADS, Sh::SHARED_BYTES, out);
+        return measure_resources(backward_kernel<Half, Sh>, Sh::THREADS, Sh::SHARED_BYTES, out);
     });
 }
 

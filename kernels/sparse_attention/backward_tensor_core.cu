@@ -1,7 +1,7 @@
 // The gradients by mma.sync (sm_80 and later) over lists of blocks, head_dim up to 128: what a GPU before Hopper runs.
 //
-// A block of threads owns 64 keys, half of a tile: their K and V stay in shared memory, their dK and dV in registers. The
-// blocks of queries on the tile's list pass by.
+// A block of threads owns 64 keys, which are half of a pattern's tile or a block that was chosen. Their K and V stay in shared
+// memory, their dK and dV in registers. The blocks of queries on the tile's list pass by.
 //
 //     S  = Q K^T          P  = exp2(S - lse)       dV += P^T dO
 //     dP = dO V^T         dS = P (dP - delta)      dK += dS^T Q        dQ = dS K, added to float32 in global memory
@@ -15,6 +15,7 @@
 //   hypothesis  a list costs what a range costs, as in the forward
 //   predicted   1.0 ms: the loads of K and V and the stores of dK and dV add a fifth to ten entries, the kernels before and
 //               after 0.1 ms
+//   chosen      a list of one block of 64 keys, in place of 128 both of whose halves were computed: 6.2 ms for 11.8
 #include "common/launch.cuh"
 #include "common/mma_tiles.cuh"
 #include "common/softmax.cuh"
@@ -27,7 +28,7 @@ namespace {
 using namespace mma_tiles;
 
 constexpr int WARPS = 4, THREADS = WARPS * WARP;
-constexpr int KEYS = BLOCK, HALVES = TILE / KEYS;           // a block's keys are one half of a tile
+constexpr int KEYS = BLOCK;                                     // of a block of threads
 constexpr int PART_ROWS = BLOCK / 2, SCORE_COLUMNS = KEYS / 2;  // of a warp: of each product's rows, of the columns of S
 
 template <int D_, int BLOCKS_>
@@ -52,7 +53,7 @@ struct Block {
     const int half;
     uint8_t* const shared;
 
-    const int key = work.tile * TILE + half * KEYS;
+    const int rows = int(a.lists.rows), key = work.tile * rows + half * KEYS;
     const int64_t heads = group_size(a), last_head = (work.h + 1) * heads;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int row = warp / 2 * PART_ROWS, score_column = warp % 2 * SCORE_COLUMNS, column = warp % 2 * Sh::COLUMNS;
@@ -91,7 +92,7 @@ struct Block {
         const int behind = int(a.keys - a.queries);  // query i stands at key i + behind
         const bool compare = key + KEYS > a.keys || (a.causal && key + KEYS - 1 > query + behind);
         if (mask < 0 && !compare) return;
-        const uint64_t* const words = a.lists.words + int64_t(mask) * TILE + half * KEYS;
+        const uint64_t* const words = a.lists.words + int64_t(mask) * rows + half * KEYS;
 #pragma unroll
         for (int j = 0; j < SCORE_COLUMNS / 8; ++j)
 #pragma unroll
@@ -195,10 +196,10 @@ struct Block {
 template <class Half, class Sh>
 __global__ void __launch_bounds__(THREADS, Sh::BLOCKS) backward_kernel(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) uint8_t shared[];
-    const int tiles = int((a.keys + TILE - 1) / TILE);
-    const Work work = work_at(a.lists, blockIdx.x / HALVES, a.batch, a.kv_heads, tiles);
-    const int half = int(blockIdx.x % HALVES);
-    if (work.tile * TILE + half * KEYS < a.keys) Block<Half, Sh>{a, work, half, shared}.run();
+    const int rows = int(a.lists.rows), halves = rows / KEYS;
+    const Work work = work_at(a.lists, blockIdx.x / halves, a.batch, a.kv_heads, int((a.keys + rows - 1) / rows));
+    const int half = int(blockIdx.x % halves);
+    if (int64_t(work.tile) * rows + half * KEYS < a.keys) Block<Half, Sh>{a, work, half, shared}.run();
 }
 
 // dQ from the order of the fragments to rows, times the scale.
@@ -228,7 +229,7 @@ __global__ void __launch_bounds__(THREADS) round_dq_kernel(const __grid_constant
 template <class Half, class Sh>
 const char* run_backward(const Arguments& a, void* stream) {
     const int64_t row_blocks = a.batch * a.heads * ((a.queries + BLOCK - 1) / BLOCK);
-    const int64_t key_blocks = a.batch * a.kv_heads * ((a.keys + TILE - 1) / TILE) * HALVES;
+    const int64_t rows = a.lists.rows, key_blocks = a.batch * a.kv_heads * ((a.keys + rows - 1) / rows) * (rows / KEYS);
     if (const char* error = launch(prepare_kernel<Half, Sh>, row_blocks, PREPARE_THREADS, 0, stream, a)) return error;
     if (const char* error = launch(backward_kernel<Half, Sh>, key_blocks, THREADS, Sh::SHARED_BYTES, stream, a))
         return error;

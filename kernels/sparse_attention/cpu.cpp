@@ -75,7 +75,7 @@ void for_each_entry(const Lists& lists, int64_t b, int64_t h, int64_t tile, cons
     for (int64_t i = at; i < at + count; ++i) {
         if (lists.blocks[i] < 0) continue;
         const int64_t mask = lists.masks != nullptr ? lists.masks[i] : -1;
-        visit(Entry{lists.blocks[i] * int64_t(BLOCK), mask < 0 ? nullptr : lists.words + mask * TILE});
+        visit(Entry{lists.blocks[i] * int64_t(BLOCK), mask < 0 ? nullptr : lists.words + mask * lists.rows});
     }
 }
 
@@ -89,10 +89,10 @@ void mask_row(float* scores, int64_t first, int64_t last, const uint64_t* word) 
             if ((*word >> i & 1) == 0) scores[i] = -INF;
 }
 
-// Run `task(batch, head, tile, scratch)` for every tile of `length` rows of every head, spread over the threads.
+// Run `task(batch, head, tile, scratch)` for every tile of a list's rows of `length` rows of every head, spread over the threads.
 template <class Task>
 void for_each_tile(const Arguments& a, int64_t heads, int64_t length, int64_t scratch_size, const Task& task) {
-    const int64_t tiles = (length + TILE - 1) / TILE;
+    const int64_t tiles = (length + a.lists.rows - 1) / a.lists.rows;
     at::parallel_for(0, a.batch * heads * tiles, 1, [&](int64_t begin, int64_t end) {
         std::vector<float> scratch(scratch_size);
         for (int64_t i = begin; i < end; ++i) {
@@ -235,7 +235,7 @@ void key_gradients(const Arguments& a) {
     const Panels dO_rows = pack_rows(rows_of<T>(a.dout), a.batch, a.heads, a.queries, d);
     const int64_t scratch = TILE * (2 * d + 2 * width + 2 * BLOCK);
     for_each_tile(a, a.kv_heads, a.keys, scratch, [&](int64_t b, int64_t kv, int64_t tile, float* buffer) {
-        const int64_t top = tile * TILE, rows = std::min<int64_t>(TILE, a.keys - top);
+        const int64_t top = tile * a.lists.rows, rows = std::min(a.lists.rows, a.keys - top);
         float *const K = buffer, *const V = K + TILE * d, *const dK = V + TILE * d, *const dV = dK + TILE * width;
         float *const S = dV + TILE * width, *const dP = S + TILE * BLOCK;
         load_tile<T>(a.k, b, kv, top, rows, d, 1.0f, K);

@@ -88,7 +88,7 @@ class ListsDescription(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("counts", "blocks", "masks", "words", "order")),
         *((name, ctypes.c_int64) for name in ("counts_batch", "counts_head", "blocks_batch", "blocks_head")),
-        *((name, ctypes.c_int64) for name in ("blocks_tile", "number_of_masks", "first_for_all")),
+        *((name, ctypes.c_int64) for name in ("blocks_tile", "number_of_masks", "first_for_all", "rows")),
     ]
 
 
@@ -120,7 +120,7 @@ def describe_lists(lists: Lists) -> ListsDescription:
     number = 0 if lists.words is None else lists.words.shape[0]
     return ListsDescription(
         lists.counts.data_ptr(), lists.blocks.data_ptr(), *optional, *strides, lists.blocks.stride(2), number,
-        lists.first_for_all,
+        lists.first_for_all, lists.rows,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Lists of blocks as the kernels read them: which blocks of 64 columns each tile of 128 rows sees, and the bits inside.
 
-Forward, rows are queries and columns keys; for the gradients of keys and values, rows are keys and columns queries.
+Forward, rows are queries and columns keys; for the gradients of keys and values, rows are keys and columns queries. For
+the gradients of blocks that were chosen a tile is one block of 64 keys.
 """
 
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ class Lists:
         counts: (1 or batch, 1 or heads, tiles) int32, entries of each list.
         blocks: (1 or batch, 1 or heads, tiles, most) int32, the entries' blocks of columns; -1 is no block.
         masks: of blocks' shape, the row of ``words`` with an entry's mask, -1 where all of it is seen; None: no masks.
-        words: (masks, TILE) int64, whose bit c says whether a row and column c of the entry's block meet; or None.
+        words: (masks, rows) int64, whose bit c says whether a row and column c of the entry's block meet; or None.
         order: (tiles) int32, the tiles, longest lists first; or None, in order.
         first_for_all: how many tiles of ``order`` are so long that those of every head come before any of the others.
+        rows: how many rows a tile has, 128 or 64.
     """
 
     counts: Tensor
@@ -35,11 +37,7 @@ class Lists:
     words: Tensor | None = None
     order: Tensor | None = None
     first_for_all: int = 0
-
-    @property
-    def parts(self) -> tuple:
-        """What an operator takes."""
-        return self.counts, self.blocks, self.masks, self.words, self.order, self.first_for_all
+    rows: int = TILE
 
     @property
     def live(self) -> int:
@@ -134,18 +132,19 @@ def chosen_lists(chosen: Tensor) -> Lists:
 def transpose_chosen(chosen: Tensor, T: int, S: int) -> Lists:
     """The lists of keys for lists of queries that have no masks, without waiting for the device.
 
-    A tile of keys has two blocks of 64. A tile of queries that chose one of them does not see the other: there are two
-    masks.
+    A tile is the block of 64 keys that was chosen, so that nothing is computed but what was: of two blocks in a tile of
+    128, most tiles of queries chose one. A tile of queries is two blocks of 64.
     """
-    query_blocks, key_tiles = blocks_in(T, BLOCK), blocks_in(S, TILE)
-    sees = torch.zeros(*chosen.shape[:3], 2 * key_tiles + 1, dtype=torch.bool, device=chosen.device)
-    sees.scatter_(3, torch.where(chosen < 0, 2 * key_tiles, chosen).long(), True)
-    sees = sees[..., :-1].unflatten(3, (key_tiles, 2)).repeat_interleave(2, dim=2)[:, :, :query_blocks]
-    sees = sees.permute(0, 1, 3, 2, 4)  # (batch, heads, key_tiles, query_blocks, 2)
-    live = sees.any(-1)
-    blocks = live.int().argsort(dim=-1, descending=True, stable=True)  # the live ones first, in order
-    first, second = sees.gather(3, blocks[..., None].expand(*blocks.shape, 2)).unbind(-1)
-    masks = torch.where(first & second, NONE, torch.where(first, 0, 1)).int()
-    half = torch.arange(TILE, device=chosen.device) < BLOCK
-    words = torch.stack((half, ~half)).long().neg()  # all bits of the rows of one half
-    return Lists(live.sum(-1).int(), blocks.int(), masks.contiguous(), words)
+    query_blocks, key_blocks, tiles = blocks_in(T, BLOCK), blocks_in(S, BLOCK), chosen.shape[2]
+    sees = torch.zeros(*chosen.shape[:3], key_blocks + 1, dtype=torch.bool, device=chosen.device)
+    sees.scatter_(3, torch.where(chosen < 0, key_blocks, chosen).long(), True)
+    sees = sees[..., :-1].mT  # (batch, heads, key_blocks, tiles)
+    place = torch.where(sees, sees.cumsum(-1) - 1, tiles)
+    tile = torch.arange(tiles, dtype=torch.int32, device=chosen.device).expand_as(place)
+    listed = tile.new_full((*place.shape[:3], tiles + 1), NONE).scatter_(3, place, tile)[..., :tiles, None]
+    halves = torch.arange(2, dtype=torch.int32, device=chosen.device)
+    blocks = torch.where(listed == NONE, NONE, 2 * listed + halves).flatten(3)
+    counts = 2 * sees.sum(-1)
+    if query_blocks < 2 * tiles:  # the last tile has one block, and its entries stand last
+        counts -= sees[..., -1].long()
+    return Lists(counts.int(), blocks, rows=BLOCK)
