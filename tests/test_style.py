@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator
 from itertools import combinations, pairwise
 from pathlib import Path
 
+import contrast
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from matplotlib.text import Text
 from notebook_rules import load
 
 from tformer_lib.teaching import style
-from tformer_lib.teaching.plots import flash_kernels
+from tformer_lib.teaching.plots import flash_kernels, tokens, transformer
 
 LEAST = 9.5
 """Points: what a figure of ``style.NARROW`` shows 10 pixels high on a phone."""
@@ -280,3 +282,103 @@ def test_no_text_of_a_drawing_lies_on_another(drawn, name, draw):
     draw()
     assert drawn
     assert [meetings(figure) for figure in drawn] == [[]]
+
+
+# --- words that can be read
+
+
+INKS = {style.INK: "INK", style.MUTED: "MUTED", style.RUST: "RUST", style.BLUE: "BLUE"}
+"""The colours in which words are written on white."""
+
+
+@pytest.mark.parametrize("ink", INKS, ids=INKS.get)
+def test_each_ink_can_be_read_on_white_in_both_themes(ink):
+    assert contrast.readable(ink, "white") >= contrast.LEAST
+
+
+def test_ink_can_be_read_on_every_ground_that_is_made_for_words():
+    pale = style.PALE(np.linspace(0.0, 1.0, 21))[:, :3]
+    grounds = [*pale, style.LIGHT, *tokens.TINTS, *transformer.BOXES.values()]
+    assert min(contrast.readable(style.INK, ground) for ground in grounds) >= contrast.LEAST
+    assert min(contrast.readable(style.MUTED, ground) for ground in tokens.TINTS) >= contrast.LEAST
+
+
+@pytest.mark.parametrize("file", DRAWERS, ids=lambda file: file.stem)
+def test_words_are_written_in_an_ink(file):
+    """A colour that is made for areas, such as GREY, is too weak for words."""
+    wrong = [
+        f"line {call.lineno}: {name.attr}"
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("text", "annotate", "set_title")
+        for given in call.keywords
+        if given.arg == "color"
+        for name in ast.walk(given.value)
+        if isinstance(name, ast.Attribute) and name.attr not in INKS.values()
+    ]
+    assert wrong == []
+
+
+def test_contrast_is_what_the_guidelines_compute():
+    assert contrast.contrast("black", "white") == pytest.approx(21)
+    assert contrast.contrast("#777777", "white") == pytest.approx(4.48, abs=0.005)
+    white, black = contrast.turned("white"), contrast.turned("black")
+    assert white == pytest.approx([18 / 255] * 3, abs=0.002)
+    assert black == pytest.approx([1, 1, 1])
+
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize(
+    "notebook", [path for path in NOTEBOOKS if path.stem[:2] not in ("11", "16", "17")], ids=lambda path: path.stem
+)
+def test_all_words_of_the_saved_drawings_can_be_read_in_both_themes(notebook):
+    drawings = ["".join(o.get("data", {}).get("image/svg+xml", "")) for o in outputs(load(notebook))]
+    found = [word for svg in drawings if svg for word in contrast.words(svg)]
+    assert found
+    assert [word for word in found if word.contrast < contrast.LEAST] == []
+
+
+def outputs(notebook: dict) -> Iterator[dict]:
+    """All outputs of a notebook."""
+    for cell in notebook["cells"]:
+        yield from cell.get("outputs", [])
+
+
+def test_words_that_cannot_be_read_are_found():
+    figure, ax = plt.subplots()
+    ax.axis("off")
+    ax.bar([0, 1, 2], [1, 1, 1], 0.9, color=[style.BLUE, style.BLUE, style.LIGHT])
+    for place, (word, ink) in enumerate({"lost": style.INK, "read": "white", "seen": style.INK}.items()):
+        ax.text(place, 0.5, word, color=ink, ha="center")
+    ax.text(0, 1.5, "faint", color=style.GREY, rotation=90)
+    page = io.BytesIO()
+    figure.savefig(page, format="svg")
+    plt.close(figure)
+    weak = {word.text for word in contrast.words(page.getvalue().decode()) if word.contrast < contrast.LEAST}
+    assert weak == {"lost", "faint"}
+
+
+def variables(css: str, selector: str) -> dict[str, str]:
+    """The colours that the first rule of a style sheet with this selector gives to variables."""
+    rule = re.search(re.escape(selector) + r"\s*\{([^{}]*)\}", css)[1]
+    return dict(re.findall(r"(--[\w-]+): *(#[0-9a-fA-F]{6})\b", rule))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_words_of_an_interactive_figure_can_be_read_on_its_shades(theme):
+    css = (Path(style.__file__).parent / "widgets" / "kit.css").read_text(encoding="utf-8")
+    colours = variables(css, ".tf-widget")
+    if theme == "dark":
+        colours |= variables(css, 'body[data-jp-theme-light="false"] .tf-widget')
+    book = Path(pytest.importorskip("pydata_sphinx_theme").__file__).parent / "theme" / "pydata_sphinx_theme"
+    page = (book / "static" / "styles" / "pydata-sphinx-theme.css").read_text(encoding="utf-8")
+    words = variables(page, f"html[data-theme={theme}]")
+    ink, surface = words["--pst-color-text-base"], {"light": "#ffffff", "dark": "#121212"}[theme]
+    picture = colours.pop("--tf-picture-ink", ink)
+    assert contrast.contrast(words["--pst-color-text-muted"], surface) >= contrast.LEAST
+    assert contrast.contrast(colours["--tf-blue"], surface) >= contrast.LEAST
+    assert contrast.contrast(contrast.mixed(colours["--tf-vermilion"], 0.75, ink), surface) >= contrast.LEAST
+    for colour in colours.values():
+        assert contrast.contrast(picture, contrast.mixed(colour, 0.5, surface)) >= contrast.LEAST
+    assert contrast.contrast(ink, contrast.mixed(colours["--tf-blue"], 0.45, surface)) >= contrast.LEAST

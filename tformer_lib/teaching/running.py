@@ -9,7 +9,7 @@ from itertools import pairwise
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from tformer_lib.teaching.style import BLUE, GREY, INK, NARROW, figure, show
+from tformer_lib.teaching.style import BLUE, GREY, INK, MUTED, NARROW, figure, show
 
 STORY = 'Once, Lily lived in a little house by the sea. "I have lost my red ball," said Lily.'
 """A story that the grammar of :mod:`tformer_lib.stories` can write in its parts, short enough for a figure."""
@@ -80,7 +80,7 @@ def model_map(word: str) -> None:
     ax.axis("off")
     frame = {"boxstyle": "round,pad=0,rounding_size=0.1", "fill": False, "edgecolor": "#C9CED6"}
     ax.add_patch(FancyBboxPatch((0.03, -0.2), 4.14, 2.06, **frame))
-    ax.text(0.13, 1.68, "inside each block", fontsize=10.5, color=GREY, va="center")
+    ax.text(0.13, 1.68, "inside each block", fontsize=10.5, color=MUTED, va="center")
     for name in PLACES:
         box(ax, name, name in PARTS[word])
     for way in (OUTER, INNER):

@@ -28,6 +28,9 @@ PURPLE, SKY, YELLOW, INK, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#1B1F24", "#8
 LIGHT = "#9AD2F2"
 """Sky, lighter: behind words, which the dark theme draws light on dark."""
 
+MUTED, RUST = "#5C636C", "#B04A00"
+"""Grey and vermilion, darker: for words, which need a contrast of 4.5 with what is behind them, in both themes."""
+
 PALETTE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -37,6 +40,9 @@ WEIGHTS = LinearSegmentedColormap.from_list("weights", ["#FFFFFF", "#9CC9E3", BL
 
 SIGNED = LinearSegmentedColormap.from_list("signed", ["#8A3D00", VERMILION, "#FFFFFF", BLUE, "#00304D"])
 """Vermilion below zero, white at zero, blue above: embeddings, biases, differences."""
+
+PALE = LinearSegmentedColormap.from_list("pale", ["#FFFFFF", "#7FB9DA"])
+"""The light half of ``WEIGHTS``: behind words, because no ink can be read on its middle in both themes."""
 
 WIDTH = 7.0
 """Inches of a figure as wide as the text."""
@@ -227,19 +233,21 @@ def heatmap(
         rows: labels of the rows.
         columns: labels of the columns (above the matrix).
         signed: colours for positive and negative values around zero, instead of from zero upwards.
-        values: a format such as ``".2f"`` to write each value into its cell.
+        values: a format such as ``".2f"`` to write each value into its cell; the colours are then pale.
         limit: the value of the darkest colour; by default the largest in the matrix.
     """
     matrix = np.asarray(matrix.detach().cpu() if isinstance(matrix, torch.Tensor) else matrix)
     if matrix.ndim != 2:
         raise ValueError(f"heatmap needs a matrix, got shape {matrix.shape}")
+    if signed and values:
+        raise ValueError("values are written on pale colours, which show no sign: leave out signed or values")
     top = limit or largest(matrix)
     matrix = matrix.astype(float)
-    low, colours = (-top, SIGNED) if signed else (0.0, WEIGHTS)
+    low, colours = (-top, SIGNED) if signed else (0.0, PALE if values else WEIGHTS)
     image = draw_cells(ax, matrix, cmap=colours, vmin=low, vmax=top)
     label_cells(ax, matrix.shape, rows, columns)
     if values:
-        write_values(ax, matrix, values, image)
+        write_values(ax, matrix, values)
     return image
 
 
@@ -279,13 +287,11 @@ def label_cells(ax: Axes, shape: tuple[int, int], rows: Sequence | None, columns
         ax.xaxis.set_label_position("top")
 
 
-def write_values(ax: Axes, matrix: np.ndarray, form: str, image: ScalarMappable) -> None:
-    """Write each finite value into its cell, white where the cell is dark."""
+def write_values(ax: Axes, matrix: np.ndarray, form: str) -> None:
+    """Write each finite value into its cell."""
     for (row, column), value in np.ndenumerate(matrix):
         if np.isfinite(value):
-            lightness = np.dot(image.to_rgba(value)[:3], (0.299, 0.587, 0.114))
-            colour = "white" if lightness < 0.5 else INK
-            ax.text(column, row, format(value, form), ha="center", va="center", color=colour, fontsize=9.5)
+            ax.text(column, row, format(value, form), ha="center", va="center", fontsize=9.5)
 
 
 def log2_axis(

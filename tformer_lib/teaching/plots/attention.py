@@ -17,7 +17,7 @@ def looking_back(tokens: Sequence[str], weights: Tensor) -> None:
     _, ax = style.figure(width=3.4, height=0.23 * T)
     for i, (token, weight) in enumerate(zip(tokens, weights.tolist(), strict=True)):
         dark = round(weight, 2) >= 0.02 or i == T - 1
-        ax.text(0.0, i, token, ha="right", va="center", color=style.INK if dark else style.GREY)
+        ax.text(0.0, i, token, ha="right", va="center", color=style.INK if dark else style.MUTED)
         if round(weight, 2) >= 0.02:
             width = 1 + 5 * round(weight, 2)
             look = {"arrowstyle": "-|>", "mutation_scale": 12 + width, "linewidth": width, "color": style.BLUE}

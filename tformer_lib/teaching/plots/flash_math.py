@@ -18,7 +18,7 @@ def two_ways(tokens: int = 12, tile: int = 3) -> None:
     row, columns = 2, tokens // tile
     for column in range(columns):
         now, gone = column == 2, column < 2
-        look = {"facecolor": style.BLUE if now else "none", "alpha": 0.8 if now else 1.0}
+        look = {"facecolor": style.LIGHT if now else "none"}
         axes[1].add_patch(Rectangle((column * tile, row * tile), tile, tile, edgecolor=style.INK, **look))
         word = "now" if now else "gone" if gone else "later"
         axes[1].text((column + 0.5) * tile, (row + 0.5) * tile, word, ha="center", va="center", fontsize=9.5)

@@ -58,7 +58,7 @@ def line(words: Sequence[str], probabilities: Sequence[float], u: float) -> None
         (u, 0.95),
         ha="center",
         fontsize=10,
-        color=style.VERMILION,
+        color=style.RUST,
         arrowprops={"arrowstyle": "-|>", "color": style.VERMILION},
     )
     ax.set(xlim=(0, 1), ylim=(-0.5, 1.15), yticks=[])

@@ -67,7 +67,7 @@ def ring(visible: Tensor, slots: Sequence[Sequence[int]], steps: Sequence[int]) 
     style.heatmap(top, visible)
     top.set(title="Who sees whom", xlabel="key", ylabel="query")
     shade = (table.float() - torch.tensor(steps)[:, None] + 12).clamp_min(2).masked_fill(table < 0, torch.nan)
-    style.heatmap(low, shade, rows=[f"after {n}" for n in steps], columns=range(table.shape[1]), limit=26)
+    style.heatmap(low, shade, rows=[f"after {n}" for n in steps], columns=range(table.shape[1]), limit=30)
     for (row, column), position in zip(
         torch.cartesian_prod(*map(torch.arange, table.shape)).tolist(), table.flatten(), strict=True
     ):

@@ -48,11 +48,10 @@ def ring_turns(size: int = 4) -> None:
 def draw_chunk(ax, rank: int, turn: int, chunk: int, count: int, size: int, is_sent: bool) -> None:
     """One chunk of one process: darker the more processes' numbers it has added up, framed if it is sent next."""
     left, width = 1.25 * rank + chunk / size, 1 / size
-    shade = style.WEIGHTS(0.12 + 0.75 * (count - 1) / (size - 1))
+    shade = style.PALE(0.15 + 0.85 * (count - 1) / (size - 1))
     frame = {"edgecolor": style.VERMILION, "linewidth": 2.0, "zorder": 3} if is_sent else {"edgecolor": style.GREY}
     ax.add_patch(Rectangle((left + 0.01, turn + 0.05), width - 0.02, 0.5, facecolor=shade, **frame))
-    colour = "white" if count > size / 2 else style.INK
-    ax.text(left + width / 2, turn + 0.3, str(count), ha="center", va="center", fontsize=9.5, color=colour, zorder=4)
+    ax.text(left + width / 2, turn + 0.3, str(count), ha="center", va="center", fontsize=9.5, zorder=4)
 
 
 def ring_of_keys(words: Sequence[Sequence[str]]) -> None:

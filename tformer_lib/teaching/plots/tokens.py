@@ -40,7 +40,7 @@ def boxes(ax: Axes, row: int, pieces: Sequence[str]) -> None:
         shape.set(facecolor=TINTS[i % 2], edgecolor=style.GREY)
         ax.add_patch(shape)
         for k, character in enumerate(piece.replace(" ", "␣")):
-            colour = style.GREY if character == "␣" else style.INK
+            colour = style.MUTED if character == "␣" else style.INK
             ax.text(
                 left + k + 0.5, row, character, ha="center", va="center", family="monospace", fontsize=9.5, color=colour
             )
@@ -126,19 +126,15 @@ def surprise(words: Sequence[tuple[str, float]]) -> None:
     fig, ax = style.figure(width=style.NARROW, height=0.29 * rows + 0.75)
     limit = max(bits for *_, bits in placed)
     for left, row, word, bits in placed:
-        shade = style.WEIGHTS(0.75 * max(bits, 0.0) / limit)
+        shade = style.PALE(max(bits, 0.0) / limit)
         ax.add_patch(FancyBboxPatch((left, row - 0.42), len(word), 0.84, boxstyle="square,pad=0", color=shade, lw=0))
         for k, character in enumerate(word):
-            dark = "white" if bits > 0.72 * limit else style.INK
-            ax.text(
-                left + k + 0.5, row, character, ha="center", va="center", family="monospace", fontsize=9.5, color=dark
-            )
+            ax.text(left + k + 0.5, row, character, ha="center", va="center", family="monospace", fontsize=9.5)
     ax.set(xlim=(0, LINE), ylim=(rows - 0.4, -0.6))
     ax.set_axis_off()
-    scale = style.ScalarMappable(cmap=style.WEIGHTS.resampled(256))
-    scale.set_clim(0, limit / 0.75)
+    scale = style.ScalarMappable(cmap=style.PALE)
+    scale.set_clim(0, limit)
     bar = fig.colorbar(scale, ax=ax, orientation="horizontal", shrink=0.8, aspect=30, pad=0.02)
-    bar.ax.set_xlim(0, limit)
     bar.set_label("surprise of the word, given all before it (bits)", fontsize=9.5)
     style.show()
 

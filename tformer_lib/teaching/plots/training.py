@@ -87,7 +87,7 @@ def loop() -> None:
         ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": style.INK, "linewidth": 1.3})
     step = {"arrowstyle": "-|>", "color": style.VERMILION, "linewidth": 1.6}
     ax.annotate("", (2.98, 1.95), (1.35, 0.62), arrowprops=step)
-    ax.text(0.1, 1.35, "AdamW: a small step\nof every weight", va="center", color=style.VERMILION)
+    ax.text(0.1, 1.35, "AdamW: a small step\nof every weight", va="center", color=style.RUST)
     ax.set(xlim=(0, 4.2), ylim=(0, 2.9))
     ax.axis("off")
     style.show()

@@ -153,7 +153,7 @@ function bars(place, before, after, { drawn, axis }, shown, set, kit) {
       const share = drawn.counts[i] / drawn.times;
       parts.push(
         kit.svg("circle", { cx: LEFT + length(share), cy: y + 16, r: 4.5, style: "fill:var(--tf-vermilion)" }),
-        kit.svg("text", { x: WIDTH - 2, y: y + 15, "font-size": 13.5, "text-anchor": "end", style: "fill:var(--tf-vermilion)" }, `${drawn.counts[i]}`),
+        kit.svg("text", { x: WIDTH - 2, y: y + 15, "font-size": 13.5, "text-anchor": "end", style: "fill:color-mix(in srgb, var(--tf-vermilion) 75%, var(--tf-ink))" }, `${drawn.counts[i]}`),
       );
     }
     if (!other) parts.push(handle(i, name, model[i], end, y, set, kit));

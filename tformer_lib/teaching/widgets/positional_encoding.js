@@ -104,7 +104,7 @@ function barChart(state, data, kit) {
   const [top, height] = [1.8 * FONT, 130];
   const y = (v) => top + (height * (axis.high - v)) / (axis.high - axis.low);
   const bars = values(state, data).map((v, n) => {
-    if (v === null) return kit.svg("text", { x: LEFT + CELL * n + 2, y: y(0) - 3, "font-size": 10, opacity: 0.5 }, "×");
+    if (v === null) return kit.svg("text", { x: LEFT + CELL * n + 2, y: y(0) - 3, "font-size": 10, opacity: 0.75 }, "×");
     return kit.svg("rect", {
       x: LEFT + CELL * n + 1, width: CELL - 2, y: Math.min(y(v), y(0)), height: Math.max(1, Math.abs(y(v) - y(0))),
       style: `fill:${n === state.query ? "currentColor" : n === state.key ? kit.colours[1] : kit.colours[0]}`,

@@ -19,8 +19,7 @@ function attention(data, kit) {
     const weights = look.rows[place];
     const asks = look.start + place;
     words.forEach((word, i) => {
-      word.style.background = i < weights.length ? kit.shade(weights[i]) : "transparent";
-      word.style.color = weights[i] > 0.55 ? "var(--tf-surface)" : "inherit";
+      word.style.background = i < weights.length ? kit.shade(0.45 * weights[i]) : "transparent";
       word.style.opacity = i > asks ? 0.7 : 1;
       word.style.outline = i === asks ? "2px solid var(--tf-vermilion)" : "none";
     });

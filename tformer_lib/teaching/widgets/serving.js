@@ -52,7 +52,7 @@ function lanes({ steps }, step, { names }, kit) {
     ...steps.slice(0, step + 1).map(({ states }, column) => cell(states[row], left + size * column, 34 + size * row, size, column === step, kit)),
   ]);
   const heads = steps.map((_, column) =>
-    kit.svg("text", { x: left + size * (column + 0.5), y: 28, "text-anchor": "middle", "font-size": 12, opacity: column <= step ? 1 : 0.6 }, column + 1),
+    kit.svg("text", { x: left + size * (column + 0.5), y: 28, "text-anchor": "middle", "font-size": 12, opacity: column <= step ? 1 : 0.75 }, column + 1),
   );
   const title = kit.svg("text", { x: 0, y: 11, "font-size": 13 }, "R reads, W writes, × idle, ! loses its blocks");
   const words = names.map((letter, i) => `${letter} ${steps[step].states[i][0]}`).join(", ");

@@ -55,7 +55,7 @@ const percent = (share) => (share > 0.994 ? "nearly 100 %" : share < 0.005 ? "le
 
 // A token of the story: shaded by the weight that the head gives it; what the model has not read yet is faint.
 function piece(word, i, at, row, pick, kit) {
-  const ground = i < row.length && row[i] > 0.02 ? kit.shade(0.6 * row[i]) : "none";
+  const ground = i < row.length && row[i] > 0.02 ? kit.shade(0.45 * row[i]) : "none";
   const look = `background:${ground};padding:0.15em 0;border-radius:3px;cursor:pointer;` +
     (i === at ? "outline:2px solid var(--tf-vermilion);" : "") + (i > at ? "color:var(--tf-muted);" : "");
   return kit.el("span", { style: look, onclick: () => pick(i) }, word);

@@ -53,7 +53,7 @@ const percent = (share) => `${Math.round(100 * share)} %`;
 // A token of the story, shaded by the weight that it gets; what comes after the query is faint: it cannot be seen.
 function box(token, i, row, state, pick, kit) {
   const here = i === state.query;
-  const ground = i < row.length ? kit.shade(0.65 * row[i]) : "none";
+  const ground = i < row.length ? kit.shade(0.45 * row[i]) : "none";
   return kit.el("span", {
     style: `background:${ground};padding:0.1em 0;border-radius:3px;cursor:pointer;${here ? "outline:2px solid var(--tf-vermilion);" : ""}` +
       `${i > state.query ? "color:var(--tf-muted);" : ""}`,
@@ -71,7 +71,7 @@ function everyHead(weights, state, data, pick, kit) {
     return kit.svg("g", { style: "cursor:pointer", onclick: () => pick({ layer: l, head: h }) },
       kit.svg("rect", {
         x: left + width * l + 1, y: top + height * h + 1, width: width - 3, height: height - 3, rx: 4, "stroke-width": chosen ? 3 : 1,
-        style: `fill:${kit.shade(0.65 * most)};stroke:var(${chosen ? "--tf-vermilion" : "--tf-line"})`,
+        style: `fill:${kit.shade(0.45 * most)};stroke:var(${chosen ? "--tf-vermilion" : "--tf-line"})`,
       }),
       kit.svg("text", { x: left + width * (l + 0.5), y: top + height * (h + 0.5) + 5, "text-anchor": "middle", "font-size": 13 },
         `${word(data.tokens[row.indexOf(most)]).slice(0, 8)} ${Math.round(100 * most)}`),

@@ -70,7 +70,7 @@ function tower(data, state, pick, kit) {
       kit.svg("rect", { x: 224, y: y + 3, width: Math.max(1, (bar * share) / 1000), height: height - 14, rx: 3, style: "fill:var(--tf-blue);opacity:0.8" }),
       text(342, y + 18, "start", percent(share).replace("nearly ", "").replace("less than ", "< ")), text(width - 2, y + 18, "end", (data.lengths[i][state.token] / 10).toFixed(1)),
     ];
-    return kit.svg("g", { style: `cursor:pointer;opacity:${i > state.part ? 0.4 : 1}`, onclick: () => pick(i) }, parts);
+    return kit.svg("g", { style: `cursor:pointer;opacity:${i > state.part ? 0.7 : 1}`, onclick: () => pick(i) }, parts);
   });
   const heads = [text(64, 18, "middle", "adds", true), text(216, 18, "end", "names", true), text(224, 18, "start", "probability", true), text(width - 2, 18, "end", "length", true)];
   const [word, share] = pairs(data.says[state.part][state.token], data.words)[0];
