@@ -80,8 +80,10 @@ What was counted since, and not measured:
         1.47 in 924 steps in which nobody waits. A step of rows that write takes 1.21 ms, 0.86 times what its keys and
         values take at 4.3 TB/s, and 2.8 us a row. A piece of a prompt adds 0.4 ms and 2.6 us a token
     the 27 kernels of PyTorch between a step's last product and the next step's first one: 116 us at 142 rows, 28 of
-        which are the search for the largest logits. Three kernels of our own, which should take 30, are written, and
-        have not run on a GPU
+        which are the search for the largest logits. Three kernels of our own could take 30; there are none yet
+
+The part "steps" asks where a step of a lightly loaded server spends its time: on the clock, in the host that asks for its
+kernels, and in the kernels.
 
 The parts "speculation", "float8" and "deterministic" ask what each of these gains or costs: drafts at batch 1, on texts
 that repeat themselves, that never do, and that mislead; float8 in the same bytes of keys and values; and steps of one
@@ -703,6 +705,66 @@ def timeline_row(what: str, seconds: float, calls: int, **extra) -> dict:
     return {**names, "timing": (seconds, seconds, seconds, calls), "alone": "a part of one step", **extra}
 
 
+STEPS = {
+    "one row": (1, 0),
+    "30 rows": (30, 0),
+    "30 rows and 482 tokens of a prompt": (30, 482),
+}
+"""Kinds of step of a lightly loaded server: rows that write, tokens of a prompt beside them."""
+
+
+def steps_part(device: str) -> dict:
+    """Kinds of step on the clock, beside what the host takes to ask for them and what their kernels take."""
+    model, made, each = llama(device), [], 10
+    engine = make_engine(model, max_num_seqs=40, budget=512)
+    for case, (rows, piece) in STEPS.items():
+
+        def step(piece: int = piece) -> None:
+            if piece:
+                engine.add([(len(engine.log) + i) % LLAMA_1B.vocab_size for i in range(piece)], {"max_new_tokens": 1})
+            engine.step()
+
+        for i in range(rows):
+            engine.add([(7 * i + j) % LLAMA_1B.vocab_size for j in range(900)], {"max_new_tokens": 200})
+        while engine.scheduler.waiting or any(request.wanted != 1 for request in engine.scheduler.running):
+            engine.step()
+        for _ in range(10):
+            step()
+        engine.log.clear()
+        for _ in range(40):
+            step()
+        log = list(engine.log)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(each):
+                step()
+            synchronize(torch.device(device))
+        events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        kernels = sum(event.device_time for event in events) / 1e6 / each
+        asking = [step.launched - step.started for step in log]
+        clock = [now.finished - before.finished for before, now in pairwise(log)]
+        tokens = median(step.tokens for step in log)
+        names = {"case": f"a step of {case}", "alone": "a part of one step"}
+        facts = names | {"tokens": tokens, "live_tokens": median(step.live_tokens for step in log)}
+        made += [
+            facts | {"contestant": "the step", "timing": spread(clock), "unbounded": MANY_STEPS},
+            facts | {"contestant": "the host, until it has asked for it", "timing": spread(asking), "unbounded": HOST},
+            facts
+            | {"contestant": "its kernels", "timing": (kernels,) * 3 + (each,), "kernels": len(events) / each}
+            | {"unbounded": "it is the sum of all kinds of kernel"},
+        ]
+        engine.run()
+    return {"rows": [row | {"name": f"{row['case']}: {row['contestant']}"} for row in made]}
+
+
+HOST = "what a host does has no limit of the device's"
+
+
+def spread(seconds: Sequence[float]) -> tuple[float, float, float, int]:
+    """The median, the tenth and ninetieth percentile, and how many."""
+    p10, *_, p90 = quantiles(seconds, n=10)
+    return median(seconds), p10, p90, len(seconds)
+
+
 # speculation, float8 pools, texts without neighbours
 
 
@@ -957,6 +1019,7 @@ PARTS: dict[str, Callable[[str], dict]] = {
     "latency": latency_part,
     "knee": knee_part,
     "timeline": timeline_part,
+    "steps": steps_part,
     "speculation": speculation_part,
     "float8": float8_part,
     "deterministic": deterministic_part,
