@@ -3,9 +3,10 @@
 import textwrap
 
 import pytest
+import torch
 
 from tformer_lib.attention import attend
-from tformer_lib.teaching.display import are_identifiers, part, row_name, show_source
+from tformer_lib.teaching.display import are_identifiers, part, row_name, show_source, under
 
 SOURCE = '''    def area(self):
         """The area."""
@@ -58,3 +59,19 @@ def test_show_source_says_the_file(capsys):
 def test_only_identifiers_are_set_as_code(names, code):
     assert are_identifiers(names) == code
     assert row_name("a<b", code) == ("<code>a&lt;b</code>" if code else "a&lt;b")
+
+
+@pytest.mark.parametrize(
+    ("difference", "said"),
+    [
+        (0, "under 1e-5"),
+        (torch.tensor(9.9e-6), "under 1e-5"),
+        (-1.1e-5, "1.1e-5"),
+        (torch.tensor(2.5), "2.5"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_a_difference_is_told_as_a_bound_or_as_it_is(difference, said):
+    assert under(difference, 1e-5) == said
+    assert under(0, 1e-12) == "under 1e-12"

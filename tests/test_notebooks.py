@@ -4,6 +4,7 @@ import ast
 import copy
 import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import notebook_rules as rules
@@ -42,6 +43,25 @@ def test_cells_that_are_not_compared_are_counted(notebook):
 
 def test_notebook_is_light(notebook):
     assert notebook.stat().st_size <= rules.LIGHT
+
+
+def test_no_difference_is_printed_as_zeros_alone(notebook):
+    """A number that four digits or more show as zeros is told as a bound: ``teaching.under``."""
+    said = [line for text in printed(load(notebook)) for line in text.splitlines()]
+    zeros = [line for line in said if re.search(r"(?<![\d.])0\.0{4,}(?![\d.])", line)]
+    assert len(zeros) <= ZEROS.get(notebook.stem, 0), zeros
+
+
+ZEROS = {"16-flash-kernels": 5}
+"""Notebook -> lines that may end in zeros."""
+
+
+def printed(notebook: dict) -> Iterator[str]:
+    """What the cells print, their tables among it."""
+    for cell in cells(notebook, "code"):
+        for output in cell["outputs"]:
+            yield "".join(output.get("text", ""))
+            yield "".join(output.get("data", {}).get("text/plain", ""))
 
 
 def test_three_exercises_each_with_a_check(notebook):

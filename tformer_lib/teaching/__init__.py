@@ -8,7 +8,7 @@ A notebook opens with::
 This is the only package of the library that imports matplotlib, ipywidgets or IPython.
 """
 
-from tformer_lib.teaching.display import results, show_source
+from tformer_lib.teaching.display import results, show_source, under
 from tformer_lib.teaching.exercises import progress
 from tformer_lib.teaching.my_gpt import capstone
 from tformer_lib.teaching.running import SENTENCE, STORY, model_map
@@ -27,4 +27,5 @@ __all__ = [
     "setup",
     "show",
     "show_source",
+    "under",
 ]

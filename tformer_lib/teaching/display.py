@@ -9,6 +9,7 @@ from pathlib import Path
 
 from IPython import get_ipython
 from IPython.display import Markdown, display
+from torch import Tensor
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -55,6 +56,22 @@ def show_markdown(text: str) -> None:
         print(text)
     else:
         display(Markdown(text))
+
+
+def under(difference: float | Tensor, bound: float) -> str:
+    """A difference by rounding as words: ``under 1e-12`` where it is, so that every machine prints the same.
+
+    Args:
+        difference: a number, or a tensor that holds one.
+        bound: what the difference should be below; a larger one is given as it is, and so is what is no number.
+    """
+    size = abs(difference.item() if isinstance(difference, Tensor) else difference)
+    return f"under {short(f'{bound:.0e}')}" if size < bound else short(f"{size:.2g}")
+
+
+def short(number: str) -> str:
+    """1e-05 as people write it: 1e-5."""
+    return number.replace("e-0", "e-")
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

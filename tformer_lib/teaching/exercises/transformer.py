@@ -85,7 +85,7 @@ def check_smoothing(fn):
         )
         require(
             abs(found - entropy.item()) < 1e-4,
-            f"{vocabulary} tokens, smoothing {smoothing}: the loss goes down to {best.item():.4f}; you say {found:.4f}",
+            f"{vocabulary} tokens, smoothing {smoothing}: the loss goes down to {best.item():.4f}; you say {found:.4g}",
         )
 
 
