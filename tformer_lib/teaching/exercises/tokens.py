@@ -223,7 +223,7 @@ def check_work_of_training(fn) -> None:
     words = rare | frequent
     start = count_lines(lambda: fn(dict(words), 3))
     reason = (
-        f"the merges are right, and too dear: of {len(words)} words only {len(frequent)} hold pairs that are merged, "
+        f"the merges are right, but too slow: of {len(words)} words only {len(frequent)} hold pairs that are merged, "
         "and yet a merge runs more than a line of Python for every second word: visit only those that hold the pair"
     )
     found = []
