@@ -18,6 +18,13 @@ LIGHT = 2_500_000
 UNCOMPARED: dict[str, int] = {"06-training": 1}
 """Notebook -> how many of its cells may be tagged so that their output is not compared (or that they are not run)."""
 
+PLURALS = (
+    "beams|blocks|bytes|devices|dimensions|experts|FLOPs|GPUs|groups|heads|keys|layers|numbers|operators|pairs|passes|"
+    "pieces|places|positions|processes|prompts|queries|ranges|rounds|rows|seconds|steps|tensors|texts|tokens"
+)
+ONE_OF_MANY = re.compile(rf"(?<![\w.,/^-])(?<!- )1 (?:(?!has|holds|makes|owns|sees)\w+ )?(?:{PLURALS})\b")
+"""What a message says that puts any number before a plural: 1 heads, 1 new tokens."""
+
 
 def load(path: Path) -> dict:
     """The notebook as JSON."""

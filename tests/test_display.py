@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tformer_lib.attention import attend
+from tformer_lib.contract import counted
 from tformer_lib.teaching.display import are_identifiers, part, row_name, show_source, under
 
 SOURCE = '''    def area(self):
@@ -75,3 +76,12 @@ def test_only_identifiers_are_set_as_code(names, code):
 def test_a_difference_is_told_as_a_bound_or_as_it_is(difference, said):
     assert under(difference, 1e-5) == said
     assert under(0, 1e-12) == "under 1e-12"
+
+
+@pytest.mark.parametrize(
+    ("number", "thing", "said"),
+    [(0, "block", "0 blocks"), (1, "block", "1 block"), (2, "new token", "2 new tokens")],
+)
+def test_a_number_of_things_is_said_in_words(number, thing, said):
+    assert counted(number, thing) == said
+    assert counted(number, "query", "queries") == f"{number} {'query' if number == 1 else 'queries'}"

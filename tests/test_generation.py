@@ -459,8 +459,8 @@ def test_penalty_makes_a_greedy_text_stop_repeating():
         ({"chunk": 2.5}, "chunk must be a whole number, got 2.5"),
         ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, got 2.5"),
         ({"stop_tokens": 3}, "stop_tokens must be a list of tokens, got 3"),
-        ({"cache": PreallocatedCache(CacheShape.of(MODEL, 1), 40)}, "made for 1 rows, there are 3 prompts"),
-        ({"seed": [1], "temperature": 1.0}, "3 prompts, 1 seeds"),
+        ({"cache": PreallocatedCache(CacheShape.of(MODEL, 1), 40)}, "made for 1 row, the prompts are 3"),
+        ({"seed": [1], "temperature": 1.0}, "3 prompts, 1 seed$"),
     ],
 )
 def test_senseless_options_are_refused(options, match):
@@ -499,7 +499,7 @@ def test_logits_that_are_no_numbers_are_refused_on_a_cpu(wrong, rules):
         generate(model, PROMPTS, max_new_tokens=2, **rules)
     found = Sampler(Sampling(**rules), [[0]] * 2, 2, 3, torch.device("cpu"))
     found(torch.tensor([[0.0, -math.inf, 1.0]] * 2))
-    with pytest.raises(ValueError, match="the logits of row 1 are not finite after 1 new tokens"):
+    with pytest.raises(ValueError, match="the logits of row 1 are not finite after 1 new token"):
         found(torch.tensor([[0.0, 1.0, 2.0], [0.0, wrong, 0.0]]))
 
 
@@ -535,7 +535,9 @@ def test_senseless_prompts_are_refused():
 
 def test_a_learned_table_too_short_is_refused_before_any_work():
     model = make_model(positions="learned")
-    with pytest.raises(ValueError, match="60 tokens and 6 new ones need 65 positions, the model has learned 64"):
+    with pytest.raises(
+        ValueError, match="with 6 new tokens a prompt of 60 needs 65 positions, the model has learned 64"
+    ):
         generate(model, [[1] * 60], max_new_tokens=6)
     assert len(generate(model, [[1] * 60], max_new_tokens=5)[0]) == 5
 

@@ -219,7 +219,7 @@ def test_a_hybrid_of_three_to_one_learns_to_recall():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: make(value_heads=3), "3 value heads are not a multiple of 2 key heads"),
+        (lambda: make(value_heads=3), "value heads must be a multiple of key heads, got 3 and 2"),
         (lambda: make(kernel=0), "kernel must be at least 1, got 0"),
         (lambda: make()(torch.zeros(2, 3, 5)), r"x must be \(batch, T, 24\), got \(2, 3, 5\)"),
         (

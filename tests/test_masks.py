@@ -120,7 +120,7 @@ def test_describe_draws_who_sees_whom():
         (lambda: masks.padding(torch.tensor([1.0]), 4), "integers, got .*float32"),
         (lambda: masks.padding(torch.tensor([[1]]), 4), r"must be \(batch,\) integers, got \(1, 1\)"),
         (lambda: masks.document(torch.tensor(1)), r"ids must be \(batch, S\) or \(S,\)"),
-        (lambda: masks.document(torch.tensor([1, 1]), 3), "the 3 queries must be among the 2 positions"),
+        (lambda: masks.document(torch.tensor([1, 1]), 3), "T is 3: the queries must be among the 2 positions"),
         (lambda: masks.combine(torch.zeros(2, 2)), "masks must be boolean.*got torch.float32"),
         (
             lambda: masks.combine(masks.causal(2), masks.causal(3)),

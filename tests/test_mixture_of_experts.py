@@ -281,7 +281,7 @@ def test_router_computes_in_float32(dtype):
         ({"count": 0}, "count of the experts must be at least 1, got 0"),
         ({"per_token": 9}, "a token takes 9 experts, but may choose from 8"),
         ({"groups": 3}, "8 experts cannot be divided into 3 groups"),
-        ({"groups": 2, "groups_per_token": 3}, "from 3 groups, but there are 2"),
+        ({"groups": 2, "groups_per_token": 3}, "groups_per_token must be at most the number of groups, 2, got 3"),
         ({"groups": 4, "per_token": 3}, "a token takes 3 experts, but may choose from 2"),
         ({"groups": 8, "per_token": 1, "router": "sigmoid_then_topk"}, "two best experts, but 8 groups have 1 each"),
         ({"router": "hash"}, "router must be one of softmax_then_topk, .*, got 'hash'"),

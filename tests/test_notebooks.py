@@ -56,6 +56,26 @@ ZEROS = {"16-flash-kernels": 5}
 """Notebook -> lines that may end in zeros."""
 
 
+def test_one_of_a_kind_is_not_printed_in_the_plural(notebook):
+    said = [line for text in printed(load(notebook)) for line in text.splitlines()]
+    wrong = [line for line in said if rules.ONE_OF_MANY.search(line)]
+    assert len(wrong) <= PLURALS.get(notebook.stem, 0), wrong
+
+
+PLURALS = {"16-flash-kernels": 3, "17-flash-hopper": 1}
+"""Notebook -> lines that may say 1 heads."""
+
+
+def test_no_column_has_a_space_before_its_colon(notebook):
+    said = [line for text in printed(load(notebook)) for line in text.splitlines()]
+    wrong = [line for line in said if re.match(r"[\w ,'%-]*\w +:(\s|$)", line)]
+    assert len(wrong) <= COLONS.get(notebook.stem, 0), wrong
+
+
+COLONS = {"11-sparse-attention": 1}
+"""Notebook -> lines that may have one."""
+
+
 def printed(notebook: dict) -> Iterator[str]:
     """What the cells print, their tables among it."""
     for cell in cells(notebook, "code"):

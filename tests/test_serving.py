@@ -986,8 +986,8 @@ def test_the_stream_yields_what_generate_returns_and_stops_when_nobody_listens()
     ("prompt", "params", "message"),
     [
         ([], {}, "the prompt is empty"),
-        ([1] * 30, {"max_new_tokens": 11}, "30 tokens and 11 new ones are 41, the engine takes 40 a request"),
-        ([1] * 20, {"max_new_tokens": 14}, "need 9 blocks, there are 8 blocks of 4"),
+        ([1] * 30, {"max_new_tokens": 11}, "30 tokens and 11 to write make 41, the engine takes 40 a request"),
+        ([1] * 20, {"max_new_tokens": 14}, "need 9 blocks, and the cache has 8 blocks of 4"),
         ([1, 99], {}, "holds token 99, the model knows 0 to 22"),
         ("text", {}, "needs an engine with an encoding"),
         ([1], {"stop": ["x"], "max_new_tokens": 2}, "stop strings need an engine with an encoding"),
@@ -1027,7 +1027,7 @@ def test_a_bad_request_is_refused_and_the_others_go_on(prompt, params, message):
 def test_a_long_context_takes_no_more_than_there_is():
     engine = Engine(MODEL, blocks=16, block_size=4, max_context=10**9)
     assert engine.scheduler.tables.shape == (65, 16)
-    with pytest.raises(ValueError, match="need 17 blocks, there are 16 blocks of 4"):
+    with pytest.raises(ValueError, match="need 17 blocks, and the cache has 16 blocks of 4"):
         engine.add([1] * 60, {"max_new_tokens": 6})
     request = engine.add([1] * 60, {"max_new_tokens": 5})
     engine.run()
@@ -1054,7 +1054,7 @@ def test_senseless_calls_are_refused():
     ):
         with pytest.raises(ValueError, match=match):
             Engine(MODEL, **options)
-    with pytest.raises(ValueError, match="one for each of 2 prompts, got 1"):
+    with pytest.raises(ValueError, match="one for each prompt: 2, got 1"):
         llm.generate([[1], [2]], [{}])
     with pytest.raises(ValueError, match="unknown parameters"):
         Params.of({"stop_token": 1})

@@ -386,7 +386,7 @@ def test_a_client_that_does_not_read_is_not_waited_for(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "status", "message"),
     [
-        ({"prompt": "x" * 200}, 400, "200 tokens and 6 new ones are 206, the engine takes 96 a request"),
+        ({"prompt": "x" * 200}, 400, "200 tokens and 6 to write make 206, the engine takes 96 a request"),
         ({"prompt": ""}, 400, "the prompt is empty"),
         ({"prompt": []}, 400, "prompt must be a text, a list of tokens"),
         ({"prompt": None}, 400, "prompt must be a text, a list of tokens"),
@@ -651,7 +651,7 @@ def test_a_full_queue_and_a_slow_answer_are_told_and_cancelled():
         assert set(statuses) == {429, 504}
         assert statuses.count(504) == 2
         stream = running.client().completions.create(**ASK | {"max_tokens": 60}, stream=True)
-        with pytest.raises(openai.APIError, match=r"not done within 0\.5 seconds"), contextlib.closing(stream):
+        with pytest.raises(openai.APIError, match=r"not done within 0\.5 s"), contextlib.closing(stream):
             list(stream)
         slow.clear()
         running.check_nothing_is_held()
@@ -675,7 +675,7 @@ def test_a_text_that_came_too_late_is_asked_for_once():
     with Running(limits=Limits(seconds=0.2)) as running:
         step = running.engine.step
         running.engine.step = lambda: (time.sleep(0.05), step())[1]
-        with pytest.raises(openai.InternalServerError, match=r"not done within 0\.2 seconds"):
+        with pytest.raises(openai.InternalServerError, match=r"not done within 0\.2 s"):
             running.client(max_retries=5).completions.create(**ASK | {"max_tokens": 80})
         asked = {"path": "/v1/completions", "status": "504"}
         assert running.server.metrics.registry.get_sample_value("tformer_requests_total", asked) == 1

@@ -125,7 +125,7 @@ def test_pieces_of_unequal_size_or_padding_give_the_gradient_of_the_whole_batch(
 @pytest.mark.parametrize("pieces", [0, 8])
 def test_a_batch_is_not_cut_into_more_pieces_than_it_has_windows(pieces):
     windows = torch.zeros(7, 3, dtype=torch.int64)
-    with pytest.raises(ValueError, match=f"a batch of 7 windows cannot be cut into {pieces} micro-batches"):
+    with pytest.raises(ValueError, match=f"micro-batches must be 1 to 7, the windows of the batch, got {pieces}"):
         training.accumulate_gradient(lambda x, y: torch.zeros(()), windows, windows, pieces)
 
 
@@ -430,10 +430,10 @@ def test_bad_input_is_one_clear_line(data, tmp_path, capsys):
     cases = {
         ("--preset", "poems"): "unknown preset 'poems': there are quick, stories",
         ("--preset=poems",): "unknown preset 'poems'",
-        ("--model.heads", 3): "width 16 is not a multiple of 3 heads",
+        ("--model.heads", 3): "width 16 is not a multiple of heads, 3",
         ("--context", 4000): "context 4000 needs at least 4001 tokens, but train.bin of",
         ("--context", 300): "context 300 needs at least 301 tokens, but val.bin of",
-        ("--batch", 6, "--accumulation", 4): "a batch of 6 windows cannot be cut into 4 equal",
+        ("--batch", 6, "--accumulation", 4): "batch must be a multiple of accumulation, got 6 and 4",
         ("--steps", 0): "steps must be at least 1, got 0",
         ("--min-learning-rate", 1.0): "min_learning_rate must be in [0, learning_rate",
         ("--beta2", 1.0): "beta2 must be in [0, 1), got 1.0",

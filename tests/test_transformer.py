@@ -436,8 +436,8 @@ def test_label_smoothing_formula(smoothing):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"width": 30}, "width 30 is not a multiple of 4 heads"),
-        ({"kv_heads": 3}, "4 heads are not a multiple of 3 kv_heads"),
+        ({"width": 30}, "width 30 is not a multiple of heads, 4"),
+        ({"kv_heads": 3}, "heads must be a multiple of kv_heads, got 4 and 3"),
         ({"norm": "batchnorm"}, "norm must be one of layernorm, rmsnorm, rmsnorm_1p, got 'batchnorm'"),
         ({"positions": "rotary"}, "positions must be one of"),
         ({"attention": "magic"}, "attention must be one of"),
@@ -454,7 +454,7 @@ def test_label_smoothing_formula(smoothing):
         ({"layer_types": ("linear", "full")}, "layer_types and linear go together"),
         (
             {"layer_types": ("linear",), "linear": {"key_heads": 2, "value_heads": 3, "head_dim": 4, "value_dim": 4}},
-            "3 value",
+            "got 3 and 2",
         ),
         ({"linear": LINEAR}, "layer_types and linear go together"),
         ({"branch_norm": "after"}, "branch_norm must be one of in, out, both, got 'after'"),
@@ -464,7 +464,7 @@ def test_label_smoothing_formula(smoothing):
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"layer_types": ("window", "full")}, "layer_types and window go together, got window None"),
         ({"layer_types": ("full",), "window": 4}, "layer_types and window go together, got window 4"),
-        ({"layer_types": ()}, "layer_types must name 1 to 2 layers, got 0"),
+        ({"layer_types": ()}, "layer_types must name at least 1 layer and at most 2, got 0"),
         ({"layer_types": ("full", "local")}, "layer_types must be of full, window, nope, linear, got 'local'"),
         ({"attention_softcap": 0.0}, "attention_softcap must be positive and finite in float32, got 0"),
         ({"logit_softcap": float("nan")}, "logit_softcap must be positive and finite in float32, got nan"),

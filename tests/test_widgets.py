@@ -187,7 +187,7 @@ def test_chat_goes_on_with_a_story_by_the_shipped_model():
     assert repr(box) == "Interactive figure: Chat: a model that answers from this kernel"
     shown = press(box, "say", text="")
     assert len(shown["turns"]) == 2
-    assert shown["turns"][1]["took"].startswith("1 tokens read, 12 written")
+    assert shown["turns"][1]["took"].startswith("1 token read, 12 written")
 
 
 def test_chat_answers_anew_at_another_temperature_and_begins_anew():

@@ -85,10 +85,15 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_heads(q.shape[1], k.shape[1])
 
 
+def counted(number: int, thing: str, things: str = "") -> str:
+    """A number of things, as a message says it: 1 block, 3 blocks; 1 query, 2 queries (with ``things`` given)."""
+    return f"{number} {thing if number == 1 else things or thing + 's'}"
+
+
 def check_heads(heads: int, kv_heads: int) -> None:
     """Refuse a number of kv heads that does not divide the number of query heads."""
     if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(f"q has {heads} heads, which {kv_heads} kv heads do not divide")
+        raise ValueError(f"q has {counted(heads, 'head')}, which {kv_heads} kv heads do not divide")
 
 
 def check_mask(mask: Tensor, target: tuple[int, int, int, int], device: torch.device) -> None:

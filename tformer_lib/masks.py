@@ -87,7 +87,7 @@ def document(ids: Tensor, T: int | None = None) -> Tensor:
         raise ValueError(f"ids must be (batch, S) or (S,) integers, got {tuple(ids.shape)} of {ids.dtype}")
     S = ids.shape[-1]
     if T is not None and not 0 <= T <= S:
-        raise ValueError(f"the {T} queries must be among the {S} positions that have a document")
+        raise ValueError(f"T is {T}: the queries must be among the {S} positions that have a document")
     queries = ids[..., S - T :] if T is not None else ids  # (..., T)
     same = queries[..., :, None] == ids[..., None, :]  # (..., T, S)
     return same[:, None] if ids.dim() == 2 else same

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tformer_lib.contract import SINGLE, has_autocast, in_named_dtypes, product_dtype, readable
+from tformer_lib.contract import SINGLE, counted, has_autocast, in_named_dtypes, product_dtype, readable
 
 ROUTERS = ("softmax_then_topk", "topk_then_softmax", "sigmoid_then_topk")
 
@@ -94,10 +94,10 @@ class ExpertsConfig:
 
     def _check_choice(self) -> None:
         if self.count % self.groups:
-            raise ValueError(f"{self.count} experts cannot be divided into {self.groups} groups")
+            raise ValueError(f"{counted(self.count, 'expert')} cannot be divided into {self.groups} groups")
         if self.groups_per_token > self.groups:
             raise ValueError(
-                f"a token takes its experts from {self.groups_per_token} groups, but there are {self.groups}"
+                f"groups_per_token must be at most the number of groups, {self.groups}, got {self.groups_per_token}"
             )
         size = self.count // self.groups
         if self.per_token > self.groups_per_token * size:
@@ -419,7 +419,7 @@ def spans(counts: Tensor, rows: int) -> Iterator[tuple[int, tuple[int, int]]]:
     """Each expert that has rows, with its first row and the one after its last."""
     sizes, stop = counts.tolist(), 0
     if min(sizes, default=0) < 0 or sum(sizes) != rows:
-        raise ValueError(f"counts must be at least 0 and sum to {rows} rows, got {sizes}")
+        raise ValueError(f"counts must be at least 0 and sum to {counted(rows, 'row')}, got {sizes}")
     for expert, count in enumerate(sizes):
         start, stop = stop, stop + count
         if count:

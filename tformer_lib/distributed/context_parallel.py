@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tformer_lib.contract import check_inputs, score_scale
+from tformer_lib.contract import check_inputs, counted, score_scale
 from tformer_lib.flash_attention import flash_attention, merge_states
 from tformer_lib.ladder import AUTO, accumulation_dtype
 
@@ -112,7 +112,9 @@ class Ring:
         if mask is not None:
             raise ValueError("ring attention takes no mask, only causal")
         if len(self.layout) != self.size:
-            raise ValueError(f"the layout is for {len(self.layout)} processes, the ring has {self.size}")
+            raise ValueError(
+                f"the layout is for {counted(len(self.layout), 'process', 'processes')}, the ring has {self.size}"
+            )
         if q.shape[2] != self.tokens(self.rank):
             raise ValueError(f"process {self.rank} holds {self.tokens(self.rank)} tokens, q came with {q.shape[2]}")
 

@@ -255,7 +255,7 @@ def mixed(counts: Counts, machine: Machine, size: int, tensor: int = 8, *, weigh
     """
     tensor = min(tensor, size)
     if size % tensor:
-        raise ValueError(f"{size} devices are no multiple of {tensor}")
+        raise ValueError(f"the number of devices, {size}, is no multiple of {tensor}")
     groups = size // tensor
     piece = replace(counts, block=counts.block // tensor, rest=counts.rest // tensor)
     inner = tensor_parallel(replace(counts, batch=counts.batch / groups), machine, tensor)

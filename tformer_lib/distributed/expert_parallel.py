@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_to_all_single
 
+from tformer_lib.contract import counted
 from tformer_lib.mixture_of_experts import (
     Experts,
     Routing,
@@ -45,7 +46,7 @@ def expert_parallel(model: nn.Module, group: dist.ProcessGroup | None = None) ->
     for mixture in mixtures(model):
         config = mixture.config
         if config.count % group.size():
-            raise ValueError(f"{config.count} experts cannot be shared by {group.size()} processes evenly")
+            raise ValueError(f"{counted(config.count, 'expert')} cannot be shared by {group.size()} processes evenly")
         if config.capacity_factor is not None:
             raise ValueError("experts with a capacity are not spread over processes: set capacity_factor to None")
         keep_own(mixture.experts, group.rank(), group.size())

@@ -46,7 +46,7 @@ class Layout:
         self.experts = experts and world.size > 1
         if world.size % (context * tensor):
             raise ValueError(
-                f"{world.size} processes are no multiple of context_parallel {context} x tensor_parallel {tensor}"
+                f"world size {world.size} is no multiple of context_parallel {context} x tensor_parallel {tensor}"
             )
         self.replicas = world.size // tensor
         self.readers = self.replicas // context
@@ -83,7 +83,7 @@ class Layout:
         device = next(model.parameters()).device.type
         if self.context > 1:
             if length % (2 * self.context):
-                raise ValueError(f"a context of {length} tokens cannot be cut into {2 * self.context} equal chunks")
+                raise ValueError(f"a context of length {length} cannot be cut into {2 * self.context} equal chunks")
             self.cut = CutWindows(model, length, self.context_group(), self.replica % self.context)
         if self.experts:
             self.keep_own_experts(model, device)

@@ -111,7 +111,7 @@ def converse(conversation: Conversation, settings: Settings) -> int:
         show(pieces)
         if sys.stdin.isatty():
             turn = conversation.turns[-1]
-            note(f"[{turn.read} tokens read, {turn.written} written, {turn.tokens_per_second:.1f} a second]")
+            note(f"[tokens read: {turn.read}, written: {turn.written}, {turn.tokens_per_second:.1f} a second]")
     return status
 
 

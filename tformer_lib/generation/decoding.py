@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tformer_lib import profiling
+from tformer_lib.contract import counted
 from tformer_lib.generation.sampling import Sampler, Sampling, check_number
 from tformer_lib.generation.steps import changing_shapes, decode_step
 from tformer_lib.kv_cache import CacheShape, KVCache, ModelCache, PreallocatedCache, cache_bytes
@@ -155,7 +156,7 @@ def cache_of(model: nn.Module, rows: int, capacity: int) -> KVCache:
     """
     shape = CacheShape.of(model, rows)
     needed = rows * cache_bytes(model.config, capacity, itemsize=shape.dtype.itemsize)
-    check_memory(f"a cache of {rows} rows of {capacity} tokens", needed, shape.device)
+    check_memory(f"a cache of {counted(rows, 'row')} of {counted(capacity, 'token')}", needed, shape.device)
     if set(model.config.types_of_layers) == {"full"}:
         return PreallocatedCache(shape, capacity)
     return ModelCache.of(model, rows, capacity)
@@ -179,7 +180,7 @@ def check_memory(what: str, needed: int, device: torch.device | str) -> None:
 def check_cache(cache: KVCache, rows: int) -> None:
     """Refuse a cache for another number of rows, and one that holds something: it would be read on, as if asked for."""
     if cache.shape.batch != rows:
-        raise ValueError(f"the cache was made for {cache.shape.batch} rows, there are {rows} prompts")
+        raise ValueError(f"the cache was made for {counted(cache.shape.batch, 'row')}, the prompts are {rows}")
     if any(cache.host_lengths):
         raise ValueError(f"the cache holds {cache.host_lengths} tokens already; reset() empties it")
 
@@ -279,7 +280,7 @@ def check_lengths(model: nn.Module, prompts: list[list[int]], max_new_tokens: in
     needed = longest + max_new_tokens - 1  # the last new token is not fed back
     if model.config.positions == "learned" and needed > limit:
         raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones need {needed} positions, "
+            f"with {max_new_tokens} new tokens a prompt of {longest} needs {needed} positions, "
             f"the model has learned {limit}"
         )
 

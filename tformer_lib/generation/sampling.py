@@ -9,6 +9,8 @@ from random import Random
 import torch
 from torch import Tensor
 
+from tformer_lib.contract import counted
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -206,7 +208,7 @@ def check_chosen(chances: Tensor, tokens: Tensor, step: int) -> None:
     finite = chances.gather(1, tokens[:, None])[:, 0].isfinite()
     if not finite.all():
         raise ValueError(
-            f"the logits of row {finite.int().argmin()} are not finite after {step} new tokens: "
+            f"the logits of row {finite.int().argmin()} are not finite after {counted(step, 'new token')}: "
             f"the model's weights, or its numbers in their dtype, are NaN or too large"
         )
 
@@ -224,7 +226,9 @@ def row_seeds(seed: int | Sequence[int], batch: int) -> list[int]:
     if isinstance(seed, int):
         return [seed + row for row in range(batch)]
     if len(seed) != batch:
-        raise ValueError(f"seed must be one number or one per prompt: {batch} prompts, {len(seed)} seeds")
+        raise ValueError(
+            f"seed must be one number or one per prompt: {counted(batch, 'prompt')}, {counted(len(seed), 'seed')}"
+        )
     return list(seed)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tformer_lib import masks
 from tformer_lib.attention import Attend, AttentionVariant
-from tformer_lib.contract import product_dtype
+from tformer_lib.contract import counted, product_dtype
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class KVCache(ABC):
         """
         counts = whole_numbers(counts)
         if len(counts) != self.shape.batch or any(count < 0 for count in counts):
-            raise ValueError(f"counts must be {self.shape.batch} numbers of at least 0, got {counts}")
+            raise ValueError(f"counts must be {counted(self.shape.batch, 'number')} of at least 0, got {counts}")
         self.counts, self._pass = counts, None
 
     def positions(self, T: int) -> Tensor:
@@ -161,7 +161,9 @@ class KVCache(ABC):
     def check_length(self, T: int) -> None:
         """Refuse to count T tokens where the pass that is under way brought another number of them."""
         if self._pass is not None and self._pass.length != T:
-            raise ValueError(f"the pass that is under way brought {self._pass.length} tokens, {T} are to be counted")
+            raise ValueError(
+                f"the pass that is under way brought {counted(self._pass.length, 'token')}, to be counted: {T}"
+            )
 
     def current_pass(self, T: int) -> Pass:
         """The pass that is under way, or a new one where none is."""
@@ -172,7 +174,9 @@ class KVCache(ABC):
     def plan(self, T: int) -> Pass:
         """Work out what the layers of a pass of T tokens share."""
         if self.counts is not None and max(self.counts, default=0) > T:
-            raise ValueError(f"the cache expects up to {max(self.counts)} tokens in a row, the pass brings {T}")
+            raise ValueError(
+                f"the cache expects up to {counted(max(self.counts), 'token')} in a row, the pass brings {T}"
+            )
         self.abandon()
         counts = [T] * self.shape.batch if self.counts is None else self.counts
         ends = [n + count for n, count in zip(self.host_lengths, counts, strict=True)]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tformer_lib.contract import counted
 from tformer_lib.linear_attention.forms import delta_attend
 from tformer_lib.linear_attention.shared import sum_dtype
 
@@ -65,7 +66,7 @@ class GatedDeltaLayer(nn.Module):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if value_heads % key_heads:
-            raise ValueError(f"{value_heads} value heads are not a multiple of {key_heads} key heads")
+            raise ValueError(f"value heads must be a multiple of key heads, got {value_heads} and {key_heads}")
         self.key_heads, self.value_heads, self.kernel = key_heads, value_heads, kernel
         self.head_dim, self.value_dim, self.norm_epsilon = head_dim, value_dim, norm_epsilon
         self.key_width, self.value_width = key_heads * head_dim, value_heads * value_dim
@@ -122,7 +123,9 @@ class GatedDeltaLayer(nn.Module):
         x = x.transpose(1, 2)  # (batch, channels, T)
         past = x.new_zeros(batch, self.channels, before) if state is None or state.channels is None else state.channels
         if past.shape != (batch, self.channels, before):
-            raise ValueError(f"the state is of {past.shape[0]} texts, x has {batch}; use a state for each batch")
+            raise ValueError(
+                f"the state is of {counted(past.shape[0], 'text')}, x has {batch}; use a state for each batch"
+            )
         x = torch.cat([past.to(x.dtype), x], 2)
         if state is not None:
             state.channels = x[:, :, x.shape[2] - before :].clone()

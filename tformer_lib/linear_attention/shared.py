@@ -85,7 +85,7 @@ def by_sequence(
         return form(*by_token, initial)
     starts = check_packing(cu_seqlens, by_token[0])
     if initial is not None and initial.shape[0] != len(starts) - 1:
-        raise ValueError(f"expected a state for each of {len(starts) - 1} sequences, got {initial.shape[0]}")
+        raise ValueError(f"expected a state for each sequence: {len(starts) - 1}, got {initial.shape[0]}")
     outs, states = [], []
     for i, (start, stop) in enumerate(pairwise(starts)):
         out, state = form(*(x[:, :, start:stop] for x in by_token), None if initial is None else initial[i : i + 1])

@@ -186,7 +186,9 @@ class BlockAllocator:
         """
         self._check(block)
         if len(tokens) != self.block_size:
-            raise ValueError(f"only a full block of {self.block_size} tokens can be found again, got {len(tokens)}")
+            raise ValueError(
+                f"only a full block can be found again: block_size is {self.block_size}, got tokens: {len(tokens)}"
+            )
         if self.holders[block] == 0:
             raise ValueError(f"block {block} is published, but nobody holds it")
         known = self.find(parent, tokens)
@@ -307,7 +309,7 @@ class BlockTable:
         """
         check_count("tokens that are written", tokens)
         if tokens > self.slack:
-            raise ValueError(f"{tokens} tokens were written where {self.slack} slots were reserved")
+            raise ValueError(f"tokens written: {tokens}, slots reserved: {self.slack}")
         self.length += tokens
 
     def append(self, tokens: int) -> Copies:
@@ -344,7 +346,7 @@ class BlockTable:
             ValueError: the sequence is shorter.
         """
         if not 0 <= length <= self.length:
-            raise ValueError(f"a sequence of {self.length} tokens cannot be truncated to {length}")
+            raise ValueError(f"a sequence of length {self.length} cannot be truncated to {length}")
         kept = blocks_for(length, self.allocator.block_size)
         for block in reversed(self.blocks[kept:]):
             self.allocator.free(block)
@@ -369,7 +371,7 @@ class BlockTable:
             ValueError: the table holds blocks.
         """
         if self.blocks:
-            raise ValueError(f"only an empty table can reuse blocks, this one holds {self.length} tokens")
+            raise ValueError(f"only an empty table can reuse blocks, this one has length {self.length}")
         for block in self.allocator.match(tokens):
             self.allocator.share(block)
             self.blocks.append(block)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tformer_lib.attention import AttentionVariant, attend, attend_sdpa
-from tformer_lib.contract import check_integer
+from tformer_lib.contract import check_integer, counted
 from tformer_lib.flash_attention import flash_attention
 from tformer_lib.kv_cache import CacheShape, LayerCache, Pass, StaticCache, whole_numbers
 from tformer_lib.paged_attention.attention import paged_attention, write_cache
@@ -134,7 +134,9 @@ class PagedKVCache(StaticCache):
         """Take the blocks that a pass needs, or refuse it: :class:`OutOfBlocks`, a ValueError, names the shortage."""
         for row, end in enumerate(ends):
             if end > self.max_length:
-                raise ValueError(f"the cache is full: row {row} would hold {end} of at most {self.max_length} tokens")
+                raise ValueError(
+                    f"the cache is full: row {row} would hold {end} of at most {counted(self.max_length, 'token')}"
+                )
         changed, copies = [], []
         try:
             for index, (row, end) in enumerate(zip(self.rows, ends, strict=True)):
@@ -271,8 +273,8 @@ class PagedKVCache(StaticCache):
         """A row and its tokens as integers: two tensors that hold one number are two keys of a dictionary."""
         (row,), tokens = whole_numbers([row]), whole_numbers(tokens)
         if not 0 <= row < self.shape.batch or len(tokens) > self.max_length:
-            room = f"{self.shape.batch} rows of at most {self.max_length} tokens"
-            raise ValueError(f"the cache has {room}, got row {row} and {len(tokens)} tokens")
+            room = f"{counted(self.shape.batch, 'row')} of at most {counted(self.max_length, 'token')}"
+            raise ValueError(f"the cache has {room}, got row {row} and {counted(len(tokens), 'token')}")
         return row, tokens
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tformer_lib.contract import check_dense
+from tformer_lib.contract import check_dense, counted
 
 LAYOUTS = ("half", "interleaved")
 
@@ -95,7 +95,9 @@ def check_rotation(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> None:
         if not t.is_floating_point() or t.device != x.device:
             raise ValueError(f"{name} must be floats on {x.device}, where x is, got {t.dtype} on {t.device}")
     if cos.shape[-2] != x.shape[-2]:
-        raise ValueError(f"x has {x.shape[-2]} tokens, but there are angles for {cos.shape[-2]} positions")
+        raise ValueError(
+            f"x has {counted(x.shape[-2], 'token')}, but there are angles for {counted(cos.shape[-2], 'position')}"
+        )
     if cos.dim() == 3 and cos.shape[0] not in (1, x.shape[0]):
         raise ValueError(f"x has batch {x.shape[0]}, but there are angles for a batch of {cos.shape[0]}")
     if 2 * cos.shape[-1] > x.shape[-1]:

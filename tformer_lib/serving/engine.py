@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tformer_lib import profiling
+from tformer_lib.contract import counted
 from tformer_lib.generation import TextStream, check_memory, check_number
 from tformer_lib.kv_cache import CacheShape
 from tformer_lib.ladder import FP8
@@ -272,12 +273,14 @@ class Engine:
         if not 0 <= min(tokens) <= max(tokens) < vocab_size:
             strange = next(token for token in tokens if not 0 <= token < vocab_size)
             raise ValueError(f"the prompt holds token {strange}, the model knows 0 to {vocab_size - 1}")
-        total, asked = len(tokens) + params.max_new_tokens, f"{len(tokens)} tokens and {params.max_new_tokens} new ones"
+        total = len(tokens) + params.max_new_tokens
+        asked = f"{counted(len(tokens), 'token')} and {params.max_new_tokens} to write"
         if total > self.max_context:
-            raise ValueError(f"a prompt of {asked} are {total}, the engine takes {self.max_context} a request")
+            raise ValueError(f"a prompt of {asked} make {total}, the engine takes {self.max_context} a request")
         if blocks_for(total - 1, block_size) > self.allocator.blocks:  # the last one is not fed back
-            there = f"{self.allocator.blocks} blocks of {block_size}"
-            raise ValueError(f"a prompt of {asked} need {blocks_for(total - 1, block_size)} blocks, there are {there}")
+            there = f"{counted(self.allocator.blocks, 'block')} of {block_size}"
+            needed = counted(blocks_for(total - 1, block_size), "block")
+            raise ValueError(f"a prompt of {asked} need {needed}, and the cache has {there}")
         if params.stop and self.encoding is None:
             raise ValueError("stop strings need an engine with an encoding; stop_tokens need none")
 
@@ -666,7 +669,7 @@ class LLM:
         prompts = list(prompts)
         each = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
         if len(each) != len(prompts):
-            raise ValueError(f"params must be one for all or one for each of {len(prompts)} prompts, got {len(each)}")
+            raise ValueError(f"params must be one for all or one for each prompt: {len(prompts)}, got {len(each)}")
         return [
             self._add(place, prompt, asked, listener)
             for place, (prompt, asked) in enumerate(zip(prompts, each, strict=True))

@@ -411,7 +411,7 @@ class Server:
 
     def too_late(self) -> Refused:
         """What is said when time is up."""
-        return Refused(504, f"not done within {self.limits.seconds:g} seconds", "timeout")
+        return Refused(504, f"not done within {self.limits.seconds:g} s", "timeout")
 
     def too_long(self) -> Refused:
         """What is said to a body over the limit."""

@@ -227,7 +227,7 @@ def split_stories(config: CorpusConfig) -> tuple[str, str, float]:
     """Stories to train on, further ones to validate on, and the -log p of the latter in nats."""
     val_count = round(config.stories * config.val_fraction)
     if val_count < 1:
-        raise CorpusError(f"{config.stories} stories are too few to split by {config.val_fraction}")
+        raise CorpusError(f"the number of stories, {config.stories}, is too small to split by {config.val_fraction}")
     train, val = stories(config.stories, f"train {config.seed}"), stories(val_count, f"val {config.seed}")
     floor = -sum(map(grammar.log_prob, val))
     return join_stories(train), join_stories(val), floor

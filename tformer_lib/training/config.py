@@ -110,9 +110,7 @@ class TrainingConfig:
         if self.seed >= 2**32:  # which is as many as numpy's generator takes
             raise ValueError(f"seed must be below 2**32, got {self.seed}")
         if self.batch % self.accumulation:
-            raise ValueError(
-                f"a batch of {self.batch} windows cannot be cut into {self.accumulation} equal micro-batches"
-            )
+            raise ValueError(f"batch must be a multiple of accumulation, got {self.batch} and {self.accumulation}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype must be auto, float32 or bfloat16, got {self.dtype!r}")
         if self.parallel not in ("ddp", "fsdp"):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tformer_lib import stories
+from tformer_lib.contract import counted
 from tformer_lib.tokens import END_OF_TEXT, Corpus
 from tformer_lib.training.config import TrainingConfig
 
@@ -68,7 +69,7 @@ def evaluation_windows(
         starts = np.arange((len(tokens) - 1) // context) * context
         lengths = np.full(len(starts), context)
     if len(starts) == 0:
-        raise ValueError(f"the validation text of {len(tokens)} tokens has no window of context {context}")
+        raise ValueError(f"the validation text of {counted(len(tokens), 'token')} has no window of context {context}")
     if 0 < count < len(starts):
         kept = np.linspace(0, len(starts) - 1, count).round().astype(np.int64)
         starts, lengths = starts[kept], lengths[kept]

@@ -96,7 +96,7 @@ def accumulate_gradient(
         ValueError: if the batch has fewer windows than pieces.
     """
     if not 1 <= pieces <= len(inputs):
-        raise ValueError(f"a batch of {len(inputs)} windows cannot be cut into {pieces} micro-batches")
+        raise ValueError(f"micro-batches must be 1 to {len(inputs)}, the windows of the batch, got {pieces}")
     total, all_counted = 0.0, (targets != IGNORED).sum()
     for i, (x, y) in enumerate(zip(inputs.tensor_split(pieces), targets.tensor_split(pieces), strict=True)):
         announce(i == pieces - 1)

@@ -84,7 +84,9 @@ class LinearConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} of linear layers must be at least 1, got {getattr(self, name)}")
         if self.value_heads % self.key_heads:
-            raise ValueError(f"{self.value_heads} value heads are not a multiple of {self.key_heads} key heads")
+            raise ValueError(
+                f"value heads must be a multiple of key heads, got {self.value_heads} and {self.key_heads}"
+            )
 
     @property
     def channels(self) -> int:
@@ -215,9 +217,9 @@ class ModelConfig:
         if not 0 <= self.norm_epsilon <= SINGLE.max:
             raise ValueError(f"norm_epsilon must be finite in float32 and at least 0, got {self.norm_epsilon}")
         if self.head_dim is None and self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads; set head_dim or change one")
+            raise ValueError(f"width {self.width} is not a multiple of heads, {self.heads}; set head_dim or change one")
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
-            raise ValueError(f"{self.heads} heads are not a multiple of {self.kv_heads} kv_heads")
+            raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
         if self.positions == "rope" and self.turned_dim % 2:
             what = "head_dim" if self.latent is None else "rope_dim"
             raise ValueError(f"RoPE turns pairs, so {what} must be even, got {self.turned_dim}")
@@ -254,7 +256,9 @@ class ModelConfig:
         if self.layer_types is None:
             return
         if not 0 < len(self.layer_types) <= self.layers:
-            raise ValueError(f"layer_types must name 1 to {self.layers} layers, got {len(self.layer_types)}")
+            raise ValueError(
+                f"layer_types must name at least 1 layer and at most {self.layers}, got {len(self.layer_types)}"
+            )
         for kind in self.layer_types:
             if kind not in LAYER_TYPES:
                 raise ValueError(f"layer_types must be of {', '.join(LAYER_TYPES)}, got {kind!r}")

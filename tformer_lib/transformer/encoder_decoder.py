@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tformer_lib.contract import counted
 from tformer_lib.masks import padding
 from tformer_lib.transformer.blocks import Embedding, Stack, initialise
 from tformer_lib.transformer.config import ModelConfig
@@ -116,7 +117,7 @@ class EncoderDecoder(nn.Module):
                 logits = self.decode(target, memory, source_lengths=source_lengths)[:, -1]  # (batch, vocab_size)
                 if not (finite := logits.amax(-1).isfinite()).all():
                     row, written = int(finite.int().argmin()), target.shape[1] - 1
-                    raise ValueError(f"the logits of row {row} are not finite after {written} new tokens")
+                    raise ValueError(f"the logits of row {row} are not finite after {counted(written, 'new token')}")
                 step = logits.argmax(-1, keepdim=True).masked_fill(ended, end)  # (batch, 1)
                 target, ended = torch.cat([target, step], dim=1), ended | (step == end)
                 if ended.all():

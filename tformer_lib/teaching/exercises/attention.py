@@ -224,7 +224,7 @@ def check_cost(fn):
         require(has_parts(pair, 2), "return two numbers: the FLOPs and the bytes of the scores")
         flops, size = pair
         products = batch * heads * T * S * head_dim
-        case = f"for batch {batch}, {heads} heads, T = {T}, S = {S}, head_dim = {head_dim}"
+        case = f"for batch = {batch}, heads = {heads}, T = {T}, S = {S}, head_dim = {head_dim}"
         scores = batch * heads * T * S
         require(flops != 2 * products, f"{case}: that is one product, q k^T; weights times v costs the same again")
         require(flops == 4 * products, f"{case} the FLOPs are {4 * products:,}, not {flops:,}")

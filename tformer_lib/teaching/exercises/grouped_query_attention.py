@@ -3,6 +3,7 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tformer_lib.contract import counted
 from tformer_lib.grouped_query_attention import pool_heads
 from tformer_lib.teaching.exercises.engine import (
     exercise,
@@ -154,7 +155,7 @@ def check_absorb(fn):
             found = fn(q, up, latents)
         keys = torch.einsum("hdc,bsc->bhsd", up, latents)
         wanted = q @ keys.transpose(-2, -1)
-        name = f"the scores of {T} queries in {heads} heads"
+        name = f"the scores of {counted(T, 'query', 'queries')} in {heads} heads"
         require_close(found, wanted, f"{name} differ from those of the expanded keys", name=name)
         explain_size(sizes, keys)
 

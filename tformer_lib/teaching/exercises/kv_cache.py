@@ -4,6 +4,7 @@ import torch
 
 from tformer_lib import masks
 from tformer_lib.attention import attend
+from tformer_lib.contract import counted
 from tformer_lib.kv_cache import CacheShape, RingCache
 from tformer_lib.teaching.exercises.attention import BELOW, far_below_zero
 from tformer_lib.teaching.exercises.engine import (
@@ -95,7 +96,7 @@ def check_steps(fn, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         keys, values = keys.detach().to(k.dtype), values.detach().to(v.dtype)  # they go into the next step
         explain_step(out, q[:, :, new], k[:, :, :stop], v[:, :, :stop], start)
         for t in range(stop - start):
-            place = f"with {start} tokens cached and {stop - start} new, the new token {t}"
+            place = f"with {counted(start, 'token')} cached and {stop - start} new, the new token {t}"
             require_close(
                 out[:, :, t], wanted[:, :, start + t], f"{place} does not see exactly the tokens up to itself"
             )
@@ -112,7 +113,7 @@ def explain_step(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.T
         ),
     }
     if T > 1:
-        mistakes[f"of {T} new tokens, the first sees the last: the future leaks"] = attend(q, k, v)
+        mistakes[f"of {counted(T, 'new token')}, the first sees the last: the future leaks"] = attend(q, k, v)
     for words, wrong in mistakes.items():
         require(not torch.allclose(out, wrong.to(out.dtype), atol=1e-4), words)
 
@@ -283,7 +284,7 @@ def check_speculate(fn):
         require(written[: len(prompt)] != prompt or written == wanted, f"{name}: return the new tokens alone")
         explain_cache(model, prompt + written, name)
         explain_tokens(model, len(prompt), written, wanted, name)
-        require(len(written) == count, f"{name}: you return {len(written)} tokens")
+        require(len(written) == count, f"{name}: you return {counted(len(written), 'token')}")
         explain_passes(model, len(prompt), count, passes_needed(prompt, count, draft, n), name)
         require(
             len(model.tokens) < len(prompt) + count or model.tokens == prompt + wanted,
@@ -327,6 +328,6 @@ def explain_passes(model: CountedModel, known: int, count: int, needed: int, nam
     if passes == count and needed < count:
         why = "that is one for each token: verify all guesses in one pass"
     require(passes <= needed, f"{name}: the right text, but in {passes} passes, and {needed} are enough: {why}")
-    require(passes >= needed, f"{name}: {passes} passes, and {needed} are needed: the text cannot come from the model")
+    require(passes >= needed, f"{name}: passes: {passes}, needed: {needed}; the text cannot come from the model")
     again = [number for number, held in enumerate(model.held, 1) if len(held) < known - 1]
     require(not again, f"{name}: pass {again[0] if again else 0} computes the prompt again, which was in the cache")

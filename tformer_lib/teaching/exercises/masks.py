@@ -7,6 +7,7 @@ import torch
 
 from tformer_lib import masks
 from tformer_lib.attention import attend
+from tformer_lib.contract import counted
 from tformer_lib.teaching.exercises.engine import INVERTED, exercise, require, require_dtype, require_shape
 
 
@@ -261,7 +262,10 @@ def require_row(prefix, drafts, path, parent, length, about) -> None:
     require(drafts[path[0]], f"{about} does not see itself")
     for s, sees in enumerate(drafts):
         steps = path.index(s) if s in path else 0
-        require(sees or s not in path, f"{about} does not see draft {s}, from which it descends ({steps} steps up)")
+        require(
+            sees or s not in path,
+            f"{about} does not see draft {s}, from which it descends ({counted(steps, 'step')} up)",
+        )
         require(not sees or s in path, f"{about} sees draft {s}, which is not on its own path: a text that never was")
 
 

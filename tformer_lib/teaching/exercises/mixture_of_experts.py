@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tformer_lib.contract import counted
 from tformer_lib.mixture_of_experts import balance_loss, expected_experts
 from tformer_lib.teaching.exercises.engine import (
     exercise,
@@ -67,7 +68,7 @@ def check_sort(fn):
         found = fn(experts.clone(), count)
         require(isinstance(found, tuple | list) and len(found) == 2, "return two tensors: the tokens and the counts")
         token, counts = found
-        place = f"with {tokens} tokens, {count} experts and k = {k}"
+        place = f"with {counted(tokens, 'token')}, {count} experts and k = {k}"
         require_shape(token, (tokens * k,), f"{place}, the tensor of tokens")
         require_shape(counts, (count,), f"{place}, the tensor of counts")
         for name, x in (("tokens", token), ("counts", counts)):
@@ -168,6 +169,6 @@ def check_expected(fn):
     for count, k, tokens in ((8, 2, 1), (8, 2, 16), (128, 8, 32), (16, 16, 3), (256, 8, 500)):
         found = require_number(fn(count, k, tokens), "the number of experts")
         wanted = expected_experts(count, k, tokens)
-        place = f"{tokens} tokens that choose {k} of {count} experts"
+        place = f"with {k} of {count} experts for each of {counted(tokens, 'token')},"
         mine, right = in_digits(found, wanted, ".3f")
-        require(abs(found - wanted) < 1e-6 * count, f"{place} read {mine} on average, expected {right}")
+        require(abs(found - wanted) < 1e-6 * count, f"{place} {mine} are read on average, expected {right}")

@@ -5,6 +5,7 @@ from collections import OrderedDict
 
 import torch
 
+from tformer_lib.contract import counted
 from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_integer, require_shape
 from tformer_lib.teaching.exercises.tokens import count_lines
 
@@ -67,7 +68,7 @@ def judge_append(before, blocks, length, holders, empty, copies, shared, size) -
     require(copied is not None, f"{state}: return the list of copies, an empty one where there is none")
     taken = old_empty - len(empty)
     wanted = int(full or shared)
-    require(taken == wanted, f"{state}: {taken} blocks were taken from the empty ones, expected {wanted}")
+    require(taken == wanted, f"{state}: blocks taken from the empty ones: {taken}, expected {wanted}")
     if full:
         grown = len(blocks) == len(old_blocks) + 1
         require(grown, f"{state}: the new block must go into `blocks` itself, which holds {blocks} afterwards")
@@ -104,7 +105,7 @@ def check_match(fn):
             cached = chain(text, size, strong)
             found = list(fn(text[:n], cached, size, strong))
             expected = list(range((n - 1) // size))
-            place = f"a prompt of {n} tokens in blocks of {size}, all cached"
+            place = f"a prompt of {counted(n, 'token')} in blocks of {size}, all cached"
             require(len(found) < n / size, f"{place}: nothing is left to compute, so there are no logits")
             require(found == expected, f"{place}: blocks {found}, expected {expected}")
     holes = chain(text, 2, strong)

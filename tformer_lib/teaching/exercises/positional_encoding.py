@@ -4,6 +4,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from tformer_lib import positional_encoding
+from tformer_lib.contract import counted
 from tformer_lib.teaching.exercises.engine import exercise, is_close, require, require_close, require_shape
 
 
@@ -186,7 +187,7 @@ def check_skew(fn):
 def check_one_skew(fn, queries: torch.Tensor, table: torch.Tensor, S: int) -> None:
     """Fail unless ``fn`` gives each query the score of its distance to each of ``S`` keys."""
     T, longest = queries.shape[2], (len(table) + 1) // 2
-    case = f"with {T} queries, {S} keys and a table up to distance {longest - 1}"
+    case = f"with {counted(T, 'query', 'queries')}, {counted(S, 'key')} and a table up to distance {longest - 1}"
     found, expected = fn(queries, table, S), loop_over_pairs(queries, table, S)
     require_shape(found, expected.shape, f"{case}, the result")
     if is_close(found, expected):

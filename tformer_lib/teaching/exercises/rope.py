@@ -129,7 +129,7 @@ def check_ntk(fn):
         slower = (new / base) ** ((dim - 2) / dim)
         require(
             abs(slower / factor - 1) < 1e-3,
-            f"{say}: with the base {new:.6g} the slowest pair turns {slower:.4g} times slower, not {factor:g} times",
+            f"{say}: with the base {new:.6g} the slowest pair turns slower by a factor of {slower:.4g}, not {factor:g}",
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from tformer_lib.contract import counted
 from tformer_lib.profiling import count
 from tformer_lib.teaching.exercises.engine import (
     exercise,
@@ -139,7 +140,7 @@ def check_memory(fn: Callable) -> None:
         found = require_number(fn(parameters, block, devices), "the number of bytes")
         held = 16 * parameters / devices
         gathered = 8 * block if devices > 1 else 0
-        about = f"{parameters:,} parameters with blocks of {block:,} on {devices} devices"
+        about = f"{parameters:,} parameters with blocks of {block:,} on {counted(devices, 'device')}"
         if devices > 1:
             require(abs(found - held) > 1, f"{about}: the two gathered blocks are missing")
             require(abs(found - 16 * parameters) > 1, f"{about}: that is what each device holds with DDP")

@@ -4,6 +4,7 @@ import torch
 
 from tformer_lib import sparse_attention as sp
 from tformer_lib.attention import attend
+from tformer_lib.contract import counted
 from tformer_lib.teaching.exercises.attention import BELOW, far_below_zero
 from tformer_lib.teaching.exercises.engine import (
     INVERTED,
@@ -76,7 +77,7 @@ def check_layout(fn):
             for c in range(columns):
                 tile = mask[r * block : (r + 1) * block, c * block : (c + 1) * block]
                 allowed, live = int(tile.sum()), bool(found[r, c])
-                words = f"{name}: block ({r}, {c}) holds {allowed} allowed pairs of {tile.numel()}"
+                words = f"{name}: block ({r}, {c}) holds {counted(allowed, 'allowed pair')} of {tile.numel()}"
                 require(live == (allowed > 0), f"{words}, and you call it {'live' if live else 'dead'}")
 
 

@@ -2,6 +2,7 @@
 
 import random
 
+from tformer_lib.contract import counted
 from tformer_lib.teaching.exercises.engine import exercise, require
 
 WORDS = ("once", "lily", "ben", "had", "a", "red", "ball", "kite", "and", "said")
@@ -59,7 +60,7 @@ def check_write(fn):
         require(found[: len(start)] == start, f"the text begins with {start}, and yours with {found[: len(start)]}")
         require(
             len(found) == len(start) + count,
-            f"{len(start)} tokens and {count} new ones are {len(start) + count}; yours has {len(found)}",
+            f"{counted(len(start), 'token')} and {count} new make {len(start) + count}; yours has {len(found)}",
         )
         require(
             found == expected,

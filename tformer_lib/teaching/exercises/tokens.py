@@ -84,7 +84,7 @@ def check_bits_per_byte(fn):
     cases = [(1.0, 100, 100), (2.0, 50, 100), (3.3, 1000, 3300), (math.log(256), 40, 40)]
     for loss, count, size in cases:
         found, expected = fn(loss, count, size), loss * count / (size * math.log(2))
-        case = f"{loss:.4g} nats on each of {count} tokens, {size} bytes of text,"
+        case = f"a loss of {loss:.4g} on each of {count} tokens, {size} bytes of text,"
         require(isinstance(found, SupportsFloat), f"the result should be a number, and is {found!r}")
         found = float(found)
         require(

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tformer_lib.contract import counted
 from tformer_lib.teaching.exercises.engine import (
     exercise,
     is_close,
@@ -238,7 +239,8 @@ def check_one_model(fn, model: nn.Module) -> None:
         require(found == 1, f"{name} is there {found} times: the optimizer would refuse it")
         right = decayed if p.dim() >= 2 else spared
         require(
-            id(p) in right, f"{name} has {p.dim()} dimensions: it should {'' if p.dim() >= 2 else 'not '}be decayed"
+            id(p) in right,
+            f"{name} has {counted(p.dim(), 'dimension')}: it should {'' if p.dim() >= 2 else 'not '}be decayed",
         )
     require(set(decayed + spared) <= names.keys(), "there is a tensor that is no parameter of the model")
 

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from tformer_lib.contract import counted
 from tformer_lib.teaching.exercises.engine import exercise, require, require_close, require_number, require_shape
 from tformer_lib.transformer import ModelConfig, count_parameters, label_smoothed_loss, make_norm
 
@@ -143,7 +144,7 @@ def check_beam(fn):
             best = beam_search(log_probs, start, end, beams, steps)
             require(
                 found == best,
-                f"with {beams} beams the best output of case {case}{same} is {best} "
+                f"with {counted(beams, 'beam')} the best output of case {case}{same} is {best} "
                 f"(log-probability {total(log_probs, best):.3f}), you return {found}",
             )
 

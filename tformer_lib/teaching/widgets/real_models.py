@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tformer_lib import pretrained
 from tformer_lib.attention import MultiHeadAttention
+from tformer_lib.contract import counted
 from tformer_lib.generation import Conversation
 from tformer_lib.teaching.widgets import FOLDER, Interactive
 from tformer_lib.tokens import Encoding
@@ -168,7 +169,7 @@ class Chat(Interactive):
 def took(turn) -> str:
     """What a turn took, in words."""
     speed = f", {turn.tokens_per_second:.0f} tokens a second" if turn.tokens_per_second else ""
-    return f"{turn.read} tokens read, {turn.written} written{speed}"
+    return f"{counted(turn.read, 'token')} read, {turn.written} written{speed}"
 
 
 def word(encoding: Encoding, token: int) -> str:
