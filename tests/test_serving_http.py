@@ -622,6 +622,38 @@ def test_other_paths_methods_and_kinds_of_bodies(running):
         running.client().models.retrieve("other")
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/models", "/v1/models/tiny", "/v1/models/other", "/health", "/v1/completions", "/v1/chat/completions", "/x"],
+)
+def test_a_path_is_answered_with_a_slash_at_its_end_as_without(running, method, path):
+    body = body_of(seed=1, temperature=0)
+    if "chat" in path:
+        body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
+    plain, slashed = (
+        httpx.request(method, running.url + path + end, json=body if method == "POST" else None) for end in ("", "/")
+    )
+    assert slashed.status_code == plain.status_code, slashed.text
+    own = {"id", "created", "usage"}  # the second prompt is found in the cache
+    one, other = ({k: v for k, v in answer.json().items() if k not in own} for answer in (plain, slashed))
+    assert other == one
+
+
+def test_metrics_are_found_with_a_slash_and_count_one_path(running):
+    for end in ("", "/", "//"):
+        assert httpx.get(running.url + "/v1/models" + end).status_code == 200
+    said = httpx.get(running.url + "/metrics/").text
+    assert 'path="/v1/models"' in said
+    assert 'path="/v1/models/' not in said.replace('path="/v1/models/{name:path}', "")
+
+
+def test_a_key_is_asked_for_behind_a_slash():
+    with Running(api_key="k") as running:
+        assert httpx.get(running.url + "/v1/models/").status_code == 401
+        assert httpx.get(running.url + "/v1/models/", headers={"Authorization": "Bearer k"}).status_code == 200
+
+
 def test_a_key_is_asked_for():
     with Running(api_key="sésame") as running:
         for key in ("none", "sesame", "sésamé"):

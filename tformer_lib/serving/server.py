@@ -21,11 +21,12 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tformer_lib.serving.engine import Engine
 from tformer_lib.serving.protocol import Ask, Refused, Reply, read
@@ -328,7 +329,12 @@ class Server:
             Route("/metrics", self.show_metrics, methods=["GET"]),
         ]
         handlers = {HTTPException: refuse_route, Exception: refuse_all}
-        self.app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self.lifespan)
+        self.app = Starlette(
+            routes=routes,
+            exception_handlers=handlers,
+            lifespan=self.lifespan,
+            middleware=[Middleware(WithoutLastSlash)],
+        )
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -443,7 +449,7 @@ class Server:
 
     async def model(self, request: HTTPRequest) -> Response:
         """What is known of it."""
-        if request.path_params["name"] != self.name:
+        if request.path_params["name"] != self.name.rstrip("/"):
             raise Refused(404, f"there is no such model, this is {self.name!r}", "model_not_found", "model")
         return JSONResponse(self.card())
 
@@ -460,6 +466,22 @@ class Server:
     async def show_metrics(self, request: HTTPRequest) -> Response:
         """For Prometheus."""
         return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+class WithoutLastSlash:
+    """Every path means the same with a slash at its end: some clients and proxies put one there.
+
+    A redirect would not do, because many clients follow none with a body.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand the request on, its path without the slash."""
+        if scope["type"] == "http":
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+        await self.app(scope, receive, send)
 
 
 async def refuse_route(request: HTTPRequest, error: Exception) -> Response:
