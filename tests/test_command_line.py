@@ -328,3 +328,39 @@ def test_a_closed_pipe_ends_a_chat_quietly():
     assert process.wait(60) == 141
     assert process.stderr.read().count("\n") == 1, "only the note about the template"
     process.stdin.close()
+
+
+EMPTY = [
+    ("tformer_lib.tokens.command", ["--out", ""]),
+    ("tformer_lib.tokens.command", ["--out="]),
+    ("tformer_lib.tokens.command", ["--corpus", ""]),
+    ("tformer_lib.training.command", ["train", "--out", ""]),
+    ("tformer_lib.training.command", ["train", "--data", ""]),
+    ("tformer_lib.training.command", ["resume", "--out", ""]),
+    ("tformer_lib.training.command", ["sample", "--out", ""]),
+    ("tformer_lib.generation.command", ["--prompt", "a", "--model", ""]),
+    ("tformer_lib.serving.command", ["complete", "--prompt", "a", "--model", ""]),
+    ("tformer_lib.serving.command", ["complete", "--prompt", "a", "--draft-model", "", "--drafts", "2"]),
+    ("tformer_lib.serving.command", ["complete", "--prompts", ""]),
+    ("tools.deep", ["--out", ""]),
+    ("tools.classroom", ["write", ""]),
+    ("tools.classroom", ["collect", "x", "--out", ""]),
+    ("benchmarks.repeat", ["--out", ""]),
+    ("benchmarks.rope", ["--out", ""]),
+]
+
+
+@pytest.mark.parametrize(("module", "arguments"), EMPTY, ids=lambda part: part if isinstance(part, str) else None)
+def test_an_empty_path_is_refused_and_nothing_is_written(module, arguments, tmp_path, monkeypatch, capsys):
+    """An unset variable of a shell script gives an empty name, which would mean the folder that one stands in."""
+    monkeypatch.chdir(tmp_path)
+    assert importlib.import_module(module).main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "must name a file or folder, got ''" in said or "must not be empty" in said
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_is_read_as_it_is():
+    assert read("--out", ".") == Settings(Path())
+    assert read("--out", "a b/c") == Settings(Path("a b") / "c")

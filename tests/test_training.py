@@ -135,7 +135,7 @@ def test_a_batch_is_not_cut_into_more_pieces_than_it_has_windows(pieces):
         ({"learning_rate": math.inf}, "learning_rate must be finite, got inf"),
         ({"dtype": "float16"}, "dtype must be auto, float32 or bfloat16, got 'float16'"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"out": ""}, "out must name a folder, got ''"),
+        ({"out": ""}, "out must name a file or folder, got ''"),
         ({"seed": 2**32}, r"seed must be below 2\*\*32, got 4294967296"),
     ],
 )

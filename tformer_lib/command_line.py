@@ -14,10 +14,12 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     import torch
+    import tyro
 
 REFUSED = 2
 INTERRUPTED = 128 + signal.SIGINT
@@ -114,12 +116,63 @@ def parse(kind, arguments: Sequence[str] | None = None, *, program: str, descrip
 
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), rules():
             return tyro.cli(kind, args=arguments, prog=program, description=description)
+    except EmptyPath:
+        raise Refusal(f"a path must name a file or folder, got ''; {program} --help says more") from None
     except SystemExit as end:
         if end.code in (0, None):
             raise
         raise Refusal(f"{first_words(said.getvalue())}; {program} --help says more") from None
+
+
+def rules() -> "tyro.constructors.ConstructorRegistry":
+    """What every command reads otherwise than tyro does: an empty path is refused."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def of_path(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if kind.type is not Path:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda given: read_path(given[0]),
+            is_instance=lambda value: isinstance(value, Path),
+            str_from_instance=lambda path: [str(path)],
+        )
+
+    return registry
+
+
+class EmptyPath(Exception):
+    """A path was given, and is empty. No ValueError, of which tyro says nothing where an option may be left out."""
+
+
+def read_path(given: str) -> Path:
+    """An argument as a path."""
+    if not given:
+        raise EmptyPath
+    return Path(given)
+
+
+def named(what: str, path: str | Path) -> Path:
+    """The path that a setting names, which must name one.
+
+    An unset variable of a shell script gives an empty name, and ``Path("")`` is the folder that the script stands in.
+
+    Args:
+        what: the setting's name.
+        path: its value.
+
+    Raises:
+        ValueError: the name is empty.
+    """
+    if not str(path):
+        raise ValueError(f"{what} must name a file or folder, got ''")
+    return Path(path)
 
 
 @dataclass(frozen=True)

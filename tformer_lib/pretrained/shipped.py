@@ -49,6 +49,8 @@ def load(
         ValueError: if there is no such model, or it is of a family that is not built here.
         OSError: if one of its files is missing, or it cannot be fetched.
     """
+    if not str(name):
+        raise ValueError("the name of a model must not be empty")
     if is_public(name):
         place = fetch(name)
         return from_hub(place, device=device, dtype=dtype), load_tokenizer(place)

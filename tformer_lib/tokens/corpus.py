@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from tformer_lib import stories as grammar
 from tformer_lib.checkpoint import build, locked, settle, write_atomically, write_together
+from tformer_lib.command_line import named
 from tformer_lib.stories import stories
 from tformer_lib.tokens.bpe import END_OF_TEXT, train_bpe
 from tformer_lib.tokens.encoding import (
@@ -67,7 +68,7 @@ class CorpusConfig:
     @property
     def folder(self) -> Path:
         """Where the corpus goes."""
-        return Path(self.out) if self.out else Path("data") / Path(self.corpus).stem
+        return named("out", self.out) if self.out is not None else Path("data") / Path(self.corpus).stem
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ def prepare(config: CorpusConfig) -> Corpus:
     A corpus of stories begins with the end-of-text token, and each story ends with one. So every token but the first is
     a prediction whose probability the grammar knows.
     """
+    named("corpus", config.corpus)
     check_place(config, corpus=config.corpus, tokenizer=config.tokenizer)
     train, val, floor = split_corpus(config)
     encoding = make_encoding(config, train, val)

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Literal
 
 from tformer_lib import command_line, distributed
@@ -75,6 +74,7 @@ def command_train(config: TrainingConfig) -> int:
 def command_resume(command: Resume) -> int:
     """Go on with a run, in as many processes as torchrun has started now."""
     changes = {name: getattr(command, name) for name in CHANGED_BY_RESUME}
+    command_line.named("out", command.out)
     with distributed.joined(cpu=command.device == "cpu", timeout=command.timeout):
         return train_and_tell(Run.resume(command.out, **{k: v for k, v in changes.items() if v is not None}))
 
@@ -106,7 +106,7 @@ def describe_place(run: Run) -> str:
 
 def command_sample(command: Sample) -> int:
     """Write a text."""
-    source = Path(command.out) / "best.safetensors"
+    source = command_line.named("out", command.out) / "best.safetensors"
     weights, facts = read_tensors(source)
     require(facts, {"config", "beginning"}, str(source))
     encoding = load_encoding(command.out)

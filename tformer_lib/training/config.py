@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from tformer_lib.checkpoint import build
+from tformer_lib.command_line import named
 from tformer_lib.transformer import ModelConfig
 
 
@@ -105,8 +106,8 @@ class TrainingConfig:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not self.out:  # an unset variable of a shell script would fill the folder that it stands in
-            raise ValueError("out must name a folder, got ''")
+        named("data", self.data)
+        named("out", self.out)
         if self.seed >= 2**32:  # which is as many as numpy's generator takes
             raise ValueError(f"seed must be below 2**32, got {self.seed}")
         if self.batch % self.accumulation:
