@@ -42,7 +42,7 @@ def test_what_ended_is_read_and_told(tmp_path):
     assert [piece.tests for piece in pieces(known)] == [("b",)] * len(list(pieces(known)))
     told = table(known).splitlines()
     assert told[0].endswith("1 b")
-    assert told[-1] == "1 of 2 tests whole, 5,980 examples, 1 failures"
+    assert told[-1] == "1 of 2 tests whole, 5,980 examples, failures: 1"
     assert read(tmp_path / "none.jsonl") == {}
 
 

@@ -173,7 +173,7 @@ def table(known: dict[str, Drawn]) -> str:
         for test, drawn in rows
     ]
     examples, failures = (sum(getattr(drawn, what) for drawn in known.values()) for what in ("examples", "failures"))
-    return "\n".join([*lines, f"{whole} of {len(known)} tests whole, {examples:,} examples, {failures} failures"])
+    return "\n".join([*lines, f"{whole} of {len(known)} tests whole, {examples:,} examples, failures: {failures}"])
 
 
 if __name__ == "__main__":

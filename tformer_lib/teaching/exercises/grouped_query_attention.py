@@ -29,7 +29,7 @@ def check_kv_head(fn):
     for heads, kv_heads in ((8, 2), (8, 8), (8, 1), (12, 4), (32, 8)):
         group = heads // kv_heads
         for head in range(heads):
-            place = f"with {heads} heads and {kv_heads} kv heads, query head {head}"
+            place = f"with {heads} heads and {counted(kv_heads, 'kv head')}, query head {head}"
             found = require_integer(fn(head, heads, kv_heads), f"{place}: the kv head")
             require(0 <= found < kv_heads, f"{place} reads kv head {found}, which does not exist")
             require(found == head // group, f"{place} reads kv head {found}, expected {head // group}")
@@ -66,7 +66,7 @@ def check_scores(fn):
         with Sizes(q, k) as sizes:
             found = fn(q, k)
         wanted = torch.einsum("bhtd,bhsd->bhts", q, k.repeat_interleave(heads // kv_heads, 1))
-        place = f"with {heads} heads and {kv_heads} kv heads"
+        place = f"with {heads} heads and {counted(kv_heads, 'kv head')}"
         scaled = is_close(found, wanted / q.shape[-1] ** 0.5)
         require(not scaled, "the scores are divided by sqrt(head_dim); they were asked for unscaled")
         require_close(found, wanted, f"{place}, {whose_keys(heads, kv_heads)}", name=f"{place}, the scores")
@@ -97,7 +97,7 @@ def whose_keys(heads: int, kv_heads: int) -> str:
 def check_pool(fn):
     for heads, kv_heads, head_dim, width in ((8, 2, 4, 10), (8, 1, 4, 10), (4, 4, 2, 6), (6, 3, 5, 7)):
         weight = torch.randn(heads * head_dim, width)
-        name = f"the weight from {heads} to {kv_heads} heads"
+        name = f"the weight from {heads} to {counted(kv_heads, 'head')}"
         found = fn(weight, kv_heads, head_dim)
         explain_pool(found, weight, kv_heads, head_dim)
         require_close(
@@ -207,7 +207,7 @@ def check_align(fn):
             require_finite(new, f"the weight of {name}")
         before = [w.double() for w in weights]
         after = [w.detach().double() for w in found]
-        place = f"with {heads} heads in {kv_heads} groups"
+        place = f"with {heads} heads in {counted(kv_heads, 'group')}"
         same_function(before, after, head_dim, place)
         near_the_first(before, after, kv_heads, head_dim, place)
 

@@ -3,6 +3,7 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tformer_lib.contract import counted
 from tformer_lib.teaching.exercises.engine import (
     exercise,
     is_close,
@@ -53,12 +54,12 @@ def by_weights(phi_q, phi_k, v, causal):
 def check_associative(fn):
     for T, S, features, width in ((5, 5, 4, 3), (1, 7, 4, 3), (6, 2, 5, 2)):
         phi_q, phi_k, v = draw(T, S, features, width)
-        found = fn(phi_q, phi_k, v)
-        require_shape(found, (T, width), f"the output for {T} queries and {S} keys")
+        found, case = fn(phi_q, phi_k, v), f"for {counted(T, 'query', 'queries')} and {counted(S, 'key')}"
+        require_shape(found, (T, width), f"the output {case}")
         unnormalised = phi_q @ phi_k.T @ v
         if is_close(found, unnormalised):
             require(False, "the weights of a query do not sum to 1: divide by their sum")
-        require_close(found, by_weights(phi_q, phi_k, v, False), f"the output is wrong for {T} queries and {S} keys")
+        require_close(found, by_weights(phi_q, phi_k, v, False), f"the output is wrong {case}")
     with LargestTensor() as seen:
         fn(*draw(300))
     require(
@@ -116,12 +117,14 @@ def check_chunked(fn):
     for T, chunk, width in ((8, 4, 3), (8, 8, 3), (8, 1, 3), (10, 4, 7), (3, 16, 3), (1, 4, 3)):
         phi_q, phi_k, v = draw(T, features=5, width=width)
         found = fn(phi_q, phi_k, v, chunk)
-        require_shape(found, (T, width), f"the output for {T} tokens in chunks of {chunk}")
+        require_shape(found, (T, width), f"the output for {counted(T, 'token')} in chunks of {chunk}")
         expected = by_weights(phi_q, phi_k, v, True)
         wrong = ~((found - expected).abs().amax(1) <= 1e-4)  # NaN is wrong too
         for t in wrong.nonzero()[:, 0].tolist()[:1]:
-            place = f"token {t % chunk} of chunk {t // chunk}, with {T} tokens in chunks of {chunk}, is wrong"
-            require(False, f"{place}: {reason(found, phi_q, phi_k, v, t, chunk)}")
+            place = (
+                f"token {t % chunk} of chunk {t // chunk}, with {counted(T, 'token')} in chunks of {chunk}, is wrong"
+            )
+            require(False, f"{place} is wrong: {reason(found, phi_q, phi_k, v, t, chunk)}")
     with LargestTensor() as seen:
         fn(*draw(300), 10)
     require(
@@ -168,8 +171,8 @@ def check_decay(fn):
     ):
         T = len(log_decay)
         found = fn(log_decay)
-        require_shape(found, (T, T), f"the mask for {T} tokens")
-        require_finite(found, f"the mask for {T} tokens, some with strong decays,")
+        require_shape(found, (T, T), f"the mask for {counted(T, 'token')}")
+        require_finite(found, f"the mask for {counted(T, 'token')}, some with strong decays,")
         for t in range(T):
             for s in range(T):
                 expected = log_decay.double()[s + 1 : t + 1].sum().exp().float() if s <= t else torch.tensor(0.0)
@@ -236,7 +239,7 @@ def run_delta(fn, inputs, chunk):
     require(isinstance(result, (tuple, list)) and len(result) == 2, "return two things: the output and the new state")
     for name, old, new in zip(("q", "k", "v", "beta", "state"), before, inputs, strict=True):
         require(torch.equal(old, new), f"your function changes the {name} that it was given: make a new tensor")
-    T, place = len(inputs[2]), f"for {len(inputs[2])} tokens in chunks of {chunk}"
+    T, place = len(inputs[2]), f"for {counted(len(inputs[2]), 'token')} in chunks of {chunk}"
     for name, x, rows in (("the output", result[0], T), ("the new state", result[1], inputs[1].shape[1])):
         require_shape(x, (rows, inputs[2].shape[1]), f"{name} {place}")
         require_finite(x, f"{name} {place}")
@@ -262,7 +265,7 @@ def check_delta(fn):
     for T, chunk, *sizes in ((6, 1), (8, 4), (10, 4), (3, 16), (24, 8), (9, 4, 4, 5), (1, 1), (1, 8)):
         inputs = draw_delta(T, *sizes)
         found, state = run_delta(fn, inputs, chunk)
-        place = f"for {T} tokens in chunks of {chunk}"
+        place = f"for {counted(T, 'token')} in chunks of {chunk}"
         expected, last = delta_by_steps(*inputs)
         for words, wrong in delta_mistakes(*inputs, chunk).items():
             apart = not torch.allclose(wrong, expected, atol=1e-3)
