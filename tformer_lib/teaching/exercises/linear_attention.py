@@ -121,10 +121,8 @@ def check_chunked(fn):
         expected = by_weights(phi_q, phi_k, v, True)
         wrong = ~((found - expected).abs().amax(1) <= 1e-4)  # NaN is wrong too
         for t in wrong.nonzero()[:, 0].tolist()[:1]:
-            place = (
-                f"token {t % chunk} of chunk {t // chunk}, with {counted(T, 'token')} in chunks of {chunk}, is wrong"
-            )
-            require(False, f"{place} is wrong: {reason(found, phi_q, phi_k, v, t, chunk)}")
+            place = f"token {t % chunk} of chunk {t // chunk}, with {counted(T, 'token')} in chunks of {chunk}"
+            require(False, f"{place}, is wrong: {reason(found, phi_q, phi_k, v, t, chunk)}")
     with LargestTensor() as seen:
         fn(*draw(300), 10)
     require(
