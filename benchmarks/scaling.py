@@ -416,7 +416,8 @@ class Bench:
                 unbounded="the rate of a copy was not measured here",
                 all_reduces=2 * config.layers + 1 if cut else 0,
             )
-            llm.engine.runner.graphs.clear()  # a graph that sends must go before the link that it sends over
+            for graphs in (llm.engine.runner.graphs, llm.engine.runner.prompts):
+                graphs.clear()  # a graph that sends must go before the link that it sends over
             del llm, answer
         del model
         self.free()

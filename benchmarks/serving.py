@@ -82,8 +82,8 @@ What was counted since, and not measured:
     the 27 kernels of PyTorch between a step's last product and the next step's first one: 116 us at 142 rows, 28 of
         which are the search for the largest logits. Three kernels of our own could take 30; there are none yet
 
-The part "steps" asks where a step of a lightly loaded server spends its time: on the clock, in the host that asks for its
-kernels, and in the kernels.
+The part "steps" asks where a step of a lightly loaded server spends its time: on the clock, in the host that asks for
+its kernels, and in the kernels.
 
 The parts "speculation", "float8" and "deterministic" ask what each of these gains or costs: drafts at batch 1, on texts
 that repeat themselves, that never do, and that mislead; float8 in the same bytes of keys and values; and steps of one
@@ -709,6 +709,7 @@ STEPS = {
     "one row": (1, 0),
     "30 rows": (30, 0),
     "30 rows and 482 tokens of a prompt": (30, 482),
+    "30 rows and 482 tokens of a prompt, kernels asked for one by one": (30, 482),
 }
 """Kinds of step of a lightly loaded server: rows that write, tokens of a prompt beside them."""
 
@@ -718,6 +719,8 @@ def steps_part(device: str) -> dict:
     model, made, each = llama(device), [], 10
     engine = make_engine(model, max_num_seqs=40, budget=512)
     for case, (rows, piece) in STEPS.items():
+        if case.endswith("one by one"):
+            engine.runner.prompts.clear()
 
         def step(piece: int = piece) -> None:
             if piece:

@@ -1,15 +1,23 @@
 """The pass of few kernels beside the model's own, and its kernels beside float64."""
 
+import itertools
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import draws
+from hypothesis import given
+from hypothesis import strategies as st
 
+from tformer_lib.generation import generate
 from tformer_lib.ladder import FP8
 from tformer_lib.paged_attention import Rows, plan_attention
 from tformer_lib.rope import turn_pairs
-from tformer_lib.serving import Engine, FusedPass, PackedPass, join_projections
+from tformer_lib.serving import Engine, FusedPass, Inputs, PackedPass, join_projections
 from tformer_lib.serving import runner as runner_module
 from tformer_lib.serving.fused import PRODUCTS, refusal
+from tformer_lib.serving.runner import prompt_sizes
 from tformer_lib.transformer import Decoder, ModelConfig
 
 ON_GPU = pytest.mark.skipif(
@@ -85,6 +93,50 @@ def test_what_the_kernels_do_not_know_is_refused(options):
     model = make_model(torch.float32, **options)
     join_projections(model)
     assert refusal(model).startswith("the kernels ")
+
+
+class RecordedPrompts:
+    """What a CUDA graph of a step with prompts does, on a CPU: it computes from the buffer's numbers."""
+
+    def __init__(self, runner, size):
+        self.inputs = Inputs(runner.buffer, size, runner.max_num_seqs + 1, runner.max_num_seqs, runner.max_blocks)
+        self.runner, self.replays = runner, 0
+        self.hidden = torch.zeros(runner.max_num_seqs, runner.model.config.width, dtype=torch.float64)
+
+    def replay(self):
+        self.replays += 1
+        self.hidden.copy_(self.runner._hidden(self.inputs))
+
+
+@draws(40)
+@given(data=st.data())
+def test_steps_with_prompts_that_are_recorded_write_what_each_writes_alone(data):
+    model = make_model()
+    join_projections(model)
+    most = data.draw(st.integers(1, 5))
+    budget, ahead = data.draw(st.integers(most, 40)), data.draw(st.integers(0, 2))
+    engine = Engine(model, blocks=60, block_size=4, max_num_seqs=most, budget=budget, ahead=ahead)
+    engine.runner.fused = FusedPass(model, engine.runner.pools, None)
+    sizes = data.draw(st.lists(st.integers(1, budget), min_size=1, max_size=3, unique=True))
+    graphs = {size: RecordedPrompts(engine.runner, size) for size in sorted(sizes)}
+    engine.runner.prompts = {size: (graph, graph.hidden) for size, graph in graphs.items()}
+    prompts = data.draw(st.lists(st.lists(st.integers(0, 95), min_size=1, max_size=30), min_size=1, max_size=7))
+    rules = [{"max_new_tokens": 5, "seed": i, "temperature": i % 2} for i in range(len(prompts))]
+    made = [engine.add(prompt, rule) for prompt, rule in zip(prompts, rules, strict=True)]
+    engine.run()
+    for request, prompt, rule in zip(made, prompts, rules, strict=True):
+        assert request.new_tokens == generate(model, [prompt], **rule)[0]
+    if max(sizes) == budget:
+        assert sum(graph.replays for graph in graphs.values()) == len(engine.log)
+
+
+@pytest.mark.parametrize("budget", [1, 7, 64, 65, 300, 512, 700, 1024, 2000, 2048, 2049, 16384])
+def test_sizes_of_recorded_prompts_fit_the_budget_and_waste_little(budget):
+    sizes = prompt_sizes(budget)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == min(budget, 2048)
+    for before, size in itertools.pairwise([0, *sizes]):
+        assert size - before <= max(64, size / 5)
 
 
 # on a GPU
@@ -209,6 +261,38 @@ def test_each_product_may_be_of_either_kind(rows, own):
     theirs, ours = (logits(torch.bfloat16, "cuda", kind) - exact for kind in ((), own))
     assert ours.std() <= 2 * theirs.std()
     assert ours.abs().max() <= 3 * theirs.abs().max()
+
+
+@ON_GPU
+@pytest.mark.parametrize("options", [{}, {"kv_dtype": "float8"}, {"block_size": 64}, {"block_size": 12}])
+def test_recorded_steps_with_prompts_are_those_that_are_launched(options):
+    """The logits of drawn steps, prompts in pieces and rows that write, beside the same steps launched one by one."""
+    engine = Engine(make_model(torch.bfloat16).cuda(), blocks=300, max_num_seqs=24, budget=300, compile=True, **options)
+    runner = engine.runner
+    if options.get("block_size") == 12:
+        assert not runner.prompts  # no kernel reads such blocks
+        return
+    assert list(runner.prompts) == [64, 128, 192, 256, 300]
+    compared, launch = [], runner._replay_prompts
+
+    def both(size, rows, tables, samples):
+        found, batch_slots = launch(size, rows, tables, samples)
+        found, kept = found.clone(), batch_slots.clone()
+        expected, slots = runner._run(rows, tables, samples)  # writes the same keys and values once more
+        assert torch.equal(kept, slots)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.12)  # products of other shapes add in another order
+        compared.append((size, len(rows), samples))
+        return found, kept
+
+    runner._replay_prompts = both
+    draw = random.Random(5)
+    for i in range(60):
+        engine.add([draw.randrange(96) for _ in range(draw.choice((1, 5, 60, 150)))], {"max_new_tokens": 1 + i % 9})
+        if i % 3 == 0:
+            engine.step()
+    engine.run()
+    assert {size for size, *_ in compared} >= {192, 256, 300}
+    assert any(samples < rows for _, rows, samples in compared)
 
 
 @ON_GPU

@@ -127,8 +127,9 @@ class Engine:
         spare_blocks, policy: see :class:`Scheduler`.
         ahead: how many steps are launched before the tokens of a step are looked at; 1 on a GPU, 0 elsewhere
             (``async_scheduling``).
-        cuda_graphs: record steps in which all rows write; by default where the model is on a GPU
-            (the opposite of ``enforce_eager``).
+        cuda_graphs: record steps in which all rows write, and with ``compile`` those of a Llama-like model on Hopper
+            that read up to 2,048 tokens of prompts; by default where the model is on a GPU (the opposite of
+            ``enforce_eager``).
         compile: see :class:`Runner`.
         speculation: how tokens are drafted that a step then checks; None: they are not
             (``speculative_config``). See ``speculation``.

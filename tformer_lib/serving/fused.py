@@ -86,12 +86,28 @@ class FusedPass:
         batch_invariant: bool = False,
         own: Collection[str] = (),
     ) -> Tensor:
-        """The logits, (total or n, vocab_size).
+        """The logits, (total or n, vocab_size). The arguments are those of :meth:`hidden`."""
+        return self.model.unembed(
+            self.hidden(tokens, positions, slots, rows, only=only, batch_invariant=batch_invariant, own=own)
+        )
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        rows: Rows,
+        *,
+        only: Tensor | None = None,
+        batch_invariant: bool = False,
+        own: Collection[str] = (),
+    ) -> Tensor:
+        """What the logits are made of, (total or n, width).
 
         Args:
             tokens, positions, slots: (total,) int64.
             rows: whose numbers no kernel of this pass may write: attention reads them early.
-            only: (n,) int64, the places whose logits are wanted; all if not given.
+            only: (n,) int64, the places that are wanted; all if not given.
             batch_invariant: see :func:`paged_attention`.
             own: those of PRODUCTS that few_rows.cu computes, see :meth:`takes`.
         """
@@ -112,7 +128,13 @@ class FusedPass:
             hidden = self.gated_product(hidden, layer.gate_up, "gate_up" in own)  # (total, feed_forward_width)
             added = self.product(hidden, layer.down, "down" in own)
         x = self.add_norm(x, added, model.stack.final_norm)
-        return model.unembed(x if only is None else x[only])
+        return x if only is None else x[only]
+
+    def reads_by_kernels(self, total: int, rows: Rows) -> bool:
+        """Whether kernels compute the attention of so many tokens, so that a pass can be recorded."""
+        heads, head_dim = self.model.config.heads, self.model.config.size_of_head
+        q = self.pools[0][0].new_empty(total, heads, head_dim, dtype=self.model.embedding.tokens.weight.dtype)
+        return self.plan(q, *self.pools[0], rows, False).shared.step != "0"
 
     def plan(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, rows: Rows, batch_invariant: bool) -> AttentionPlan:
         """The attention of all layers."""

@@ -1,11 +1,11 @@
 """A step on the device: one copy of its numbers, one pass through the model, the next tokens."""
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -210,7 +210,9 @@ class Inputs:
         """The size of a buffer that holds any step of so many tokens and rows."""
         return 8 * (4 * tokens + 2 * rows) + 4 * (2 * rows + 1 + rows * max_blocks)
 
-    def fill(self, rows: list[Row], tables: np.ndarray, block_size: int, *, lanes: bool = False) -> None:
+    def fill(
+        self, rows: list[Row], tables: np.ndarray, block_size: int, *, lanes: bool = False, rest: bool = False
+    ) -> None:
         """Write the rows in; a field that is longer than they are is padded with rows of length 0.
 
         Args:
@@ -219,6 +221,7 @@ class Inputs:
             block_size: tokens in a block.
             lanes: whether each token stands in a row of its own, whose table is that of all the tokens of its request:
                 a row then has one query, as a recorded step has it.
+            rest: whether the tokens past those of the rows belong to the last row, which holds no key.
         """
         counts = np.array([row.count for row in rows], dtype=np.int64)
         first = np.array([row.start for row in rows], dtype=np.int64)
@@ -241,6 +244,8 @@ class Inputs:
             batch_slots, first, counts, starts = batch_slots[row_of], positions, 1, np.arange(len(self.starts))
         put(self.lengths, first + counts, 0)
         put(self.starts, starts, starts[-1])
+        if rest:
+            self.starts[-1] = len(self.given)
         put(self.tables, tables[batch_slots], 0)
 
 
@@ -316,6 +321,7 @@ class Runner:
         shape = CacheShape.of(model, max_num_seqs)
         self.model, self.block_size, self.max_blocks = model, allocator.block_size, max_blocks
         self.lanes, self.budget, self.deterministic = lanes, budget, deterministic
+        self.max_num_seqs = max_num_seqs
         kv_dtype = shape.dtype if kv_dtype is None else kv_dtype
         self.scales = kv_scales if kv_dtype == FP8 else None
         self.device = torch.device(shape.device)
@@ -337,12 +343,13 @@ class Runner:
         self.seen: Tensor | None = None
         on_gpu = self.device.type == "cuda"
         rows = max(budget, lanes * max_num_seqs) if deterministic else lanes * max_num_seqs
-        room = Inputs.bytes_for(max(budget, lanes * max_num_seqs), rows, max_blocks)
+        room = Inputs.bytes_for(max(budget, lanes * max_num_seqs), rows + 1, max_blocks)
         self.staging = deque(torch.zeros(room, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(depth))
         most = lanes * max_num_seqs
         self.returned = deque(torch.zeros(most, dtype=torch.int64, pin_memory=on_gpu) for _ in range(depth))
         self.buffer = torch.zeros(room, dtype=torch.uint8, device=self.device)
         self.graphs: dict[int, tuple] = {}  # by the number of lanes: a CUDA graph, its logits, and the likeliest tokens
+        self.prompts: dict[int, tuple] = {}  # by the number of tokens: a CUDA graph, and what it leaves of each sample
         self.fused: FusedPass | None = None
         self.own_products: dict[int, tuple[str, ...]] = {}  # which of its products cuBLAS does not compute, by lanes
         if compile:
@@ -372,6 +379,8 @@ class Runner:
         best: tuple[Tensor, ...] = ()
         if size is not None:
             logits, batch_slots, *best = self._replay(size, rows, tables, len(requests))
+        elif (size := self._recorded_prompts(rows)) is not None:
+            logits, batch_slots = self._replay_prompts(size, rows, tables, len(requests))
         else:
             logits, batch_slots = self._run(rows, tables, len(requests))
         if not requests:
@@ -392,6 +401,13 @@ class Runner:
             return None
         tokens = sum(row.count for row in rows)
         return next((size for size in self.graphs if size >= tokens), None)
+
+    def _recorded_prompts(self, rows: list[Row]) -> int | None:
+        """The recorded step with prompts that these rows fit into; None where there is none."""
+        if sum(row.asks for row in rows) > self.max_num_seqs:
+            return None
+        tokens = sum(row.count for row in rows)
+        return next((size for size in self.prompts if size >= tokens), None)
 
     def as_current(self) -> AbstractContextManager:
         """The model's device as the current one, which each thread has for itself."""
@@ -439,9 +455,19 @@ class Runner:
         logits, *best = (x[places] for x in found)
         return logits, inputs.batch_slots[:samples], *best
 
-    def _upload(self, rows: list[Row], tables: np.ndarray, *sizes: int, lanes: bool = False) -> Inputs:
+    def _replay_prompts(self, size: int, rows: list[Row], tables: np.ndarray, samples: int) -> tuple[Tensor, Tensor]:
+        """Rows that read prompts, padded to a recorded number of tokens: the same as :meth:`_run`.
+
+        The tokens past theirs are in a row of nobody's, whose keys go nowhere.
+        """
+        inputs = self._upload(rows, tables, size, self.max_num_seqs + 1, self.max_num_seqs, rest=True)
+        graph, hidden = self.prompts[size]
+        graph.replay()
+        return self.model.unembed(hidden[:samples]), inputs.batch_slots[:samples]
+
+    def _upload(self, rows: list[Row], tables: np.ndarray, *sizes: int, **options: bool) -> Inputs:
         host = Inputs(self.staging[0], *sizes, self.max_blocks)
-        host.fill(rows, tables, self.block_size, lanes=lanes)
+        host.fill(rows, tables, self.block_size, **options)
         self.buffer[: host.size].copy_(self.staging[0][: host.size], non_blocking=True)
         return Inputs(self.buffer, *sizes, self.max_blocks)
 
@@ -449,8 +475,7 @@ class Runner:
         self, inputs: Inputs, *, starts=None, max_queries=None, only=None, own: tuple[str, ...] = ()
     ) -> Tensor:
         """(tokens that are looked at, vocab_size)."""
-        sampled = self.last_tokens[inputs.token_batch_slots]  # (total,)
-        tokens = torch.where(inputs.given == SAMPLED, sampled, inputs.given)
+        tokens = self._tokens(inputs)
         if self.deterministic:
             starts, max_queries = inputs.starts, 1
         rows = Rows(inputs.tables, inputs.lengths, starts, max_queries)
@@ -463,6 +488,16 @@ class Runner:
         cache = PackedPass(self.pools, inputs.positions, inputs.slots, *rows, **options)
         with evaluating(self.model), one_row(self.model, tokens):
             return self.model(tokens[None], cache=cache, only=only)[0]
+
+    def _tokens(self, inputs: Inputs) -> Tensor:
+        """(total,) int64: those that were given, and those that only the device knows."""
+        sampled = self.last_tokens[inputs.token_batch_slots]
+        return torch.where(inputs.given == SAMPLED, sampled, inputs.given)
+
+    def _hidden(self, inputs: Inputs) -> Tensor:
+        """What the logits of a step with prompts are made of, (samples, width), by few kernels."""
+        rows = Rows(inputs.tables, inputs.lengths, inputs.starts, len(inputs.given))
+        return self.fused.hidden(self._tokens(inputs), inputs.positions, inputs.slots, rows, only=inputs.places)
 
     def _rings(self, inputs: Inputs) -> Rings:
         """Where this step's tokens go and find their rows in window layers, worked out on the device."""
@@ -505,13 +540,25 @@ class Runner:
     @torch.inference_mode(False)
     @torch.no_grad()
     def capture(self, sizes: Sequence[int]) -> None:
-        """Record a step of one token a row in a CUDA graph, for each of these numbers of rows."""
+        """Record steps in CUDA graphs: of one token a row for each of these numbers of rows, and steps with prompts.
+
+        The latter only for :class:`FusedPass`, whose kernels learn from the device how long the rows are, and for as
+        many tokens as :func:`prompt_sizes` says.
+        """
         stream, pool = torch.cuda.Stream(), None
+        none = np.zeros((len(self.last_tokens), self.max_blocks), np.int32)
+        with_prompts = self.fused is not None and not self.deterministic
+        for size in sorted(prompt_sizes(self.budget), reverse=True) if with_prompts else ():
+            inputs = self._upload([], none, size, self.max_num_seqs + 1, self.max_num_seqs, rest=True)
+            rows = Rows(inputs.tables, inputs.lengths, inputs.starts, size)
+            if self.fused.reads_by_kernels(size, rows):
+                self.prompts[size] = record(partial(self._hidden, inputs), stream, pool)
+                pool = self.prompts[size][0].pool()
         for size in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
-            inputs = self._upload([], np.zeros((len(self.last_tokens), self.max_blocks), np.int32), size, size, size)
+            inputs = self._upload([], none, size, size, size)
             self.graphs[size] = self._record_fastest(inputs, stream, pool)
             pool = self.graphs[size][0].pool()
-        self.graphs = dict(sorted(self.graphs.items()))
+        self.graphs, self.prompts = dict(sorted(self.graphs.items())), dict(sorted(self.prompts.items()))
 
     def _record_fastest(self, inputs: Inputs, stream: "torch.cuda.Stream", pool) -> tuple:
         """A recorded step, its logits and what :func:`likeliest` finds; each product by who is faster at this size."""
@@ -528,21 +575,14 @@ class Runner:
         return best
 
     def _record(self, inputs: Inputs, stream: "torch.cuda.Stream", pool, own: tuple[str, ...]) -> tuple:
-        """The same for products that were chosen.
+        """The same for products that were chosen."""
 
-        The step is run once before, on the stream that records: kernels keep scratch memory by stream, and what is made
-        while recording would be filled only by a replay.
-        """
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            likeliest(self._forward(inputs, own=own))
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        def step() -> tuple[Tensor, ...]:
             logits = self._forward(inputs, own=own)
-            best = likeliest(logits)
-        graph.replay()  # the first replay of a graph takes longer
-        return graph, logits, *best
+            return logits, *likeliest(logits)
+
+        graph, found = record(step, stream, pool)
+        return graph, *found
 
     # choosing tokens
 
@@ -637,6 +677,31 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     part = most.argmax(-1, keepdim=True)  # (rows, 1)
     tokens = part * (vocab_size // parts) + places.gather(1, part)
     return tokens[:, 0], most.gather(1, part)[:, 0].isfinite()
+
+
+def record(step: Callable[[], Any], stream: "torch.cuda.Stream", pool) -> tuple["torch.cuda.CUDAGraph", Any]:
+    """A CUDA graph of what a function launches, and what it returned: tensors that each replay writes anew.
+
+    The function is called once before, on the stream that records: kernels keep scratch memory by stream, and what is
+    made while recording would be filled only by a replay.
+    """
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        found = step()
+    graph.replay()  # the first replay of a graph takes longer
+    return graph, found
+
+
+def prompt_sizes(budget: int) -> list[int]:
+    """The numbers of tokens that steps with prompts are padded to: every 64 up to 512, every 128 up to 1,024, every 256
+    up to 2,048. Of more tokens, the kernels take longer than the host, which can ask for them one by one."""
+    sizes = [*range(64, 512, 64), *range(512, 1024, 128), *range(1024, 2048 + 1, 256)]
+    fitting = [size for size in sizes if size < budget]
+    return fitting if budget > sizes[-1] else [*fitting, budget]
 
 
 CLEARLY = 0.995
