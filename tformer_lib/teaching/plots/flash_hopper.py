@@ -54,7 +54,7 @@ def descriptor(value: int, fields: Sequence[tuple[str, int, int]]) -> None:
         owner = next((i for i, (_, low, count) in enumerate(fields) if low <= bit < low + count), None)
         colour = style.PALETTE[owner] if owner is not None else style.GREY
         on = value >> bit & 1
-        look = {"facecolor": colour, "alpha": 0.85 if on else 0.2, "edgecolor": "white", "linewidth": 0.6}
+        look = {"facecolor": colour, "alpha": 0.5 if on else 0.15, "edgecolor": "white", "linewidth": 0.6}
         ax.add_patch(Rectangle((x, y), 1, 3, **look))
         if on:
             ax.text(x + 0.5, y + 1.6, "1", ha="center", va="center", fontsize=SMALL, color=style.INK)
@@ -62,7 +62,7 @@ def descriptor(value: int, fields: Sequence[tuple[str, int, int]]) -> None:
         ax.text(31.5 - bit % 32, 1.2 + 6.5 * (1 - bit // 32), bit, ha="center", va="center", fontsize=SMALL)
     for i, (name, low, count) in enumerate(fields):
         y = 15.5 + 2.7 * i
-        ax.add_patch(Rectangle((0, y - 0.9), 1.2, 1.8, facecolor=style.PALETTE[i], alpha=0.85))
+        ax.add_patch(Rectangle((0, y - 0.9), 1.2, 1.8, facecolor=style.PALETTE[i], alpha=0.5))
         number = value >> low & ((1 << count) - 1)
         ax.text(1.9, y, f"bits {low} to {low + count - 1}: {name} = {number}", va="center", fontsize=SMALL)
     style.show()
@@ -155,11 +155,8 @@ def causal_order(orders: dict[str, Sequence[Sequence[int]]]) -> None:
             at = 0
             for tile in tiles:
                 share = (tile + 1) / most
-                ax.barh(
-                    block, tile + 1, left=at, height=0.8, color=style.WEIGHTS(0.15 + 0.5 * share), edgecolor="white"
-                )
-                ink = "white" if share > 0.6 else style.INK
-                ax.text(at + (tile + 1) / 2, block, tile, ha="center", va="center", fontsize=SMALL, color=ink)
+                ax.barh(block, tile + 1, left=at, height=0.8, color=style.PALE(0.15 + 0.85 * share), edgecolor="white")
+                ax.text(at + (tile + 1) / 2, block, tile, ha="center", va="center", fontsize=SMALL)
                 at += tile + 1
         ax.axvline(sum(ends) / len(ends), color=style.VERMILION, linestyle="--", linewidth=1.4)
         ax.set(ylim=(len(blocks) - 0.4, -0.6), xlim=(0, longest + 0.5), ylabel="block", yticks=range(len(blocks)))
