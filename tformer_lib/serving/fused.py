@@ -2,7 +2,8 @@
 
 A layer is nine kernels: four matrix products, attention, and four small ones of kernels/serving/decode_step.cu between
 them, each of which starts while the kernel before it still runs. Where a prompt is read, the host has less to do as
-well: it launches nine kernels a layer instead of some twenty.
+well: it launches nine kernels a layer instead of some twenty, or one graph for all of them, because no kernel needs to
+be told how long the rows are.
 """
 
 import struct

@@ -161,14 +161,15 @@ def driven(rows: Sequence[dict]) -> None:
     """The waits of an engine that was driven, and those that the cost models predict, over the rate of arrivals.
 
     Args:
-        rows: of a record of ``benchmarks/serving.py``, with those of its part "knee".
+        rows: of a record of ``benchmarks/serving.py``, those of its part "knee" among them.
     """
     _, axes = style.figure(2, 1, width=style.NARROW, height=6.4)
     names = {"driven": "measured", "predicted by the bound": "by the bound"}
     names["predicted by its steps"] = "by the measured steps"
-    rates = sorted({row["extra"]["rate"] for row in rows if "rate" in row["extra"]})
+    rows = [row for row in rows if "rate" in row["extra"]]
+    rates = sorted({row["extra"]["rate"] for row in rows})
     for ax, waits, percentile in ((axes[0], "ttft_ms", "p90"), (axes[1], "tpot_ms", "p50")):
-        found = {(row["contestant"], row["extra"].get("rate")): row["extra"][waits][percentile] for row in rows}
+        found = {(row["contestant"], row["extra"]["rate"]): row["extra"][waits][percentile] for row in rows}
         ys = {name: [found[who, rate] for rate in rates] for who, name in names.items() if (who, rates[0]) in found}
         style.lines(ax, rates, ys)
         ax.set(xlabel="requests a second", ylabel="ms")
