@@ -44,8 +44,8 @@ def test_a_right_edit_is_checked_and_timed():
     ("old", "new", "message"),
     [
         (LOOP, LOOP + " unknown();", r"does not compile: cpu\.cpp:\d+:\d+: error: .*unknown"),
-        (LOOP, LOOP + " continue;", r"1 queries, 1 keys.*the output is wrong \(at .*it is (0|nan), expected"),
-        (LOOP, LOOP + " __builtin_trap();", "it crashed: does it read or write outside of its arrays, on 1 queries"),
+        (LOOP, LOOP + " continue;", r"1 query, 1 key.*the output is wrong \(at .*it is (0|nan), expected"),
+        (LOOP, LOOP + " __builtin_trap();", "it crashed: does it read or write outside of its arrays, on 1 query"),
         ("QUERY_TILE = 96;", "QUERY_TILE = 96; static_assert(false);", "does not compile"),
     ],
 )
@@ -62,7 +62,7 @@ def test_an_endless_loop_is_stopped():
     found = kernels.compile_step("flash_attention", "cpu", endless, seconds=30.0)
     assert not found.right
     assert "does a loop not move on" in found.message
-    assert "1 queries, 1 keys" in found.message
+    assert "1 query, 1 key" in found.message
 
 
 def test_without_a_compiler_or_a_gpu_it_says_what_is_missing(monkeypatch):

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from tformer_lib import jit
 from tformer_lib.attention import attend
+from tformer_lib.contract import counted
 from tformer_lib.flash_attention import LADDER, flash_attention
 
 TOPIC = "flash_attention"
@@ -215,7 +216,8 @@ def described(shape: tuple) -> str:
     """A shape in words."""
     T, S, heads, kv_heads, d, causal, window = shape
     more = ", causal" * causal + (f", window {window}" if window else "")
-    return f"{T} queries, {S} keys, {heads}/{kv_heads} heads, head_dim {d}{more}"
+    sizes = f"{counted(T, 'query', 'queries')}, {counted(S, 'key')}"
+    return f"{sizes}, {heads}/{kv_heads} heads, head_dim {d}{more}"
 
 
 def check_shape(step: str, shape: tuple, device: str, dtype: torch.dtype) -> str | None:

@@ -9,6 +9,7 @@ from textwrap import dedent
 import torch
 from torch import Tensor
 
+from tformer_lib.contract import counted
 from tformer_lib.teaching import kernels
 from tformer_lib.teaching.exercises.engine import (
     exercise,
@@ -186,7 +187,7 @@ def check_occupancy(fn):
     for (threads, registers, shared_bytes), blocks in LAUNCHES.items():
         found = require_integer(fn(threads, registers, shared_bytes), "the number of blocks")
         launch = f"{threads} threads of {registers} registers, {shared_bytes:,} bytes"
-        require(found == blocks, f"{launch}: {blocks} blocks fit, and you say {found}")
+        require(found == blocks, f"{launch}: room for {counted(blocks, 'block')}, and you say {found}")
 
 
 # --- roofline ------------------------------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ def close(found: float, wanted: float) -> bool:
 )
 def check_order(fn):
     for blocks, heads, tiles in ((4, 1, 8), (4, 2, 8), (3, 4, 7), (8, 1, 3), (132, 16, 128)):
-        what = f"{blocks} blocks, {heads} heads of {tiles} tiles"
+        what = f"{counted(blocks, 'block')}, {counted(heads, 'head')} of {counted(tiles, 'tile')}"
         taken = [list(fn(block, blocks, heads, tiles)) for block in range(blocks)]
         for block, work in enumerate(taken):
             pairs = all(has_parts(w, 2) for w in work)
