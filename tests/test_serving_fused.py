@@ -2,6 +2,8 @@
 
 import itertools
 import random
+from collections import Counter, deque
+from functools import cache
 
 import pytest
 import torch
@@ -14,10 +16,10 @@ from tformer_lib.generation import generate
 from tformer_lib.ladder import FP8
 from tformer_lib.paged_attention import Rows, plan_attention
 from tformer_lib.rope import turn_pairs
-from tformer_lib.serving import Engine, FusedPass, Inputs, PackedPass, join_projections
+from tformer_lib.serving import Engine, FusedPass, Inputs, PackedPass, Speculation, join_projections
 from tformer_lib.serving import runner as runner_module
 from tformer_lib.serving.fused import PRODUCTS, refusal
-from tformer_lib.serving.runner import prompt_sizes
+from tformer_lib.serving.runner import Staging, prompt_sizes
 from tformer_lib.transformer import Decoder, ModelConfig
 
 ON_GPU = pytest.mark.skipif(
@@ -108,26 +110,117 @@ class RecordedPrompts:
         self.hidden.copy_(self.runner._hidden(self.inputs))
 
 
+def record_prompts(runner, sizes):
+    """Let a runner use the pass of few kernels, recorded for so many tokens; returns what stands for graphs."""
+    runner.fused = FusedPass(runner.model, runner.pools, None)
+    graphs = [RecordedPrompts(runner, size) for size in sorted(sizes)]
+    runner.prompts = {size: (graph, graph.hidden) for size, graph in zip(sorted(sizes), graphs, strict=True)}
+    return graphs
+
+
+@cache
+def joined_model(layers=3):
+    model = make_model(layers=layers)
+    join_projections(model)
+    return model
+
+
+BEGINNINGS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7, 8], []]
+DRAFTS = [None, {"tokens": 3, "ngram_max": 2, "ngram_min": 1}, {"tokens": 2, "layers": 1}, {"tokens": 4, "layers": 3}]
+
+
 @draws(40)
 @given(data=st.data())
 def test_steps_with_prompts_that_are_recorded_write_what_each_writes_alone(data):
-    model = make_model()
-    join_projections(model)
-    most = data.draw(st.integers(1, 5))
-    budget, ahead = data.draw(st.integers(most, 40)), data.draw(st.integers(0, 2))
-    engine = Engine(model, blocks=60, block_size=4, max_num_seqs=most, budget=budget, ahead=ahead)
-    engine.runner.fused = FusedPass(model, engine.runner.pools, None)
-    sizes = data.draw(st.lists(st.integers(1, budget), min_size=1, max_size=3, unique=True))
-    graphs = {size: RecordedPrompts(engine.runner, size) for size in sorted(sizes)}
-    engine.runner.prompts = {size: (graph, graph.hidden) for size, graph in graphs.items()}
-    prompts = data.draw(st.lists(st.lists(st.integers(0, 95), min_size=1, max_size=30), min_size=1, max_size=7))
-    rules = [{"max_new_tokens": 5, "seed": i, "temperature": i % 2} for i in range(len(prompts))]
-    made = [engine.add(prompt, rule) for prompt, rule in zip(prompts, rules, strict=True)]
+    """Prompts that begin alike, drafts, too few blocks, requests that leave: whatever steps come of it."""
+    model, draw = joined_model(), data.draw
+    most, drafts = draw(st.integers(1, 5)), dict(draw(st.sampled_from(DRAFTS)) or {})
+    if "layers" in drafts:
+        drafts["model"] = joined_model(drafts.pop("layers"))
+    budget, rule = draw(st.integers(most, 40)), st.fixed_dictionaries({"temperature": st.sampled_from([0, 1])})
+    engine = Engine(
+        model,
+        blocks=draw(st.integers(11, 60)),
+        block_size=4,
+        max_num_seqs=most,
+        budget=budget,
+        ahead=draw(st.integers(0, 2)),
+        speculation=Speculation(**drafts) if drafts else None,
+    )
+    sizes = draw(st.lists(st.integers(1, budget), min_size=1, max_size=3, unique=True))
+    graphs = record_prompts(engine.runner, sizes)
+    if "model" in drafts:
+        record_prompts(engine.drafter.runner, sizes)
+    tails = st.lists(st.integers(0, 95), min_size=1, max_size=28)
+    made, leaving = [], {}
+    for i in range(draw(st.integers(1, 7))):
+        prompt = (draw(st.sampled_from(BEGINNINGS)) + draw(tails))[:30]
+        rules = {"max_new_tokens": 5, "seed": i, **draw(rule)}
+        if draw(st.integers(0, 3)) == 0:
+            rules["repetition_penalty"] = 1.3
+        made.append((engine.add(prompt, {**rules, "logprobs": draw(st.sampled_from([None, 2]))}), rules))
+        if draw(st.integers(0, 4)) == 0:
+            leaving[made[-1][0]] = draw(st.integers(1, 9))
+    for step in itertools.count():
+        for request, when in leaving.items():
+            if when == step:
+                engine.cancel(request)
+        if not engine.busy:
+            break
+        engine.step()
+    for request, rules in made:
+        expected = generate(model, [request.prompt], **rules)[0]
+        assert request.finish_reason in ("length", "cancelled" if request in leaving else "length")
+        assert request.new_tokens == expected[: len(request.new_tokens)]
+        assert request.finish_reason == "cancelled" or len(request.new_tokens) == len(expected)
+        assert len(request.logprobs) == (0 if request.params.logprobs is None else len(request.new_tokens))
+    if max(sizes) == budget and not drafts:
+        assert sum(graph.replays for graph in graphs) == len(engine.log)
+
+
+class Copied:
+    """Stands for the event after a copy to a GPU that is slow: it has not been made before somebody waits for it."""
+
+    def __init__(self):
+        self.under_way = False
+
+    def record(self):
+        self.under_way = True
+
+    def synchronize(self):
+        self.under_way = False
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, 3])
+def test_numbers_of_a_step_are_not_written_over_before_the_device_has_copied_them(ahead, monkeypatch):
+    """A draft model reads a long prompt in many steps, and nobody waits for any of them."""
+    drafts = Speculation(tokens=2, model=joined_model(1))
+    engine = Engine(joined_model(), blocks=60, max_num_seqs=2, budget=4, ahead=ahead, speculation=drafts)
+    runners, fill, fills = (engine.runner, engine.drafter.runner), Inputs.fill, []
+    for runner in runners:
+        runner.staging = deque(Staging(memory, Copied()) for memory, _ in runner.staging)
+
+    def fill_what_was_copied(inputs, *arguments, **options):
+        (copied,) = (
+            copied
+            for runner in runners
+            for memory, copied in runner.staging
+            if memory.data_ptr() == inputs.given.data_ptr()
+        )
+        assert not copied.under_way
+        fills.append(copied)
+        return fill(inputs, *arguments, **options)
+
+    monkeypatch.setattr(Inputs, "fill", fill_what_was_copied)
+    made = [engine.add([*range(10 * i, 10 * i + 60)], {"max_new_tokens": 6}) for i in range(3)]
     engine.run()
-    for request, prompt, rule in zip(made, prompts, rules, strict=True):
-        assert request.new_tokens == generate(model, [prompt], **rule)[0]
-    if max(sizes) == budget:
-        assert sum(graph.replays for graph in graphs.values()) == len(engine.log)
+    for request in made:
+        assert request.new_tokens == generate(engine.model, [request.prompt], max_new_tokens=6)[0]
+    used = Counter(map(id, fills))
+    assert all(used[id(copied)] > 1 for _, copied in engine.drafter.runner.staging)
+    assert (
+        len(engine.runner.returned) > engine.ahead
+    )  # a step's tokens are read before those of another take their place
 
 
 @pytest.mark.parametrize("budget", [1, 7, 64, 65, 300, 512, 700, 1024, 2000, 2048, 2049, 16384])

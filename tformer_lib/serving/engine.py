@@ -207,7 +207,8 @@ class Engine:
         with torch.inference_mode(False):  # steps outside of it will write to the pools
             precision = {"kv_dtype": KV_DTYPES[kv_dtype], "kv_scales": kv_scales, "deterministic": deterministic}
             precision["window_rings"] = window_rings
-            self.runner = Runner(model, self.allocator, compile=compile, lanes=lanes, **sizes, **precision)
+            options = {"compile": compile, "lanes": lanes, "depth": ahead + 1, **precision}
+            self.runner = Runner(model, self.allocator, **sizes, **options)
             self.drafter = None
             if speculation is not None:
                 more = {"blocks": blocks, "block_size": block_size, "max_context": self.max_context, "compile": compile}

@@ -281,6 +281,15 @@ class Launched(NamedTuple):
     these."""
 
 
+class Staging(NamedTuple):
+    """Where the host writes the numbers of a step, from where the device copies them."""
+
+    memory: Tensor
+    """(bytes,) uint8, pinned for a GPU."""
+    copied: "torch.cuda.Event | None"
+    """Whether the device has made its copy of what was written last; None on a CPU, which copies at once."""
+
+
 class Runner:
     """Runs the scheduler's rows through the model and chooses their next tokens.
 
@@ -294,7 +303,7 @@ class Runner:
             ``torch.compile``, which takes a while at the first steps. It changes the model for good: from then on it
             needs a cache.
         lanes: the most tokens of a row for which a recorded step is used; a row's drafts are such tokens.
-        depth: how many steps may be launched before the first of them is known to have ended.
+        depth: how many steps may be launched before the tokens of the first of them are read.
         kv_dtype: of the pools; the model's if not given.
         kv_scales: what keys and what values are divided by on their way into pools of float8.
         deterministic: compute the same bits for a token whatever else the step computes. Each step then has ``budget``
@@ -344,7 +353,10 @@ class Runner:
         on_gpu = self.device.type == "cuda"
         rows = max(budget, lanes * max_num_seqs) if deterministic else lanes * max_num_seqs
         room = Inputs.bytes_for(max(budget, lanes * max_num_seqs), rows + 1, max_blocks)
-        self.staging = deque(torch.zeros(room, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(depth))
+        self.staging = deque(
+            Staging(torch.zeros(room, dtype=torch.uint8, pin_memory=on_gpu), torch.cuda.Event() if on_gpu else None)
+            for _ in range(depth)
+        )
         most = lanes * max_num_seqs
         self.returned = deque(torch.zeros(most, dtype=torch.int64, pin_memory=on_gpu) for _ in range(depth))
         self.buffer = torch.zeros(room, dtype=torch.uint8, device=self.device)
@@ -466,9 +478,14 @@ class Runner:
         return self.model.unembed(hidden[:samples]), inputs.batch_slots[:samples]
 
     def _upload(self, rows: list[Row], tables: np.ndarray, *sizes: int, **options: bool) -> Inputs:
-        host = Inputs(self.staging[0], *sizes, self.max_blocks)
+        memory, copied = self.staging[0]
+        if copied is not None:
+            copied.synchronize()  # a drafter reads a long text in more steps than there are buffers
+        host = Inputs(memory, *sizes, self.max_blocks)
         host.fill(rows, tables, self.block_size, **options)
-        self.buffer[: host.size].copy_(self.staging[0][: host.size], non_blocking=True)
+        self.buffer[: host.size].copy_(memory[: host.size], non_blocking=True)
+        if copied is not None:
+            copied.record()
         return Inputs(self.buffer, *sizes, self.max_blocks)
 
     def _forward(
