@@ -478,6 +478,8 @@ def mask_of_chosen(chosen, T, S, heads, causal):
 def test_the_transposed_lists_of_a_choice_are_its_mask(T, S, causal):
     chosen = draw_chosen(T, S, heads=2, n=3, seed=T + causal, batch=2)
     lists = transpose_chosen(chosen, T, S)
+    assert lists.blocks.is_contiguous()  # kernels ask only for the outer strides
+    assert lists.counts.is_contiguous()
     assert torch.equal(mask_of_lists(lists, S, T, 2).mT, mask_of_chosen(chosen, T, S, 2, False))
 
 
