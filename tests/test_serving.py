@@ -1049,6 +1049,7 @@ def test_senseless_calls_are_refused():
         ({"blocks": "all"}, "blocks must be a whole number, got 'all'"),
         ({"ahead": -1}, "ahead must be at least 0, got -1"),
         ({"spare_blocks": -1}, "spare_blocks must be at least 0, got -1"),
+        ({"ahead": 10**12}, r"batch slots of \d+ blocks, and 1000000000000 ahead of it, takes [\d,.]+ GiB, cpu has"),
         ({"blocks": 10**12}, r"a pool of 16000000000000 tokens' keys and values takes [\d,.]+ GiB, cpu has"),
         ({"max_num_seqs": 10**11, "budget": 10**11}, r"a step of 100000000000 tokens in 100000000000 batch slots of"),
     ):

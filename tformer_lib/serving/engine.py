@@ -199,7 +199,7 @@ class Engine:
         if kv_dtype == "float8" or deterministic:
             check_kernels_serve(model)
         rows = max(budget, lanes * max_num_seqs) if deterministic else lanes * max_num_seqs
-        check_room(model, blocks * block_size, rows, budget, max_blocks, kv_dtype, window_rings)
+        check_room(model, blocks * block_size, rows, budget, max_blocks, ahead, kv_dtype, window_rings)
         self.allocator = BlockAllocator(blocks, block_size)
         sizes = {"max_num_seqs": max_num_seqs, "budget": budget, "max_blocks": max_blocks}
         rules = {"prefix_cache": prefix_cache, "spare_blocks": spare_blocks, "policy": policy}
@@ -581,14 +581,16 @@ def check_room(
     max_num_seqs: int,
     budget: int,
     max_blocks: int,
+    ahead: int,
     kv_dtype: str = "auto",
     window_rings: bool = False,
 ) -> None:
     """Refuse sizes that no memory holds, before any of it is asked for."""
     shape = shape_of(model, kv_dtype, window_rings)
     check_memory(f"a pool of {tokens} tokens' keys and values", shape.bytes_per_token * tokens, shape.device)
-    step = 3 * Inputs.bytes_for(budget, max_num_seqs, max_blocks)
-    check_memory(f"a step of {budget} tokens in {max_num_seqs} batch slots of {max_blocks} blocks", step, "cpu")
+    steps = (2 + ahead) * Inputs.bytes_for(budget, max_num_seqs + 1, max_blocks)  # those on the host, and the device's
+    asked = f"a step of {budget} tokens in {max_num_seqs} batch slots of {max_blocks} blocks, and {ahead} ahead of it,"
+    check_memory(asked, steps, "cpu")
 
 
 def check_servable(model: nn.Module, max_context: int | None) -> None:
