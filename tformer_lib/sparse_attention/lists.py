@@ -139,12 +139,11 @@ def transpose_chosen(chosen: Tensor, T: int, S: int) -> Lists:
     sees = torch.zeros(*chosen.shape[:3], key_blocks + 1, dtype=torch.bool, device=chosen.device)
     sees.scatter_(3, torch.where(chosen < 0, key_blocks, chosen).long(), True)
     sees = sees[..., :-1].mT  # (batch, heads, key_blocks, tiles)
-    place = sees.cumsum(-1).sub_(1).masked_fill_(~sees, tiles)  # 8 bytes a pair of blocks: gone before there are others
+    place = torch.where(sees, sees.cumsum(-1) - 1, tiles)
     tile = torch.arange(tiles, dtype=torch.int32, device=chosen.device).expand_as(place)
     listed = tile.new_full((*place.shape[:3], tiles + 1), NONE).scatter_(3, place, tile)[..., :tiles, None]
-    del place
     halves = torch.arange(2, dtype=torch.int32, device=chosen.device)
-    blocks = (2 * listed + halves).masked_fill_(listed == NONE, NONE).flatten(3)
+    blocks = torch.where(listed == NONE, NONE, 2 * listed + halves).flatten(3)
     counts = 2 * sees.sum(-1)
     if query_blocks < 2 * tiles:  # the last tile has one block, and its entries stand last
         counts -= sees[..., -1].long()
