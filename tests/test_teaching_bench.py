@@ -1,6 +1,12 @@
 """The learner's bench: an edited step is built, checked and timed, and whatever goes wrong ends in words."""
 
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -63,6 +69,41 @@ def test_an_endless_loop_is_stopped():
     assert not found.right
     assert "does a loop not move on" in found.message
     assert "1 query, 1 key" in found.message
+
+
+PARENT = """
+import signal, sys
+from tformer_lib.teaching import kernels
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the suite may have been started with it ignored
+kernels.compile_step("flash_attention", "cpu", open(sys.argv[1]).read(), seconds=float(sys.argv[2]))
+"""
+
+
+def workers_of(session_file):
+    """The processes of the bench that were started for this file's text, by what the system lists."""
+    listed = subprocess.run(["ps", "-eww", "-o", "pid,args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if "teaching.bench import work" in line and session_file in line]
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_endless_loop_does_not_outlive_whoever_started_it(tmp_path, how):
+    text = tmp_path / "endless.cpp"
+    text.write_text(edited(LOOP, LOOP + ' for (;;) asm volatile("");'))
+    limit = 60 if how == signal.SIGINT else 25
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # the copy's folder, by which the worker is known
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(text), str(limit)], env=environment)
+    while not workers_of(str(tmp_path)):
+        assert parent.poll() is None
+        time.sleep(0.2)
+    time.sleep(1.0)
+    parent.send_signal(how)
+    parent.wait(20)
+    deadline = time.monotonic() + (5 if how == signal.SIGINT else limit + 10)
+    while workers_of(str(tmp_path)):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_without_a_compiler_or_a_gpu_it_says_what_is_missing(monkeypatch):

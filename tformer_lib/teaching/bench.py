@@ -136,6 +136,7 @@ def run_child(task: dict, seconds: float) -> Bench:
     home = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
+    task = task | {"seconds": seconds}
     words = [sys.executable, "-c", "from tformer_lib.teaching.bench import work; work()", json.dumps(task)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     child = subprocess.Popen(words, env=environment, start_new_session=True, **pipes)
@@ -145,6 +146,10 @@ def run_child(task: dict, seconds: float) -> Bench:
         os.killpg(child.pid, signal.SIGKILL)
         out, _ = child.communicate()
         return ended(out, f"it was stopped after {seconds:.0f} seconds: does a loop not move on?")
+    except BaseException:  # the cell was interrupted, say
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        raise
     if child.returncode:
         last = errors.strip().splitlines()[-1] if errors.strip() else f"it ended with {child.returncode}"
         crash = "it crashed: does it read or write outside of its arrays?"
@@ -174,6 +179,7 @@ def ended(out: str, otherwise: str) -> Bench:
 def work() -> None:
     """Build, check and time what the command line says; tell each result as a line of JSON."""
     task = json.loads(sys.argv[1])
+    signal.alarm(math.ceil(task["seconds"]) + 1)  # ends even an endless loop, if nobody is there to do it
     folder, step = task["folder"], task["step"]
     is_cuda = jit.find_source(TOPIC, step).suffix == ".cu"
     device = "cuda" if is_cuda else "cpu"

@@ -255,8 +255,9 @@ def compile_text(text: str) -> ctypes.CDLL:
 
 
 RUNNER = """
-import ctypes, struct, sys
-library, T, S, d, guard, causal, window, scale, softcap = sys.argv[1:]
+import ctypes, signal, sys
+seconds, library, T, S, d, guard, causal, window, scale, softcap = sys.argv[1:]
+signal.alarm(int(seconds))  # ends even an endless loop, if nobody is there to do it
 T, S, d, guard, causal, window = map(int, (T, S, d, guard, causal, window))
 data = bytearray(sys.stdin.buffer.read())
 floats = (ctypes.c_float * (len(data) // 4)).from_buffer(data)
@@ -290,7 +291,7 @@ def run_small(
     (T, d), S = q.shape, k.shape[0]
     parts = [guarded(x, math.nan) for x in (q, k, v)] + [guarded(torch.full((T, d), math.nan), MARK)]
     options = [T, S, d, GUARD, int(causal), window, d**-0.5, softcap]
-    words = [sys.executable, "-I", "-c", RUNNER, str(library), *map(str, options)]
+    words = [sys.executable, "-I", "-c", RUNNER, str(math.ceil(SECONDS) + 1), str(library), *map(str, options)]
     try:
         data = torch.cat(parts).numpy().tobytes()
         done = subprocess.run(words, input=data, capture_output=True, timeout=SECONDS)
