@@ -89,7 +89,7 @@ void mask_row(float* scores, int64_t first, int64_t last, const uint64_t* word) 
             if ((*word >> i & 1) == 0) scores[i] = -INF;
 }
 
-// Run `task(batch, head, tile, scratch)` for every tile of a list's rows of `length` rows of every head, spread over the threads.
+// Run `task(batch, head, tile, scratch)` for every tile of the `length` rows of every head, spread over the threads.
 template <class Task>
 void for_each_tile(const Arguments& a, int64_t heads, int64_t length, int64_t scratch_size, const Task& task) {
     const int64_t tiles = (length + a.lists.rows - 1) / a.lists.rows;

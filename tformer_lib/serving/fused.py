@@ -76,21 +76,9 @@ class FusedPass:
             self.product_kernel = LADDER.kernel("few_rows", "product", weight.device)
             self.processors = torch.cuda.get_device_properties(weight.device).multi_processor_count
 
-    def __call__(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        rows: Rows,
-        *,
-        only: Tensor | None = None,
-        batch_invariant: bool = False,
-        own: Collection[str] = (),
-    ) -> Tensor:
-        """The logits, (total or n, vocab_size). The arguments are those of :meth:`hidden`."""
-        return self.model.unembed(
-            self.hidden(tokens, positions, slots, rows, only=only, batch_invariant=batch_invariant, own=own)
-        )
+    def __call__(self, *inputs: Tensor | Rows, **options: object) -> Tensor:
+        """The logits, (total or n, vocab_size), by the arguments of :meth:`hidden`."""
+        return self.model.unembed(self.hidden(*inputs, **options))
 
     def hidden(
         self,
